@@ -1,0 +1,83 @@
+"""A small JSON beside the checkpoints of a run that says which model they hold.
+
+Megatron finds a wrong shape only after every rank has built its model, and then deep inside the
+loader. The manifest is compared before anything starts. May touch: the checkpoint folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from megatron_mone.config import MONE_FIELD_NAMES
+
+MANIFEST_NAME = "mone_model.json"
+SCHEMA = "megatron-mone/model/1"
+SHAPE_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_shared_expert_intermediate_size",
+    "mtp_num_layers",
+    "multi_latent_attention",
+    "untie_embeddings_and_output_weights",
+    "position_embedding_type",
+    "normalization",
+    "swiglu",
+)
+
+
+def write_manifest(folder: Path, args: Namespace) -> None:
+    """Record the model of `args` in `folder`, atomically; rank 0 calls it."""
+    manifest = {
+        "schema": SCHEMA,
+        "shape": {name: getattr(args, name, None) for name in SHAPE_FIELDS},
+        "mone": {name: getattr(args, name, None) for name in MONE_FIELD_NAMES},
+    }
+    beside = folder / f".{MANIFEST_NAME}.{os.getpid()}"
+    beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    beside.replace(folder / MANIFEST_NAME)
+
+
+def check_manifest(folder: Path, args: Namespace) -> None:
+    """Compare the model of `args` with the checkpoints in `folder`; no manifest, no opinion.
+
+    A different shape cannot be loaded and is an error. Different mone_* fields can (a stock
+    checkpoint becomes a MoNE one that way) and are a warning.
+
+    Raises:
+        ValueError: one line naming the folder, the field, both values and the fix.
+    """
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        return
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shape, mone = saved["shape"], saved["mone"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to go by Megatron's checks "
+                         "alone") from error  # fmt: skip
+    for name in SHAPE_FIELDS:
+        now = getattr(args, name, None)
+        if name in shape and shape[name] != now:
+            raise ValueError(
+                f"checkpoint {folder} holds a model with {name} = {shape[name]}, this run has "
+                f"{name} = {now}: give another --load and --save, or the same model"
+            )
+    changed = [n for n in MONE_FIELD_NAMES if n in mone and mone[n] != getattr(args, n, None)]
+    for name in changed:
+        warnings.warn(
+            f"checkpoint {folder} was trained with {name} = {mone[name]}, this run has "
+            f"{getattr(args, name, None)}",
+            stacklevel=2,
+        )

@@ -1,0 +1,360 @@
+"""The mone_* fields of a model: their meaning, their units, and every check on them.
+
+May touch: Megatron's TransformerConfig classes. Builds nothing, reads one YAML file at most.
+Symbols: F neurons of one expert (`moe_ffn_hidden_size`), S neurons kept per routed token,
+r = S / F, G neuron groups, g the gate activation of a neuron.
+"""
+
+import dataclasses
+import difflib
+import os
+from argparse import ArgumentParser
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
+Selection = Literal["topk", "threshold"]
+LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
+LossScope = Literal["micro_batch", "global_batch"]
+Backend = Literal["auto", "reference"]
+
+CONFIG_ENV = "MONE_CONFIG"
+
+
+@dataclass
+class MoNEFields:
+    """Mixture of Neuron Experts (arXiv 2510.05781): what each routed expert computes per token."""
+
+    mone_neuron_ratio: float | None = None
+    """Fraction r of an expert's neurons kept per routed token, 0 < r <= 1. Exclusive with
+    mone_neurons_per_token. Either one turns MoNE on."""
+
+    mone_neurons_per_token: int | None = None
+    """Neurons S of an expert kept per routed token, 1 <= S <= F."""
+
+    mone_activation: Activation = "silu"
+    """Gate activation sigma; neurons are chosen by |sigma(W_gate x)|. softmax is over the F
+    neurons of the expert, and its gate gradient is dense."""
+
+    mone_selection: Selection = "topk"
+    """topk keeps exactly S neurons. threshold keeps neuron j while |g_j| >= mone_threshold times
+    the row's (with groups: the group's) largest |g|, between the two bounds below."""
+
+    mone_threshold: float = 0.1
+    """Fraction of the largest |g|, 0 < t <= 1. Only used by mone_selection=threshold."""
+
+    mone_min_neurons_per_token: int | None = None
+    """Lower bound S_min of threshold selection, neurons per routed token. Default: one a group."""
+
+    mone_max_neurons_per_token: int | None = None
+    """Upper bound S_max of threshold selection, neurons per routed token. Default: S."""
+
+    mone_neuron_groups: int = 1
+    """The F neurons form G equal contiguous groups and each keeps S / G. A property of the model:
+    when the expert tensor parallel size divides G, selection needs no communication."""
+
+    mone_ng_loss_type: LossType = "selected"
+    """Neuron-granular load balancing: the P_j of f_j * P_j (raw, selected, normalized), or entropy
+    of P, or bias: no loss but a per-neuron selection bias moved by the sign of the load error."""
+
+    mone_ng_loss_coeff: float = 1e-3
+    """Weight alpha of the neuron-granular balance loss; 0 turns it off. Not used by bias."""
+
+    mone_ng_loss_scope: LossScope = "micro_batch"
+    """Rows the statistics are taken over: each source micro-batch by itself, or all rows of the
+    step so far (running sums, as Megatron's global_aux_loss)."""
+
+    mone_ng_bias_update_rate: float = 1e-3
+    """Step of the selection bias per optimizer step, in units of |g|. Only used by type bias."""
+
+    mone_backend: Backend = "auto"
+    """Implementation of the masked expert. reference is plain torch and the definition; auto
+    chooses the fastest that is usable here."""
+
+    mone_layer_freq: int | list[int] = 1
+    """Which MoE layers are MoNE: an integer N makes every N-th decoder layer one where it is an
+    MoE layer, a list holds a 1 (MoNE) or 0 (stock) per decoder layer, e.g. "([0]+[1]*3)*2"."""
+
+    @property
+    def mone_enabled(self) -> bool:
+        """Whether this model selects neurons at all."""
+        return self.mone_neuron_ratio is not None or self.mone_neurons_per_token is not None
+
+
+MONE_FIELD_NAMES = tuple(f.name for f in dataclasses.fields(MoNEFields))
+
+
+@dataclass
+class MoNEConfig(MoNEFields, TransformerConfig):
+    """Megatron's TransformerConfig with the mone_* fields, checked on construction.
+
+    Raises:
+        ValueError: names the field, its value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validate(self)
+
+
+@dataclass
+class MoNEMLAConfig(MoNEFields, MLATransformerConfig):
+    """MoNEConfig for multi-latent attention."""
+
+    def __post_init__(self) -> None:
+        # core_transformer_config_from_args passes the flag only when it picks the class itself.
+        self.multi_latent_attention = True
+        super().__post_init__()
+        validate(self)
+
+
+def add_mone_args(parser: ArgumentParser) -> ArgumentParser:
+    """Add one Megatron flag per mone_* field (`--mone-neuron-ratio` ...)."""
+    from megatron.training.argument_utils import ArgumentGroupFactory
+    from megatron.training.arguments import moe_freq_type
+
+    # The factory cannot infer a type for int | list; Megatron adds --moe-layer-freq by hand too.
+    factory = ArgumentGroupFactory(MoNEFields, exclude=["mone_layer_freq"])
+    group = factory.build_group(parser, title="mixture of neuron experts")
+    group.add_argument(
+        "--mone-layer-freq",
+        type=moe_freq_type,
+        default=1,
+        help=factory.field_docstrings["mone_layer_freq"],
+    )
+    return parser
+
+
+def check_transformer_impl(config: Any) -> None:
+    """Transformer Engine layers need the package; Megatron fails deep inside without it.
+
+    Raises:
+        ValueError: transformer_impl asks for Transformer Engine and it is not installed.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
+            "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
+        )
+
+
+def neurons_per_token(config: Any) -> int:
+    """S: neurons of an expert kept per routed token.
+
+    Args:
+        config: a config with mone_* fields and `moe_ffn_hidden_size` (F).
+
+    Raises:
+        ValueError: S is not an integer in [1, F].
+    """
+    width = config.moe_ffn_hidden_size
+    if config.mone_neurons_per_token is not None:
+        kept = config.mone_neurons_per_token
+        _check(
+            1 <= kept <= width,
+            "mone_neurons_per_token",
+            kept,
+            f"1 to moe_ffn_hidden_size = {width}",
+        )
+        return kept
+    ratio = config.mone_neuron_ratio
+    _check(0.0 < ratio <= 1.0, "mone_neuron_ratio", ratio, "0 < ratio <= 1")
+    kept = round(ratio * width)
+    _check(
+        kept >= 1 and abs(kept - ratio * width) < 1e-6 * width,
+        "mone_neuron_ratio",
+        ratio,
+        f"a ratio that makes a whole number of the {width} neurons (this makes "
+        f"{ratio * width:g}; mone_neurons_per_token = {max(kept, 1)} is nearest)",
+    )
+    return kept
+
+
+def selection_bounds(config: Any) -> tuple[int, int]:
+    """(S_min, S_max) neurons kept per routed token; equal for topk selection."""
+    kept = neurons_per_token(config)
+    if config.mone_selection == "topk":
+        return kept, kept
+    low = config.mone_min_neurons_per_token or config.mone_neuron_groups
+    high = config.mone_max_neurons_per_token or kept
+    return low, high
+
+
+def layer_pattern(config: Any) -> list[int]:
+    """For each decoder layer: 2 where it is MoNE, 1 where it is a stock MoE layer, 0 where dense.
+
+    Raises:
+        ValueError: a list of the wrong length, or one that asks for MoNE at a dense layer.
+    """
+    layers = config.num_layers
+    moe = config.moe_layer_freq
+    moe = [int(i % moe == 0) for i in range(layers)] if isinstance(moe, int) else list(moe)
+    freq = config.mone_layer_freq
+    if isinstance(freq, int):
+        _check(freq >= 1, "mone_layer_freq", freq, "an integer >= 1 or a list of 0 and 1")
+        return [kind + int(kind == 1 and i % freq == 0) for i, kind in enumerate(moe)]
+    _check(
+        len(freq) == layers and set(freq) <= {0, 1},
+        "mone_layer_freq",
+        freq,
+        f"one 0 or 1 for each of the {layers} decoder layers",
+    )
+    for i, (is_mone, is_moe) in enumerate(zip(freq, moe, strict=True)):
+        _check(
+            not is_mone or bool(is_moe),
+            "mone_layer_freq",
+            freq,
+            f"1 only where moe_layer_freq has an MoE layer (layer {i + 1} is dense)",
+        )
+    return [is_moe + is_mone for is_mone, is_moe in zip(freq, moe, strict=True)]
+
+
+def validate(config: Any) -> None:
+    """Check every mone_* field against the model; a config without MoNE passes unchecked.
+
+    Raises:
+        ValueError: one line that names the field, its value and what is allowed.
+    """
+    if config.mone_neuron_ratio is not None and config.mone_neurons_per_token is not None:
+        raise ValueError(
+            f"mone_neuron_ratio = {config.mone_neuron_ratio} and mone_neurons_per_token = "
+            f"{config.mone_neurons_per_token} are both set: give one of them"
+        )
+    _check_choices(config)
+    if config.mone_neuron_ratio is None and config.mone_neurons_per_token is None:
+        return
+    _check_model(config)
+    _check_selection(config)
+    _check(config.mone_ng_loss_coeff >= 0, "mone_ng_loss_coeff", config.mone_ng_loss_coeff, ">= 0")
+    rate = config.mone_ng_bias_update_rate
+    _check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
+    layer_pattern(config)
+
+
+def _check(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+def _check_choices(config: Any) -> None:
+    choices = {
+        "mone_activation": Activation,
+        "mone_selection": Selection,
+        "mone_ng_loss_type": LossType,
+        "mone_ng_loss_scope": LossScope,
+        "mone_backend": Backend,
+    }
+    for name, literal in choices.items():
+        value = getattr(config, name)
+        _check(value in get_args(literal), name, value, "one of " + ", ".join(get_args(literal)))
+
+
+def _check_model(config: Any) -> None:
+    """MoNE is defined on gated experts without bias; say so before a layer is built."""
+    needs = [
+        (config.num_moe_experts is not None, "num_moe_experts", "set (--num-experts): MoNE "
+         "selects neurons inside routed experts"),
+        (config.gated_linear_unit, "gated_linear_unit", "True (--swiglu): a neuron is a gate, an "
+         "up and a down vector"),
+        (not config.add_bias_linear, "add_bias_linear", "False (--disable-bias-linear)"),
+        (config.moe_latent_size is None, "moe_latent_size", "unset with MoNE"),
+        (not config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "False with MoNE: the "
+         "router's probability is applied before fc2"),
+        (config.fp8 is None and config.fp4 is None, "fp8 / fp4", "unset with MoNE"),
+        (config.glu_linear_offset == 0.0, "glu_linear_offset", "0 with MoNE"),
+        (config.activation_func_clamp_value is None, "activation_func_clamp_value", "unset"),
+        (not config.overlap_dispatch_backward_with_experts_wgrad,
+         "overlap_dispatch_backward_with_experts_wgrad", "False with MoNE"),
+        (not config.delay_wgrad_compute, "delay_wgrad_compute", "False with MoNE: its weight "
+         "gradients are made with the input gradients"),
+    ]  # fmt: skip
+    for met, name, allowed in needs:
+        _check(met, name, getattr(config, name, None), allowed)
+
+
+def _check_selection(config: Any) -> None:
+    width, groups = config.moe_ffn_hidden_size, config.mone_neuron_groups
+    kept = neurons_per_token(config)
+    _check(
+        groups >= 1 and width % groups == 0,
+        "mone_neuron_groups",
+        groups,
+        f"a divisor of moe_ffn_hidden_size = {width}",
+    )
+    _check(
+        kept % groups == 0,
+        "mone_neuron_groups",
+        groups,
+        f"a divisor of the {kept} neurons kept per token",
+    )
+    if config.mone_selection == "threshold":
+        _check(0.0 < config.mone_threshold <= 1.0, "mone_threshold", config.mone_threshold,
+               "0 < threshold <= 1")  # fmt: skip
+        low, high = selection_bounds(config)
+        for name, value in (
+            ("mone_min_neurons_per_token", low),
+            ("mone_max_neurons_per_token", high),
+        ):
+            _check(
+                1 <= value <= width and value % groups == 0,
+                name,
+                value,
+                f"a multiple of mone_neuron_groups = {groups} from 1 to {width}",
+            )
+        _check(low <= high, "mone_min_neurons_per_token", low, f"at most {high}, the upper bound")
+
+
+def nearest_name(name: str, known: list[str]) -> str:
+    """' (did you mean X?)' for the closest known name, or ''."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def attach_fields_from_env(config: Any) -> None:
+    """Give a plain TransformerConfig its mone_* fields from the YAML named by MONE_CONFIG.
+
+    This is what lets `--spec megatron_mone.layer_spec mone_layer_spec` work in a stock script,
+    which builds the config before it asks for the spec.
+
+    Raises:
+        ValueError: MONE_CONFIG is unset, unreadable, or holds an unknown or wrong field.
+    """
+    path = os.environ.get(CONFIG_ENV)
+    if not path:
+        raise ValueError(
+            f"the model config has no mone_* fields and {CONFIG_ENV} is not set: name a YAML "
+            "file with them, e.g. 'mone_neuron_ratio: 0.25'"
+        )
+    attach_fields(config, _read_fields(Path(path)))
+
+
+def attach_fields(config: Any, values: Mapping[str, Any]) -> None:
+    """Set all mone_* fields on `config` (defaults where `values` has none) and validate it."""
+    for f in dataclasses.fields(MoNEFields):
+        setattr(config, f.name, values.get(f.name, f.default))
+    config.mone_enabled = (
+        config.mone_neuron_ratio is not None or config.mone_neurons_per_token is not None
+    )
+    validate(config)
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{CONFIG_ENV} = {str(path)!r} cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{CONFIG_ENV} = {str(path)!r} must hold a mapping of mone_* fields")
+    for name in values:
+        if name not in MONE_FIELD_NAMES:
+            hint = nearest_name(str(name), list(MONE_FIELD_NAMES))
+            raise ValueError(f"{CONFIG_ENV} = {str(path)!r}: unknown field {name!r}{hint}")
+    return values

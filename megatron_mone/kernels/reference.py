@@ -1,0 +1,54 @@
+"""The masked expert in plain torch: the definition every other backend is held to.
+
+It computes every neuron and then masks, so it saves no arithmetic (MONE.md, "What it costs"). With
+all neurons kept it makes the same GEMM calls as a stock Megatron expert (gate and up in one product
+on [2F, H], down on [H, F]) and is therefore equal to it to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_mone.kernels.activations import gate_activation
+
+
+def grouped_mlp(
+    x_NH: Tensor,
+    probs_N: Tensor,
+    tokens_per_expert: list[int],
+    w_gate_EFH: Tensor,
+    w_up_EFH: Tensor,
+    w_down_EFH: Tensor,
+    *,
+    activation: str,
+    select: Callable[[Tensor], Tensor],
+    etp_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `kernels.grouped_mlp.mone_grouped_mlp`; arguments are checked there."""
+    rows_x = x_NH.split(tokens_per_expert)
+    gate_up_N2F = torch.cat(
+        [
+            x.matmul(torch.cat((w_gate, w_up)).t())
+            for x, w_gate, w_up in zip(
+                rows_x, w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True
+            )
+        ]
+    )
+    a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
+    gate_NF = gate_activation(activation, a_NF, etp_group)
+    mask_NF = select(gate_NF.detach())
+
+    h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
+    h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)
+    y_NH = torch.cat(
+        [
+            # contiguous [H, F], as a stock fc2 holds it: the same GEMM, the same bits
+            h.matmul(w_down.t().contiguous().t())
+            for h, w_down in zip(h_NF.split(tokens_per_expert), w_down_EFH.unbind(), strict=True)
+        ]
+    )
+    return y_NH, mask_NF, gate_NF

@@ -1,0 +1,132 @@
+"""The one seam into Megatron's layer specs: stock specs with their MoE layers made MoNE.
+
+May touch: Megatron's spec functions and GPT model builder. Works on the local and on the
+Transformer-Engine specs alike, because only the MoE module inside a layer is replaced.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training.models import gpt as megatron_gpt
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from megatron_mone.config import attach_fields_from_env, check_transformer_impl, layer_pattern
+from megatron_mone.moe.experts import MoNEExperts
+from megatron_mone.moe.layer import MoNELayer
+from megatron_mone.moe.metrics import install_tracker
+
+
+def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Decoder block spec of this pipeline stage, MoE layers made MoNE where mone_layer_freq says.
+
+    Accepted by `GPTModelConfig.transformer_layer_spec` and by
+    `--spec megatron_mone.layer_spec mone_layer_spec`.
+
+    Args:
+        config: a GPTModelConfig, or its TransformerConfig. Without mone_* fields it gets them from
+            the YAML named by MONE_CONFIG.
+        vp_stage: virtual pipeline stage, None without interleaving.
+
+    Raises:
+        ValueError: a mone_* field does not fit the model.
+    """
+    transformer = getattr(config, "transformer", config)
+    if not hasattr(transformer, "mone_neuron_ratio"):
+        attach_fields_from_env(transformer)
+    check_transformer_impl(transformer)
+    install_tracker()  # on every rank: stages without MoNE layers take part in its collectives
+    local = transformer.transformer_impl != "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=not local,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+    pattern = [layer_pattern(transformer)[i] for i in _stage_layers(transformer, vp_stage)]
+    block.layer_specs = [
+        _with_mone(spec) if kind == 2 else spec
+        for spec, kind in zip(block.layer_specs, pattern, strict=True)
+    ]
+    return block
+
+
+@dataclass(kw_only=True)
+class MoNEGPTModelConfig(GPTModelConfig):
+    """GPTModelConfig whose decoder and multi-token-prediction layers are MoNE."""
+
+    builder = "megatron_mone.layer_spec.MoNEGPTModelBuilder"
+
+    def __post_init__(self) -> None:
+        if self.transformer_layer_spec is None:
+            self.transformer_layer_spec = mone_layer_spec
+
+
+class MoNEGPTModelBuilder(GPTModelBuilder):
+    """Megatron's builder; the MTP block copies the last decoder layer, so it follows its kind."""
+
+    def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
+        """See GPTModelBuilder.build_model."""
+        # build_model resolves mtp_block_spec as a module global, and that function asks for stock
+        # decoder specs; there is no argument to pass ours through.
+        with patch.object(megatron_gpt, "mtp_block_spec", _mtp_block_spec):
+            return super().build_model(*args, **kwargs)
+
+
+def _mtp_block_spec(
+    config: GPTModelConfig, decoder_spec: Any, vp_stage: int | None = None
+) -> Any | None:
+    del decoder_spec
+    transformer = config.transformer
+    if transformer.mtp_num_layers is None:
+        return None
+    use_te = transformer.transformer_impl == "transformer_engine"
+    spec = get_gpt_decoder_layer_specs(
+        transformer,
+        use_transformer_engine=use_te,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )[-1]
+    if layer_pattern(transformer)[-1] == 2:
+        spec = _with_mone(spec)
+    return get_gpt_mtp_block_spec(
+        transformer, spec, use_transformer_engine=use_te, vp_stage=vp_stage
+    )
+
+
+def _with_mone(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
+    mlp = spec.submodules.mlp
+    assert isinstance(mlp, partial) and mlp.func is MoELayer, f"not an MoE layer spec: {mlp}"
+    submodules = replace(mlp.keywords["submodules"], experts=MoNEExperts)
+    mone = partial(MoNELayer, **{**mlp.keywords, "submodules": submodules})
+    return replace(spec, submodules=replace(spec.submodules, mlp=mone))
+
+
+def _stage_layers(config: Any, vp_stage: int | None) -> list[int]:
+    """0-based numbers of the decoder layers of this stage, as get_gpt_decoder_block_spec slices."""
+    layout = config.pipeline_model_parallel_layout
+    if isinstance(layout, PipelineParallelLayerLayout):
+        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))

@@ -1,0 +1,315 @@
+"""The routed experts of one rank: weights, checkpoint keys, and the call into the kernels.
+
+May touch: Megatron's MLP (to initialise exactly as it does), its sharded tensors, `kernels/`.
+Weights are neuron-major: a neuron is three H-vectors, so that a kernel gathers whole rows.
+Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ETP), H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import (
+    ReplicaId,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mone.config import selection_bounds
+from megatron_mone.kernels import GroupedMLPOutput, mone_grouped_mlp, resolve_backend
+from megatron_mone.moe.neuron_selection import NeuronSelector
+
+
+class MoNEExperts(MegatronModule):
+    """E_l experts whose neurons are chosen per routed row.
+
+    Parameters are seen through `w_gate_EFH`, `w_up_EFH`, `w_down_EFH`, each [E_l, F_l, H]. Gate and
+    up share one parameter, as Megatron's linear_fc1 does. Checkpoints hold the stock keys and
+    layouts, `experts.linear_fc1.weight` [E, 2F, H] and `experts.linear_fc2.weight` [E, H, F].
+
+    Args:
+        num_local_experts: E_l.
+        config: with mone_* fields.
+        pg_collection: `expt_tp`, `ep` and `expt_dp` are used.
+        name: of the module, as Megatron passes it down; unused.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        del name
+        super().__init__(config=config)
+        self.neuron_bias: Tensor | None
+        self.num_local_experts = num_local_experts
+        self.ep_group = pg_collection.ep
+        self.etp_group = pg_collection.expt_tp
+        self.dp_group = pg_collection.expt_dp
+        self.backend = resolve_backend(config.mone_backend)
+        low, high = selection_bounds(config)
+        self.select = NeuronSelector(
+            rule=config.mone_selection,
+            min_neurons=low,
+            max_neurons=high,
+            threshold=config.mone_threshold,
+            groups=config.mone_neuron_groups,
+            etp_group=self.etp_group,
+        )
+        self._build_weights()
+        bias = None
+        if config.mone_ng_loss_type == "bias":
+            shape = self.w_gate_EFH.shape[:2]
+            bias = torch.zeros(shape, dtype=torch.float32, device=self.linear_fc1.device)
+        self.register_buffer("neuron_bias", bias)
+
+    def _build_weights(self) -> None:
+        """Build stock experts one at a time and move their weights here, so that initial values,
+        random-state consumption and parameter attributes are Megatron's own."""
+        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        for e in range(self.num_local_experts):
+            expert = _stock_expert(self.config, submodules, self.etp_group)
+            fc1, fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
+            hidden, width = fc2.shape
+            if e == 0:
+                self.linear_fc1 = _like(fc1, (self.num_local_experts, 2, width, hidden))
+                self.linear_fc2 = _like(fc2, (self.num_local_experts, width, hidden))
+            if self.config.perform_initialization:
+                self.linear_fc1.data[e].copy_(fc1.data.view(2, width, hidden))
+                self.linear_fc2.data[e].copy_(fc2.data.t())
+
+    @property
+    def w_gate_EFH(self) -> Tensor:
+        """[E_l, F_l, H] gate vectors."""
+        return self.linear_fc1[:, 0]
+
+    @property
+    def w_up_EFH(self) -> Tensor:
+        """[E_l, F_l, H] up vectors."""
+        return self.linear_fc1[:, 1]
+
+    @property
+    def w_down_EFH(self) -> Tensor:
+        """[E_l, F_l, H] down vectors."""
+        return self.linear_fc2
+
+    def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> GroupedMLPOutput:
+        """Compute the selected neurons of every routed row.
+
+        Args:
+            x_NH: [N, H] rows grouped by local expert.
+            tokens_per_expert: [E_l] rows per local expert.
+            probs_N: [N] router probabilities.
+        """
+        counts = tokens_per_expert.tolist()
+
+        def select(gate_NF: Tensor) -> Tensor:
+            return self.select(gate_NF, self._bias_rows(tokens_per_expert))
+
+        return mone_grouped_mlp(
+            x_NH,
+            probs_N,
+            counts,
+            self.w_gate_EFH,
+            self.w_up_EFH,
+            self.w_down_EFH,
+            select=select,
+            activation=self.config.mone_activation,
+            etp_group=self.etp_group,
+            backend=self.backend,
+        )
+
+    def _bias_rows(self, tokens_per_expert: Tensor) -> Tensor | None:
+        if self.neuron_bias is None:
+            return None
+        # Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32
+        # as Megatron's router keeps its expert bias.
+        if self.neuron_bias.dtype != torch.float32:
+            self.neuron_bias.data = self.neuron_bias.data.float()
+        counts = tokens_per_expert.to(self.neuron_bias.device)
+        return self.neuron_bias.repeat_interleave(counts, dim=0)
+
+    def backward_dw(self) -> None:
+        """Nothing is delayed: weight gradients are made in the backward pass itself."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The keys, shapes and splits of stock experts, so that checkpoints go both ways."""
+        singleton = (metadata or {}).get("singleton_local_shards", False)
+        layout = _ExpertLayout(
+            prefix=f"{prefix}experts.",
+            offsets=tuple(sharded_offsets),
+            first_expert=self.ep_group.rank() * self.num_local_experts,
+            num_experts=self.ep_group.size() * self.num_local_experts,
+            etp_rank=self.etp_group.rank(),
+            etp_size=self.etp_group.size(),
+            singleton=singleton,
+        )
+        replica = (0, 0, self.dp_group.rank())
+        state: dict[str, Any] = {
+            f"{prefix}linear_fc1": ShardedTensorFactory(
+                f"{prefix}experts.linear_fc1.weight",
+                self.linear_fc1,
+                layout.build_fc1,
+                layout.merge_fc1,
+                replica,
+            ),
+            f"{prefix}linear_fc2": ShardedTensorFactory(
+                f"{prefix}experts.linear_fc2.weight",
+                self.linear_fc2,
+                layout.build_fc2,
+                layout.merge_fc2,
+                replica,
+            ),
+        }
+        if self.neuron_bias is not None:
+            state[f"{prefix}neuron_bias"] = ShardedTensorFactory(
+                f"{prefix}experts.neuron_bias",
+                self.neuron_bias,
+                layout.build_bias,
+                torch.stack,
+                replica,
+            )
+        return state
+
+
+class _ExpertLayout:
+    """Cuts [E_l, ...] neuron-major tensors into the pieces stock experts save, and joins them.
+
+    Used for weights and, by Megatron's optimizers, for optimizer state of the same shape.
+    """
+
+    def __init__(
+        self,
+        *,
+        prefix: str,
+        offsets: tuple,
+        first_expert: int,
+        num_experts: int,
+        etp_rank: int,
+        etp_size: int,
+        singleton: bool,
+    ) -> None:
+        self.prefix, self.offsets, self.singleton = prefix, offsets, singleton
+        self.first_expert, self.num_experts = first_expert, num_experts
+        self.etp_rank, self.etp_size = etp_rank, etp_size
+
+    def _piece(
+        self,
+        key: str,
+        data: Tensor,
+        e: int,
+        replica: ReplicaId,
+        axis: int,
+        fragment: int,
+        fragments: int,
+    ) -> ShardedTensor:
+        """One expert's tensor, split in `fragments` along `axis`, with the expert axis in front."""
+        expert = self.first_expert + e
+        offsets = self.offsets
+        if self.singleton:
+            key = key.replace(self.prefix, f"{self.prefix}{expert}.", 1)
+        else:
+            offsets = (*offsets, (len(offsets), expert, self.num_experts))
+        return ShardedTensor.from_rank_offsets(
+            key,
+            data,
+            *offsets,
+            (axis + len(offsets), fragment, fragments),
+            replica_id=replica,
+            prepend_axis_num=len(offsets),
+        )
+
+    @torch.no_grad()
+    def build_fc1(
+        self, key: str, t: Tensor, replica: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        """[E_l, 2, F_l, H] -> gate and up pieces of [E, 2F, H], as apply_swiglu_sharded_factory."""
+        assert flattened_range is None
+        pieces = []
+        for e in range(t.shape[0]):
+            for half in range(2):
+                suffix = ("_w", "_v")[half] if self.singleton else ""
+                start = 0 if self.singleton else half * self.etp_size
+                fragments = self.etp_size * (1 if self.singleton else 2)
+                pieces.append(
+                    self._piece(
+                        key + suffix, t[e, half], e, replica, 0, start + self.etp_rank, fragments
+                    )
+                )
+        return pieces
+
+    @staticmethod
+    def merge_fc1(pieces: list[Tensor]) -> Tensor:
+        """Inverse of build_fc1."""
+        stacked = torch.stack(pieces)
+        return stacked.view(-1, 2, *stacked.shape[1:])
+
+    @torch.no_grad()
+    def build_fc2(
+        self, key: str, t: Tensor, replica: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        """[E_l, F_l, H] -> pieces of [E, H, F]."""
+        assert flattened_range is None
+        return [
+            self._piece(key, t[e].t().contiguous(), e, replica, 1, self.etp_rank, self.etp_size)
+            for e in range(t.shape[0])
+        ]
+
+    @staticmethod
+    def merge_fc2(pieces: list[Tensor]) -> Tensor:
+        """Inverse of build_fc2."""
+        return torch.stack([piece.t() for piece in pieces])
+
+    @torch.no_grad()
+    def build_bias(
+        self, key: str, t: Tensor, replica: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        """[E_l, F_l] -> pieces of [E, F]."""
+        assert flattened_range is None
+        return [
+            self._piece(key, t[e], e, replica, 0, self.etp_rank, self.etp_size)
+            for e in range(t.shape[0])
+        ]
+
+
+def _stock_expert(config: TransformerConfig, submodules: MLPSubmodules, etp_group) -> MLP:
+    # SequentialMLP sets ffn_hidden_size the same way: RowParallelLinear reads it from the config.
+    saved = config.ffn_hidden_size
+    config.ffn_hidden_size = config.moe_ffn_hidden_size
+    try:
+        return MLP(
+            config,
+            submodules,
+            ffn_hidden_size=config.moe_ffn_hidden_size,
+            is_expert=True,
+            tp_group=etp_group,
+        )
+    finally:
+        config.ffn_hidden_size = saved
+
+
+def _like(weight: Tensor, shape: tuple[int, ...]) -> torch.nn.Parameter:
+    """An empty parameter that Megatron's optimizer and gradient clipping treat as `weight`."""
+    parameter = torch.nn.Parameter(
+        torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    )
+    copy_tensor_model_parallel_attributes(parameter, weight)
+    parameter.allreduce = weight.allreduce  # False: reduced over expert replicas, not over DP
+    return parameter

@@ -1,0 +1,189 @@
+"""Ties the balance loss to a layer: which rows belong together, what is attached, what is logged.
+
+May touch: Megatron's aux-loss scaler, the metrics tracker, the process groups it is given.
+Shapes: N routed rows, E_l local experts, R source ranks, M micro-batches among them.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mone.config import neurons_per_token
+from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.moe.balance_loss import (
+    BlockStatistics,
+    block_statistics,
+    neuron_balance_loss,
+    neuron_shares,
+)
+from megatron_mone.moe.experts import MoNEExperts
+from megatron_mone.moe.metrics import install_tracker
+from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
+from megatron_mone.moe.token_dispatcher import SourceMap, build_source_map
+
+
+class NeuronBalancer:
+    """The balance loss, the selection bias and the load counters of one MoNE layer.
+
+    Args:
+        config: with mone_* fields.
+        experts: of this layer, for its neuron counts and its selection bias.
+        pg_collection: `tp`, `cp`, `tp_cp`, `tp_ep`, `expt_tp`, `expt_dp` are used.
+        is_mtp_layer: whether the layer belongs to a multi-token-prediction block.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        experts: MoNEExperts,
+        pg_collection: ProcessGroupCollection,
+        *,
+        is_mtp_layer: bool,
+    ) -> None:
+        self.config = config
+        self.experts = experts
+        self.is_mtp_layer = is_mtp_layer
+        self.tp_cp_group = pg_collection.tp_cp
+        self.tp_ep_group = pg_collection.tp_ep
+        self.expt_dp_group = pg_collection.expt_dp
+        self.layer_number: int | None = None
+        self.has_loss = config.mone_ng_loss_type != "bias" and config.mone_ng_loss_coeff > 0
+        self.by_microbatch = config.mone_ng_loss_scope == "micro_batch"
+        self.kept = neurons_per_token(config) if config.mone_selection == "topk" else None
+        self.source_map: SourceMap = build_source_map(
+            tp_cp_group=pg_collection.tp_cp,
+            tp_ep_group=pg_collection.tp_ep,
+            expt_tp_group=pg_collection.expt_tp,
+            expt_dp_group=pg_collection.expt_dp,
+            etp_major=config.moe_token_dispatcher_type != "allgather",
+        )
+        neurons = experts.w_gate_EFH.shape[1]
+        device = experts.w_gate_EFH.device
+        self.load = NeuronLoad(experts.num_local_experts, neurons, device)
+        # Scope global_batch: running sums of this step, and the micro-batches in them.
+        self.running: BlockStatistics | None = None
+        self.running_microbatches = 0
+        install_tracker().register(self)
+
+    def __call__(
+        self,
+        output: GroupedMLPOutput,
+        rows_ER: Tensor,
+        *,
+        layer_number: int | None,
+        local_tokens: int,
+    ) -> Tensor:
+        """Count the kept neurons, and return y with the balance loss attached to its gradient.
+
+        Args:
+            output: of the experts.
+            rows_ER: [E_l, R] rows per local expert and source, in row order.
+            layer_number: 1-based, for the log.
+            local_tokens: tokens of the micro-batch on this rank.
+        """
+        self.layer_number = layer_number
+        experts, device = rows_ER.shape[0], output.y_NH.device
+        expert_N = torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)).to(device)
+        self.load.add(output.mask_NF, expert_N)
+        if not self.has_loss:
+            return output.y_NH
+        block_N, blocks = expert_N, experts
+        if self.by_microbatch:
+            block_N = self._microbatch_blocks(rows_ER).to(device)
+            blocks = experts * self.source_map.num_microbatches
+        loss = self._loss(output, block_N, blocks)
+        if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
+            loss = loss / self.config.mtp_num_layers  # counted once a repetition, as the router's
+        self._record(loss)
+        loss = loss * self.config.mone_ng_loss_coeff
+        if self.config.calculate_per_token_loss:
+            # Cancels the division by all tokens, as TopKRouter.attach_and_log_load_balancing_loss.
+            loss = loss * (local_tokens * self.tp_cp_group.size())
+        return MoEAuxLossAutoScaler.apply(output.y_NH, loss)
+
+    def _microbatch_blocks(self, rows_ER: Tensor) -> Tensor:
+        """[N] block of each row: local expert * M + micro-batch."""
+        count = self.source_map.num_microbatches
+        block_ER = (
+            torch.arange(rows_ER.shape[0]).unsqueeze(1) * count
+            + self.source_map.microbatch_of_source_R
+        )
+        return block_ER.flatten().repeat_interleave(rows_ER.flatten())
+
+    def _loss(self, output: GroupedMLPOutput, block_N: Tensor, blocks: int) -> Tensor:
+        loss_type, etp = self.config.mone_ng_loss_type, self.experts.etp_group
+        share_NF = neuron_shares(
+            gate_NF=output.gate_NF, mask_NF=output.mask_NF, loss_type=loss_type, etp_group=etp
+        )
+        statistics = block_statistics(
+            share_NF=share_NF, mask_NF=output.mask_NF, block_N=block_N, num_blocks=blocks
+        )
+        rows_per_share = 1.0
+        if self.by_microbatch:
+            statistics = statistics.summed(self.source_map.replica_group)
+        else:
+            statistics = statistics.summed(self.expt_dp_group)
+            self.running = statistics if self.running is None else self.running + statistics
+            self.running_microbatches += self._microbatches_seen_at_once()
+            statistics, rows_per_share = self.running, float(self.running_microbatches)
+        return neuron_balance_loss(
+            share_NF=share_NF,
+            block_N=block_N,
+            statistics=statistics,
+            loss_type=loss_type,
+            num_experts=self.config.num_moe_experts,
+            num_neurons=self.config.moe_ffn_hidden_size,
+            neurons_per_token=self.kept,
+            rows_per_share=rows_per_share,
+            etp_group=etp,
+        )
+
+    def _microbatches_seen_at_once(self) -> int:
+        """Micro-batches whose rows the replicas of an expert hold together: all DP ranks'."""
+        ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
+        return ranks // self.tp_cp_group.size()
+
+    def table_row(self) -> int | None:
+        """0-based row of the layer among decoder, then MTP layers; None before its first use."""
+        if self.layer_number is None:
+            return None
+        return self.layer_number - 1 + (self.config.num_layers if self.is_mtp_layer else 0)
+
+    def _record(self, loss: Tensor) -> None:
+        row = self.table_row()
+        install_tracker().record(
+            "ng_loss",
+            loss,
+            None if row is None else row + 1,
+            self.config.num_layers + (self.config.mtp_num_layers or 0),
+            reduce_group=self.tp_cp_group,  # parts of one micro-batch add up; DP ranks average
+        )
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """After the optimizer step: move the selection bias, forget the step's running sums."""
+        bias_EF = self.experts.neuron_bias
+        if bias_EF is not None:
+            counts_EF = self.load.step_counts_EF.clone()
+            torch.distributed.all_reduce(counts_EF, group=self.expt_dp_group)
+            total_E1 = counts_EF.sum(dim=1, keepdim=True)
+            torch.distributed.all_reduce(total_E1, group=self.experts.etp_group)
+            error_EF = total_E1 - counts_EF * self.config.moe_ffn_hidden_size
+            bias_EF += torch.sign(error_EF) * self.config.mone_ng_bias_update_rate
+        self.load.end_step()
+        self.running, self.running_microbatches = None, 0
+
+    def summary(self) -> LoadSummary:
+        """Load facts since the last call, over all ranks of this stage."""
+        counts_EF, rows_E = self.load.take_window()
+        return summarise(
+            counts_EF,
+            rows_E,
+            expt_dp_group=self.expt_dp_group,
+            tp_ep_group=self.tp_ep_group,
+            etp_size=self.experts.etp_group.size(),
+        )

@@ -1,0 +1,98 @@
+"""Gate activations -> the neurons kept: exact top-S or threshold, by group, over ETP ranks.
+
+May touch: torch and one process group, given as an argument. Nothing here is differentiated.
+Shapes: N routed rows, F neurons of an expert, F_l of them on this rank (F / ETP), G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class NeuronSelector:
+    """The selection rule of one model, the same on every layout (MONE.md, "Forward").
+
+    Attributes:
+        rule: "topk" or "threshold".
+        min_neurons, max_neurons: S_min and S_max kept per row over all F neurons; both S for topk.
+        threshold: fraction of the group's largest score, threshold rule only.
+        groups: G equal contiguous groups of the F neurons, each with 1/G of the bounds.
+        etp_group: ranks that hold the F neurons in F_l slices, in rank order; None when whole.
+    """
+
+    rule: str
+    min_neurons: int
+    max_neurons: int
+    threshold: float = 0.0
+    groups: int = 1
+    etp_group: ProcessGroup | None = None
+
+    @torch.no_grad()
+    def __call__(self, gate_NF: Tensor, bias_NF: Tensor | None = None) -> Tensor:
+        """Choose neurons by |gate| (+ bias, for choosing only).
+
+        Args:
+            gate_NF: [N, F_l] gate activations of this rank's neurons.
+            bias_NF: [N, F_l] added to |gate|, or None.
+
+        Returns:
+            mask_NF: [N, F_l] bool. A NaN gate ranks above every number, so that it is kept and
+            surfaces in the output. Ties go to the lower neuron index.
+        """
+        score_NF = gate_NF.abs()
+        if bias_NF is not None:
+            score_NF = score_NF + bias_NF
+        score_NF = torch.where(score_NF.isnan(), torch.inf, score_NF)
+        parts = 1 if self.etp_group is None else self.etp_group.size()
+        if parts == 1 or self.groups % parts == 0:
+            return self._select(score_NF, self.groups // parts)
+        full_NF = _gather_neurons(score_NF, self.etp_group)
+        mine = self.etp_group.rank() * score_NF.shape[1]  # type: ignore[union-attr]
+        return self._select(full_NF, self.groups)[:, mine : mine + score_NF.shape[1]].contiguous()
+
+    def _select(self, score_NF: Tensor, groups: int) -> Tensor:
+        rows, width = score_NF.shape
+        score_RF = score_NF.reshape(rows * groups, width // groups)
+        low, high = self.min_neurons // self.groups, self.max_neurons // self.groups
+        mask_RF = top_neurons(score_RF, high)
+        if self.rule == "threshold":
+            floor_R1 = score_RF.amax(dim=1, keepdim=True) * self.threshold
+            mask_RF &= score_RF >= floor_R1
+            mask_RF |= top_neurons(score_RF, low)
+        return mask_RF.view(rows, width)
+
+
+def top_neurons(score_RF: Tensor, kept: int) -> Tensor:
+    """Mask of the `kept` largest scores of each row; ties go to the lower index, exactly `kept`.
+
+    Args:
+        score_RF: [R, F] without NaN.
+        kept: 1 to F.
+
+    Returns:
+        [R, F] bool.
+    """
+    if kept == score_RF.shape[1]:
+        return torch.ones_like(score_RF, dtype=torch.bool)
+    if score_RF.shape[0] == 0:
+        return torch.zeros_like(score_RF, dtype=torch.bool)
+    kth_R1 = score_RF.topk(kept, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above_RF = score_RF > kth_R1
+    equal_RF = score_RF == kth_R1
+    room_R1 = kept - above_RF.sum(dim=1, keepdim=True)
+    if bool((equal_RF.sum(dim=1, keepdim=True) > room_R1).any()):
+        equal_RF &= equal_RF.cumsum(dim=1) <= room_R1
+    return above_RF | equal_RF
+
+
+def _gather_neurons(score_NF: Tensor, group: ProcessGroup | None) -> Tensor:
+    """All ranks' slices side by side, [N, F]: every rank then makes the same exact choice."""
+    assert group is not None
+    slices = [torch.empty_like(score_NF) for _ in range(group.size())]
+    torch.distributed.all_gather(slices, score_NF.contiguous(), group=group)
+    return torch.cat(slices, dim=1)

@@ -1,0 +1,127 @@
+"""What Megatron's token dispatchers know about where a routed row came from.
+
+After dispatch an expert's rows come from every rank of its expert group at once. The balance loss
+needs them by source micro-batch (MONE.md, "Scope, and a trap"), so the layer asks for the number of
+rows per local expert and source rank, in the order in which the dispatcher lays them out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class SourceMap:
+    """Which micro-batch each rank of the expert group feeds; fixed when the layer is built.
+
+    Attributes:
+        microbatch_of_source: for each source in the dispatcher's row order, the index 0..M-1 of
+            the data-parallel micro-batch it holds a shard of.
+        num_microbatches: M, over all data-parallel ranks when shards of one micro-batch reach
+            different replicas of an expert, else over the sources of this expert group alone.
+        replica_group: ranks whose statistics must be summed to see a whole micro-batch (the
+            expert-data-parallel group); None when the expert group sees whole micro-batches.
+    """
+
+    microbatch_of_source: tuple[int, ...]
+    num_microbatches: int
+    replica_group: ProcessGroup | None
+
+    @cached_property
+    def microbatch_of_source_R(self) -> Tensor:
+        """[R] int64."""
+        return torch.tensor(self.microbatch_of_source)
+
+
+def build_source_map(
+    *,
+    tp_cp_group: ProcessGroup,
+    tp_ep_group: ProcessGroup,
+    expt_tp_group: ProcessGroup,
+    expt_dp_group: ProcessGroup,
+    etp_major: bool,
+) -> SourceMap:
+    """Exchange, once, which micro-batch each rank of the expert group holds a shard of.
+
+    A micro-batch is named by the lowest global rank of its (dense) TP x CP group.
+
+    Args:
+        tp_cp_group: ranks that hold the shards of this rank's micro-batch.
+        tp_ep_group: ranks that send rows to the same experts (ETP x EP, ETP fastest).
+        expt_tp_group: ranks that hold the neurons of the same experts.
+        expt_dp_group: replicas of this rank's experts.
+        etp_major: row order of the dispatcher: [ETP, EP] (alltoall) or group ranks (allgather).
+    """
+    shard_ranks = torch.distributed.get_process_group_ranks(tp_cp_group)
+    expert_ranks = torch.distributed.get_process_group_ranks(tp_ep_group)
+    name = min(shard_ranks)
+    whole = set(shard_ranks) <= set(expert_ranks)
+    names: list = [None] * len(expert_ranks)
+    torch.distributed.all_gather_object(names, (name, whole), group=tp_ep_group)
+    crosses = not all(w for _, w in names)
+    known = {n for n, _ in names}
+    if crosses:
+        everyone: list = [None] * expt_dp_group.size()
+        torch.distributed.all_gather_object(everyone, known, group=expt_dp_group)
+        known = set().union(*everyone)
+    index = {n: i for i, n in enumerate(sorted(known))}
+    order = [index[n] for n, _ in names]
+    if etp_major:
+        parts = expt_tp_group.size()
+        order = [order[e * parts + t] for t in range(parts) for e in range(len(order) // parts)]
+    return SourceMap(tuple(order), len(index), expt_dp_group if crosses else None)
+
+
+def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) -> Tensor:
+    """Rows per local expert and source rank, to be called after `dispatch_postprocess`.
+
+    Args:
+        dispatcher: a stock dispatcher that has just dispatched.
+        tokens_per_expert: [E_l] rows per local expert.
+
+    Returns:
+        [E_l, R] int64 on the CPU: row blocks in the order they stand in the dispatched tensor,
+        expert-major, sources in the order of SourceMap.
+
+    Raises:
+        ValueError: a dispatcher whose row layout is not known here.
+    """
+    experts = tokens_per_expert.numel()
+    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
+        sources = dispatcher.tp_size * dispatcher.ep_size
+        if sources == 1:
+            return tokens_per_expert.view(experts, 1).long().cpu()
+        if dispatcher.drop_and_pad:
+            return torch.full((experts, sources), dispatcher.capacity, dtype=torch.long)
+        if experts == 1:
+            # preprocess() keeps the [tp, ep] table only for several local experts
+            return _single_expert_rows(dispatcher).view(1, sources)
+        return dispatcher.num_global_tokens_per_local_expert.view(sources, experts).t().cpu()
+    if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
+        sources = dispatcher.tp_size * dispatcher.ep_size
+        return dispatcher.local_map.view(sources, -1, experts).sum(dim=1).t().cpu()
+    raise ValueError(
+        f"moe_token_dispatcher_type: the row layout of {type(dispatcher).__name__} is not known; "
+        "use alltoall or allgather with a neuron-granular balance loss of scope micro_batch"
+    )
+
+
+def _single_expert_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> Tensor:
+    """[tp * ep] rows for the only local expert, ETP-major, exchanged over the ETP ranks."""
+    mine_R = torch.as_tensor(dispatcher.output_splits, dtype=torch.long).reshape(-1)
+    if dispatcher.tp_size == 1:
+        return mine_R
+    mine_R = mine_R.to(dispatcher.routing_map.device)
+    parts = [torch.empty_like(mine_R) for _ in range(dispatcher.tp_size)]
+    torch.distributed.all_gather(parts, mine_R, group=dispatcher.tp_group)
+    return torch.cat(parts).cpu()

@@ -1,0 +1,105 @@
+"""Checks made before anything expensive starts: data, tokenizer, checkpoint, folders.
+
+Works on Megatron's parsed but not yet validated arguments. Each failure is a ValueError of one line
+that names the flag or file, the value and the fix. May touch: the file system, read-mostly.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_mone.checkpoint.manifest import check_manifest
+from megatron_mone.data.checks import check_dataset
+
+TRACKER_NAME = "latest_checkpointed_iteration.txt"
+
+
+def check_run(args: Namespace) -> None:
+    """All checks of one rank. Cheap: index headers, one tokenizer file, one JSON, empty files."""
+    check_tokenizer(args)
+    check_data(args)
+    for flag in ("save", "tensorboard_dir"):
+        if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            check_writable(flag, Path(getattr(args, flag)))
+    check_checkpoint(args)
+
+
+def check_tokenizer(args: Namespace) -> None:
+    """A local Hugging Face tokenizer must be a folder with tokenizer files."""
+    if args.tokenizer_type != "HuggingFaceTokenizer" or not args.tokenizer_model:
+        return
+    path = Path(args.tokenizer_model)
+    looks_local = path.is_absolute() or args.tokenizer_model.count("/") > 1 or path.exists()
+    if looks_local and not (path / "tokenizer.json").is_file() and not path.is_file():
+        raise ValueError(
+            f"tokenizer_model = {args.tokenizer_model!r} holds no tokenizer.json: name the folder "
+            "that tools/prepare_data.py wrote beside the data"
+        )
+
+
+def check_data(args: Namespace) -> None:
+    """Every indexed dataset named must be whole and fit the tokenizer.
+
+    Raises:
+        ValueError: from `data.checks.check_dataset`, or no data is named at all.
+    """
+    if args.mock_data:
+        return
+    sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
+    prefixes = [word for source in sources if source for word in source if not _is_number(word)]
+    if not prefixes:
+        if args.per_split_data_args_path or args.data_args_path:
+            return
+        raise ValueError("data_path is not set: name a dataset prefix, or pass --mock-data")
+    tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
+    for prefix in prefixes:
+        check_dataset(Path(prefix), vocab_size=args.vocab_size, tokenizer_path=tokenizer)
+
+
+def check_writable(flag: str, folder: Path) -> None:
+    """Make the folder and write an empty file in it.
+
+    Raises:
+        ValueError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".write-check-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{flag} = {str(folder)!r} is not writable ({error.strerror}): give another folder"
+        ) from error
+
+
+def check_checkpoint(args: Namespace) -> None:
+    """The checkpoint to load must be of this model; a named iteration must exist.
+
+    Raises:
+        ValueError: from `checkpoint.manifest.check_manifest`, or the tracker file names an
+            iteration whose folder is missing.
+    """
+    if not args.load or not (Path(args.load) / TRACKER_NAME).is_file():
+        return
+    folder = Path(args.load)
+    check_manifest(folder, args)
+    text = (folder / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
+    if text == "release":
+        return
+    if not text.isdigit():
+        raise ValueError(f"{folder / TRACKER_NAME} holds {text!r}: it must hold an iteration number")
+    iteration = folder / f"iter_{int(text):07d}"
+    if not iteration.is_dir():
+        raise ValueError(f"checkpoint {iteration} is missing though {TRACKER_NAME} names it: write "
+                         "the number of a folder that is there into that file")  # fmt: skip
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,167 @@
+"""Entry point: one YAML run file and/or Megatron flags -> megatron.training.pretrain.
+
+    torchrun --nproc-per-node 2 -m megatron_mone.pretrain --config configs/demo-mone.yaml [flags]
+
+Without CUDA it runs on CPU ranks through the emulation. Without mone_* fields it trains the stock
+MoE model, so that a baseline differs in nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+USER_ERROR = 2
+
+
+def main() -> None:
+    """Run one training job; a user's mistake is one line on stderr and exit status 2."""
+    started = time.time()
+    if not torch.cuda.is_available():
+        from megatron_mone import cpu_emulation
+
+        cpu_emulation.install()
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    try:
+        args = parse_arguments()
+        model_config = build_model_config(args)
+    except ValueError as error:
+        fail(str(error))
+    _train(args, model_config, started)
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line (on rank 0 only) and exit."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"megatron-mone: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    raise SystemExit(USER_ERROR)
+
+
+def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from megatron.core.enums import ModelType
+    from megatron.training import get_timers, pretrain
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.training import set_startup_timestamps
+
+    from megatron_mone.checkpoint.manifest import write_manifest
+    from megatron_mone.gpt_training import datasets_provider, forward_step
+    from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.profiling.flops import step_flops
+
+    container = pretrain_cfg_container_from_args(args, model_config)
+    if args.save and args.rank == 0:
+        write_manifest(Path(args.save), args)
+    tracker = install_tracker()
+    tracker.log_interval = args.log_interval
+    tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
+    tracker.interval_seconds = lambda: get_timers()("interval-time").elapsed(reset=False)
+    set_startup_timestamps(program_start=started, main_entry=time.time())
+    try:
+        pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
+    except CheckpointingException as error:
+        fail(f"checkpoint {args.load}: {error}")
+    torch.distributed.destroy_process_group()
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read --config and flags, check files and folders, and let Megatron validate the rest.
+
+    Raises:
+        ValueError: anything wrong in the run file, the flags or the files they name.
+    """
+    from megatron.training import arguments
+
+    from megatron_mone.preflight import check_run
+
+    _expand_config()
+    check_run(arguments.parse_args(add_arguments))
+    try:
+        return arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+    except AssertionError as error:
+        raise ValueError(f"Megatron refuses the arguments: {error}") from error
+
+
+def build_model_config(args: argparse.Namespace):
+    """The GPTModelConfig of `args`: MoNE where a mone_* field turns it on, stock otherwise.
+
+    Raises:
+        ValueError: a mone_* field does not fit, or Megatron refuses the model.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        gpt_config_from_args,
+    )
+
+    from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_transformer_impl
+    from megatron_mone.layer_spec import MoNEGPTModelConfig
+
+    check_transformer_impl(args)
+    try:
+        if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
+            return gpt_config_from_args(args)
+        transformer: TransformerConfig
+        if args.multi_latent_attention:
+            # With the flag on, Megatron's helper ignores config_class for its own MLA class.
+            plain = argparse.Namespace(
+                **{**vars(args), "multi_latent_attention": False, "rope_type": None}
+            )
+            transformer = core_transformer_config_from_args(plain, MoNEMLAConfig)
+            if args.rope_type is not None:
+                transformer.rope_type = args.rope_type
+        else:
+            transformer = core_transformer_config_from_args(args, MoNEConfig)
+        return gpt_config_from_args(args, transformer, MoNEGPTModelConfig)
+    except AssertionError as error:
+        raise ValueError(f"Megatron refuses the model: {error}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
+    from megatron_mone.config import add_mone_args, nearest_name
+
+    add_mone_args(parser)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+
+    def one_line(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        hint = nearest_name(unknown[0], flags) if message.startswith("unrecognized") else ""
+        raise ValueError(message + hint)
+
+    parser.error = one_line  # type: ignore[method-assign,assignment]
+    return parser
+
+
+def _expand_config() -> None:
+    """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mone.run_config import load_run, to_flags
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    known, rest = own.parse_known_args(sys.argv[1:])
+    if known.config is None:
+        return
+    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    flags = to_flags(load_run(known.config), parser, known.config)
+    sys.argv[1:] = flags + rest
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+if __name__ == "__main__":
+    main()

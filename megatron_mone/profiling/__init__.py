@@ -1,0 +1,1 @@
+"""Counting and measuring what a training step costs."""

@@ -1,0 +1,132 @@
+"""YAML run files -> Megatron command-line flags.
+
+A run is one each of model x parallel x cluster x train:
+
+    model: demo-mone            # configs/model/demo-mone.yaml, a path, or the mapping itself
+    parallel: ep2
+    cluster: cpu
+    train: demo
+
+Each part maps Megatron argument names (`num_layers`, `mone_neuron_ratio`, ...) to values. Flags on
+the command line come later and win. May touch: files under configs/, argparse; not Megatron state.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from megatron_mone.config import nearest_name
+
+PARTS = ("model", "parallel", "cluster", "train")
+CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """The merged Megatron arguments of a run file.
+
+    Args:
+        path: a YAML file with some of the keys in PARTS.
+
+    Returns:
+        Argument name -> value. A key in two parts is an error, so that a run has one meaning.
+
+    Raises:
+        ValueError: one line naming the file, the key and the fix.
+    """
+    run = _read(path)
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for part, choice in run.items():
+        if part not in PARTS:
+            raise ValueError(
+                f"{path}: unknown key {part!r}{nearest_name(str(part), list(PARTS))}; a run file "
+                f"holds {', '.join(PARTS)}"
+            )
+        for name, value in _part(path, part, choice).items():
+            if name in merged:
+                raise ValueError(f"{path}: {name!r} is set by both {origin[name]} and {part}")
+            merged[name], origin[name] = value, part
+    return merged
+
+
+def to_flags(values: dict[str, Any], parser: argparse.ArgumentParser, source: Path) -> list[str]:
+    """Command-line flags that make `parser` produce `values`.
+
+    Args:
+        values: argument name (argparse dest) -> value; None leaves the default.
+        parser: Megatron's parser with our flags.
+        source: file named in errors.
+
+    Raises:
+        ValueError: an unknown argument (with the nearest known name), or a value whose kind the
+            flag does not take.
+    """
+    by_dest: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        by_dest.setdefault(action.dest, []).append(action)
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in by_dest:
+            raise ValueError(
+                f"{source}: unknown key {name!r}{nearest_name(str(name), list(by_dest))}"
+            )
+        flags += _flags_of(name, value, by_dest[name], source)
+    return flags
+
+
+def _flags_of(
+    name: str, value: Any, actions: list[argparse.Action], source: Path
+) -> list[str]:
+    if value is None:
+        return []
+    constants = {a.const: a for a in actions if a.nargs == 0}
+    if constants:
+        if not isinstance(value, bool):
+            raise ValueError(f"{source}: {name} = {value!r} must be true or false")
+        if value in constants:
+            return [constants[value].option_strings[0]]
+        if actions[0].default == value:
+            return []
+        raise ValueError(f"{source}: {name} = {value!r} has no Megatron flag; leave it out")
+    flag = actions[0].option_strings[0]
+    if isinstance(value, dict):
+        raise ValueError(f"{source}: {name} must be a value, not a mapping")
+    # Without nargs a list is one word, as Megatron's layer patterns are: "[0, 1, 1]".
+    if isinstance(value, list) and actions[0].nargs is not None:
+        return [flag, *map(str, value)]
+    return [flag, str(value)]
+
+
+def _part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
+    if isinstance(choice, dict):
+        return choice
+    if not isinstance(choice, str):
+        raise ValueError(f"{run_path}: {part} = {choice!r} must be a name, a path or a mapping")
+    for candidate in (
+        CONFIG_ROOT / part / f"{choice}.yaml",
+        run_path.parent / choice,
+        Path(choice),
+    ):
+        if candidate.is_file():
+            return _read(candidate)
+    known = sorted(p.stem for p in (CONFIG_ROOT / part).glob("*.yaml"))
+    raise ValueError(
+        f"{run_path}: {part} = {choice!r} is neither a file nor one of configs/{part}/: "
+        f"{', '.join(known)}{nearest_name(choice, known)}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of names to values")
+    return {str(key): value for key, value in values.items()}

@@ -1,0 +1,52 @@
+"""Shared fixtures: one CPU rank under the emulation, small configs, a spawner for more ranks."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """This process as the only rank of a Megatron job on the CPU."""
+    from megatron_mone import cpu_emulation
+
+    if not torch.cuda.is_available():
+        cpu_emulation.install()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        store = torch.distributed.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(7)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+def mone_config(**changes: Any):
+    """A small MoNEConfig; `changes` override fields."""
+    from megatron_mone.config import MoNEConfig
+
+    fields: dict[str, Any] = dict(
+        num_layers=1,
+        hidden_size=16,
+        num_attention_heads=2,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=24,
+        ffn_hidden_size=32,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        bias_activation_fusion=False,
+        transformer_impl="local",
+        moe_token_dispatcher_type="alltoall",
+        moe_aux_loss_coeff=0.0,
+        mone_neuron_ratio=0.25,
+        mone_ng_loss_coeff=0.01,
+    )
+    return MoNEConfig(**{**fields, **changes})

@@ -1,0 +1,366 @@
+"""MoNE experts and their balance loss against an independent float64 computation, and against
+stock Megatron where every neuron is kept."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mone.moe.balance_loss import block_statistics, neuron_balance_loss, neuron_shares
+from tests.conftest import mone_config
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+ACTIVATIONS = ["silu", "sigmoid", "softmax", "gelu", "relu"]
+LOSSES = ["raw", "selected", "normalized", "entropy"]
+
+
+def build_experts(num_experts, **changes):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_mone.moe.experts import MoNEExperts
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    config = mone_config(num_moe_experts=num_experts, moe_router_topk=1, moe_router_pre_softmax=True, **changes)
+    return MoNEExperts(num_experts, config, pg_collection=groups)
+
+
+def build_layer(kind="mone", **changes):
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_mone.layer_spec import mone_layer_spec
+
+    config = mone_config(**changes)
+    config.mone_layer_freq = [int(kind == "mone")]
+    spec = mone_layer_spec(config).layer_specs[0]
+    model_parallel_cuda_manual_seed(11)
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return spec.submodules.mlp(config=config, layer_number=1, pg_collection=groups)
+
+
+def plain_sigma(name, a):
+    """The gate activation written out, for one row."""
+    if name == "softmax":
+        e = torch.exp(a - a.max())
+        return e / e.sum()
+    if name == "gelu":
+        return a * 0.5 * (1 + torch.erf(a / math.sqrt(2)))
+    return {
+        "silu": a / (1 + torch.exp(-a)),
+        "sigmoid": 1 / (1 + torch.exp(-a)),
+        "relu": torch.clamp(a, min=0),
+    }[name]
+
+
+def plain_choice(g, config):
+    """Kept neurons of one row by sorting, for either rule and any number of groups."""
+    groups = config.mone_neuron_groups
+    size = len(g) // groups
+    kept = config.mone_neurons_per_token // groups
+    chosen = []
+    for start in range(0, len(g), size):
+        values = [abs(v) for v in g[start : start + size].tolist()]
+        order = sorted(range(size), key=lambda j, v=values: (-v[j], j))
+        if config.mone_selection == "topk":
+            part = order[:kept]
+        else:
+            low = (config.mone_min_neurons_per_token or groups) // groups
+            high = (config.mone_max_neurons_per_token or config.mone_neurons_per_token) // groups
+            passing = [j for j in order[:high] if values[j] >= config.mone_threshold * max(values)]
+            part = sorted(set(passing) | set(order[:low]))
+        chosen += [start + j for j in part]
+    return sorted(chosen)
+
+
+def plain_forward(config, x, p, experts_of_rows, gate, up, down):
+    """y, kept neurons and gates, row by row, as MONE.md writes them."""
+    ys, kept, gates = [], [], []
+    for n, e in enumerate(experts_of_rows):
+        g = plain_sigma(config.mone_activation, gate[e] @ x[n])
+        u = up[e] @ x[n]
+        chosen = plain_choice(g.detach(), config)
+        ys.append(sum(p[n] * g[j] * u[j] * down[e, j] for j in chosen))
+        kept.append(chosen)
+        gates.append(g)
+    return torch.stack(ys), kept, gates
+
+
+def plain_loss(loss_type, experts_of_rows, kept, gates, num_experts, width):
+    """1/E * sum over experts of sum_j f_j P_j (entropy: 1 - H(P) / ln F)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for e in range(num_experts):
+        rows = [n for n, owner in enumerate(experts_of_rows) if owner == e]
+        if not rows:
+            continue
+        shares = []
+        for n in rows:
+            size = gates[n].abs()
+            mask = torch.zeros(width, dtype=torch.float64)
+            mask[kept[n]] = 1.0
+            part = size if loss_type == "normalized" else size * mask
+            idle = part.sum() == 0  # relu may leave a row without any active neuron
+            shares.append(part if loss_type == "raw" or idle else part / part.sum())
+        share = torch.stack(shares).mean(dim=0)
+        if loss_type == "entropy":
+            used = share[share > 0]
+            total = total + (used * (1 + used.log() / math.log(max(width, 2)))).sum()
+            continue
+        count = torch.zeros(width, dtype=torch.float64)
+        for n in rows:
+            count[kept[n]] += 1
+        f = width * count / count.sum()
+        total = total + (f * share).sum()
+    return total / num_experts
+
+
+@st.composite
+def cases(draw):
+    groups = draw(st.sampled_from([1, 2, 4]))
+    size = draw(st.integers(1, 5))
+    kept = draw(st.integers(1, size))
+    selection = draw(st.sampled_from(["topk", "threshold"]))
+    return dict(
+        seed=draw(st.integers(0, 2**31)),
+        num_experts=draw(st.integers(1, 4)),
+        rows=draw(st.lists(st.integers(0, 5), min_size=4, max_size=4)),
+        hidden=draw(st.sampled_from([4, 8])),
+        changes=dict(
+            moe_ffn_hidden_size=groups * size,
+            mone_neuron_ratio=None,
+            mone_neurons_per_token=groups * kept,
+            mone_neuron_groups=groups,
+            mone_selection=selection,
+            mone_threshold=draw(st.sampled_from([0.05, 0.5, 1.0])),
+            mone_activation=draw(st.sampled_from(ACTIVATIONS)),
+            mone_ng_loss_type=draw(st.sampled_from(LOSSES)),
+        ),
+    )
+
+
+@settings(max_examples=120, deadline=None)
+@given(cases())
+def test_experts_and_loss_equal_an_independent_computation(case):
+    """Outputs, the loss and every gradient, in float64, relative error <= 1e-9."""
+    torch.manual_seed(case["seed"])
+    experts = build_experts(
+        case["num_experts"], hidden_size=case["hidden"], params_dtype=torch.float64,
+        **case["changes"],
+    )  # fmt: skip
+    config, width = experts.config, case["changes"]["moe_ffn_hidden_size"]
+    counts = case["rows"][: case["num_experts"]]
+    owners = [e for e, n in enumerate(counts) for _ in range(n)]
+    with torch.no_grad():
+        experts.linear_fc1.normal_()
+        experts.linear_fc2.normal_()
+    x = torch.randn(len(owners), case["hidden"], dtype=torch.float64, requires_grad=True)
+    p = torch.rand(len(owners), dtype=torch.float64, requires_grad=True)
+
+    output = experts(x, torch.tensor(counts), p)
+    block = torch.tensor(owners, dtype=torch.long)
+    loss_type = config.mone_ng_loss_type
+    share = neuron_shares(gate_NF=output.gate_NF, mask_NF=output.mask_NF, loss_type=loss_type)
+    loss = neuron_balance_loss(
+        share_NF=share,
+        block_N=block,
+        statistics=block_statistics(
+            share_NF=share, mask_NF=output.mask_NF, block_N=block, num_blocks=len(counts)
+        ),
+        loss_type=loss_type,
+        num_experts=len(counts),
+        num_neurons=width,
+        neurons_per_token=(
+            config.mone_neurons_per_token if config.mone_selection == "topk" else None
+        ),
+    )
+    leaves = [x, p, experts.linear_fc1, experts.linear_fc2]
+    if not owners:
+        assert output.y_NH.shape == (0, case["hidden"])
+        assert loss.item() == 0.0
+        return
+    y_plain, kept, gates = plain_forward(
+        config, x, p, owners, experts.w_gate_EFH, experts.w_up_EFH, experts.w_down_EFH
+    )
+    loss_plain = plain_loss(loss_type, owners, kept, gates, len(counts), width)
+    for n, chosen in enumerate(kept):
+        assert output.mask_NF[n].nonzero().flatten().tolist() == chosen
+    torch.testing.assert_close(output.y_NH, y_plain, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(loss, loss_plain, rtol=1e-9, atol=1e-9)
+    weight = torch.randn_like(y_plain)
+    got = torch.autograd.grad((output.y_NH * weight).sum() + loss, leaves)
+    wanted = torch.autograd.grad((y_plain * weight).sum() + loss_plain, leaves)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+def test_loss_is_alpha_free_one_when_uniform():
+    """Every neuron kept as often and as strongly: sum_j f_j P_j = 1 for scale-free P."""
+    gate = torch.eye(4).repeat(3, 1) + 1e-9
+    mask = torch.eye(4, dtype=torch.bool).repeat(3, 1)
+    block = torch.zeros(12, dtype=torch.long)
+    for loss_type, value in [("selected", 1.0), ("normalized", 1.0), ("entropy", 0.0)]:
+        share = neuron_shares(gate_NF=gate, mask_NF=mask, loss_type=loss_type)
+        stats = block_statistics(share_NF=share, mask_NF=mask, block_N=block, num_blocks=1)
+        loss = neuron_balance_loss(
+            share_NF=share, block_N=block, statistics=stats, loss_type=loss_type,
+            num_experts=1, num_neurons=4, neurons_per_token=1,
+        )  # fmt: skip
+        assert loss.item() == pytest.approx(value, abs=1e-6)
+
+
+def test_only_the_raw_loss_falls_when_all_gates_shrink():
+    """The reviewer's objection to the published P: shrinking every gate lowers it."""
+    torch.manual_seed(0)
+    gate = torch.randn(32, 16, dtype=torch.float64)
+    mask = gate.abs() >= gate.abs().median()
+    block = torch.zeros(32, dtype=torch.long)
+
+    def value(loss_type, scale):
+        share = neuron_shares(gate_NF=gate * scale, mask_NF=mask, loss_type=loss_type)
+        stats = block_statistics(share_NF=share, mask_NF=mask, block_N=block, num_blocks=1)
+        return neuron_balance_loss(
+            share_NF=share, block_N=block, statistics=stats, loss_type=loss_type,
+            num_experts=1, num_neurons=16, neurons_per_token=None,
+        ).item()  # fmt: skip
+
+    assert value("raw", 0.5) == pytest.approx(0.5 * value("raw", 1.0))
+    for loss_type in ("selected", "normalized", "entropy"):
+        assert value(loss_type, 0.5) == pytest.approx(value(loss_type, 1.0), rel=1e-12)
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keep_all_is_stock_megatron_to_the_bit(dispatcher, dtype):
+    """S = F, same seed: same weights, outputs and gradients, because the same GEMMs are made."""
+    changes = dict(
+        mone_neuron_ratio=1.0, mone_ng_loss_coeff=0.0, moe_token_dispatcher_type=dispatcher,
+        hidden_size=32, moe_ffn_hidden_size=48, params_dtype=dtype,
+        bf16=dtype == torch.bfloat16, moe_router_dtype="fp32",
+    )  # fmt: skip
+    mone, stock = build_layer("mone", **changes), build_layer("stock", **changes)
+    torch.manual_seed(0)
+    x = torch.randn(17, 3, 32, dtype=dtype)
+    results = []
+    for layer in (mone, stock):
+        inputs = x.clone().requires_grad_()
+        y, _ = layer(inputs)
+        y.backward(torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y))
+        results.append((y, inputs.grad, layer.router.weight.grad, layer.experts))
+    (y, dx, dr, ours), (y_, dx_, dr_, theirs) = results
+    assert torch.equal(y, y_)
+    assert torch.equal(dx, dx_)
+    assert torch.equal(dr, dr_)
+    for e, expert in enumerate(theirs.local_experts):
+        fc1, fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
+        assert torch.equal(ours.linear_fc1[e].reshape(fc1.shape), fc1)
+        assert torch.equal(ours.linear_fc2[e].t(), fc2)
+        assert torch.equal(ours.linear_fc1.grad[e].reshape(fc1.shape), fc1.grad)
+        assert torch.equal(ours.linear_fc2.grad[e].t(), fc2.grad)
+
+
+def test_selecting_changes_the_output():
+    x = torch.randn(9, 2, 16)
+    kept, all_of_them = (build_layer(mone_neuron_ratio=r)(x)[0] for r in (0.25, 1.0))
+    assert not torch.allclose(kept, all_of_them)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_experts_without_tokens(tokens):
+    layer = build_layer(num_moe_experts=8, moe_router_topk=1, moe_router_pre_softmax=True)
+    x = torch.randn(tokens, 1, 16, requires_grad=True)
+    y, _ = layer(x)
+    y.sum().backward()
+    assert (layer.neuron_balancer.load.step_counts_EF.sum(dim=1) == 0).sum() >= 8 - tokens
+    assert y.shape == x.shape
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(layer.experts.linear_fc1.grad).all()
+
+
+def test_nan_input_surfaces():
+    layer = build_layer()
+    x = torch.randn(6, 1, 16)
+    x[2] = math.nan
+    y, _ = layer(x)
+    assert y[2].isnan().all()
+    assert torch.isfinite(y[[0, 1, 3, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
+    """The attached loss alone has a gradient, and it is the one of the logged value."""
+    from megatron_mone.moe.metrics import install_tracker
+
+    install_tracker().clear()
+    layer = build_layer(mone_ng_loss_type=loss_type, mone_ng_loss_scope=scope,
+                        mone_ng_loss_coeff=0.5)  # fmt: skip
+    y, _ = layer(torch.randn(20, 1, 16))
+    (y * 0).sum().backward()
+    grad = layer.experts.linear_fc1.grad
+    assert grad[:, 0].abs().sum() > 0
+    assert grad[:, 1].abs().sum() == 0  # up vectors have no part in the loss
+    logged = install_tracker().metrics["ng_loss"].values
+    assert logged.shape == (1,)
+    assert logged.item() > 0
+    layer.neuron_balancer.end_step()
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
+def test_recompute_changes_nothing(scope):
+    """Full gradients, statistics and the logged loss are the same with the layer recomputed."""
+    from megatron_mone.moe.metrics import install_tracker
+
+    x = torch.randn(12, 2, 16)
+    seen = []
+    for changes in ({}, dict(recompute_granularity="selective", recompute_modules=["moe"])):
+        install_tracker().clear()
+        layer = build_layer(mone_ng_loss_scope=scope, mone_ng_loss_coeff=0.1, **changes)
+        assert layer.moe_layer_recompute == bool(changes)
+        inputs = x.clone().requires_grad_()
+        layer(inputs)[0].square().sum().backward()
+        seen.append(
+            (
+                inputs.grad,
+                layer.experts.linear_fc1.grad,
+                layer.neuron_balancer.load.step_counts_EF.clone(),
+                install_tracker().metrics["ng_loss"].values.clone(),
+            )
+        )
+    for a, b in zip(*seen, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_evaluation_leaves_no_trace():
+    from megatron_mone.moe.metrics import install_tracker
+
+    install_tracker().clear()
+    layer = build_layer().eval()
+    with torch.no_grad():
+        layer(torch.randn(8, 1, 16))
+    assert layer.neuron_balancer.load.step_counts_EF.sum() == 0
+    assert install_tracker().metrics["ng_loss"].values.sum() == 0
+
+
+def test_selection_bias_moves_against_the_load():
+    """bias: no loss; a neuron kept too often loses, one kept too seldom gains, by the rate."""
+    layer = build_layer(mone_ng_loss_type="bias", mone_ng_bias_update_rate=0.25)
+    y, _ = layer(torch.randn(40, 1, 16))
+    y.sum().backward()
+    counts = layer.neuron_balancer.load.step_counts_EF.clone()
+    layer.neuron_balancer.end_step()
+    mean = counts.sum(dim=1, keepdim=True) / counts.shape[1]
+    expected = 0.25 * torch.sign(mean - counts)
+    assert torch.equal(layer.experts.neuron_bias, expected)
+    assert "neuron_bias" in layer.experts.state_dict()
+    assert layer.neuron_balancer.load.step_counts_EF.sum() == 0
+
+
+def test_layers_with_shared_experts_and_bf16_selection():
+    layer = build_layer(moe_shared_expert_intermediate_size=16, params_dtype=torch.bfloat16,
+                        bf16=True, moe_router_dtype="fp32")  # fmt: skip
+    y, _ = layer(torch.randn(8, 1, 16, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+    assert torch.isfinite(y).all()

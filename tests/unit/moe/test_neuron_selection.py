@@ -1,0 +1,79 @@
+"""Selection against a plain Python sort: exact, ties to the lower index, NaN on top."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_mone.moe.neuron_selection import NeuronSelector, top_neurons
+
+# few distinct values, so that ties are the rule
+VALUES = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 3.0, 1e-30, float("inf")])
+
+
+def sorted_choice(scores: list[float], kept: int) -> set[int]:
+    order = sorted(range(len(scores)), key=lambda j: (-scores[j], j))
+    return set(order[:kept])
+
+
+def rank(value: float) -> float:
+    return math.inf if math.isnan(value) else abs(value)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_topk_is_exact_with_ties_to_the_lower_index(data):
+    groups = data.draw(st.integers(1, 3))
+    width = data.draw(st.integers(1, 6))
+    kept = data.draw(st.integers(1, width))
+    row = data.draw(st.lists(VALUES | st.just(math.nan), min_size=groups * width,
+                             max_size=groups * width))  # fmt: skip
+    select = NeuronSelector("topk", kept * groups, kept * groups, groups=groups)
+    mask = select(torch.tensor([row, row[::-1]]))
+    for values, chosen in zip((row, row[::-1]), mask, strict=True):
+        wanted = set()
+        for g in range(groups):
+            part = [rank(v) for v in values[g * width : (g + 1) * width]]
+            wanted |= {g * width + j for j in sorted_choice(part, kept)}
+        assert set(chosen.nonzero().flatten().tolist()) == wanted
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_threshold_keeps_the_large_within_bounds(data):
+    width = data.draw(st.integers(1, 8))
+    low = data.draw(st.integers(1, width))
+    high = data.draw(st.integers(low, width))
+    tau = data.draw(st.sampled_from([0.1, 0.5, 1.0]))
+    row = data.draw(st.lists(VALUES, min_size=width, max_size=width))
+    select = NeuronSelector("threshold", low, high, threshold=tau)
+    kept = set(select(torch.tensor([row]))[0].nonzero().flatten().tolist())
+    scores = [rank(v) for v in row]
+    floor = float(torch.tensor(max(scores)) * tau)
+    passing = {j for j in range(width) if scores[j] >= floor} & sorted_choice(scores, high)
+    assert kept == passing | sorted_choice(scores, low)
+    assert low <= len(kept) <= high
+
+
+def test_bias_moves_the_choice_only():
+    select = NeuronSelector("topk", 1, 1)
+    gate = torch.tensor([[1.0, 2.0]])
+    assert select(gate)[0].tolist() == [False, True]
+    assert select(gate, torch.tensor([[1.5, 0.0]]))[0].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_and_repeatable(dtype):
+    score = torch.randn(64, 96).abs().to(dtype)
+    first = top_neurons(score, 24)
+    assert torch.equal(first, top_neurons(score, 24))
+    assert (first.sum(dim=1) == 24).all()
+    order = score.float().sort(dim=1, descending=True, stable=True).indices[:, :24]
+    assert torch.equal(first, torch.zeros_like(first).scatter_(1, order, True))
+
+
+def test_no_rows_and_all_neurons():
+    assert top_neurons(torch.empty(0, 8), 2).shape == (0, 8)
+    assert top_neurons(torch.zeros(3, 8), 8).all()
