@@ -1,6 +1,6 @@
 """Checks made before anything expensive starts: data, tokenizer, checkpoint, folders.
 
-Works on Megatron's parsed but not yet validated arguments. Each failure is a ValueError of one line
+`check_run` works on Megatron's parsed arguments, `check_checkpoint` on its validated ones. Each failure is a ValueError of one line
 that names the flag or file, the value and the fix. May touch: the file system, read-mostly.
 """
 
@@ -18,13 +18,12 @@ TRACKER_NAME = "latest_checkpointed_iteration.txt"
 
 
 def check_run(args: Namespace) -> None:
-    """All checks of one rank. Cheap: index headers, one tokenizer file, one JSON, empty files."""
+    """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
     check_tokenizer(args)
     check_data(args)
     for flag in ("save", "tensorboard_dir"):
         if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             check_writable(flag, Path(getattr(args, flag)))
-    check_checkpoint(args)
 
 
 def check_tokenizer(args: Namespace) -> None:

@@ -9,6 +9,7 @@ MoE model, so that a baseline differs in nothing else.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import sys
@@ -64,12 +65,29 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     tracker.log_interval = args.log_interval
     tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
     tracker.interval_seconds = lambda: get_timers()("interval-time").elapsed(reset=False)
+    if args.tensorboard_dir and args.rank == 0:
+        _write_run_facts(Path(args.tensorboard_dir), args, tracker.step_flops())
     set_startup_timestamps(program_start=started, main_entry=time.time())
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
         fail(f"checkpoint {args.load}: {error}")
     torch.distributed.destroy_process_group()
+
+
+def _write_run_facts(folder: Path, args: argparse.Namespace, flops: tuple[float, float]) -> None:
+    """run.json beside the event files: the constants a reader needs to scale what they hold."""
+    facts = {
+        "schema": "megatron-mone/run/1",
+        "world_size": args.world_size,
+        "tokens_per_step": args.global_batch_size * args.seq_length,
+        "executed_flops_per_step": flops[0],
+        "active_flops_per_step": flops[1],
+        "argv": sys.argv[1:],
+    }
+    beside = folder / f".run.json.{os.getpid()}"
+    beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    beside.replace(folder / "run.json")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -80,14 +98,16 @@ def parse_arguments() -> argparse.Namespace:
     """
     from megatron.training import arguments
 
-    from megatron_mone.preflight import check_run
+    from megatron_mone.preflight import check_checkpoint, check_run
 
     _expand_config()
     check_run(arguments.parse_args(add_arguments))
     try:
-        return arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
     except AssertionError as error:
         raise ValueError(f"Megatron refuses the arguments: {error}") from error
+    check_checkpoint(args)  # compares widths that validation derives
+    return args
 
 
 def build_model_config(args: argparse.Namespace):
