@@ -27,7 +27,6 @@ TINY = [
     *("--max-position-embeddings", "32", "--micro-batch-size", "2", "--global-batch-size", "8"),
     *("--moe-token-dispatcher-type", "alltoall", "--moe-aux-loss-coeff", "0.01"),
     *("--moe-router-load-balancing-type", "aux_loss", "--moe-router-dtype", "fp32"),
-    *("--mone-neuron-ratio", "0.25", "--mone-ng-loss-coeff", "0.01"),
     *("--transformer-impl", "local", "--distributed-backend", "gloo"),
     *("--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion"),
     *("--no-masked-softmax-fusion", "--no-rope-fusion", "--no-persist-layer-norm", "--no-bias-dropout-fusion"),
@@ -36,6 +35,7 @@ TINY = [
     *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1"),
     *("--tensorboard-log-interval", "1", "--ckpt-format", "torch_dist"),
 ]  # fmt: skip
+MONE = ["--mone-neuron-ratio", "0.25", "--mone-ng-loss-coeff", "0.01"]
 # Megatron pads the vocabulary to a multiple of this times TP, and padding takes part in the softmax:
 # 64 keeps it at 128 rows for TP 1 and 2, so that both are the same model.
 MOCK = [
@@ -63,7 +63,9 @@ def start(cases: list[Case], ranks: int, folder: Path) -> subprocess.Popen:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     log = (folder / f"{cases[0].name}.log").open("w")
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+    )
 
 
 def run_cases(cases: list[Case], ranks: int, folder: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import (
     ReplicaId,
+    ShardedObject,
     ShardedStateDict,
     ShardedTensor,
     ShardedTensorFactory,
@@ -25,11 +26,15 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from megatron_mone.config import selection_bounds
 from megatron_mone.kernels import GroupedMLPOutput, mone_grouped_mlp, resolve_backend
 from megatron_mone.moe.neuron_selection import NeuronSelector
+
+
+EXTRA_STATE = "._extra_state"
 
 
 class MoNEExperts(MegatronModule):
@@ -186,7 +191,19 @@ class MoNEExperts(MegatronModule):
                 torch.stack,
                 replica,
             )
+        # Stock linears save an empty extra state per expert (for TE's fp8) and ask for it on load.
+        object_replica = (0, self.etp_group.rank(), self.dp_group.rank())
+        for linear in ("linear_fc1", "linear_fc2"):
+            for e in range(self.num_local_experts):
+                state[f"{prefix}local_experts.{e}.{linear}{EXTRA_STATE}"] = layout.extra_state(
+                    linear, e, object_replica
+                )
         return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(EXTRA_STATE)]:
+            del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ExpertLayout:
@@ -235,6 +252,15 @@ class _ExpertLayout:
             replica_id=replica,
             prepend_axis_num=len(offsets),
         )
+
+    def extra_state(self, linear: str, e: int, replica: ReplicaId) -> ShardedObject:
+        """The (empty) extra state of one expert's linear under its stock key."""
+        key, offsets = f"{self.prefix}{linear}{EXTRA_STATE}", self.offsets
+        if self.singleton:
+            key = key.replace(self.prefix, f"{self.prefix}{self.first_expert + e}.", 1)
+        else:
+            offsets = (*offsets, (len(offsets), self.first_expert + e, self.num_experts))
+        return make_sharded_object_for_checkpoint(None, key, offsets, replica)
 
     @torch.no_grad()
     def build_fc1(

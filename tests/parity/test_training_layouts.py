@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training_cases import MOCK, TINY, Case, run_cases, scalars
+from tests.training_cases import MOCK, MONE, TINY, Case, run_cases, scalars
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ LAYOUTS = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     start = folder / "start"
-    common = [*TINY, *MOCK]
+    common = [*TINY, *MONE, *MOCK]
     resume = [*common, "--load", str(start), "--finetune", "--train-iters", str(STEPS)]
     one_step = [*common, "--train-iters", "1", "--save", str(start), "--save-interval", "1"]
     run_cases([Case("start-run", tuple(one_step)), Case("one rank", tuple(resume))], 1, folder)

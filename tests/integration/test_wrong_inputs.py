@@ -1,0 +1,181 @@
+"""What goes wrong before training is one line that names the field or file, the value and the fix."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mone import pretrain
+from tests.training_cases import MOCK, MONE, ROOT, TINY
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small prepared dataset, its folder."""
+    from megatron_mone.data.plan import PrepareConfig
+    from megatron_mone.data.prepare import prepare
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "a.txt").write_text("To be, or not to be, that is the question.\n" * 200)
+    for name, tokenizer in (("bytes", "byte"), ("pieces", "bpe:300")):
+        prepare(PrepareConfig((folder / "a.txt",), folder / name, tokenizer=tokenizer))
+    return folder
+
+
+def data_flags(data: Path, prefix: str = "bytes", tokenizer: str = "bytes") -> list[str]:
+    return [
+        *("--data-path", f"{data}/{prefix}_text_document", "--split", "90,10,0"),
+        *("--tokenizer-type", "HuggingFaceTokenizer"),
+        *("--tokenizer-model", f"{data}/{tokenizer}.tokenizer", "--num-workers", "0"),
+    ]
+
+
+def run_file(folder: Path, **parts) -> str:
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(parts))
+    return str(path)
+
+
+def truncated(data: Path, folder: Path) -> list[str]:
+    for end in ("_text_document.bin", "_text_document.idx", ".manifest.json"):
+        shutil.copy(f"{data}/bytes{end}", folder / f"short{end}")
+    with (folder / "short_text_document.bin").open("r+b") as file:
+        file.truncate(100)
+    return ["--data-path", f"{folder}/short_text_document", *data_flags(data)[2:]]
+
+
+def other_model(folder: Path) -> list[str]:
+    """A checkpoint folder whose manifest says hidden_size 64."""
+    from argparse import Namespace
+
+    from megatron_mone.checkpoint.manifest import write_manifest
+
+    write_manifest(folder, Namespace(num_layers=2, hidden_size=64))
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    return ["--load", str(folder)]
+
+
+def file_in_the_way(folder: Path) -> str:
+    (folder / "file").write_text("")
+    return str(folder / "file" / "save")
+
+
+CASES = {
+    "unknown YAML key": (
+        lambda data, tmp: ["--config", run_file(tmp, model={"hiden_size": 32})],
+        r"unknown key 'hiden_size' \(did you mean 'hidden_size'\?\)",
+    ),
+    "unknown part": (
+        lambda data, tmp: ["--config", run_file(tmp, modle={})],
+        r"unknown key 'modle' \(did you mean 'model'\?\)",
+    ),
+    "unknown choice": (
+        lambda data, tmp: ["--config", run_file(tmp, model="demo-moan")],
+        r"model = 'demo-moan' .* \(did you mean 'demo-mone'\?\)",
+    ),
+    "same key twice": (
+        lambda data, tmp: ["--config", run_file(tmp, model={"lr": 1}, train={"lr": 2})],
+        "'lr' is set by both model and train",
+    ),
+    "not a boolean": (
+        lambda data, tmp: ["--config", run_file(tmp, model={"swiglu": 3})],
+        "swiglu = 3 must be true or false",
+    ),
+    "no run file": (lambda data, tmp: ["--config", "none.yaml"], "none.yaml cannot be read"),
+    "unknown flag": (
+        lambda data, tmp: [*MOCK, "--mone-neuron-ration", "0.1"],
+        r"--mone-neuron-ration 0.1 \(did you mean '--mone-neuron-ratio'\?\)",
+    ),
+    "S over F": (
+        lambda data, tmp: [*TINY, *MOCK, "--mone-neurons-per-token", "49"],
+        "mone_neurons_per_token = 49 .* 1 to moe_ffn_hidden_size = 48",
+    ),
+    "groups do not divide F": (
+        lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-neuron-groups", "5"],
+        "mone_neuron_groups = 5 .* divisor of moe_ffn_hidden_size = 48",
+    ),
+    "no data": (lambda data, tmp: TINY, "data_path is not set"),
+    "missing data": (
+        lambda data, tmp: [*TINY, *data_flags(data, prefix="none")],
+        r"none_text_document\.(idx|bin)",
+    ),
+    "truncated .bin": (lambda data, tmp: [*TINY, *truncated(data, tmp)], r"short_text_document\.bin"),
+    "tokenizer of other data": (
+        lambda data, tmp: [*TINY, *data_flags(data, "pieces", "bytes")],
+        r"tokenizer",
+    ),
+    "no tokenizer": (
+        lambda data, tmp: [*TINY, *data_flags(data, tokenizer="none")],
+        "tokenizer_model = .*none.tokenizer' holds no tokenizer.json",
+    ),
+    "checkpoint of another shape": (
+        lambda data, tmp: [*TINY, *MOCK, *other_model(tmp)],
+        "holds a model with hidden_size = 64, this run has hidden_size = 32",
+    ),
+    "output folder not writable": (
+        lambda data, tmp: [*TINY, *MOCK, "--save", file_in_the_way(tmp)],
+        "save = .* is not writable",
+    ),
+    "Transformer Engine absent": (
+        lambda data, tmp: [*TINY, *MOCK, "--transformer-impl", "transformer_engine"],
+        r"transformer-engine: pip install 'megatron-mone\[te\]'",
+    ),
+    "Megatron's own refusal": (
+        lambda data, tmp: [*TINY, *MOCK, "--global-batch-size", "7"],
+        r"Megatron refuses the arguments: .*global_batch_size \(7\) must be divisible",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line(name, data, tmp_path, monkeypatch):
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training import global_vars
+
+    flags, pattern = CASES[name]
+    steps = ["--train-iters", "1"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *flags(data, tmp_path), *steps])
+    try:
+        with pytest.raises((ValueError, SystemExit)) as caught:
+            pretrain.build_model_config(pretrain.parse_arguments())
+        message = " ".join(str(caught.value).split())
+        print(f"| {name} | {message} |")
+        assert re.search(pattern, message), message
+    finally:
+        global_vars.destroy_global_vars()
+        destroy_num_microbatches_calculator()
+
+
+def test_good_data_passes_every_check(data, monkeypatch):
+    """The table above would prove nothing if the unbroken run were refused too."""
+    from megatron_mone.preflight import check_run
+    from megatron.training import arguments
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
+    check_run(arguments.parse_args(pretrain.add_arguments))
+
+
+def test_exit_status_and_stderr():
+    """As a user sees it: one line, exit status 2, no traceback."""
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mone.pretrain", *TINY, *MOCK, "--mone-neuron-ratio", "2"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("megatron-mone: error:")]
+    assert lines == [
+        "megatron-mone: error: mone_neuron_ratio = 2.0 is not allowed: it must be 0 < ratio <= 1"
+    ]
