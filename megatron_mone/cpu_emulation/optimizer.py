@@ -1,0 +1,110 @@
+"""torch's Adam under Megatron's distributed optimizer: its per-parameter `step`.
+
+Apex's and Transformer Engine's Adam keep one step per parameter group; torch's keeps one tensor per
+parameter, made at the first update. Megatron's code for it has three gaps, all on load.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from megatron_mone.cpu_emulation.patch import Patch, megatron_source
+
+_NO_PARAMETERS = "this rank's shard holds no parameter"
+
+
+def fill_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter without Adam state zero moments and step 0, as before a first update."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for key in ("exp_avg", "exp_avg_sq"):
+                if key not in state:
+                    state[key] = torch.zeros_like(parameter.data)
+            if "step" not in state:
+                state["step"] = torch.tensor(0.0)
+
+
+def _is_torch_adam(distributed: Any) -> bool:
+    return isinstance(getattr(distributed, "optimizer", None), torch.optim.Adam | torch.optim.AdamW)
+
+
+def _apply() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original_state = DistributedOptimizer.state_dict
+    original_load = DistributedOptimizer.load_state_dict
+    original_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(original_state)
+    def state_dict(self: Any) -> Any:
+        if not _is_torch_adam(self):
+            return original_state(self)
+        inner = self.optimizer
+        fill_state(inner)
+        if inner.state:
+            return original_state(self)
+        # The one step that Megatron reads from the states of this rank's shard: there are none.
+        inner.state[_NO_PARAMETERS] = {"step": torch.tensor(0.0)}
+        try:
+            return original_state(self)
+        finally:
+            del inner.state[_NO_PARAMETERS]
+
+    @functools.wraps(original_load)
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        original_load(self, state_dict)
+        if _is_torch_adam(self):
+            for state in self.optimizer.state.values():
+                # Megatron hands one tensor to all; Adam adds 1 to it once per parameter.
+                state["step"] = state["step"].clone()
+
+    @functools.wraps(original_set)
+    def set_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        # The step is loaded from the parameter groups. Here it is missing (fully reshardable
+        # format) or the one from before the load (bucket format); None is passed over.
+        original_set(self, model_param, {**tensors, "step": None})
+
+    DistributedOptimizer.state_dict = state_dict
+    DistributedOptimizer.load_state_dict = load_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
+
+
+def _apply_no_grad() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(original)
+
+
+def _loads_with_grad() -> bool:
+    source = megatron_source("core/optimizer/distrib_optimizer.py")
+    before, found, _ = source.partition("    def load_parameter_state_from_dp_reshardable(")
+    return bool(found) and not before.rstrip().endswith("@torch.no_grad()")
+
+
+PATCHES = (
+    Patch(
+        name="adam-step",
+        needed_by="megatron/core/optimizer/distrib_optimizer.py: state_dict, load_state_dict",
+        why="before a load no parameter has a step, and `assert len(steps) == 1` stops; after it "
+        "the step is 0 again, in one tensor for all parameters that counts once for each",
+        apply=_apply,
+        still_needed=lambda: (
+            's["step"] = step' in megatron_source("core/optimizer/distrib_optimizer.py")
+            and "assert len(steps) == 1" in megatron_source("core/optimizer/distrib_optimizer.py")
+        ),
+    ),
+    Patch(
+        name="load-without-grad",
+        needed_by="megatron/core/optimizer/distrib_optimizer.py: "
+        "load_parameter_state_from_dp_reshardable",
+        why="copies into views of fp32 parameters without no_grad and stops; in 16 bits, as GPUs "
+        "train, the main parameters are copies and it passes",
+        apply=_apply_no_grad,
+        still_needed=_loads_with_grad,
+    ),
+)
