@@ -17,9 +17,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -75,10 +75,7 @@ class MoNEGPTModelConfig(GPTModelConfig):
     """GPTModelConfig whose decoder and multi-token-prediction layers are MoNE."""
 
     builder = "megatron_mone.layer_spec.MoNEGPTModelBuilder"
-
-    def __post_init__(self) -> None:
-        if self.transformer_layer_spec is None:
-            self.transformer_layer_spec = mone_layer_spec
+    transformer_layer_spec: Any = mone_layer_spec
 
 
 class MoNEGPTModelBuilder(GPTModelBuilder):
@@ -117,7 +114,8 @@ def _mtp_block_spec(
 def _with_mone(spec: ModuleSpec) -> ModuleSpec:
     """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
     mlp = spec.submodules.mlp
-    assert isinstance(mlp, partial) and mlp.func is MoELayer, f"not an MoE layer spec: {mlp}"
+    assert isinstance(mlp, partial), mlp
+    assert mlp.func is MoELayer, mlp
     submodules = replace(mlp.keywords["submodules"], experts=MoNEExperts)
     mone = partial(MoNELayer, **{**mlp.keywords, "submodules": submodules})
     return replace(spec, submodules=replace(spec.submodules, mlp=mone))

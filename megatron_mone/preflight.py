@@ -1,7 +1,8 @@
 """Checks made before anything expensive starts: data, tokenizer, checkpoint, folders.
 
-`check_run` works on Megatron's parsed arguments, `check_checkpoint` on its validated ones. Each failure is a ValueError of one line
-that names the flag or file, the value and the fix. May touch: the file system, read-mostly.
+`check_run` works on Megatron's parsed arguments, `check_checkpoint` on its validated ones. Each
+failure is a ValueError of one line that names the flag or file, the value and the fix. May touch:
+the file system, read-mostly.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def check_checkpoint(args: Namespace) -> None:
     if text == "release":
         return
     if not text.isdigit():
-        raise ValueError(f"{folder / TRACKER_NAME} holds {text!r}: it must hold an iteration number")
+        raise ValueError(
+            f"{folder / TRACKER_NAME} holds {text!r}: it must hold an iteration number"
+        )
     iteration = folder / f"iter_{int(text):07d}"
     if not iteration.is_dir():
         raise ValueError(f"checkpoint {iteration} is missing though {TRACKER_NAME} names it: write "

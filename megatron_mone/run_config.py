@@ -80,9 +80,7 @@ def to_flags(values: dict[str, Any], parser: argparse.ArgumentParser, source: Pa
     return flags
 
 
-def _flags_of(
-    name: str, value: Any, actions: list[argparse.Action], source: Path
-) -> list[str]:
+def _flags_of(name: str, value: Any, actions: list[argparse.Action], source: Path) -> list[str]:
     if value is None:
         return []
     constants = {a.const: a for a in actions if a.nargs == 0}

@@ -29,14 +29,15 @@ TINY = [
     *("--moe-router-load-balancing-type", "aux_loss", "--moe-router-dtype", "fp32"),
     *("--transformer-impl", "local", "--distributed-backend", "gloo"),
     *("--no-gradient-accumulation-fusion", "--no-bias-swiglu-fusion"),
-    *("--no-masked-softmax-fusion", "--no-rope-fusion", "--no-persist-layer-norm", "--no-bias-dropout-fusion"),
+    *("--no-masked-softmax-fusion", "--no-rope-fusion"),
+    *("--no-persist-layer-norm", "--no-bias-dropout-fusion"),
     *("--lr", "3e-3", "--min-lr", "3e-4", "--lr-decay-style", "cosine", "--lr-decay-iters", "20"),
     *("--clip-grad", "1.0", "--weight-decay", "0.1", "--seed", "99", "--num-workers", "0"),
     *("--eval-interval", "1000", "--eval-iters", "0", "--log-interval", "1"),
     *("--tensorboard-log-interval", "1", "--ckpt-format", "torch_dist"),
 ]  # fmt: skip
 MONE = ["--mone-neuron-ratio", "0.25", "--mone-ng-loss-coeff", "0.01"]
-# Megatron pads the vocabulary to a multiple of this times TP, and padding takes part in the softmax:
+# Megatron pads the vocabulary to a multiple of this times TP, and the softmax sees the padding:
 # 64 keeps it at 128 rows for TP 1 and 2, so that both are the same model.
 MOCK = [
     *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "127"),

@@ -42,14 +42,14 @@ class _SumOverGroup(torch.autograd.Function):
     """All-reduce forward and backward: each rank's loss depends on every rank's summand."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # noqa: D102
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         total = x.clone()
         torch.distributed.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: D102
+    def backward(ctx, grad: Tensor):
         total = grad.contiguous().clone()
         torch.distributed.all_reduce(total, group=ctx.group)
         return total, None

@@ -1,8 +1,9 @@
 """The masked grouped expert MLP: one public op, checked here, run by a named backend.
 
-Contract: rows are grouped by expert, `tokens_per_expert` counts them; a neuron j of expert e is the
+Contract: rows are grouped by expert, `tokens_per_expert` counts them; neuron j of expert e is the
 three H-vectors w_gate[e, j], w_up[e, j], w_down[e, j]; only masked neurons reach the output.
-    a = x W_gate^T,  g = sigma(a),  mask = select(g),  h = p * g * (x W_up^T) where mask,  y = h W_down
+    a = x W_gate^T, g = sigma(a), mask = select(g)
+    h = p * g * (x W_up^T) where mask, y = h W_down
 Usable without Megatron. Shapes: N rows, E experts, F neurons of an expert, H hidden size.
 """
 

@@ -33,9 +33,7 @@ def grouped_mlp(
     gate_up_N2F = torch.cat(
         [
             x.matmul(torch.cat((w_gate, w_up)).t())
-            for x, w_gate, w_up in zip(
-                rows_x, w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True
-            )
+            for x, w_gate, w_up in zip(rows_x, w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True)
         ]
     )
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)

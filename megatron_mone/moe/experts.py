@@ -33,7 +33,6 @@ from megatron_mone.config import selection_bounds
 from megatron_mone.kernels import GroupedMLPOutput, mone_grouped_mlp, resolve_backend
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
-
 EXTRA_STATE = "._extra_state"
 
 
@@ -333,9 +332,7 @@ def _stock_expert(config: TransformerConfig, submodules: MLPSubmodules, etp_grou
 
 def _like(weight: Tensor, shape: tuple[int, ...]) -> torch.nn.Parameter:
     """An empty parameter that Megatron's optimizer and gradient clipping treat as `weight`."""
-    parameter = torch.nn.Parameter(
-        torch.empty(shape, dtype=weight.dtype, device=weight.device)
-    )
+    parameter = torch.nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
     copy_tensor_model_parallel_attributes(parameter, weight)
     parameter.allreduce = weight.allreduce  # False: reduced over expert replicas, not over DP
     return parameter

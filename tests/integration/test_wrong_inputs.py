@@ -1,4 +1,4 @@
-"""What goes wrong before training is one line that names the field or file, the value and the fix."""
+"""A mistake is one line, before training starts, that names the field or file, value and fix."""
 
 import json
 import os
@@ -106,7 +106,10 @@ CASES = {
         lambda data, tmp: [*TINY, *data_flags(data, prefix="none")],
         r"none_text_document\.(idx|bin)",
     ),
-    "truncated .bin": (lambda data, tmp: [*TINY, *truncated(data, tmp)], r"short_text_document\.bin"),
+    "truncated .bin": (
+        lambda data, tmp: [*TINY, *truncated(data, tmp)],
+        r"short_text_document\.bin",
+    ),
     "tokenizer of other data": (
         lambda data, tmp: [*TINY, *data_flags(data, "pieces", "bytes")],
         r"tokenizer",
@@ -155,8 +158,9 @@ def test_one_line(name, data, tmp_path, monkeypatch):
 
 def test_good_data_passes_every_check(data, monkeypatch):
     """The table above would prove nothing if the unbroken run were refused too."""
-    from megatron_mone.preflight import check_run
     from megatron.training import arguments
+
+    from megatron_mone.preflight import check_run
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
     check_run(arguments.parse_args(pretrain.add_arguments))

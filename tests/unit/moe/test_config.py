@@ -1,4 +1,4 @@
-"""Wrong mone_* values are one-line ValueErrors that name the field, the value and what is allowed."""
+"""Wrong mone_* values are one-line ValueErrors naming field, value and what is allowed."""
 
 import pytest
 

@@ -23,7 +23,9 @@ def build_experts(num_experts, **changes):
     from megatron_mone.moe.experts import MoNEExperts
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    config = mone_config(num_moe_experts=num_experts, moe_router_topk=1, moe_router_pre_softmax=True, **changes)
+    config = mone_config(
+        num_moe_experts=num_experts, moe_router_topk=1, moe_router_pre_softmax=True, **changes
+    )
     return MoNEExperts(num_experts, config, pg_collection=groups)
 
 
