@@ -30,9 +30,9 @@ from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from megatron_mone.config import attach_fields_from_env, check_transformer_impl, layer_pattern
+from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.layer import MoNELayer
-from megatron_mone.moe.metrics import install_tracker
 
 
 def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

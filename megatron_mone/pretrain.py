@@ -55,7 +55,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
 
     from megatron_mone.checkpoint.manifest import write_manifest
     from megatron_mone.gpt_training import datasets_provider, forward_step
-    from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.metrics import install_tracker
     from megatron_mone.profiling.flops import step_flops
 
     container = pretrain_cfg_container_from_args(args, model_config)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.balance_loss import (
     BlockStatistics,
     block_statistics,
@@ -21,7 +22,6 @@ from megatron_mone.moe.balance_loss import (
     neuron_shares,
 )
 from megatron_mone.moe.experts import MoNEExperts
-from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
 from megatron_mone.moe.token_dispatcher import SourceMap, build_source_map
 

@@ -294,7 +294,7 @@ def test_nan_input_surfaces():
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
     """The attached loss alone has a gradient, and it is the one of the logged value."""
-    from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.metrics import install_tracker
 
     install_tracker().clear()
     layer = build_layer(mone_ng_loss_type=loss_type, mone_ng_loss_scope=scope,
@@ -313,7 +313,7 @@ def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
 def test_recompute_changes_nothing(scope):
     """Full gradients, statistics and the logged loss are the same with the layer recomputed."""
-    from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.metrics import install_tracker
 
     x = torch.randn(12, 2, 16)
     seen = []
@@ -336,7 +336,7 @@ def test_recompute_changes_nothing(scope):
 
 
 def test_evaluation_leaves_no_trace():
-    from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.metrics import install_tracker
 
     install_tracker().clear()
     layer = build_layer().eval()

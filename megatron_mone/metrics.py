@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import (
     MoEMetricsTracker,
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
+from torch.distributed import ProcessGroup
 
 from megatron_mone.moe.neuron_load import HISTOGRAM_EDGES, SUMMARY_FIELDS, LoadSummary
 
@@ -43,7 +45,6 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         interval_seconds: seconds of training since the last summary, evaluation left out.
         step_flops: (executed, active) floating-point operations of one step over all ranks, or
             None; set by the entry point, see `profiling.flops`.
-        on_summary: called on every rank with (iteration, {layer: LoadSummary}) after each summary.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,6 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self.log_interval = 1
         self.interval_seconds: Callable[[], float] | None = None
         self.step_flops: Callable[[], tuple[float, float]] | None = None
-        self.on_summary: Callable[[int, dict[int, LoadSummary]], None] | None = None
 
     def register(self, layer: TrackedLayer) -> None:
         """Follow a layer for as long as it lives."""
@@ -70,11 +70,10 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         line = super().report(loss_scale, iteration, **kwargs) + line
         self._steps_in_window += 1
         if num_layers and iteration % self.log_interval == 0:
-            summaries = self._summaries(layers, num_layers)
+            group = _pipeline_group(kwargs.get("pg_collection"))
+            summaries = self._summaries(layers, num_layers, group)
             line += _write_summaries(summaries, iteration, writer)
             line += self._throughput(iteration, writer)
-            if self.on_summary is not None:
-                self.on_summary(iteration, summaries)
             self._steps_in_window = 0
         return line
 
@@ -83,16 +82,15 @@ class MoNEMetricsTracker(MoEMetricsTracker):
     ) -> str:
         """Mean balance loss over the MoNE layers (Megatron would average over all MoE layers)."""
         self.ensure_initialized("ng_loss", num_layers)
-        entry = self._metrics["ng_loss"]
+        entry, groups = self._metrics["ng_loss"], kwargs.get("pg_collection")
         # Stages without MoNE layers know no reduce_group, so the stage's own sums come first and
         # the pipeline last (Megatron's order would leave the last stage with partial values).
         if entry.reduce_group is not None:
             torch.distributed.all_reduce(entry.values, group=entry.reduce_group)
-            dp_group = parallel_state.get_data_parallel_group()
+            dp_group = groups.dp if groups else parallel_state.get_data_parallel_group()
             torch.distributed.all_reduce(entry.values, group=dp_group)
             entry.values /= dp_group.size()
-        pp_group = parallel_state.get_pipeline_model_parallel_group()
-        torch.distributed.all_reduce(entry.values, group=pp_group)
+        torch.distributed.all_reduce(entry.values, group=_pipeline_group(groups))
         values = entry.values.float() * loss_scale
         entry.values.zero_()
         used = values[values != 0]
@@ -106,7 +104,9 @@ class MoNEMetricsTracker(MoEMetricsTracker):
                 writer.add_scalar(f"mone/ng_loss_layer_{i + 1}", values[i], iteration)
         return f" ng loss: {float(mean):.6E} |"
 
-    def _summaries(self, layers: list[Any], num_layers: int) -> dict[int, LoadSummary]:
+    def _summaries(
+        self, layers: list[Any], num_layers: int, group: ProcessGroup
+    ) -> dict[int, LoadSummary]:
         """Every stage's summaries on every rank, by 1-based layer number."""
         width = len(SUMMARY_FIELDS)
         table = torch.zeros(num_layers, width + len(HISTOGRAM_EDGES) + 1, dtype=torch.float64)
@@ -117,7 +117,6 @@ class MoNEMetricsTracker(MoEMetricsTracker):
             summary = layer.summary()
             table[row, :width] = torch.tensor(summary.values, dtype=torch.float64)
             table[row, width:] = summary.histogram.cpu()
-        group = parallel_state.get_pipeline_model_parallel_group()
         if torch.distributed.get_backend(group) == "nccl":
             table = table.cuda()
         torch.distributed.all_reduce(table, group=group)
@@ -140,6 +139,10 @@ class MoNEMetricsTracker(MoEMetricsTracker):
             writer.add_scalar("mone/executed_tflops_per_rank", executed, iteration)
             writer.add_scalar("mone/active_tflops_per_rank", active, iteration)
         return f" executed / active TFLOP/s per rank: {executed:.4g} / {active:.4g} |"
+
+
+def _pipeline_group(groups: ProcessGroupCollection | None) -> ProcessGroup:
+    return groups.pp if groups else parallel_state.get_pipeline_model_parallel_group()
 
 
 def install_tracker() -> MoNEMetricsTracker:

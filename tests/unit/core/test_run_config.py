@@ -1,0 +1,70 @@
+"""Run files become the flags that make Megatron's parser produce their values."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_mone.run_config import CONFIG_ROOT, PARTS, load_run, to_flags
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser()
+    p.add_argument("--hidden-size", type=int, default=1)
+    p.add_argument("--lr", type=float)
+    p.add_argument("--swiglu", action="store_true")
+    p.add_argument("--disable-bias-linear", action="store_false", dest="add_bias_linear")
+    p.add_argument("--recompute-modules", nargs="*")
+    p.add_argument("--moe-layer-freq", type=str)
+    return p
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "hidden_size": st.integers(-9, 9999),
+            "lr": st.floats(1e-9, 10),
+            "swiglu": st.booleans(),
+            "add_bias_linear": st.booleans(),
+            "recompute_modules": st.lists(st.sampled_from(["moe", "mlp"]), min_size=1, max_size=2),
+            "moe_layer_freq": st.lists(st.integers(0, 1), min_size=1, max_size=3),
+        },
+    )
+)
+def test_flags_give_the_values_back(values):
+    p = parser()
+    parsed = vars(p.parse_args(to_flags(values, p, Path("run.yaml"))))
+    for name, value in values.items():
+        wanted = str(value) if name == "moe_layer_freq" else value
+        assert parsed[name] == wanted
+
+
+def test_later_flags_win():
+    p = parser()
+    flags = to_flags({"hidden_size": 8}, p, Path("run.yaml"))
+    assert p.parse_args([*flags, "--hidden-size", "16"]).hidden_size == 16
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_ROOT.glob("*.yaml")), ids=lambda p: p.stem)
+def test_committed_run_files_are_known_to_megatron(path, one_rank):
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mone.pretrain import add_arguments
+
+    p = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    values = load_run(path)
+    args = p.parse_args(to_flags(values, p, path))
+    assert {name for name in values if getattr(args, name) is None} == set()
+
+
+def test_yaml_runs_no_code(tmp_path):
+    (tmp_path / "run.yaml").write_text("model: !!python/object/apply:os.system ['echo hi']\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_run(tmp_path / "run.yaml")
+
+
+def test_parts_are_folders():
+    assert all((CONFIG_ROOT / part).is_dir() for part in PARTS)
