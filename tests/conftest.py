@@ -7,6 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
+
+# Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
