@@ -126,6 +126,11 @@ def build_model_config(args: argparse.Namespace):
     from megatron_mone.layer_spec import MoNEGPTModelConfig
 
     check_transformer_impl(args)
+    if args.num_experts is not None and args.moe_router_topk > args.num_experts:
+        raise ValueError(
+            f"moe_router_topk = {args.moe_router_topk} is not allowed: it must be 1 to "
+            f"num_experts = {args.num_experts}"
+        )
     try:
         if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
             return gpt_config_from_args(args)

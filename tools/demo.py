@@ -52,7 +52,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         return demo(options.out, options.steps)
-    except (TrainingError, ResultError, ValueError) as error:
+    except (TrainingError, ResultError, ValueError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -6,11 +6,14 @@ Shapes: N routed rows, F neurons of an expert, F_l of them on this rank (F / ETP
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from megatron_mone.moe.selection_exchange import ExchangeTraffic, top_neurons_over_ranks
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class NeuronSelector:
         threshold: fraction of the group's largest score, threshold rule only.
         groups: G equal contiguous groups of the F neurons, each with 1/G of the bounds.
         etp_group: ranks that hold the F neurons in F_l slices, in rank order; None when whole.
+        traffic: counts the bytes sent to choose; none when G is a multiple of the ranks.
     """
 
     rule: str
@@ -31,6 +35,7 @@ class NeuronSelector:
     threshold: float = 0.0
     groups: int = 1
     etp_group: ProcessGroup | None = None
+    traffic: ExchangeTraffic = field(default_factory=ExchangeTraffic)
 
     @torch.no_grad()
     def __call__(self, gate_NF: Tensor, bias_NF: Tensor | None = None) -> Tensor:
@@ -51,9 +56,38 @@ class NeuronSelector:
         parts = 1 if self.etp_group is None else self.etp_group.size()
         if parts == 1 or self.groups % parts == 0:
             return self._select(score_NF, self.groups // parts)
-        full_NF = _gather_neurons(score_NF, self.etp_group)
-        mine = self.etp_group.rank() * score_NF.shape[1]  # type: ignore[union-attr]
-        return self._select(full_NF, self.groups)[:, mine : mine + score_NF.shape[1]].contiguous()
+        return self._select_over_ranks(score_NF)
+
+    def _select_over_ranks(self, score_NF: Tensor) -> Tensor:
+        """Groups that straddle ranks, one after another; each rank holds a slice of each."""
+        assert self.etp_group is not None
+        width, parts = score_NF.shape[1], self.etp_group.size()
+        size, start = width * parts // self.groups, self.etp_group.rank() * width
+        masks = []
+        for group in range(self.groups):
+            first = min(max(group * size - start, 0), width)
+            last = min(max((group + 1) * size - start, 0), width)
+            masks.append(self._select_slice(score_NF[:, first:last], min(size, width)))
+        return torch.cat(masks, dim=1)
+
+    def _select_slice(self, score_NF: Tensor, widest: int) -> Tensor:
+        """This rank's slice of the mask of one group."""
+        assert self.etp_group is not None
+        top = partial(
+            top_neurons_over_ranks, score_NF, group=self.etp_group, widest=widest,
+            traffic=self.traffic,
+        )  # fmt: skip
+        low, high = self.min_neurons // self.groups, self.max_neurons // self.groups
+        mask_NF = top(high)
+        if self.rule == "threshold":
+            padded = torch.nn.functional.pad(score_NF, (0, 1), value=-torch.inf)
+            floor_N1 = padded.amax(dim=1, keepdim=True)
+            torch.distributed.all_reduce(
+                floor_N1, op=torch.distributed.ReduceOp.MAX, group=self.etp_group
+            )
+            mask_NF &= score_NF >= floor_N1 * self.threshold
+            mask_NF |= top(low)
+        return mask_NF
 
     def _select(self, score_NF: Tensor, groups: int) -> Tensor:
         rows, width = score_NF.shape
@@ -88,11 +122,3 @@ def top_neurons(score_RF: Tensor, kept: int) -> Tensor:
     if bool((equal_RF.sum(dim=1, keepdim=True) > room_R1).any()):
         equal_RF &= equal_RF.cumsum(dim=1) <= room_R1
     return above_RF | equal_RF
-
-
-def _gather_neurons(score_NF: Tensor, group: ProcessGroup | None) -> Tensor:
-    """All ranks' slices side by side, [N, F]: every rank then makes the same exact choice."""
-    assert group is not None
-    slices = [torch.empty_like(score_NF) for _ in range(group.size())]
-    torch.distributed.all_gather(slices, score_NF.contiguous(), group=group)
-    return torch.cat(slices, dim=1)

@@ -101,6 +101,10 @@ CASES = {
         lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-neuron-groups", "5"],
         "mone_neuron_groups = 5 .* divisor of moe_ffn_hidden_size = 48",
     ),
+    "more experts a token than there are": (
+        lambda data, tmp: [*TINY, *MOCK, "--moe-router-topk", "5"],
+        "moe_router_topk = 5 .* num_experts = 4",
+    ),
     "no data": (lambda data, tmp: TINY, "data_path is not set"),
     "missing data": (
         lambda data, tmp: [*TINY, *data_flags(data, prefix="none")],
