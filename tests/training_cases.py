@@ -106,6 +106,10 @@ def _main(todo: str, folder: str) -> None:
         torch.distributed.barrier()
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
+        # Megatron forgets its groups; each would keep two gloo threads that poll.
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                destroy(group)
     destroy()
 
 
