@@ -1,0 +1,280 @@
+"""Token dispatchers that carry a neuron mask with each routed (token, expert) pair.
+
+A mask given before dispatch arrives at the expert in the row order of the tokens, bit-packed on the
+wire, and is cut there to the neurons that this expert-tensor rank holds. Without a mask they are
+the stock dispatchers: no other call, no other byte.
+May touch: Megatron's dispatchers, NeuronMask.
+
+Shapes: N rows, B = ceil(F / 8) bytes of a packed row, F neurons of a whole expert, T tokens of this
+rank, E experts in all, E_l of this rank, R source ranks of the expert group (ETP x EP), C rows of
+an expert's capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_mone.moe.neuron_mask import NeuronMask
+
+
+def predicted_mask_bytes(rows: int, num_neurons: int) -> int:
+    """Bytes of `rows` packed mask rows over `num_neurons` neurons (F): rows * ceil(F / 8).
+
+    With `rows` the rows a rank sends to other ranks, counted once per receiver, this is what
+    `bytes_carried` grows by.
+    """
+    return rows * ((num_neurons + 7) // 8)
+
+
+class _MaskCarrier:
+    """What both dispatchers share: the mask on its way, and the count of its bytes.
+
+    Attributes:
+        bytes_carried: mask bytes this rank has sent to other ranks since the dispatcher was made;
+            a row gathered by P ranks is sent P - 1 times. A recomputed forward sends again.
+    """
+
+    config: TransformerConfig
+    tp_rank: int
+    tp_size: int
+
+    bytes_carried: int = 0
+    _bits_NB: Tensor | None = None  # on its way: from set_mask to dispatch_postprocess
+    _arrived_NB: Tensor | None = None  # from dispatch_postprocess to take_mask
+
+    def set_mask(self, bits_NB: Tensor | None) -> None:
+        """Give the masks of the next dispatch; to be called before `dispatch_preprocess`.
+
+        The mask serves one dispatch. Every rank of the expert group (ETP x EP) sets one, be it of
+        no rows, or none does: carrying it is a collective.
+
+        Args:
+            bits_NB: [N, ceil(F / 8)] uint8 as `NeuronMask.pack` gives it, over the whole expert's F
+                neurons (`moe_ffn_hidden_size`), on the tokens' device; None to carry nothing. One
+                row per True of this rank's `routing_map` ([T, E]), expert-major and tokens
+                ascending: for every expert e in 0..E-1, for every t with routing_map[t, e]. That is
+                the order of Megatron's `permute`, and the same for both dispatchers.
+
+        Raises:
+            ValueError: a shape or type that is not such rows, or a captured dispatcher. The number
+                of rows is checked in `dispatch_preprocess`, where the routing is known.
+        """
+        self._arrived_NB = None
+        self._bits_NB = None
+        if bits_NB is None:
+            return
+        if self.config.cuda_graph_impl != "none":
+            raise ValueError(
+                f"cuda_graph_impl = {self.config.cuda_graph_impl!r}: a captured dispatcher would "
+                "not see a new mask; use 'none' where masks are carried"
+            )
+        width = predicted_mask_bytes(1, self._num_neurons)
+        if bits_NB.dtype != torch.uint8 or bits_NB.dim() != 2 or bits_NB.shape[1] != width:
+            raise ValueError(
+                f"bits_NB is {bits_NB.dtype} of shape {tuple(bits_NB.shape)}: masks over "
+                f"moe_ffn_hidden_size = {self._num_neurons} neurons are packed as "
+                f"[N, {width}] torch.uint8"
+            )
+        self._bits_NB = bits_NB.detach()
+
+    def take_mask(self) -> NeuronMask | None:
+        """The mask of the rows this rank's experts got, in row order, and forget it.
+
+        To be called after `dispatch_postprocess`. Neurons count from 0 within this rank's part of
+        the expert (F / ETP). Rows that Megatron padded keep no neuron. None where no mask was set.
+
+        Raises:
+            ValueError: a bit set beyond neuron F - 1, or an ETP size that does not divide F.
+        """
+        bits_NB, self._arrived_NB = self._arrived_NB, None
+        if bits_NB is None:
+            return None
+        mask = NeuronMask.unpack(bits_NB, self._num_neurons)
+        return mask.shard(self.tp_rank, self.tp_size) if self.tp_size > 1 else mask
+
+    @property
+    def _num_neurons(self) -> int:
+        return self.config.moe_ffn_hidden_size
+
+    def _gather(self, bits_NB: Tensor, group: ProcessGroup, rows_R: Sequence[int]) -> Tensor:
+        """The rows of all ranks of `group` in rank order; rank r holds `rows_R[r]` rows."""
+        self._count(bits_NB.shape[0] * (group.size() - 1))
+        equal = len(set(rows_R)) == 1
+        with torch.no_grad():
+            return gather_from_sequence_parallel_region(
+                bits_NB.contiguous(),
+                group=group,
+                output_split_sizes=None if equal else list(rows_R),
+            )
+
+    def _count(self, rows: int) -> None:
+        self.bytes_carried += predicted_mask_bytes(rows, self._num_neurons)
+
+
+class MaskAlltoAllTokenDispatcher(_MaskCarrier, MoEAlltoAllTokenDispatcher):
+    """The alltoall dispatcher with masks; each stage moves the mask as it moves the tokens.
+
+    1. dispatch_preprocess: rows come permuted; add empty ones where Megatron pads
+    2. token_dispatch: all-to-all over EP with the tokens' splits
+    3. dispatch_postprocess: gather over ETP, sort by local expert
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1; see MoEAlltoAllTokenDispatcher.
+
+        Raises:
+            ValueError: a mask whose rows are not the routed pairs.
+        """
+        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        if bits_NB is None:
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padded = self.config.moe_router_padding_for_quantization
+        routed_TE = routing_map.clone() if padded else routing_map  # pad_routing_map writes to it
+        permuted, permuted_probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padded = padded or self.drop_and_pad
+        # Without padding each permuted row is a routed pair: no need to wait for the device.
+        _check_rows(bits_NB, int(routed_TE.sum()) if padded else permuted.shape[0])
+        if self.drop_and_pad:
+            bits_NB = _pad_to_capacity(bits_NB, routed_TE, self.capacity)
+        elif padded:
+            bits_NB = _spread(bits_NB, routed_TE.T.masked_select(self.routing_map.T))
+        self._bits_NB = bits_NB
+        return permuted, permuted_probs
+
+    def token_dispatch(
+        self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 2; see MoEAlltoAllTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        # First, since it brings the splits to the CPU.
+        dispatched = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        rows = self._bits_NB.shape[0]
+        splits = self.input_splits
+        kept_here = rows // self.ep_size if splits is None else int(splits[self.ep_rank])
+        self._count(rows - kept_here)
+        with torch.no_grad():
+            self._bits_NB = all_to_all(
+                self.ep_group,
+                self._bits_NB,
+                self.output_splits,
+                splits,
+                use_nccl_stream=self.use_nccl_stream,
+            )
+        return dispatched
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 3; see MoEAlltoAllTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        # First, since it brings the row counts of the sort to the CPU.
+        processed = super().dispatch_postprocess(global_input_tokens, global_probs)
+        bits_NB, self._bits_NB = self._bits_NB, None
+        if self.tp_size > 1:
+            splits = self.output_splits_tp
+            rows_R = [bits_NB.shape[0]] * self.tp_size if splits is None else splits.tolist()
+            bits_NB = self._gather(bits_NB, self.tp_group, rows_R)
+        if self.num_local_experts > 1:
+            # With a capacity every chunk is of that size, so one sort serves both of Megatron's
+            # paths. Its fused kernel is for the tokens' types, not for bytes.
+            bits_NB, _ = sort_chunks_by_idxs(
+                bits_NB,
+                self.num_global_tokens_per_local_expert.ravel(),
+                self.sort_input_by_local_experts,
+            )
+        self._arrived_NB = bits_NB
+        return processed
+
+
+class MaskAllGatherTokenDispatcher(_MaskCarrier, MoEAllGatherTokenDispatcher):
+    """The allgather dispatcher with masks: all packed rows are gathered, as all tokens are.
+
+    1. dispatch_preprocess: check the rows
+    2. token_dispatch: gather over ETP x EP
+    3. dispatch_postprocess: pick the rows of the local experts, in the order of `permute`
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1; see MoEAllGatherTokenDispatcher.
+
+        Raises:
+            ValueError: a mask whose rows are not the routed pairs.
+        """
+        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        if bits_NB is not None:
+            _check_rows(bits_NB, int(routing_map.sum()))
+            self._bits_NB = bits_NB
+        return super().dispatch_preprocess(hidden_states, routing_map, probs)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 2; see MoEAllGatherTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().token_dispatch(hidden_states, probs)
+        # First, since it gathers the routing map that tells each rank's rows.
+        dispatched = super().token_dispatch(hidden_states, probs)
+        if self.tp_size > 1 or self.ep_size > 1:
+            rows_R = self._map_RTE().sum(dim=(1, 2)).tolist()
+            self._bits_NB = self._gather(self._bits_NB, self.tp_ep_group, rows_R)
+        return dispatched
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 3; see MoEAllGatherTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().dispatch_postprocess(hidden_states, probs)
+        bits_NB, self._bits_NB = self._bits_NB, None
+        map_RET = self._map_RTE().transpose(1, 2).contiguous()  # super() drops routing_map
+        processed = super().dispatch_postprocess(hidden_states, probs)
+        # Gathered rows stand source by source, each expert-major: a running count is their index.
+        row_RET = (map_RET.reshape(-1).cumsum(0) - 1).view_as(map_RET)
+        first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
+        row_ERT = row_RET[:, first:last].transpose(0, 1)
+        self._arrived_NB = bits_NB[row_ERT[map_RET[:, first:last].transpose(0, 1)]]
+        return processed
+
+    def _map_RTE(self) -> Tensor:
+        """The gathered routing map by source rank; every source has the same T."""
+        sources = self.tp_size * self.ep_size
+        return self.routing_map.bool().view(sources, -1, self.routing_map.shape[1])
+
+
+def _check_rows(bits_NB: Tensor, routed: int) -> None:
+    if bits_NB.shape[0] != routed:
+        raise ValueError(
+            f"bits_NB has {bits_NB.shape[0]} rows: the routing map holds {routed} routed pairs of "
+            "a token and an expert, and each needs a row"
+        )
+
+
+def _spread(bits_NB: Tensor, real_M: Tensor) -> Tensor:
+    """[M, B] with the rows of `bits_NB` where `real_M`, in order, and empty rows elsewhere."""
+    spread_MB = bits_NB.new_zeros((real_M.numel(), bits_NB.shape[1]))
+    spread_MB[real_M] = bits_NB
+    return spread_MB
+
+
+def _pad_to_capacity(bits_NB: Tensor, routing_map: Tensor, capacity: int) -> Tensor:
+    """[E * C, B]: the first C rows of each expert, then empty ones, as `permute` drops and pads."""
+    map_ET = routing_map.T
+    fits_N = (map_ET.cumsum(dim=1) <= capacity).masked_select(map_ET)
+    slots_C = torch.arange(capacity, device=bits_NB.device)
+    real_EC = slots_C < map_ET.sum(dim=1, keepdim=True)
+    return _spread(bits_NB[fits_N], real_EC.reshape(-1))
