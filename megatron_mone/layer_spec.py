@@ -62,7 +62,8 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )
-    pattern = [layer_pattern(transformer)[i] for i in _stage_layers(transformer, vp_stage)]
+    whole = layer_pattern(transformer)
+    pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
     block.layer_specs = [
         _with_mone(spec) if kind == 2 else spec
         for spec, kind in zip(block.layer_specs, pattern, strict=True)

@@ -9,7 +9,6 @@ MoE model, so that a baseline differs in nothing else.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import sys
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
+from megatron_mone.files import write_json
 
 USER_ERROR = 2
 
@@ -85,9 +86,7 @@ def _write_run_facts(folder: Path, args: argparse.Namespace, flops: tuple[float,
         "active_flops_per_step": flops[1],
         "argv": sys.argv[1:],
     }
-    beside = folder / f".run.json.{os.getpid()}"
-    beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    beside.replace(folder / "run.json")
+    write_json(folder / "run.json", facts)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -10,7 +10,6 @@ neuron, so its ratio is above 1: this is the line the real backends have to beat
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from megatron_mone.files import write_json
 
 
 def main() -> None:
@@ -40,9 +41,7 @@ def main() -> None:
     _print(options, results)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        beside = options.json.with_suffix(".tmp")
-        beside.write_text(json.dumps({"config": vars(options) | {"json": None}, **results}) + "\n")
-        beside.replace(options.json)
+        write_json(options.json, {"config": vars(options) | {"json": None}, **results})
 
 
 def _measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -7,13 +7,13 @@ loader. The manifest is compared before anything starts. May touch: the checkpoi
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from megatron_mone.config import MONE_FIELD_NAMES
+from megatron_mone.files import write_json
 
 MANIFEST_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"
@@ -44,9 +44,7 @@ def write_manifest(folder: Path, args: Namespace) -> None:
         "shape": {name: getattr(args, name, None) for name in SHAPE_FIELDS},
         "mone": {name: getattr(args, name, None) for name in MONE_FIELD_NAMES},
     }
-    beside = folder / f".{MANIFEST_NAME}.{os.getpid()}"
-    beside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    beside.replace(folder / MANIFEST_NAME)
+    write_json(folder / MANIFEST_NAME, manifest)
 
 
 def check_manifest(folder: Path, args: Namespace) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,21 +119,3 @@ def sha256_of(path: Path) -> str:
 def file_facts(path: Path, name: str | None = None) -> FileFacts:
     """Size and sha256 of a file, under `name` if it is to be moved."""
     return FileFacts(name or path.name, path.stat().st_size, sha256_of(path))
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk, so that a later rename never outruns them."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half."""
-    # The process id keeps an orphaned worker and its successor out of each other's file.
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    beside.write_bytes(data)
-    sync_file(beside)
-    beside.replace(path)

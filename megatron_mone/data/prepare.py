@@ -17,7 +17,6 @@ from megatron_mone.data.manifest import (
     BAD_LINES_KEPT,
     Manifest,
     TokenizerFacts,
-    atomic_write,
     file_facts,
     load_manifest,
     sha256_of,
@@ -35,6 +34,7 @@ from megatron_mone.data.shards import ShardFacts, ShardJob
 from megatron_mone.data.sources import discover
 from megatron_mone.data.tokenizers import Encoder, TokenizerSpec, parse_spec, write_tokenizer
 from megatron_mone.data.workers import locked_folder, run_shards
+from megatron_mone.files import atomic_write
 
 _BPE_SAMPLE_BYTES = 1 << 30
 

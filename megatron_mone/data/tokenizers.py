@@ -22,7 +22,7 @@ from megatron_mone.data.hugging_face import (
     token_text,
     write_config,
 )
-from megatron_mone.data.manifest import atomic_write
+from megatron_mone.files import atomic_write
 
 EOD_TOKEN = "<|endoftext|>"
 SMALLEST_BPE = 258

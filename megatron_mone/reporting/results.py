@@ -7,12 +7,12 @@ ranks together unless a name says otherwise.
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.files import atomic_write
 from megatron_mone.reporting.events import Curve, Events, Histogram, read_events
 
 LOAD_TAG = "mone/neuron_load_layer_"
@@ -170,9 +170,7 @@ def save_json(path: Path, value: Any) -> None:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path` and rename: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_bytes(data)
-    beside.replace(path)
+    atomic_write(path, data)
 
 
 def save_result(path: Path, result: RunResult) -> None:
