@@ -67,7 +67,8 @@ class MoNEFields:
 
     mone_ng_loss_scope: LossScope = "micro_batch"
     """Rows the statistics are taken over: each source micro-batch by itself, or all rows of the
-    step so far (running sums, as Megatron's global_aux_loss)."""
+    last step (not of the step so far as Megatron's global_aux_loss: its running sums make gradient
+    accumulation and data parallelism different models)."""
 
     mone_ng_bias_update_rate: float = 1e-3
     """Step of the selection bias per optimizer step, in units of |g|. Only used by type bias."""
@@ -75,6 +76,21 @@ class MoNEFields:
     mone_backend: Backend = "auto"
     """Implementation of the masked expert. reference is plain torch and the definition; auto
     chooses the fastest that is usable here."""
+
+    mone_record_masks: str | None = None
+    """Folder that gets the neuron masks of training steps mone_record_mask_steps, one file a step
+    and layer. The files know no layout: they replay under any."""
+
+    mone_record_mask_steps: str = "1"
+    """Training steps to record, "5" or "5-8", counted from 1. Only used by mone_record_masks."""
+
+    mone_replay_masks: str | None = None
+    """Folder that mone_record_masks wrote: the steps recorded in it keep those neurons instead of
+    choosing; other steps choose."""
+
+    mone_check_for_nan: bool = True
+    """Stop with rank, layer and expert where an expert's output is NaN or infinite. Waits for the
+    device once a layer."""
 
     mone_layer_freq: int | list[int] = 1
     """Which MoE layers are MoNE: an integer N makes every N-th decoder layer one where it is an
@@ -235,7 +251,22 @@ def validate(config: Any) -> None:
     _check(config.mone_ng_loss_coeff >= 0, "mone_ng_loss_coeff", config.mone_ng_loss_coeff, ">= 0")
     rate = config.mone_ng_bias_update_rate
     _check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
+    if config.mone_record_masks is not None:
+        mask_steps(config.mone_record_mask_steps)
     layer_pattern(config)
+
+
+def mask_steps(text: str) -> tuple[int, int]:
+    """(first, last) of mone_record_mask_steps, "5" or "5-8".
+
+    Raises:
+        ValueError: anything else.
+    """
+    first, _, last = str(text).partition("-")
+    last = last or first
+    valid = first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
+    _check(valid, "mone_record_mask_steps", text, "a step or a range of steps, e.g. 5 or 5-8")
+    return int(first), int(last)
 
 
 def _check(condition: bool, name: str, value: Any, allowed: str) -> None:

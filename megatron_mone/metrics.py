@@ -59,6 +59,12 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         """Follow a layer for as long as it lives."""
         self._layers.append(weakref.ref(layer))
 
+    def step(self) -> int:
+        """The training step under way, 1-based, as Megatron's loop counts it."""
+        from megatron.training.global_vars import get_args
+
+        return get_args().curr_iteration + 1
+
     def report(self, loss_scale: float, iteration: int, **kwargs: Any) -> str:
         """Megatron's report, with the MoNE metrics; returns its log line extended by ours."""
         layers = [layer for ref in self._layers if (layer := ref()) is not None]

@@ -2,7 +2,7 @@
 
 Contract: rows are grouped by expert, `tokens_per_expert` counts them; neuron j of expert e is the
 three H-vectors w_gate[e, j], w_up[e, j], w_down[e, j]; only masked neurons reach the output.
-    a = x W_gate^T, g = sigma(a), mask = select(g)
+    a = x W_gate^T, g = sigma(a), mask = select(g) or as given
     h = p * g * (x W_up^T) where mask, y = h W_down
 Usable without Megatron. Shapes: N rows, E experts, F neurons of an expert, H hidden size.
 """
@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels import reference
 from megatron_mone.kernels.activations import ACTIVATIONS
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 BACKENDS: dict[str, Callable] = {"reference": reference.grouped_mlp}
 
@@ -41,12 +42,15 @@ def mone_grouped_mlp(
     w_up_EFH: Tensor,
     w_down_EFH: Tensor,
     *,
-    select: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor], Tensor] | None = None,
+    neuron_mask: NeuronMask | None = None,
     activation: str = "silu",
     etp_group: ProcessGroup | None = None,
     backend: str = "auto",
 ) -> GroupedMLPOutput:
     """Run the routed rows through their experts, computing only the selected neurons.
+
+    Which ones is either chosen here, from the gates, or given: one of `select` and `neuron_mask`.
 
     Args:
         x_NH: [N, H] rows grouped by expert.
@@ -54,6 +58,7 @@ def mone_grouped_mlp(
         tokens_per_expert: E counts that sum to N.
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         select: gate activations [N, F] (detached) -> mask [N, F] bool.
+        neuron_mask: N rows over F neurons.
         activation: silu, sigmoid, softmax, gelu or relu.
         etp_group: ranks that hold the other neurons of the same experts, for softmax.
         backend: "reference", or "auto" for the fastest usable one.
@@ -65,6 +70,10 @@ def mone_grouped_mlp(
     _check_shapes(x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r} is not one of {', '.join(ACTIVATIONS)}")
+    if (select is None) == (neuron_mask is None):
+        raise ValueError("give either select or neuron_mask: one says which neurons are computed")
+    if neuron_mask is not None:
+        _check_mask(neuron_mask, x_NH.shape[0], w_gate_EFH.shape[1])
     run = BACKENDS[resolve_backend(backend)]
     return GroupedMLPOutput(
         *run(
@@ -76,6 +85,7 @@ def mone_grouped_mlp(
             w_down_EFH,
             activation=activation,
             select=select,
+            neuron_mask=neuron_mask,
             etp_group=etp_group,
         )
     )
@@ -92,6 +102,14 @@ def resolve_backend(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend = {name!r} is not one of auto, {', '.join(BACKENDS)}")
     return name
+
+
+def _check_mask(mask: NeuronMask, rows: int, neurons: int) -> None:
+    if (mask.num_rows, mask.num_neurons) != (rows, neurons):
+        raise ValueError(
+            f"neuron_mask has {mask.num_rows} rows over {mask.num_neurons} neurons: x and w_gate "
+            f"need {rows} over {neurons}"
+        )
 
 
 def _check_shapes(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def grouped_mlp(
@@ -25,7 +26,8 @@ def grouped_mlp(
     w_down_EFH: Tensor,
     *,
     activation: str,
-    select: Callable[[Tensor], Tensor],
+    select: Callable[[Tensor], Tensor] | None,
+    neuron_mask: NeuronMask | None,
     etp_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.grouped_mlp.mone_grouped_mlp`; arguments are checked there."""
@@ -38,7 +40,11 @@ def grouped_mlp(
     )
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
-    mask_NF = select(gate_NF.detach())
+    if neuron_mask is not None:
+        mask_NF = neuron_mask.to_bool()
+    else:
+        assert select is not None
+        mask_NF = select(gate_NF.detach())
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
     h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)

@@ -53,6 +53,15 @@ class BlockStatistics:
         width = self.counts_BF.shape[1]
         return BlockStatistics(packed[:, 0], packed[:, 1 : 1 + width], packed[:, 1 + width :])
 
+    def with_uniform_row(self, num_neurons: int) -> BlockStatistics:
+        """With one more row in each block, which uses all `num_neurons` neurons (F) alike.
+
+        Keeps the logarithm of the entropy finite for a neuron that the next rows may use.
+        """
+        return BlockStatistics(
+            self.rows_B + 1, self.counts_BF + 1, self.share_BF + 1.0 / num_neurons
+        )
+
     def __add__(self, other: BlockStatistics) -> BlockStatistics:
         return BlockStatistics(
             self.rows_B + other.rows_B,
@@ -105,11 +114,9 @@ def block_statistics(
         )
 
 
-def neuron_balance_loss(
-    *,
-    share_NF: Tensor,
-    block_N: Tensor,
+def row_weights(
     statistics: BlockStatistics,
+    *,
     loss_type: str,
     num_experts: int,
     num_neurons: int,
@@ -117,15 +124,9 @@ def neuron_balance_loss(
     rows_per_share: float = 1.0,
     etp_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """This rank's part of the balance loss, unscaled (alpha = 1).
-
-    The parts of all ranks that hold rows or neurons of the same experts sum to
-    sum over micro-batches of (1 / E) * sum over experts of sum_j f_j P_j, which is the number of
-    micro-batches when every neuron is used alike (types selected and normalized).
+    """What a row's share of each neuron weighs in the loss of its block; no gradient.
 
     Args:
-        share_NF: [N, F_l] of `neuron_shares`, with gradient.
-        block_N: [N] int64, the block of each row.
         statistics: of each whole block, summed over all its rows wherever they are.
         loss_type: a key of LOSS_SHARES.
         num_experts: E, over all ranks.
@@ -135,7 +136,7 @@ def neuron_balance_loss(
         etp_group: ranks that hold the other neurons, needed when neurons_per_token is None.
 
     Returns:
-        Scalar. A block without rows contributes 0.
+        [B, F_l]. A block without rows has weights that no row uses.
     """
     rows_B1 = statistics.rows_B.clamp(min=1).unsqueeze(1)
     if loss_type == "entropy":
@@ -146,7 +147,24 @@ def neuron_balance_loss(
     else:
         kept_B1 = sum_over_group(statistics.counts_BF.sum(dim=1, keepdim=True), etp_group)
         slope_BF = statistics.counts_BF * num_neurons / kept_B1.clamp(min=1)
-    weight_BF = slope_BF * (rows_per_share / num_experts) / rows_B1
+    return slope_BF * (rows_per_share / num_experts) / rows_B1
+
+
+def neuron_balance_loss(*, share_NF: Tensor, block_N: Tensor, weight_BF: Tensor) -> Tensor:
+    """This rank's part of the balance loss, unscaled (alpha = 1).
+
+    The parts of all ranks that hold rows or neurons of the same experts sum to
+    sum over micro-batches of (1 / E) * sum over experts of sum_j f_j P_j, which is the number of
+    micro-batches when every neuron is used alike (types selected and normalized).
+
+    Args:
+        share_NF: [N, F_l] of `neuron_shares`, with gradient.
+        block_N: [N] int64, the block of each row.
+        weight_BF: [B, F_l] of `row_weights`.
+
+    Returns:
+        Scalar. A block without rows contributes 0.
+    """
     return (share_NF * weight_BF.index_select(0, block_N)).sum()
 
 

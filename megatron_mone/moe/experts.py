@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megatron_mone.config import selection_bounds
 from megatron_mone.kernels import GroupedMLPOutput, mone_grouped_mlp, resolve_backend
+from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
 EXTRA_STATE = "._extra_state"
@@ -60,7 +61,8 @@ class MoNEExperts(MegatronModule):
     ) -> None:
         del name
         super().__init__(config=config)
-        self.neuron_bias: Tensor | None
+        self.neuron_bias: Tensor | None  # added to |g| for choosing; ng loss type "bias"
+        self.ng_weights: Tensor | None  # of the balance loss, from the last step; global_batch
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.etp_group = pg_collection.expt_tp
@@ -76,11 +78,15 @@ class MoNEExperts(MegatronModule):
             etp_group=self.etp_group,
         )
         self._build_weights()
-        bias = None
-        if config.mone_ng_loss_type == "bias":
-            shape = self.w_gate_EFH.shape[:2]
-            bias = torch.zeros(shape, dtype=torch.float32, device=self.linear_fc1.device)
-        self.register_buffer("neuron_bias", bias)
+        has_bias = config.mone_ng_loss_type == "bias"
+        lagged = config.mone_ng_loss_scope == "global_batch" and config.mone_ng_loss_coeff > 0
+        self.register_buffer("neuron_bias", self._per_neuron() if has_bias else None)
+        self.register_buffer("ng_weights", self._per_neuron() if lagged and not has_bias else None)
+
+    def _per_neuron(self) -> Tensor:
+        """[E_l, F_l] float32 zeros."""
+        shape = self.w_gate_EFH.shape[:2]
+        return torch.zeros(shape, dtype=torch.float32, device=self.linear_fc1.device)
 
     def _build_weights(self) -> None:
         """Build stock experts one at a time and move their weights here, so that initial values,
@@ -112,15 +118,23 @@ class MoNEExperts(MegatronModule):
         """[E_l, F_l, H] down vectors."""
         return self.linear_fc2
 
-    def forward(self, x_NH: Tensor, tokens_per_expert: Tensor, probs_N: Tensor) -> GroupedMLPOutput:
+    def forward(
+        self,
+        x_NH: Tensor,
+        tokens_per_expert: Tensor,
+        probs_N: Tensor,
+        neuron_mask: NeuronMask | None = None,
+    ) -> GroupedMLPOutput:
         """Compute the selected neurons of every routed row.
 
         Args:
             x_NH: [N, H] rows grouped by local expert.
             tokens_per_expert: [E_l] rows per local expert.
             probs_N: [N] router probabilities.
+            neuron_mask: the neurons to compute, of this rank's F_l; chosen here when None.
         """
         counts = tokens_per_expert.tolist()
+        self._keep_float32()
 
         def select(gate_NF: Tensor) -> Tensor:
             return self.select(gate_NF, self._bias_rows(tokens_per_expert))
@@ -132,7 +146,8 @@ class MoNEExperts(MegatronModule):
             self.w_gate_EFH,
             self.w_up_EFH,
             self.w_down_EFH,
-            select=select,
+            select=select if neuron_mask is None else None,
+            neuron_mask=neuron_mask,
             activation=self.config.mone_activation,
             etp_group=self.etp_group,
             backend=self.backend,
@@ -141,12 +156,15 @@ class MoNEExperts(MegatronModule):
     def _bias_rows(self, tokens_per_expert: Tensor) -> Tensor | None:
         if self.neuron_bias is None:
             return None
-        # Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32
-        # as Megatron's router keeps its expert bias.
-        if self.neuron_bias.dtype != torch.float32:
-            self.neuron_bias.data = self.neuron_bias.data.float()
         counts = tokens_per_expert.to(self.neuron_bias.device)
         return self.neuron_bias.repeat_interleave(counts, dim=0)
+
+    def _keep_float32(self) -> None:
+        """Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32
+        as Megatron's router keeps its expert bias."""
+        for buffer in (self.neuron_bias, self.ng_weights):
+            if buffer is not None and buffer.dtype != torch.float32:
+                buffer.data = buffer.data.float()
 
     def backward_dw(self) -> None:
         """Nothing is delayed: weight gradients are made in the backward pass itself."""
@@ -182,14 +200,15 @@ class MoNEExperts(MegatronModule):
                 replica,
             ),
         }
-        if self.neuron_bias is not None:
-            state[f"{prefix}neuron_bias"] = ShardedTensorFactory(
-                f"{prefix}experts.neuron_bias",
-                self.neuron_bias,
-                layout.build_bias,
-                torch.stack,
-                replica,
-            )
+        for name in ("neuron_bias", "ng_weights"):
+            if getattr(self, name) is not None:
+                state[f"{prefix}{name}"] = ShardedTensorFactory(
+                    f"{prefix}experts.{name}",
+                    getattr(self, name),
+                    layout.build_per_neuron,
+                    torch.stack,
+                    replica,
+                )
         # Stock linears save an empty extra state per expert (for TE's fp8) and ask for it on load.
         object_replica = (0, self.etp_group.rank(), self.dp_group.rank())
         for linear in ("linear_fc1", "linear_fc2"):
@@ -303,7 +322,7 @@ class _ExpertLayout:
         return torch.stack([piece.t() for piece in pieces])
 
     @torch.no_grad()
-    def build_bias(
+    def build_per_neuron(
         self, key: str, t: Tensor, replica: ReplicaId, flattened_range: slice | None
     ) -> list[ShardedTensor]:
         """[E_l, F_l] -> pieces of [E, F]."""

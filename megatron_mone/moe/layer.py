@@ -12,7 +12,13 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mone.metrics import install_tracker
+from megatron_mone.moe.finite_check import check_finite
+from megatron_mone.moe.mask_dispatch import build_dispatcher
+from megatron_mone.moe.mask_tape import MaskTape
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
+from megatron_mone.moe.neuron_load import LoadSummary
+from megatron_mone.moe.recompute import RecomputeMasks, in_recompute
 from megatron_mone.moe.token_dispatcher import rows_by_source
 
 
@@ -20,8 +26,8 @@ class MoNELayer(MoELayer):
     """Mixture of experts with selected neurons.
 
     1. route tokens to experts (stock router)
-    2. dispatch tokens to the ranks of their experts (stock dispatcher)
-    3. experts: gate every neuron, select, compute the selected ones (MoNEExperts)
+    2. dispatch tokens, and masks where some are replayed, to the ranks of their experts
+    3. experts: gate every neuron, select or take the mask, compute the kept ones (MoNEExperts)
     4. attach the neuron-granular balance loss (NeuronBalancer)
     5. combine (stock dispatcher), add shared experts
     """
@@ -38,9 +44,31 @@ class MoNELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        self.token_dispatcher = build_dispatcher(
+            self.num_local_experts, self.local_expert_indices, config, pg_collection
+        )
+        if self.shared_expert_overlap and self.shared_experts is not None:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
         self.neuron_balancer = NeuronBalancer(
             config, self.experts, pg_collection, is_mtp_layer=is_mtp_layer
         )
+        self.recompute_masks = RecomputeMasks()
+        self.mask_tape = MaskTape(config, pg_collection)
+        self.mask_tape.follow_config(lambda: install_tracker().step() if self.training else None)
+        self._routing_map: Tensor | None = None  # of the forward under way, while it is recorded
+        install_tracker().register(self)
+
+    def preprocess(
+        self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Start of step 2; see MoELayer.preprocess."""
+        if self.mask_tape.active and not in_recompute():
+            sequence, batch, _ = hidden_states.shape
+            self._routing_map = routing_map.clone()  # padding_for_quantization writes to it
+            self.token_dispatcher.set_mask(
+                self.mask_tape.begin(routing_map, sequence, batch, self._table_number())
+            )
+        return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(
         self, hidden_states: Tensor, probs: Tensor
@@ -49,7 +77,15 @@ class MoNELayer(MoELayer):
         rows, tokens_per_expert, row_probs = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )
-        output = self.experts(rows, tokens_per_expert, row_probs)
+        mask = self.token_dispatcher.take_mask()
+        if mask is None:
+            mask = self.recompute_masks.take(rows.shape[0], self.experts.w_gate_EFH.shape[1])
+        output = self.experts(rows, tokens_per_expert, row_probs, mask)
+        if self.config.mone_check_for_nan:
+            first, layer = self.local_expert_indices[0], self._table_number()
+            check_finite(output.y_NH, tokens_per_expert, first, layer)
+        self.recompute_masks.keep(output.mask_NF)
+        self._record(output.mask_NF)
         y_NH = output.y_NH
         if self.training and torch.is_grad_enabled():
             # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's
@@ -59,8 +95,38 @@ class MoNELayer(MoELayer):
                 rows_by_source(self.token_dispatcher, tokens_per_expert),
                 layer_number=self.layer_number,
                 local_tokens=self._local_tokens(),
+                real_N=row_probs > 0 if self._pads_rows() else None,
             )
         return self.token_dispatcher.combine_preprocess(y_NH), None
+
+    def end_step(self) -> None:
+        """After the optimizer step, on every rank."""
+        self.neuron_balancer.end_step()
+        self.recompute_masks.clear()
+        self.mask_tape.end_step()
+
+    def table_row(self) -> int | None:
+        """Of the metrics table; see metrics.TrackedLayer."""
+        return self.neuron_balancer.table_row()
+
+    def summary(self) -> LoadSummary:
+        """Collective over the stage; see metrics.TrackedLayer."""
+        return self.neuron_balancer.summary()
+
+    def _record(self, mask_NF: Tensor) -> None:
+        if self.mask_tape.records and not in_recompute():
+            assert self._routing_map is not None
+            self.mask_tape.record(self.token_dispatcher.return_mask(mask_NF, self._routing_map))
+            self._routing_map = None
+
+    def _pads_rows(self) -> bool:
+        """Whether Megatron adds rows of probability 0 to even out the experts."""
+        config = self.config
+        return config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization
+
+    def _table_number(self) -> int:
+        """1-based, MTP layers after the decoder's."""
+        return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
 
     def _local_tokens(self) -> int:
         """Tokens this rank holds of the micro-batch, [s / (TP * CP)] * b."""

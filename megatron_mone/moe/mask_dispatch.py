@@ -1,8 +1,9 @@
 """Token dispatchers that carry a neuron mask with each routed (token, expert) pair.
 
 A mask given before dispatch arrives at the expert in the row order of the tokens, bit-packed on the
-wire, and is cut there to the neurons that this expert-tensor rank holds. Without a mask they are
-the stock dispatchers: no other call, no other byte.
+wire, and is cut there to the neurons that this expert-tensor rank holds. A mask chosen by the
+experts goes back the same way (`return_mask`), to be recorded. Without a mask they are the stock
+dispatchers: no other call, no other byte.
 May touch: Megatron's dispatchers, NeuronMask.
 
 Shapes: N rows, B = ceil(F / 8) bytes of a packed row, F neurons of a whole expert, T tokens of this
@@ -15,17 +16,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+
+
+def build_dispatcher(
+    num_local_experts: int,
+    local_expert_indices: list[int],
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> MaskCarrier:
+    """The mask-carrying dispatcher of `moe_token_dispatcher_type`, as MoELayer picks Megatron's."""
+    kinds = {"allgather": MaskAllGatherTokenDispatcher, "alltoall": MaskAlltoAllTokenDispatcher}
+    kind = kinds.get(config.moe_token_dispatcher_type)
+    if kind is None:
+        raise ValueError(
+            f"moe_token_dispatcher_type = {config.moe_token_dispatcher_type!r} is not known: it "
+            "must be allgather, alltoall or flex"
+        )
+    return kind(num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection)
 
 
 def predicted_mask_bytes(rows: int, num_neurons: int) -> int:
@@ -37,17 +57,18 @@ def predicted_mask_bytes(rows: int, num_neurons: int) -> int:
     return rows * ((num_neurons + 7) // 8)
 
 
-class _MaskCarrier:
+class MaskCarrier(MoETokenDispatcher):
     """What both dispatchers share: the mask on its way, and the count of its bytes.
 
     Attributes:
         bytes_carried: mask bytes this rank has sent to other ranks since the dispatcher was made;
-            a row gathered by P ranks is sent P - 1 times. A recomputed forward sends again.
+            a row gathered by P ranks is sent P - 1 times.
     """
 
     config: TransformerConfig
     tp_rank: int
     tp_size: int
+    hidden_shape: torch.Size
 
     bytes_carried: int = 0
     _bits_NB: Tensor | None = None  # on its way: from set_mask to dispatch_postprocess
@@ -103,6 +124,38 @@ class _MaskCarrier:
         mask = NeuronMask.unpack(bits_NB, self._num_neurons)
         return mask.shard(self.tp_rank, self.tp_size) if self.tp_size > 1 else mask
 
+    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+        """Bring the masks of this rank's expert rows back to the ranks their tokens came from.
+
+        A collective of the expert group, to be called between `dispatch_postprocess` and
+        `token_combine`.
+
+        Args:
+            mask_NF: [N, F / ETP] bool, one row for each row of `dispatch_postprocess`.
+            routing_map: [T, E] as it was given to `dispatch_preprocess`.
+
+        Returns:
+            [N, ceil(F / 8)] uint8, packed, in the row order of `set_mask`. A pair that a capacity
+            dropped keeps no neuron.
+
+        Raises:
+            NotImplementedError: a dispatcher that has no such way back.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not bring masks back")
+
+    def _pack_whole(self, mask_NF: Tensor) -> Tensor:
+        """[N, ceil(F / 8)]: the neurons of this expert-tensor rank in place, the others 0."""
+        width = mask_NF.shape[1]
+        first = self.tp_rank * width
+        return pack_bits(
+            torch.nn.functional.pad(mask_NF, (first, self._num_neurons - first - width))
+        )
+
+    def _start(self) -> Tensor | None:
+        """The mask of the dispatch that begins now."""
+        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        return bits_NB
+
     @property
     def _num_neurons(self) -> int:
         return self.config.moe_ffn_hidden_size
@@ -122,7 +175,7 @@ class _MaskCarrier:
         self.bytes_carried += predicted_mask_bytes(rows, self._num_neurons)
 
 
-class MaskAlltoAllTokenDispatcher(_MaskCarrier, MoEAlltoAllTokenDispatcher):
+class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
     """The alltoall dispatcher with masks; each stage moves the mask as it moves the tokens.
 
     1. dispatch_preprocess: rows come permuted; add empty ones where Megatron pads
@@ -138,7 +191,7 @@ class MaskAlltoAllTokenDispatcher(_MaskCarrier, MoEAlltoAllTokenDispatcher):
         Raises:
             ValueError: a mask whose rows are not the routed pairs.
         """
-        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        bits_NB = self._start()
         if bits_NB is None:
             return super().dispatch_preprocess(hidden_states, routing_map, probs)
         padded = self.config.moe_router_padding_for_quantization
@@ -200,8 +253,41 @@ class MaskAlltoAllTokenDispatcher(_MaskCarrier, MoEAlltoAllTokenDispatcher):
         self._arrived_NB = bits_NB
         return processed
 
+    @torch.no_grad()
+    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+        """See MaskCarrier; undoes stages 3, 2 and 1."""
+        bits_NB = self._pack_whole(mask_NF)
+        if self.num_local_experts > 1:
+            bits_NB, _ = sort_chunks_by_idxs(
+                bits_NB,
+                self.num_global_tokens_per_local_expert.T.ravel(),
+                self.restore_output_by_local_experts,
+            )
+        if self.tp_size > 1:
+            # Each rank filled in its own neurons of the same rows: the sum joins them.
+            torch.distributed.all_reduce(bits_NB, group=self.tp_group)
+            splits = self.output_splits_tp
+            rows = bits_NB.shape[0] // self.tp_size
+            parts = [rows] * self.tp_size if splits is None else splits.tolist()
+            bits_NB = bits_NB.split(parts)[self.tp_rank].contiguous()
+        bits_NB = all_to_all(
+            self.ep_group,
+            bits_NB,
+            self.input_splits,
+            self.output_splits,
+            use_nccl_stream=self.use_nccl_stream,
+        )
+        if self.drop_and_pad:
+            fits_N, real_EC = _capacity_slots(routing_map, self.capacity)
+            returned = bits_NB.new_zeros((fits_N.numel(), bits_NB.shape[1]))
+            returned[fits_N] = bits_NB[real_EC.reshape(-1)]
+            return returned
+        if self.config.moe_router_padding_for_quantization:
+            return bits_NB[routing_map.T.masked_select(self.routing_map.T)]
+        return bits_NB
 
-class MaskAllGatherTokenDispatcher(_MaskCarrier, MoEAllGatherTokenDispatcher):
+
+class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
     """The allgather dispatcher with masks: all packed rows are gathered, as all tokens are.
 
     1. dispatch_preprocess: check the rows
@@ -217,7 +303,7 @@ class MaskAllGatherTokenDispatcher(_MaskCarrier, MoEAllGatherTokenDispatcher):
         Raises:
             ValueError: a mask whose rows are not the routed pairs.
         """
-        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        bits_NB = self._start()
         if bits_NB is not None:
             _check_rows(bits_NB, int(routing_map.sum()))
             self._bits_NB = bits_NB
@@ -243,17 +329,36 @@ class MaskAllGatherTokenDispatcher(_MaskCarrier, MoEAllGatherTokenDispatcher):
         bits_NB, self._bits_NB = self._bits_NB, None
         map_RET = self._map_RTE().transpose(1, 2).contiguous()  # super() drops routing_map
         processed = super().dispatch_postprocess(hidden_states, probs)
-        # Gathered rows stand source by source, each expert-major: a running count is their index.
-        row_RET = (map_RET.reshape(-1).cumsum(0) - 1).view_as(map_RET)
-        first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
-        row_ERT = row_RET[:, first:last].transpose(0, 1)
-        self._arrived_NB = bits_NB[row_ERT[map_RET[:, first:last].transpose(0, 1)]]
+        self._arrived_NB = bits_NB[self._local_rows(map_RET)]
         return processed
+
+    @torch.no_grad()
+    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+        """See MaskCarrier; a sum over ETP x EP of the rows that each rank fills in."""
+        bits_NB = self._pack_whole(mask_NF)
+        if self.tp_size == 1 and self.ep_size == 1:
+            return bits_NB  # one source: its rows stand expert-major already
+        gathered = gather_from_sequence_parallel_region(routing_map, group=self.tp_ep_group)
+        map_RTE = gathered.bool().view(self.tp_size * self.ep_size, *routing_map.shape)
+        map_RET = map_RTE.transpose(1, 2).contiguous()
+        whole = bits_NB.new_zeros((int(map_RET.sum()), bits_NB.shape[1]))
+        whole[self._local_rows(map_RET)] = bits_NB
+        torch.distributed.all_reduce(whole, group=self.tp_ep_group)
+        rows_R = map_RET.sum(dim=(1, 2)).tolist()
+        return whole.split(rows_R)[self.tp_ep_group.rank()].contiguous()
 
     def _map_RTE(self) -> Tensor:
         """The gathered routing map by source rank; every source has the same T."""
         sources = self.tp_size * self.ep_size
         return self.routing_map.bool().view(sources, -1, self.routing_map.shape[1])
+
+    def _local_rows(self, map_RET: Tensor) -> Tensor:
+        """[N] where the rows of the local experts stand among the gathered ones, in row order."""
+        # Gathered rows stand source by source, each expert-major: a running count is their index.
+        row_RET = (map_RET.reshape(-1).cumsum(0) - 1).view(map_RET.shape)
+        first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
+        local_ERT = map_RET[:, first:last].transpose(0, 1)
+        return row_RET[:, first:last].transpose(0, 1)[local_ERT]
 
 
 def _check_rows(bits_NB: Tensor, routed: int) -> None:
@@ -273,8 +378,13 @@ def _spread(bits_NB: Tensor, real_M: Tensor) -> Tensor:
 
 def _pad_to_capacity(bits_NB: Tensor, routing_map: Tensor, capacity: int) -> Tensor:
     """[E * C, B]: the first C rows of each expert, then empty ones, as `permute` drops and pads."""
-    map_ET = routing_map.T
-    fits_N = (map_ET.cumsum(dim=1) <= capacity).masked_select(map_ET)
-    slots_C = torch.arange(capacity, device=bits_NB.device)
-    real_EC = slots_C < map_ET.sum(dim=1, keepdim=True)
+    fits_N, real_EC = _capacity_slots(routing_map, capacity)
     return _spread(bits_NB[fits_N], real_EC.reshape(-1))
+
+
+def _capacity_slots(routing_map: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """([N] routed pairs that fit, [E, C] slots that hold one), both expert-major."""
+    map_ET = routing_map.bool().T
+    fits_N = (map_ET.cumsum(dim=1) <= capacity).masked_select(map_ET)
+    slots_C = torch.arange(capacity, device=routing_map.device)
+    return fits_N, slots_C < map_ET.sum(dim=1, keepdim=True)

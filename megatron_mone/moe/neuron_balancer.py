@@ -20,6 +20,7 @@ from megatron_mone.moe.balance_loss import (
     block_statistics,
     neuron_balance_loss,
     neuron_shares,
+    row_weights,
 )
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
@@ -59,15 +60,14 @@ class NeuronBalancer:
             tp_ep_group=pg_collection.tp_ep,
             expt_tp_group=pg_collection.expt_tp,
             expt_dp_group=pg_collection.expt_dp,
-            etp_major=config.moe_token_dispatcher_type != "allgather",
+            etp_major=config.moe_token_dispatcher_type == "alltoall",
         )
         neurons = experts.w_gate_EFH.shape[1]
         device = experts.w_gate_EFH.device
         self.load = NeuronLoad(experts.num_local_experts, neurons, device)
-        # Scope global_batch: running sums of this step, and the micro-batches in them.
-        self.running: BlockStatistics | None = None
-        self.running_microbatches = 0
-        install_tracker().register(self)
+        # Scope global_batch: sums over this step's rows here, and the micro-batches in them.
+        self.step_sums: BlockStatistics | None = None
+        self.step_microbatches = 0
 
     def __call__(
         self,
@@ -76,6 +76,7 @@ class NeuronBalancer:
         *,
         layer_number: int | None,
         local_tokens: int,
+        real_N: Tensor | None = None,
     ) -> Tensor:
         """Count the kept neurons, and return y with the balance loss attached to its gradient.
 
@@ -84,18 +85,30 @@ class NeuronBalancer:
             rows_ER: [E_l, R] rows per local expert and source, in row order.
             layer_number: 1-based, for the log.
             local_tokens: tokens of the micro-batch on this rank.
+            real_N: [N] bool, False for rows that Megatron padded; None where it pads none.
         """
         self.layer_number = layer_number
-        experts, device = rows_ER.shape[0], output.y_NH.device
+        y_NH = output.y_NH
+        if real_N is not None:
+            output, rows_ER = without_padding(output, rows_ER, real_N)
+        experts, device = rows_ER.shape[0], y_NH.device
         expert_N = torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)).to(device)
         self.load.add(output.mask_NF, expert_N)
         if not self.has_loss:
-            return output.y_NH
-        block_N, blocks = expert_N, experts
+            return y_NH
+        share_NF = neuron_shares(
+            gate_NF=output.gate_NF,
+            mask_NF=output.mask_NF,
+            loss_type=self.config.mone_ng_loss_type,
+            etp_group=self.experts.etp_group,
+        )
         if self.by_microbatch:
             block_N = self._microbatch_blocks(rows_ER).to(device)
-            blocks = experts * self.source_map.num_microbatches
-        loss = self._loss(output, block_N, blocks)
+            weight_BF = self._microbatch_weights(share_NF, output.mask_NF, block_N, experts)
+        else:
+            block_N, weight_BF = expert_N, self._last_step_weights()
+            self._add_to_step(share_NF, output.mask_NF, expert_N, experts)
+        loss = neuron_balance_loss(share_NF=share_NF, block_N=block_N, weight_BF=weight_BF)
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers  # counted once a repetition, as the router's
         self._record(loss)
@@ -103,7 +116,7 @@ class NeuronBalancer:
         if self.config.calculate_per_token_loss:
             # Cancels the division by all tokens, as TopKRouter.attach_and_log_load_balancing_loss.
             loss = loss * (local_tokens * self.tp_cp_group.size())
-        return MoEAuxLossAutoScaler.apply(output.y_NH, loss)
+        return MoEAuxLossAutoScaler.apply(y_NH, loss)
 
     def _microbatch_blocks(self, rows_ER: Tensor) -> Tensor:
         """[N] block of each row: local expert * M + micro-batch."""
@@ -114,33 +127,43 @@ class NeuronBalancer:
         )
         return block_ER.flatten().repeat_interleave(rows_ER.flatten())
 
-    def _loss(self, output: GroupedMLPOutput, block_N: Tensor, blocks: int) -> Tensor:
-        loss_type, etp = self.config.mone_ng_loss_type, self.experts.etp_group
-        share_NF = neuron_shares(
-            gate_NF=output.gate_NF, mask_NF=output.mask_NF, loss_type=loss_type, etp_group=etp
-        )
+    def _microbatch_weights(
+        self, share_NF: Tensor, mask_NF: Tensor, block_N: Tensor, experts: int
+    ) -> Tensor:
+        """[E_l * M, F_l] weights from the statistics of each whole micro-batch."""
         statistics = block_statistics(
-            share_NF=share_NF, mask_NF=output.mask_NF, block_N=block_N, num_blocks=blocks
-        )
-        rows_per_share = 1.0
-        if self.by_microbatch:
-            statistics = statistics.summed(self.source_map.replica_group)
-        else:
-            statistics = statistics.summed(self.expt_dp_group)
-            self.running = statistics if self.running is None else self.running + statistics
-            self.running_microbatches += self._microbatches_seen_at_once()
-            statistics, rows_per_share = self.running, float(self.running_microbatches)
-        return neuron_balance_loss(
             share_NF=share_NF,
+            mask_NF=mask_NF,
             block_N=block_N,
-            statistics=statistics,
-            loss_type=loss_type,
+            num_blocks=experts * self.source_map.num_microbatches,
+        )
+        return self._weights(statistics.summed(self.source_map.replica_group), 1.0)
+
+    def _weights(self, statistics: BlockStatistics, rows_per_share: float) -> Tensor:
+        return row_weights(
+            statistics,
+            loss_type=self.config.mone_ng_loss_type,
             num_experts=self.config.num_moe_experts,
             num_neurons=self.config.moe_ffn_hidden_size,
             neurons_per_token=self.kept,
             rows_per_share=rows_per_share,
-            etp_group=etp,
+            etp_group=self.experts.etp_group,
         )
+
+    def _last_step_weights(self) -> Tensor:
+        """[E_l, F_l] weights from the statistics of the whole last step; 0 in the first one."""
+        weights = self.experts.ng_weights
+        assert weights is not None
+        return weights
+
+    def _add_to_step(
+        self, share_NF: Tensor, mask_NF: Tensor, expert_N: Tensor, experts: int
+    ) -> None:
+        statistics = block_statistics(
+            share_NF=share_NF, mask_NF=mask_NF, block_N=expert_N, num_blocks=experts
+        )
+        self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
+        self.step_microbatches += self._microbatches_seen_at_once()
 
     def _microbatches_seen_at_once(self) -> int:
         """Micro-batches whose rows the replicas of an expert hold together: all DP ranks'."""
@@ -165,7 +188,7 @@ class NeuronBalancer:
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """After the optimizer step: move the selection bias, forget the step's running sums."""
+        """After the optimizer step: move the selection bias, turn the step's sums into weights."""
         bias_EF = self.experts.neuron_bias
         if bias_EF is not None:
             counts_EF = self.load.step_counts_EF.clone()
@@ -175,7 +198,15 @@ class NeuronBalancer:
             error_EF = total_E1 - counts_EF * self.config.moe_ffn_hidden_size
             bias_EF += torch.sign(error_EF) * self.config.mone_ng_bias_update_rate
         self.load.end_step()
-        self.running, self.running_microbatches = None, 0
+        if self.step_sums is not None:
+            sums = self.step_sums.summed(self.expt_dp_group)
+            idle_E1 = sums.rows_B.unsqueeze(1) == 0
+            if self.config.mone_ng_loss_type == "entropy":
+                sums = sums.with_uniform_row(self.config.moe_ffn_hidden_size)
+            weights_EF = self._weights(sums, float(self.step_microbatches))
+            assert self.experts.ng_weights is not None
+            self.experts.ng_weights.copy_(weights_EF.masked_fill(idle_E1, 0))
+            self.step_sums, self.step_microbatches = None, 0
 
     def summary(self) -> LoadSummary:
         """Load facts since the last call, over all ranks of this stage."""
@@ -187,3 +218,19 @@ class NeuronBalancer:
             tp_ep_group=self.tp_ep_group,
             etp_size=self.experts.etp_group.size(),
         )
+
+
+def without_padding(
+    output: GroupedMLPOutput, rows_ER: Tensor, real_N: Tensor
+) -> tuple[GroupedMLPOutput, Tensor]:
+    """The experts' output and the row counts without the rows that Megatron padded.
+
+    Args:
+        output: of the experts, N rows.
+        rows_ER: [E_l, R] rows per local expert and source, in row order.
+        real_N: [N] bool.
+    """
+    cell_N = torch.arange(rows_ER.numel()).repeat_interleave(rows_ER.flatten())
+    real = torch.bincount(cell_N[real_N.cpu()], minlength=rows_ER.numel())
+    kept = GroupedMLPOutput(output.y_NH[real_N], output.mask_NF[real_N], output.gate_NF[real_N])
+    return kept, real.view_as(rows_ER)

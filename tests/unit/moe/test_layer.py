@@ -8,7 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.moe.balance_loss import block_statistics, neuron_balance_loss, neuron_shares
+from megatron_mone.moe.balance_loss import (
+    block_statistics,
+    neuron_balance_loss,
+    neuron_shares,
+    row_weights,
+)
 from tests.conftest import mone_config
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -119,6 +124,19 @@ def plain_loss(loss_type, experts_of_rows, kept, gates, num_experts, width):
     return total / num_experts
 
 
+def balance_loss(gate, mask, block, experts, loss_type, neurons_per_token):
+    """The loss of rows whose blocks are experts, all on this rank."""
+    share = neuron_shares(gate_NF=gate, mask_NF=mask, loss_type=loss_type)
+    weights = row_weights(
+        block_statistics(share_NF=share, mask_NF=mask, block_N=block, num_blocks=experts),
+        loss_type=loss_type,
+        num_experts=experts,
+        num_neurons=gate.shape[1],
+        neurons_per_token=neurons_per_token,
+    )
+    return neuron_balance_loss(share_NF=share, block_N=block, weight_BF=weights)
+
+
 @st.composite
 def cases(draw):
     groups = draw(st.sampled_from([1, 2, 4]))
@@ -164,20 +182,8 @@ def test_experts_and_loss_equal_an_independent_computation(case):
     output = experts(x, torch.tensor(counts), p)
     block = torch.tensor(owners, dtype=torch.long)
     loss_type = config.mone_ng_loss_type
-    share = neuron_shares(gate_NF=output.gate_NF, mask_NF=output.mask_NF, loss_type=loss_type)
-    loss = neuron_balance_loss(
-        share_NF=share,
-        block_N=block,
-        statistics=block_statistics(
-            share_NF=share, mask_NF=output.mask_NF, block_N=block, num_blocks=len(counts)
-        ),
-        loss_type=loss_type,
-        num_experts=len(counts),
-        num_neurons=width,
-        neurons_per_token=(
-            config.mone_neurons_per_token if config.mone_selection == "topk" else None
-        ),
-    )
+    kept_per_row = config.mone_neurons_per_token if config.mone_selection == "topk" else None
+    loss = balance_loss(output.gate_NF, output.mask_NF, block, len(counts), loss_type, kept_per_row)
     leaves = [x, p, experts.linear_fc1, experts.linear_fc2]
     if not owners:
         assert output.y_NH.shape == (0, case["hidden"])
@@ -204,12 +210,7 @@ def test_loss_is_alpha_free_one_when_uniform():
     mask = torch.eye(4, dtype=torch.bool).repeat(3, 1)
     block = torch.zeros(12, dtype=torch.long)
     for loss_type, value in [("selected", 1.0), ("normalized", 1.0), ("entropy", 0.0)]:
-        share = neuron_shares(gate_NF=gate, mask_NF=mask, loss_type=loss_type)
-        stats = block_statistics(share_NF=share, mask_NF=mask, block_N=block, num_blocks=1)
-        loss = neuron_balance_loss(
-            share_NF=share, block_N=block, statistics=stats, loss_type=loss_type,
-            num_experts=1, num_neurons=4, neurons_per_token=1,
-        )  # fmt: skip
+        loss = balance_loss(gate, mask, block, 1, loss_type, neurons_per_token=1)
         assert loss.item() == pytest.approx(value, abs=1e-6)
 
 
@@ -221,12 +222,7 @@ def test_only_the_raw_loss_falls_when_all_gates_shrink():
     block = torch.zeros(32, dtype=torch.long)
 
     def value(loss_type, scale):
-        share = neuron_shares(gate_NF=gate * scale, mask_NF=mask, loss_type=loss_type)
-        stats = block_statistics(share_NF=share, mask_NF=mask, block_N=block, num_blocks=1)
-        return neuron_balance_loss(
-            share_NF=share, block_N=block, statistics=stats, loss_type=loss_type,
-            num_experts=1, num_neurons=16, neurons_per_token=None,
-        ).item()  # fmt: skip
+        return balance_loss(gate * scale, mask, block, 1, loss_type, None).item()
 
     assert value("raw", 0.5) == pytest.approx(0.5 * value("raw", 1.0))
     for loss_type in ("selected", "normalized", "entropy"):
@@ -281,13 +277,83 @@ def test_experts_without_tokens(tokens):
     assert torch.isfinite(layer.experts.linear_fc1.grad).all()
 
 
-def test_nan_input_surfaces():
-    layer = build_layer()
+def test_nan_input_surfaces_where_the_check_is_off():
+    layer = build_layer(mone_check_for_nan=False)
     x = torch.randn(6, 1, 16)
     x[2] = math.nan
     y, _ = layer(x)
     assert y[2].isnan().all()
     assert torch.isfinite(y[[0, 1, 3, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_in_an_expert_stops_naming_rank_layer_and_expert(value):
+    from megatron_mone.moe.finite_check import NonFiniteExpertError
+
+    layer = build_layer()
+    with torch.no_grad():
+        layer.experts.linear_fc2[3] = value
+    with pytest.raises(NonFiniteExpertError, match=r"rank 0: layer 1, expert 3 gave NaN or inf"):
+        layer(torch.randn(40, 1, 16))
+
+
+def assert_near(got, wanted, name):
+    """Equal to 1e-6 of the tensor's largest entry: float32 sums in another order."""
+    scale = wanted.double().abs().max().item()
+    error = (got.double() - wanted.double()).abs().max().item()
+    assert error <= 1e-6 * scale, f"{name}: {error:.2e} of {scale:.2e}"
+
+
+def test_rows_padded_to_capacity_leave_no_trace():
+    """Same statistics and loss as without padding, where nothing is dropped."""
+    from megatron_mone.metrics import install_tracker
+
+    x, seen = torch.randn(30, 1, 16), []
+    for pad in (False, True):
+        install_tracker().clear()
+        layer = build_layer(
+            moe_expert_capacity_factor=2.0, moe_pad_expert_input_to_capacity=pad,
+            mone_ng_loss_coeff=0.5,
+        )  # fmt: skip
+        (layer(x)[0] * 0).sum().backward()
+        seen.append(
+            (
+                layer.neuron_balancer.load.step_counts_EF.clone(),
+                layer.neuron_balancer.load.window_rows_E.clone(),
+                install_tracker().metrics["ng_loss"].values.clone(),
+                layer.experts.linear_fc1.grad,
+            )
+        )
+    for name, a, b in zip(("kept", "rows", "loss", "gradient"), *seen, strict=True):
+        assert_near(a, b, name)
+
+
+@pytest.mark.parametrize("loss_type", ["selected", "entropy"])
+def test_global_batch_loss_is_the_same_however_the_batch_is_cut(loss_type):
+    """Gradient and value over one step of 48 tokens: one micro-batch, or 2, 3 or 6 of them."""
+    from megatron_mone.metrics import install_tracker
+
+    first, second = torch.randn(48, 1, 16), torch.randn(48, 1, 16)
+    seen = []
+    for parts in (1, 2, 3, 6):
+        layer = build_layer(
+            mone_ng_loss_type=loss_type, mone_ng_loss_scope="global_batch", mone_ng_loss_coeff=0.5
+        )
+        for step in (first, second):
+            install_tracker().clear()
+            layer.zero_grad()
+            for x in step.chunk(parts):
+                (layer(x)[0] * 0).sum().div(parts).backward()
+            value = install_tracker().metrics["ng_loss"].values / parts
+            layer.end_step()
+            seen.append((parts, value, layer.experts.linear_fc1.grad / parts))
+    assert all(value == 0 and not grad.any() for _, value, grad in seen[::2])
+    _, value, grad = seen[1]
+    assert value != 0
+    assert grad.any()
+    for parts, other_value, other_grad in seen[3::2]:
+        assert_near(other_value, value, f"value in {parts} parts")
+        assert_near(other_grad, grad, f"gradient in {parts} parts")
 
 
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
@@ -299,6 +365,9 @@ def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
     install_tracker().clear()
     layer = build_layer(mone_ng_loss_type=loss_type, mone_ng_loss_scope=scope,
                         mone_ng_loss_coeff=0.5)  # fmt: skip
+    if scope == "global_batch":  # the first step has no statistics to go by
+        layer(torch.randn(20, 1, 16))
+        layer.end_step()
     y, _ = layer(torch.randn(20, 1, 16))
     (y * 0).sum().backward()
     grad = layer.experts.linear_fc1.grad
@@ -306,7 +375,7 @@ def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
     assert grad[:, 1].abs().sum() == 0  # up vectors have no part in the loss
     logged = install_tracker().metrics["ng_loss"].values
     assert logged.shape == (1,)
-    assert logged.item() > 0
+    assert logged.item() != 0
     layer.neuron_balancer.end_step()
 
 

@@ -81,6 +81,18 @@ def masks_to_send(rank, routing_map):
     return pack_bits(torch.stack(rows) if rows else torch.zeros(0, NEURONS, dtype=torch.bool))
 
 
+def masks_that_return(dispatcher, rank, routing_map):
+    """What was sent, with nothing for the pairs beyond an expert's capacity."""
+    bits = masks_to_send(rank, routing_map)
+    if getattr(dispatcher, "drop_and_pad", False):
+        taken = Counter()
+        for n, (_, e) in enumerate(pairs(routing_map)):
+            taken[e] += 1
+            if taken[e] > dispatcher.capacity:
+                bits[n] = 0
+    return bits
+
+
 def inputs_of(rank, routing_map):
     """Hidden states whose first columns name their origin, and probabilities."""
     tokens = routing_map.shape[0]
@@ -127,6 +139,8 @@ def check_arrival(dispatcher, experts, seed, *, same_tokens, exact_topk):
             want[n] = mask_of(source, token, int(row_expert[n]))
     wanted = NeuronMask.from_bool(want).shard(dispatcher.tp_rank, dispatcher.tp_size)
     assert all_ranks(got == wanted)
+    returned = dispatcher.return_mask(got.to_bool(), maps[rank])
+    assert all_ranks(torch.equal(returned, masks_that_return(dispatcher, rank, maps[rank])))
     return dispatcher.bytes_carried - before, maps, rank
 
 

@@ -1,0 +1,78 @@
+"""Keeps a recomputed forward on the neurons of the forward it repeats.
+
+Activation recompute runs a layer twice: first without autograd, then again inside the backward
+pass. Choosing neurons anew there could differ in the last bit where a GPU sums in another order,
+and would exchange scores over expert-tensor ranks a second time. So the first pass leaves its mask,
+bit-packed, and the repetition takes it. May touch: torch's and Megatron's recompute state, read
+only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from megatron.core.tensor_parallel.random import is_checkpointing
+from torch import Tensor
+
+from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+
+
+def in_recompute() -> bool:
+    """Whether a forward running now repeats an earlier one inside a backward pass."""
+    # -1 outside a backward pass; torch's own checkpointing reads the same function.
+    return torch._C._current_graph_task_id() != -1
+
+
+class RecomputeMasks:
+    """The masks of one layer between a checkpointed forward and its repetition.
+
+    Micro-batches are repeated in the order of their first pass, in every one of Megatron's
+    pipeline schedules, so that a queue is enough.
+
+    Attributes:
+        bytes_held: of the packed masks waiting now, ceil(F_l / 8) a routed row.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[Tensor] = deque()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the packed masks that wait for their repetition."""
+        return sum(bits.numel() for bits in self._waiting)
+
+    def keep(self, mask_NF: Tensor) -> None:
+        """Called after every forward; keeps the mask of a first pass.
+
+        Args:
+            mask_NF: [N, F_l] bool.
+        """
+        first_pass = is_checkpointing() and not torch.is_grad_enabled() and not in_recompute()
+        if first_pass:
+            self._waiting.append(pack_bits(mask_NF))
+
+    def take(self, rows: int, num_neurons: int) -> NeuronMask | None:
+        """Called before every forward; the mask of the first pass where this is its repetition.
+
+        Args:
+            rows: N, of this forward.
+            num_neurons: F_l.
+
+        Raises:
+            RuntimeError: the repetition has other rows than the first pass.
+        """
+        if not in_recompute() or not self._waiting:
+            return None
+        # A checkpoint inside a checkpoint repeats twice; the one that builds the graph is the last.
+        bits_NB = self._waiting.popleft() if torch.is_grad_enabled() else self._waiting[0]
+        if bits_NB.shape[0] != rows:
+            raise RuntimeError(
+                f"a recomputed MoNE layer has {rows} routed rows, its first pass had "
+                f"{bits_NB.shape[0]}: the router did not repeat its choice"
+            )
+        return NeuronMask.unpack(bits_NB, num_neurons)
+
+    def clear(self) -> None:
+        """At the end of a step: a first pass without a repetition (no backward) leaves nothing."""
+        self._waiting.clear()
