@@ -146,13 +146,18 @@ def add_mone_args(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def check_transformer_impl(config: Any) -> None:
-    """Transformer Engine layers need the package; Megatron fails deep inside without it.
+def check_packages(config: Any) -> None:
+    """Transformer Engine layers and the flex dispatcher need packages; Megatron fails deep inside
+    without them.
 
     Raises:
-        ValueError: transformer_impl asks for Transformer Engine and it is not installed.
+        ValueError: names the field that asks for a package which is not installed.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
+
+    check_flex_packages(config)
 
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(
@@ -253,6 +258,14 @@ def validate(config: Any) -> None:
     _check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
     if config.mone_record_masks is not None:
         mask_steps(config.mone_record_mask_steps)
+        kind = config.moe_token_dispatcher_type
+        _check(
+            kind != "flex",
+            "moe_token_dispatcher_type",
+            kind,
+            "alltoall or allgather with "
+            "mone_record_masks: DeepEP brings no masks back (a recorded file replays under all)",
+        )
     layer_pattern(config)
 
 

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from megatron_mone.config import attach_fields_from_env, check_transformer_impl, layer_pattern
+from megatron_mone.config import attach_fields_from_env, check_packages, layer_pattern
 from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.layer import MoNELayer
@@ -52,7 +52,7 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     transformer = getattr(config, "transformer", config)
     if not hasattr(transformer, "mone_neuron_ratio"):
         attach_fields_from_env(transformer)
-    check_transformer_impl(transformer)
+    check_packages(transformer)
     install_tracker()  # on every rank: stages without MoNE layers take part in its collectives
     local = transformer.transformer_impl != "transformer_engine"
     block = get_gpt_decoder_block_spec(

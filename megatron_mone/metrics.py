@@ -23,6 +23,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.moe.neuron_load import HISTOGRAM_EDGES, SUMMARY_FIELDS, LoadSummary
 
+TRAFFIC = ("selection_exchange", "mask_dispatch")  # the columns of TrackedLayer.bytes_sent
+
 
 class TrackedLayer(Protocol):
     """What the tracker needs of a MoNE layer."""
@@ -35,6 +37,9 @@ class TrackedLayer(Protocol):
 
     def summary(self) -> LoadSummary:
         """Collective over the stage: load facts since the last call."""
+
+    def bytes_sent(self) -> tuple[int, int]:
+        """Bytes this rank sent to agree on neurons, and to carry masks, since the last call."""
 
 
 class MoNEMetricsTracker(MoEMetricsTracker):
@@ -77,8 +82,9 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self._steps_in_window += 1
         if num_layers and iteration % self.log_interval == 0:
             group = _pipeline_group(kwargs.get("pg_collection"))
-            summaries = self._summaries(layers, num_layers, group)
+            summaries, sent = self._summaries(layers, num_layers, group)
             line += _write_summaries(summaries, iteration, writer)
+            line += self._write_traffic(sent, iteration, writer)
             line += self._throughput(iteration, writer)
             self._steps_in_window = 0
         return line
@@ -112,27 +118,43 @@ class MoNEMetricsTracker(MoEMetricsTracker):
 
     def _summaries(
         self, layers: list[Any], num_layers: int, group: ProcessGroup
-    ) -> dict[int, LoadSummary]:
-        """Every stage's summaries on every rank, by 1-based layer number."""
-        width = len(SUMMARY_FIELDS)
-        table = torch.zeros(num_layers, width + len(HISTOGRAM_EDGES) + 1, dtype=torch.float64)
+    ) -> tuple[dict[int, LoadSummary], dict[int, list[float]]]:
+        """Every stage's summaries and sent bytes on every rank, by 1-based layer number."""
+        width, bins = len(SUMMARY_FIELDS), len(HISTOGRAM_EDGES) + 1
+        table = torch.zeros(num_layers, width + bins + len(TRAFFIC), dtype=torch.float64)
         for layer in layers:
             row = layer.table_row()
             if row is None:
                 continue
             summary = layer.summary()
             table[row, :width] = torch.tensor(summary.values, dtype=torch.float64)
-            table[row, width:] = summary.histogram.cpu()
+            table[row, width : width + bins] = summary.histogram.cpu()
+            table[row, width + bins :] = torch.tensor(layer.bytes_sent(), dtype=torch.float64)
         if torch.distributed.get_backend(group) == "nccl":
             table = table.cuda()
         torch.distributed.all_reduce(table, group=group)
         table = table.cpu()
         rows = SUMMARY_FIELDS.index("routed_rows")
-        return {
-            i + 1: LoadSummary(tuple(table[i, :width].tolist()), table[i, width:])
-            for i in range(num_layers)
-            if table[i, rows] > 0
+        used = [i for i in range(num_layers) if table[i, rows] > 0]
+        summaries = {
+            i + 1: LoadSummary(tuple(table[i, :width].tolist()), table[i, width : width + bins])
+            for i in used
         }
+        return summaries, {i + 1: table[i, width + bins :].tolist() for i in used}
+
+    def _write_traffic(self, sent: dict[int, list[float]], iteration: int, writer: Any) -> str:
+        """Bytes a step that one rank of each stage sent for MoNE, beyond what stock MoE sends."""
+        line = ""
+        for column, name in enumerate(TRAFFIC):
+            per_step = {i: sizes[column] / self._steps_in_window for i, sizes in sent.items()}
+            total = sum(per_step.values())
+            if total == 0:
+                continue
+            line += f" {name.replace('_', ' ')} MB a step and rank: {total / 1e6:.4g} |"
+            if writer is not None:
+                for i, size in per_step.items():
+                    writer.add_scalar(f"mone/{name}_bytes_layer_{i}", size, iteration)
+        return line
 
     def _throughput(self, iteration: int, writer: Any) -> str:
         """Executed and active TFLOP/s per rank, side by side, from Megatron's interval timer."""

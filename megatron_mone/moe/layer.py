@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.finite_check import check_finite
 from megatron_mone.moe.mask_dispatch import build_dispatcher
+from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
 from megatron_mone.moe.mask_tape import MaskTape
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
 from megatron_mone.moe.neuron_load import LoadSummary
@@ -43,6 +44,7 @@ class MoNELayer(MoELayer):
     ) -> None:
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
+        check_flex_packages(config)
         super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
         self.token_dispatcher = build_dispatcher(
             self.num_local_experts, self.local_expert_indices, config, pg_collection
@@ -55,6 +57,7 @@ class MoNELayer(MoELayer):
         self.recompute_masks = RecomputeMasks()
         self.mask_tape = MaskTape(config, pg_collection)
         self.mask_tape.follow_config(lambda: install_tracker().step() if self.training else None)
+        self._bytes_reported = (0, 0)
         self._routing_map: Tensor | None = None  # of the forward under way, while it is recorded
         install_tracker().register(self)
 
@@ -112,6 +115,12 @@ class MoNELayer(MoELayer):
     def summary(self) -> LoadSummary:
         """Collective over the stage; see metrics.TrackedLayer."""
         return self.neuron_balancer.summary()
+
+    def bytes_sent(self) -> tuple[int, int]:
+        """For choosing neurons over ranks, and for carrying masks; see metrics.TrackedLayer."""
+        now = (self.experts.select.traffic.total, self.token_dispatcher.bytes_carried)
+        since, self._bytes_reported = self._bytes_reported, now
+        return now[0] - since[0], now[1] - since[1]
 
     def _record(self, mask_NF: Tensor) -> None:
         if self.mask_tape.records and not in_recompute():

@@ -38,13 +38,15 @@ def build_dispatcher(
     pg_collection: ProcessGroupCollection,
 ) -> MaskCarrier:
     """The mask-carrying dispatcher of `moe_token_dispatcher_type`, as MoELayer picks Megatron's."""
-    kinds = {"allgather": MaskAllGatherTokenDispatcher, "alltoall": MaskAlltoAllTokenDispatcher}
-    kind = kinds.get(config.moe_token_dispatcher_type)
-    if kind is None:
-        raise ValueError(
-            f"moe_token_dispatcher_type = {config.moe_token_dispatcher_type!r} is not known: it "
-            "must be allgather, alltoall or flex"
-        )
+    # Here because that file imports this one.
+    from megatron_mone.moe.mask_dispatch_flex import MaskFlexTokenDispatcher
+
+    kinds: dict[str, type[MaskCarrier]] = {
+        "allgather": MaskAllGatherTokenDispatcher,
+        "alltoall": MaskAlltoAllTokenDispatcher,
+        "flex": MaskFlexTokenDispatcher,
+    }
+    kind = kinds[config.moe_token_dispatcher_type]
     return kind(num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection)
 
 
@@ -199,7 +201,7 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
         permuted, permuted_probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
         padded = padded or self.drop_and_pad
         # Without padding each permuted row is a routed pair: no need to wait for the device.
-        _check_rows(bits_NB, int(routed_TE.sum()) if padded else permuted.shape[0])
+        check_rows(bits_NB, int(routed_TE.sum()) if padded else permuted.shape[0])
         if self.drop_and_pad:
             bits_NB = _pad_to_capacity(bits_NB, routed_TE, self.capacity)
         elif padded:
@@ -305,7 +307,7 @@ class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
         """
         bits_NB = self._start()
         if bits_NB is not None:
-            _check_rows(bits_NB, int(routing_map.sum()))
+            check_rows(bits_NB, int(routing_map.sum()))
             self._bits_NB = bits_NB
         return super().dispatch_preprocess(hidden_states, routing_map, probs)
 
@@ -361,7 +363,8 @@ class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
         return row_RET[:, first:last].transpose(0, 1)[local_ERT]
 
 
-def _check_rows(bits_NB: Tensor, routed: int) -> None:
+def check_rows(bits_NB: Tensor, routed: int) -> None:
+    """Raise a ValueError unless `bits_NB` has a row for each of the `routed` pairs."""
     if bits_NB.shape[0] != routed:
         raise ValueError(
             f"bits_NB has {bits_NB.shape[0]} rows: the routing map holds {routed} routed pairs of "

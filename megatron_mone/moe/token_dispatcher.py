@@ -14,6 +14,7 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
 from torch import Tensor
@@ -60,7 +61,8 @@ def build_source_map(
         tp_ep_group: ranks that send rows to the same experts (ETP x EP, ETP fastest).
         expt_tp_group: ranks that hold the neurons of the same experts.
         expt_dp_group: replicas of this rank's experts.
-        etp_major: row order of the dispatcher: [ETP, EP] (alltoall) or group ranks (allgather).
+        etp_major: row order of the dispatcher: [ETP, EP] (alltoall) or group ranks (allgather,
+            flex).
     """
     shard_ranks = torch.distributed.get_process_group_ranks(tp_cp_group)
     expert_ranks = torch.distributed.get_process_group_ranks(tp_ep_group)
@@ -86,7 +88,8 @@ def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) ->
     """Rows per local expert and source rank, to be called after `dispatch_postprocess`.
 
     Args:
-        dispatcher: a stock dispatcher that has just dispatched.
+        dispatcher: a stock dispatcher that has just dispatched. For flex this is a collective of
+            ETP x EP.
         tokens_per_expert: [E_l] rows per local expert.
 
     Returns:
@@ -94,7 +97,7 @@ def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) ->
         expert-major, sources in the order of SourceMap.
 
     Raises:
-        ValueError: a dispatcher whose row layout is not known here.
+        ValueError: a dispatcher or a padding whose row layout is not known here.
     """
     experts = tokens_per_expert.numel()
     if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
@@ -110,9 +113,11 @@ def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) ->
     if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
         sources = dispatcher.tp_size * dispatcher.ep_size
         return dispatcher.local_map.view(sources, -1, experts).sum(dim=1).t().cpu()
+    if isinstance(dispatcher, MoEFlexTokenDispatcher):
+        return _flex_rows(dispatcher, tokens_per_expert)
     raise ValueError(
         f"moe_token_dispatcher_type: the row layout of {type(dispatcher).__name__} is not known; "
-        "use alltoall or allgather with a neuron-granular balance loss of scope micro_batch"
+        "use alltoall, allgather or flex with a neuron-granular balance loss of scope micro_batch"
     )
 
 
@@ -125,3 +130,34 @@ def _single_expert_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> Tensor:
     parts = [torch.empty_like(mine_R) for _ in range(dispatcher.tp_size)]
     torch.distributed.all_gather(parts, mine_R, group=dispatcher.tp_group)
     return torch.cat(parts).cpu()
+
+
+def _flex_rows(dispatcher: MoEFlexTokenDispatcher, tokens_per_expert: Tensor) -> Tensor:
+    """[E_l, R] from the row counts of every rank, which the libraries keep to themselves.
+
+    Both lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
+    prefix sums of its handle, HybridEP by a scan of the gathered routing map.
+    """
+    manager, backend = dispatcher._comm_manager, dispatcher.config.moe_flex_dispatcher_backend
+    experts, ranks = tokens_per_expert.numel(), manager.group.size()
+    if backend == "deepep":
+        index_TK = manager.token_indices
+        sent_X = torch.bincount(index_TK[index_TK >= 0], minlength=ranks * experts)
+    elif backend == "hybridep":
+        sent_X = manager.routing_map.sum(dim=0)
+    else:
+        raise ValueError(
+            f"moe_flex_dispatcher_backend = {backend!r}: its row layout is not known; use deepep "
+            "or hybridep with a neuron-granular balance loss of scope micro_batch"
+        )
+    parts = [torch.empty_like(sent_X) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, sent_X, group=manager.group)
+    sent_RRE = torch.stack(parts).view(ranks, ranks, experts)
+    rows_ER = sent_RRE[:, manager.group.rank()].t().cpu()
+    if not torch.equal(rows_ER.sum(dim=1), tokens_per_expert.cpu().long()):
+        raise ValueError(
+            f"moe_flex_dispatcher_backend = {backend!r}: the experts got "
+            f"{tokens_per_expert.tolist()} rows for {rows_ER.sum(dim=1).tolist()} routed ones; "
+            "with rows padded or dropped there, use alltoall with a neuron-granular balance loss"
+        )
+    return rows_ER

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class FickleSelector:
-    """Keeps other neurons each time it is asked: the worst case of a choice that is not repeated."""
+    """Keeps other neurons each time it is asked: the worst case of a choice."""
 
     def __init__(self):
         self.calls = 0
