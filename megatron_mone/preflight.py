@@ -10,21 +10,48 @@ from __future__ import annotations
 import os
 import tempfile
 from argparse import Namespace
+from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_mone.checkpoint.manifest import check_manifest
-from megatron_mone.data.checks import check_dataset
+import torch
 
-TRACKER_NAME = "latest_checkpointed_iteration.txt"
+from megatron_mone.checkpoint.manifest import check_manifest
+from megatron_mone.checkpoint.tracker import TRACKER_NAME
+from megatron_mone.checkpoint.verify import folder_to_load
+from megatron_mone.data.checks import check_dataset
+from megatron_mone.moe.mask_trace import recorded_steps
 
 
 def check_run(args: Namespace) -> None:
     """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
+    check_async_save(args)
     check_tokenizer(args)
     check_data(args)
-    for flag in ("save", "tensorboard_dir"):
+    if args.mone_replay_masks:
+        recorded_steps(Path(args.mone_replay_masks))
+    for flag in ("save", "tensorboard_dir", "mone_record_masks"):
         if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             check_writable(flag, Path(getattr(args, flag)))
+
+
+def check_async_save(args: Namespace) -> None:
+    """Megatron starts its writer process only later, and hangs where that cannot run.
+
+    Raises:
+        ValueError: CPU ranks, or the package of the chosen strategy is absent.
+    """
+    if not args.async_save:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "async_save = True is not available on CPU ranks, where Megatron's writer process "
+            "never answers: drop --async-save"
+        )
+    if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
+        raise ValueError(
+            "async_strategy = 'nvrx' needs nvidia-resiliency-ext: pip install "
+            "nvidia-resiliency-ext, or pass --async-strategy mcore"
+        )
 
 
 def check_tokenizer(args: Namespace) -> None:
@@ -78,25 +105,14 @@ def check_writable(flag: str, folder: Path) -> None:
 def check_checkpoint(args: Namespace) -> None:
     """The checkpoint to load must be of this model; a named iteration must exist.
 
+    Whether its files are whole is looked at later, by all ranks together (`checkpoint.verify`).
+
     Raises:
-        ValueError: from `checkpoint.manifest.check_manifest`, or the tracker file names an
-            iteration whose folder is missing.
+        ValueError: from `checkpoint.manifest.check_manifest` or `checkpoint.verify.folder_to_load`.
     """
-    if not args.load or not (Path(args.load) / TRACKER_NAME).is_file():
-        return
-    folder = Path(args.load)
-    check_manifest(folder, args)
-    text = (folder / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
-    if text == "release":
-        return
-    if not text.isdigit():
-        raise ValueError(
-            f"{folder / TRACKER_NAME} holds {text!r}: it must hold an iteration number"
-        )
-    iteration = folder / f"iter_{int(text):07d}"
-    if not iteration.is_dir():
-        raise ValueError(f"checkpoint {iteration} is missing though {TRACKER_NAME} names it: write "
-                         "the number of a folder that is there into that file")  # fmt: skip
+    if args.load and (Path(args.load) / TRACKER_NAME).is_file():
+        check_manifest(Path(args.load), args)
+    folder_to_load(args)
 
 
 def _is_number(word: str) -> bool:

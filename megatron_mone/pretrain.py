@@ -21,6 +21,7 @@ import torch
 from megatron_mone.files import write_json
 
 USER_ERROR = 2
+NOT_FINITE = 3
 
 
 def main() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
     _train(args, model_config, started)
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str, status: int = USER_ERROR) -> NoReturn:
     """Print one line (on rank 0 only) and exit."""
     if os.environ.get("RANK", "0") == "0":
         print(f"megatron-mone: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(USER_ERROR)
+    raise SystemExit(status)
 
 
 def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
@@ -54,11 +55,18 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
+    from megatron_mone.checkpoint import optimizer_layout, safe_save, signals, verify
     from megatron_mone.checkpoint.manifest import write_manifest
     from megatron_mone.gpt_training import datasets_provider, forward_step
     from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.finite_check import NonFiniteExpertError
+    from megatron_mone.moe.mask_trace import MaskTraceError
     from megatron_mone.profiling.flops import step_flops
 
+    stop = signals.arm(args) if args.save else None
+    safe_save.install()
+    verify.install(fail)
+    optimizer_layout.install()
     container = pretrain_cfg_container_from_args(args, model_config)
     if args.save and args.rank == 0:
         write_manifest(Path(args.save), args)
@@ -73,6 +81,21 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
         fail(f"checkpoint {args.load}: {error}")
+    except safe_save.SaveFailedError as error:
+        fail(str(error), safe_save.SAVE_FAILED)
+    except (NonFiniteExpertError, MaskTraceError) as error:
+        print(f"megatron-mone: error: {error}", file=sys.stderr, flush=True)  # from its own rank
+        is_user_error = isinstance(error, MaskTraceError)
+        raise SystemExit(USER_ERROR if is_user_error else NOT_FINITE) from error
+    except SystemExit:
+        if stop is None or not stop.stopped:
+            raise
+        raise SystemExit(signals.STOPPED) from None
+    finally:
+        if (
+            stop is not None and not stop.stopped
+        ):  # torchrun signals ranks that are on their way out
+            stop.release()
     torch.distributed.destroy_process_group()
 
 
@@ -121,10 +144,10 @@ def build_model_config(args: argparse.Namespace):
         gpt_config_from_args,
     )
 
-    from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_transformer_impl
+    from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_packages
     from megatron_mone.layer_spec import MoNEGPTModelConfig
 
-    check_transformer_impl(args)
+    check_packages(args)
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         raise ValueError(
             f"moe_router_topk = {args.moe_router_topk} is not allowed: it must be 1 to "
@@ -151,9 +174,11 @@ def build_model_config(args: argparse.Namespace):
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
+    from megatron_mone.checkpoint import verify
     from megatron_mone.config import add_mone_args, nearest_name
 
     add_mone_args(parser)
+    verify.add_arguments(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
 
     def one_line(message: str) -> NoReturn:

@@ -2,16 +2,21 @@
 
 `run_cases` launches torchrun on this file; inside, every case is one complete
 `megatron_mone.pretrain` run, with Megatron's global state torn down in between. Results are the
-scalars Megatron wrote to TensorBoard, which hold every step's loss in full float32.
+values Megatron wrote to TensorBoard, which hold every step's loss in full float32, and on request
+the gradients of the first step and the parameters after the third, each gathered whole.
 """
 
 from __future__ import annotations
 
+import functools
+import gc
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,17 +52,18 @@ MOCK = [
 
 @dataclass(frozen=True)
 class Case:
-    """One training run: a name (its folder) and its flags."""
+    """One training run: a name (its folder), its flags, and whether to keep whole tensors."""
 
     name: str
     flags: tuple[str, ...]
+    tensors: bool = False
 
 
 def start(cases: list[Case], ranks: int, folder: Path) -> subprocess.Popen:
     """Launch torchrun over the cases; results go to folder/NAME."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = folder / f"cases-{ranks}-{time.monotonic_ns()}.json"
-    todo.write_text(json.dumps([[c.name, list(c.flags)] for c in cases]))
+    todo.write_text(json.dumps([[c.name, list(c.flags), c.tensors] for c in cases]))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
         *("--nproc-per-node", str(ranks), "-m", "tests.training_cases", str(todo), str(folder)),
@@ -78,15 +84,76 @@ def run_cases(cases: list[Case], ranks: int, folder: Path) -> None:
 
 def scalars(folder: Path, tag: str) -> dict[int, float]:
     """{step: value} of one TensorBoard tag, over all event files in `folder`, later files last."""
+    return {step: values[0] for step, values in recorded(folder).get(tag, {}).items()}
+
+
+def recorded(folder: Path) -> dict[str, dict[int, list[float]]]:
+    """{tag: {step: values}} over all event files in `folder`; a histogram has many values."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found = {}
+    found: dict[str, dict[int, list[float]]] = {}
     for path in sorted(folder.glob("events.*"), key=lambda p: p.stat().st_mtime):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if value.tag == tag:
-                    found[event.step] = float(value.tensor.float_val[0])
+                if value.tensor.float_val:
+                    found.setdefault(value.tag, {})[event.step] = list(value.tensor.float_val)
+                elif value.tensor.tensor_shape.dim:
+                    found.setdefault(value.tag, {})[event.step] = _histogram(value.tensor)
     return found
+
+
+def _histogram(proto) -> list[float]:
+    """[lower edge, upper edge, count] of every bucket, flattened."""
+    from tensorboard.util.tensor_util import make_ndarray
+
+    return make_ndarray(proto).flatten().tolist()
+
+
+def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
+    """(the model chunks of the run under way, a function that names the folder of its tensors).
+
+    In that folder a run writes gradients.pt (step 1) and parameters.pt (after step 3); None: none.
+    """
+    import torch
+    from megatron.training import training
+
+    from tests.whole_tensors import all_gather_reduced, gather_whole
+
+    build = training.setup_model_and_optimizer
+    models: list = []
+    folder: Path | None = None
+
+    def set_folder(value: Path | None) -> None:
+        nonlocal folder
+        folder = value
+
+    def write(name: str, values) -> None:
+        whole = gather_whole(models, values)
+        if torch.distributed.get_rank() == 0:
+            torch.save(whole, folder / name)
+
+    def watched(*args, **kwargs):
+        chunks, optimizer, *rest = build(*args, **kwargs)
+        models.extend(chunks)
+        step, done = optimizer.step, 0
+
+        def counted():
+            nonlocal done
+            done += 1
+            if folder and done == 1:
+                if training.get_args().use_distributed_optimizer:
+                    all_gather_reduced(chunks)
+                write("gradients.pt", lambda parameter: parameter.main_grad)
+            result = step()
+            if folder and done == 3:
+                write("parameters.pt", lambda parameter: None)
+            return result
+
+        optimizer.step = counted
+        return chunks, optimizer, *rest
+
+    training.setup_model_and_optimizer = watched
+    return models, set_folder
 
 
 def _main(todo: str, folder: str) -> None:
@@ -95,21 +162,37 @@ def _main(todo: str, folder: str) -> None:
     cpu_emulation.install()
     import torch
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    # Megatron reads its classes' sources for the help texts of their flags, anew for every parser.
+    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
     from megatron.training import training
 
+    models, keep_in = _watch_models()
     destroy = torch.distributed.destroy_process_group
     torch.distributed.destroy_process_group = lambda *a, **k: None
-    for name, flags in json.loads(Path(todo).read_text()):
+    for name, flags, tensors in json.loads(Path(todo).read_text()):
+        (Path(folder) / name).mkdir(parents=True, exist_ok=True)
+        keep_in(Path(folder) / name if tensors else None)
         sys.argv = ["pretrain", *flags, "--tensorboard-dir", f"{folder}/{name}"]
         print(f"=== case {name}", flush=True)
-        pretrain.main()
+        try:
+            pretrain.main()
+        except SystemExit as stop:  # --exit-interval
+            if stop.code:
+                raise
         torch.distributed.barrier()
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
-        # Megatron forgets its groups; each would keep two gloo threads that poll.
+        # Megatron's DDP hangs on itself by hooks that no collector sees, and holds its process
+        # groups, each of which keeps three gloo threads that poll.
+        for chunk in models:
+            vars(chunk).clear()
+        models.clear()
         for group in list(torch.distributed.distributed_c10d._world.pg_map):
             if group is not torch.distributed.group.WORLD:
                 destroy(group)
+        del group
+        gc.collect()
     destroy()
 
 

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mone.config import mask_steps
-from megatron_mone.moe.mask_trace import MaskTrace, TraceModel, recorded_steps
+from megatron_mone.moe.mask_trace import MaskTrace, MaskTraceError, TraceModel, recorded_steps
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class MaskTape:
             [P, ceil(F / 8)] uint8, or None to choose.
 
         Raises:
-            ValueError: a trace that lacks these tokens, or was recorded in another model.
+            MaskTraceError: a trace that lacks these tokens, or was recorded in another model.
         """
         self.layer = layer
         self._record_step = None if self.recording is None else self.recording.step()
@@ -183,13 +183,15 @@ class MaskTape:
         if job.folder is not None:
             masks = job.trace.load(job.folder, step, self.layer, model)
         elif job.trace.model != model:
-            raise ValueError(f"the masks were recorded in {job.trace.model}, this model is {model}")
+            raise MaskTraceError(
+                f"the masks were recorded in {job.trace.model}, this model is {model}"
+            )
         else:
             masks = job.trace.recorded(step, self.layer)
         try:
             return masks.lookup(self._keys_P)
-        except ValueError as error:
-            raise ValueError(f"layer {self.layer}, step {step}: {error}") from error
+        except MaskTraceError as error:
+            raise MaskTraceError(f"layer {self.layer}, step {step}: {error}") from error
 
     @property
     def records(self) -> bool:
@@ -262,7 +264,7 @@ def replay_masks(
         step: of the recorded ones; the forwards inside are its micro-batches, in order.
 
     Raises:
-        ValueError: on a forward whose tokens or routing were not recorded.
+        MaskTraceError: on a forward whose tokens or routing were not recorded.
     """
     folder = None if isinstance(trace, MaskTrace) else trace
     source = trace if isinstance(trace, MaskTrace) else MaskTrace()

@@ -25,6 +25,10 @@ from megatron_mone.files import atomic_write
 SCHEMA = "megatron-mone/masks/1"
 
 
+class MaskTraceError(ValueError):
+    """Masks that are missing, damaged, or of another model; one line says which and the fix."""
+
+
 @dataclass(frozen=True)
 class TraceModel:
     """What a mask's meaning rests on; equal in the recording and the replaying run.
@@ -73,14 +77,14 @@ class LayerMasks:
         """[P, B] packed masks of the pairs `keys_P`.
 
         Raises:
-            ValueError: a pair that was not recorded.
+            MaskTraceError: a pair that was not recorded.
         """
         keys, bits = self.merged()
         wanted = keys_P.cpu()
         at = torch.searchsorted(keys, wanted).clamp(max=max(keys.numel() - 1, 0))
         found = keys[at] == wanted if keys.numel() else torch.zeros_like(wanted, dtype=torch.bool)
         if not bool(found.all()):
-            raise ValueError(
+            raise MaskTraceError(
                 f"{int((~found).sum())} of {wanted.numel()} routed pairs have no recorded mask: "
                 "the router chose other experts than in the recorded run (same checkpoint, data "
                 "and global batch?)"
@@ -107,13 +111,15 @@ class MaskTrace:
         """The masks of a layer in a step.
 
         Raises:
-            ValueError: there are none.
+            MaskTraceError: there are none.
         """
         layers = self.steps.get(step)
         if layers is None:
-            raise ValueError(f"no masks were recorded for step {step}; steps: {_span(self.steps)}")
+            raise MaskTraceError(
+                f"no masks were recorded for step {step}; steps: {_span(self.steps)}"
+            )
         if layer not in layers:
-            raise ValueError(
+            raise MaskTraceError(
                 f"no masks were recorded for layer {layer} in step {step}; layers: {_span(layers)}"
             )
         return layers[layer]
@@ -139,7 +145,7 @@ class MaskTrace:
         """Read one layer of one step, checked against `model`; cached in this trace.
 
         Raises:
-            ValueError: names the file, what is wrong with it and the fix.
+            MaskTraceError: names the file, what is wrong with it and the fix.
         """
         if layer not in self.steps.get(step, {}):
             self.model = model
@@ -158,18 +164,18 @@ def recorded_steps(folder: Path) -> tuple[int, int]:
     """First and last step with masks in `folder`.
 
     Raises:
-        ValueError: there is none, or one between them is missing.
+        MaskTraceError: there is none, or one between them is missing.
     """
     names = [p.name.removeprefix("step-") for p in folder.glob("step-*") if p.is_dir()]
     steps = sorted(int(name) for name in names if name.isdigit())
     if not steps:
-        raise ValueError(
+        raise MaskTraceError(
             f"mone_replay_masks = {str(folder)!r} holds no recorded steps: name the folder that "
             "mone_record_masks named in the recorded run"
         )
     missing = sorted(set(range(steps[0], steps[-1] + 1)) - set(steps))
     if missing:
-        raise ValueError(
+        raise MaskTraceError(
             f"mone_replay_masks = {str(folder)!r} lacks step {missing[0]} between {steps[0]} and "
             f"{steps[-1]}: record it again"
         )
@@ -180,7 +186,7 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
     """Read and check one mask file; runs no code from it.
 
     Raises:
-        ValueError: names the file, what is wrong with it and the fix.
+        MaskTraceError: names the file, what is wrong with it and the fix.
     """
     try:
         content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
@@ -188,16 +194,16 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
         saved = {name: manifest[name] for name in (*asdict(model), "schema", "step", "layer")}
         digest = manifest["digest"]
     except FileNotFoundError as error:
-        raise ValueError(
+        raise MaskTraceError(
             f"{path} is missing: no masks were recorded there for step {step}, layer {layer}"
         ) from error
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise MaskTraceError(
             f"{path} is not a mask file, or is damaged ({_first_line(error)}): record it again"
         ) from error
     for name, value in {**asdict(model), "schema": SCHEMA, "step": step, "layer": layer}.items():
         if saved[name] != value:
-            raise ValueError(
+            raise MaskTraceError(
                 f"{path} was recorded with {name} = {saved[name]}, this run has {value}: replay "
                 "it in the same model"
             )
@@ -209,7 +215,7 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
         and _ascending(keys)
     )
     if not whole or _digest(keys, bits) != digest:
-        raise ValueError(f"{path} is damaged (its masks do not match their digest): record it "
+        raise MaskTraceError(f"{path} is damaged (its masks do not match their digest): record it "
                          "again")  # fmt: skip
     return LayerMasks([keys], [bits])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -37,6 +38,13 @@ def data_flags(data: Path, prefix: str = "bytes", tokenizer: str = "bytes") -> l
     ]
 
 
+def gap_in_masks(folder: Path) -> Path:
+    """A mask folder with steps 2 and 4."""
+    for step in (2, 4):
+        (folder / f"step-{step:07d}").mkdir()
+    return folder
+
+
 def run_file(folder: Path, **parts) -> str:
     path = folder / "run.yaml"
     path.write_text(json.dumps(parts))
@@ -60,6 +68,29 @@ def other_model(folder: Path) -> list[str]:
     write_manifest(folder, Namespace(num_layers=2, hidden_size=64))
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return ["--load", str(folder)]
+
+
+def checkpoints(folder: Path, tracker: str) -> Path:
+    """Iterations 2, 4 and 6 as a save leaves them, small files in place of shards."""
+    from megatron_mone.checkpoint.integrity import sum_files, write_sums
+
+    names = ("__0_0.distcp", "__1_0.distcp", ".metadata", "metadata.json")
+    for iteration in (2, 4, 6):
+        part = folder / f"iter_{iteration:07d}"
+        part.mkdir()
+        for name in names:
+            (part / name).write_bytes(name.encode() * (100 + iteration))
+        (part / ".metadata").write_bytes(pickle.dumps({"a": iteration}))
+        write_sums(part, sum_files(part, names))
+    (folder / "latest_checkpointed_iteration.txt").write_text(tracker)
+    return folder
+
+
+def half_written(folder: Path) -> Path:
+    checkpoints(folder, "6")
+    for name in ("metadata.json", "integrity.json"):
+        (folder / "iter_0000006" / name).unlink()
+    return folder
 
 
 def file_in_the_way(folder: Path) -> str:
@@ -126,9 +157,52 @@ CASES = {
         lambda data, tmp: [*TINY, *MOCK, *other_model(tmp)],
         "holds a model with hidden_size = 64, this run has hidden_size = 32",
     ),
+    "empty tracker file": (
+        lambda data, tmp: [*TINY, *MOCK, "--load", str(checkpoints(tmp, ""))],
+        r"latest_checkpointed_iteration\.txt holds '', not an iteration number: write 6 into it",
+    ),
+    "tracker of a missing iteration": (
+        lambda data, tmp: [*TINY, *MOCK, "--load", str(checkpoints(tmp, "8"))],
+        r"iter_0000008 is missing though latest_check.*iteration 6 in .* pass --ckpt-step 6",
+    ),
+    "--ckpt-step of a missing iteration": (
+        lambda data, tmp: [*TINY, *MOCK, "--load", str(checkpoints(tmp, "6")), "--ckpt-step", "3"],
+        r"iter_0000003 is missing though --ckpt-step names it: iteration 6 in .* pass --ckpt-step",
+    ),
+    "half-written checkpoint": (
+        lambda data, tmp: [*TINY, *MOCK, "--load", str(half_written(tmp))],
+        r"iter_0000006/metadata\.json is missing: iteration 4 in .* pass --ckpt-step 4",
+    ),
+    "async save on CPU ranks": (
+        lambda data, tmp: [*TINY, *MOCK, "--async-save"],
+        "async_save = True is not available on CPU ranks.*drop --async-save",
+    ),
     "output folder not writable": (
         lambda data, tmp: [*TINY, *MOCK, "--save", file_in_the_way(tmp)],
         "save = .* is not writable",
+    ),
+    "DeepEP absent": (
+        lambda data, tmp: [*TINY, *MONE, *MOCK, "--moe-token-dispatcher-type", "flex"],
+        "moe_flex_dispatcher_backend = 'deepep' .*deep_ep, from https://github.com",
+    ),
+    "no recorded masks": (
+        lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-replay-masks", str(tmp)],
+        "mone_replay_masks = .* holds no recorded steps: name the folder that mone_record_masks",
+    ),
+    "a recorded step is missing": (
+        lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-replay-masks", str(gap_in_masks(tmp))],
+        "mone_replay_masks = .* lacks step 3 between 2 and 4: record it again",
+    ),
+    "steps to record": (
+        lambda data, tmp: [
+            *(*TINY, *MONE, *MOCK, "--mone-record-masks", str(tmp)),
+            *("--mone-record-mask-steps", "8-5"),
+        ],
+        "mone_record_mask_steps = '8-5' is not allowed: .* e.g. 5 or 5-8",
+    ),
+    "mask folder not writable": (
+        lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-record-masks", file_in_the_way(tmp)],
+        "mone_record_masks = .* is not writable",
     ),
     "Transformer Engine absent": (
         lambda data, tmp: [*TINY, *MOCK, "--transformer-impl", "transformer_engine"],
@@ -158,6 +232,62 @@ def test_one_line(name, data, tmp_path, monkeypatch):
     finally:
         global_vars.destroy_global_vars()
         destroy_num_microbatches_calculator()
+
+
+def truncate(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(5)
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["__1_0.distcp", ".metadata", "metadata.json", "integrity.json"])
+@pytest.mark.parametrize("harm", [truncate, flip_bit, Path.unlink])
+def test_damaged_checkpoint(name, harm, tmp_path):
+    """The file is named and the newest whole iteration before it is offered: 4 is damaged too."""
+    from argparse import Namespace
+
+    from megatron_mone.checkpoint.verify import verify_load
+
+    load = checkpoints(tmp_path, "6")
+    fields = {"load": str(load), "ckpt_step": None, "pretrained_checkpoint": None}
+    args = Namespace(**fields, ckpt_format="torch_dist", ckpt_verify="checksums")
+    verify_load(args)
+    flip_bit(load / "iter_0000004" / "__0_0.distcp")
+    harm(load / "iter_0000006" / name)
+    if harm is Path.unlink and name == "integrity.json":
+        return verify_load(args)  # a checkpoint without sums is loaded with no opinion
+    with pytest.raises(ValueError) as caught:
+        verify_load(args)
+    message = str(caught.value)
+    assert f"checkpoint file {load}/iter_0000006/{name} is " in message
+    assert f"iteration 2 in {load} is whole: pass --ckpt-step 2" in message
+    if name != ".metadata":
+        args.ckpt_verify = "off"
+        verify_load(args)
+
+
+def test_metadata_that_would_run_code(tmp_path):
+    """Whoever can write the file can write its sums, so it is looked at whatever they say."""
+    from argparse import Namespace
+
+    from megatron_mone.checkpoint.verify import verify_load
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = checkpoints(tmp_path, "6") / "iter_0000006"
+    (folder / ".metadata").write_bytes(pickle.dumps(Runs()))
+    (folder / "integrity.json").unlink()
+    fields = {"load": str(tmp_path), "ckpt_step": None, "pretrained_checkpoint": None}
+    with pytest.raises(ValueError, match=r"\.metadata is not plain metadata \(it names"):
+        verify_load(Namespace(**fields, ckpt_format="torch_dist", ckpt_verify="checksums"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_good_data_passes_every_check(data, monkeypatch):

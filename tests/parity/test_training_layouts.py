@@ -1,145 +1,120 @@
-"""Layout never changes meaning: a training run gives the same losses on one rank as on any layout.
+"""Layout never changes meaning: a training run gives the same numbers on one rank as on any layout.
 
-Every model variant is trained on one rank and on layouts of 2 and 4 ranks. All start from one
+Every model variant is trained on one rank and on layouts of 2, 4 and 8 ranks. All start from one
 checkpoint written by one rank (Megatron seeds experts by rank, so fresh weights differ between
-layouts), train 10 steps of the same global batches in fp32, and must show the same language-model
-loss, balance losses and gradient norm: relative error <= 1e-5. `-s` prints the measured errors.
+layouts) and train 4 steps of the same global batches in fp32. Compared, with a relative error of at
+most 1e-5 of the tensor's largest entry: losses, balance losses, gradient norm and every metric of
+all steps; every parameter's gradient in step 1 and every parameter after step 3, gathered whole.
+A MoNE model that keeps every neuron must equal stock Megatron in the same layout to the bit:
+losses, gradients and parameters.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.training_cases import MOCK, MONE, TINY, Case, run_cases, scalars
+from tests.parity.conftest import note
+from tests.parity.layouts import KEEP_ALL, KEEP_ALL_LAYOUTS, LAYOUTS, STOCK, TRAIN, VARIANTS
+from tests.training_cases import Case, recorded, run_cases, scalars
 
 pytestmark = pytest.mark.slow
 
-STEPS = 10
+STEPS = 4
 TOLERANCE = 1e-5
-TAGS = ("lm loss", "load_balancing_loss", "mone/ng_loss", "grad-norm")
-
-EP2 = ("--expert-model-parallel-size", "2")
-EP4 = ("--expert-model-parallel-size", "4")
-PP2 = ("--pipeline-model-parallel-size", "2")
-CP2 = ("--context-parallel-size", "2")
-TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")  # ETP follows TP
-ETP1 = ("--expert-tensor-parallel-size", "1")
-VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
-ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
-FULL_RECOMPUTE = (
-    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
-    *("--recompute-num-layers", "1"),
-)
-MOE_RECOMPUTE = ("--recompute-granularity", "selective", "--recompute-modules", "moe")
-
-# The model, or what is summed into its loss: each variant has its own one-rank run.
-VARIANTS: dict[str, tuple[str, ...]] = {
-    "plain": (),
-    "four layers": ("--num-layers", "4"),
-    "groups 2": ("--mone-neuron-groups", "2"),
-    "shared experts": ("--moe-shared-expert-intermediate-size", "32"),
-    "per-token loss": ("--calculate-per-token-loss",),
-    "token dropping": ("--moe-expert-capacity-factor", "1.0"),
-    "entropy loss": ("--mone-ng-loss-type", "entropy"),
-    "normalized loss": ("--mone-ng-loss-type", "normalized"),
-    "bias": ("--mone-ng-loss-type", "bias"),
-    "global batch": ("--mone-ng-loss-scope", "global_batch"),
-    "softmax gate": ("--mone-activation", "softmax"),
-    "threshold": ("--mone-selection", "threshold", "--mone-threshold", "0.3"),
-}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a variant is laid out over ranks."""
-
-    ranks: int
-    variant: str
-    flags: tuple[str, ...]
-
-
-LAYOUTS = {
-    "DP2": Layout(2, "plain", ()),
-    "DP2 distributed optimizer": Layout(2, "plain", ("--use-distributed-optimizer",)),
-    "EP2": Layout(2, "plain", EP2),
-    "EP2 allgather": Layout(2, "plain", (*EP2, *ALLGATHER)),
-    "EP2 full recompute": Layout(2, "plain", (*EP2, *FULL_RECOMPUTE)),
-    "EP2 selective recompute": Layout(2, "plain", (*EP2, *MOE_RECOMPUTE)),
-    "PP2": Layout(2, "plain", PP2),
-    "PP2 VPP2": Layout(2, "four layers", (*PP2, *VPP2)),
-    "CP2": Layout(2, "plain", CP2),
-    "TP2 ETP2": Layout(2, "plain", TP2),
-    "TP2 ETP2 allgather": Layout(2, "plain", (*TP2, *ALLGATHER)),
-    "TP2 ETP1": Layout(2, "plain", (*TP2, *ETP1)),
-    "TP2 EP2": Layout(2, "plain", (*TP2, *ETP1, *EP2)),
-    "TP2 ETP2, groups 2": Layout(2, "groups 2", TP2),
-    "EP2, shared experts": Layout(2, "shared experts", EP2),
-    "TP2 ETP2, shared experts": Layout(2, "shared experts", TP2),
-    "EP2, per-token loss": Layout(2, "per-token loss", EP2),
-    "CP2, per-token loss": Layout(2, "per-token loss", CP2),
-    "EP2, token dropping": Layout(2, "token dropping", EP2),
-    "TP2 ETP2, entropy loss": Layout(2, "entropy loss", TP2),
-    "TP2 ETP1, entropy loss": Layout(2, "entropy loss", (*TP2, *ETP1)),
-    "TP2 ETP2, normalized loss": Layout(2, "normalized loss", TP2),
-    "TP2 ETP2, bias": Layout(2, "bias", TP2),
-    "EP2, bias": Layout(2, "bias", EP2),
-    "TP2 ETP1, global batch": Layout(2, "global batch", (*TP2, *ETP1)),
-    "TP2 ETP2, softmax gate": Layout(2, "softmax gate", TP2),
-    "TP2 ETP2, threshold": Layout(2, "threshold", TP2),
-    "EP4": Layout(4, "plain", EP4),
-    "ETP2 EP2": Layout(4, "plain", (*TP2, *EP2)),
-    "ETP2 EP2 allgather": Layout(4, "plain", (*TP2, *EP2, *ALLGATHER)),
-    "EP2 PP2": Layout(4, "plain", (*EP2, *PP2)),
-    "CP2 EP2": Layout(4, "plain", (*CP2, *EP2)),
-}
+LOSSES = ("lm loss", "load_balancing_loss", "mone/ng_loss", "grad-norm")
+TIMED = ("mone/executed_tflops_per_rank", "mone/active_tflops_per_rank")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
 
-    def resumed(name: str, variant: str, flags: tuple[str, ...]) -> Case:
+    def resumed(name: str, variant: str, base: tuple[str, ...], *flags: str) -> Case:
         load = ("--load", f"{folder}/start {variant}", "--finetune", "--train-iters", str(STEPS))
-        return Case(name, (*TINY, *MONE, *MOCK, *VARIANTS[variant], *flags, *load))
+        return Case(name, (*base, *VARIANTS[variant], *flags, *load), tensors=True)
 
-    one_rank = []
+    cases: dict[int, list[Case]] = {1: [], 2: [], 4: [], 8: []}
     for variant, flags in VARIANTS.items():
         save = ("--save", f"{folder}/start {variant}", "--save-interval", "1")
-        start = (*TINY, *MONE, *MOCK, *flags, "--train-iters", "1", *save)
-        one_rank += [
-            Case(f"start run {variant}", start),
-            resumed(f"one rank, {variant}", variant, ()),
-        ]
-    run_cases(one_rank, 1, folder)
-    for ranks in (2, 4):
-        cases = [resumed(n, x.variant, x.flags) for n, x in LAYOUTS.items() if x.ranks == ranks]
-        run_cases(cases, ranks, folder)
+        start = (*TRAIN, *flags, "--train-iters", "1", *save)
+        cases[1].append(Case(f"start run {variant}", start))
+        cases[1].append(resumed(f"one rank, {variant}", variant, TRAIN))
+    for name, layout in LAYOUTS.items():
+        cases[layout.ranks].append(resumed(name, layout.variant, TRAIN, *layout.flags))
+    for name, layout in KEEP_ALL_LAYOUTS.items():
+        for kind, base in (("keep-all", KEEP_ALL), ("stock", STOCK)):
+            case = resumed(f"{name}, {kind}", layout.variant, base, *layout.flags)
+            cases[layout.ranks].append(case)
+    for ranks, of_rank_count in cases.items():
+        run_cases(of_rank_count, ranks, folder)
     return folder
 
 
-def worst_error(wanted: dict[int, float], got: dict[int, float]) -> float:
-    """Largest relative difference over the steps, which must be the same ones."""
+def worst_error(wanted: dict[int, list[float]], got: dict[int, list[float]]) -> float:
+    """Largest difference over the steps, relative to the step's largest value."""
     assert sorted(wanted) == sorted(got)
-    return max((abs(got[s] - wanted[s]) / abs(wanted[s]) for s in wanted), default=0.0)
+    errors = [0.0]
+    for step, values in wanted.items():
+        a, b = torch.tensor(values).double(), torch.tensor(got[step]).double()
+        assert a.shape == b.shape, (step, a.shape, b.shape)
+        errors.append(_relative(a, b))
+    return max(errors)
+
+
+def worst_tensor_error(wanted: Path, got: Path) -> float:
+    """Largest difference in a tensor relative to its largest entry, over all tensors."""
+    one, other = torch.load(wanted, weights_only=True), torch.load(got, weights_only=True)
+    assert sorted(one) == sorted(other)
+    assert all(one[key].abs().max() > 0 for key in one)
+    return max(_relative(one[key].double(), other[key].double()) for key in one)
+
+
+def _relative(wanted: torch.Tensor, got: torch.Tensor) -> float:
+    difference = (wanted - got).abs().max().item()
+    return difference / wanted.abs().max().item() if difference else 0.0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_same_losses_as_one_rank(runs, name):
+def test_same_numbers_as_one_rank(runs, name):
     variant = LAYOUTS[name].variant
-    wanted = {tag: scalars(runs / f"one rank, {variant}", tag) for tag in TAGS}
+    one, here = runs / f"one rank, {variant}", runs / name
+    wanted, got = recorded(one), recorded(here)
     assert len(wanted["lm loss"]) == STEPS
-    assert len(wanted["mone/ng_loss"]) == (0 if variant == "bias" else STEPS)
-    errors = {tag: worst_error(wanted[tag], scalars(runs / name, tag)) for tag in TAGS}
-    print(f"| {name} |" + "".join(f" {error:.1e} |" for error in errors.values()))
+    assert len(wanted.get("mone/ng_loss", {})) == (0 if variant == "bias" else STEPS)
+    metrics = [tag for tag in wanted if tag.startswith("mone/") and tag not in TIMED]
+    assert len(metrics) > 16
+    errors = {
+        "loss": max(worst_error(wanted.get(t, {}), got.get(t, {})) for t in LOSSES),
+        "metrics": max(worst_error(wanted[t], got[t]) for t in metrics),
+        "gradients": worst_tensor_error(one / "gradients.pt", here / "gradients.pt"),
+        "parameters": worst_tensor_error(one / "parameters.pt", here / "parameters.pt"),
+    }
+    for column, error in errors.items():
+        note(name, column, error)
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize("name", KEEP_ALL_LAYOUTS)
+def test_keep_all_is_stock_megatron_in_the_same_layout(runs, name):
+    stock, ours = runs / f"{name}, stock", runs / f"{name}, keep-all"
+    wanted, got = recorded(stock), recorded(ours)
+    tags = ("lm loss", "load_balancing_loss")
+    error = max(
+        *(worst_error(wanted[tag], got[tag]) for tag in tags),
+        *(worst_tensor_error(stock / f, ours / f) for f in ("gradients.pt", "parameters.pt")),
+    )
+    note(name, "keep-all = stock", error)
+    assert error == 0.0
 
 
 def test_variants_are_different_models(runs):
     """The comparison would be empty if the variants' flags, or training itself, did nothing."""
     last = {v: scalars(runs / f"one rank, {v}", "lm loss")[STEPS] for v in VARIANTS}
-    # With equal micro-batches the loss per token is the loss per micro-batch.
+    # With equal micro-batches the loss per token is the loss per micro-batch, and what a capacity
+    # pads has no part in the loss.
     assert last.pop("per-token loss") == pytest.approx(last["plain"], rel=TOLERANCE)
+    assert last.pop("padding to capacity") == pytest.approx(last["token dropping"], rel=TOLERANCE)
     assert len(set(last.values())) == len(last), last
     first = scalars(runs / "one rank, plain", "lm loss")[1]
     assert last["plain"] < first

@@ -1,0 +1,111 @@
+"""Loads optimizer state that was saved under another number of optimizers.
+
+With expert parallelism Megatron builds two optimizers, one for expert parameters, and without it
+one for all. Their tensors are saved by parameter and load under any layout; the parameter groups
+(learning rate, weight decay, step) are saved by optimizer, and Megatron 0.19 stops at
+`KeyError: 'optimizer'` or "Expected 2 entries". Here the saved groups are handed to the optimizers
+that exist. May touch: Megatron's ChainedOptimizer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+State = dict[Any, Any]
+
+
+def install() -> None:
+    """Have ChainedOptimizer.load_state_dict accept the groups of another number of optimizers."""
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    original = ChainedOptimizer.load_state_dict
+    if hasattr(original, "__wrapped__"):
+        return
+
+    @functools.wraps(original)
+    def load_state_dict(self: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            state = fit_state(state, self.chained_optimizers)
+        original(self, state)
+
+    ChainedOptimizer.load_state_dict = load_state_dict
+
+
+def fit_state(state: State, optimizers: list[Any]) -> State:
+    """The loaded state in the form that `optimizers` expect.
+
+    Args:
+        state: by optimizer number where several were saved, else of the one; the tensors already
+            lie as `optimizers` asked for them.
+        optimizers: of this run.
+
+    Raises:
+        ValueError: a parameter group that no saved group matches.
+    """
+    numbers = sorted(key for key in state if isinstance(key, int))
+    saved = [state[n] for n in numbers if _holds_groups(state[n])]
+    if _holds_groups(state):
+        saved.append({key: value for key, value in state.items() if key not in numbers})
+    if len(saved) == len(optimizers):
+        return state
+    if len(optimizers) == 1:
+        asked = [{key: value for key, value in state.items() if key not in numbers}]
+    else:
+        asked = [state.get(n, {}) for n in range(len(optimizers))]
+    fitted = [
+        _with_groups(own, saved, optimizer)
+        for own, optimizer in zip(asked, optimizers, strict=True)
+    ]
+    return fitted[0] if len(fitted) == 1 else dict(enumerate(fitted))
+
+
+def _inner(state: State) -> State:
+    """Where a state holds its groups: itself (FP32Optimizer), or under "optimizer"."""
+    inner = state.get("optimizer")
+    return inner if isinstance(inner, dict) else state
+
+
+def _holds_groups(state: Any) -> bool:
+    return isinstance(state, dict) and "param_groups" in _inner(state)
+
+
+def _with_groups(own: State, saved: list[State], optimizer: Any) -> State:
+    """`own`, whose tensors are right, with the groups and the scalars of the saved states."""
+    first, nested = saved[0], "optimizer" in saved[0]
+    result = {**{key: value for key, value in first.items() if key not in own}, **own}
+    inner = dict(_inner(own)) if nested == ("optimizer" in own) else {}
+    inner["param_groups"] = list(_matched_groups(saved, optimizer))
+    steps = (_inner(s).get("state", {}).get("common_step") for s in saved)
+    common_step = next((step for step in steps if step is not None), None)
+    if common_step is not None:
+        inner["state"] = {**inner.get("state", {}), "common_step": common_step}
+    if nested:
+        return {**result, "optimizer": inner}
+    return {**result, **inner}
+
+
+def _matched_groups(saved: list[State], optimizer: Any) -> Iterator[State]:
+    """For each group of `optimizer`, the saved one of equal settings, expert or not."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    def settings(group: State) -> tuple:
+        return tuple(
+            group.get(key, group.get(f"pre_{key}"))
+            for key in param_group_identifier_keys
+            if key != "is_expert_parallel"
+        )
+
+    groups = [group for state in saved for group in _inner(state)["param_groups"]]
+    for current in optimizer.optimizer.state_dict()["param_groups"]:
+        expert = current.get("is_expert_parallel")
+        alike = [group for group in groups if settings(group) == settings(current)]
+        alike.sort(key=lambda group: group.get("is_expert_parallel") != expert)
+        if not alike:
+            raise ValueError(
+                f"the checkpoint has no parameter group with the settings {settings(current)} of "
+                f"{param_group_identifier_keys}: load it with the learning rate and weight decay "
+                "flags it was saved with, or pass --no-load-optim"
+            )
+        yield {**alike[0], "is_expert_parallel": expert, "params": current["params"]}

@@ -1,0 +1,67 @@
+"""No code from a checkpoint: its `.metadata` is looked through before torch unpickles it.
+
+torch.distributed.checkpoint reads `.metadata` with plain `pickle.load` (FileSystemReader
+.read_metadata) and objects in shards with `torch.load(weights_only=False)` (DefaultLoadPlanner
+.load_bytes); Megatron's torch_dist load uses both, so a checkpoint from elsewhere could run any
+function. Here the pickle is read once by an unpickler that knows only the classes that torch and
+Megatron put there, and torch is told to load the objects with weights_only.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METADATA_NAME = ".metadata"
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath"},
+    "builtins": {"set", "frozenset", "slice"},
+}
+
+
+class _KnownClasses(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch":
+            found = getattr(torch, name, None)
+            if name == "Size" or isinstance(found, torch.dtype):
+                return found
+        if name in ALLOWED.get(module, ()):  # whole: protocol 4 would follow "a.b"
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_metadata(folder: Path) -> None:
+    """Refuse a checkpoint folder whose `.metadata` names anything but checkpoint classes.
+
+    Raises:
+        ValueError: one line with the file and what it names, or how it is broken.
+    """
+    path = folder / METADATA_NAME
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            _KnownClasses(file).load()
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise ValueError(f"checkpoint file {path} is not plain metadata ({error}): it is not "
+                         "loaded; give another --load") from error  # fmt: skip
+
+
+def load_weights_only() -> None:
+    """Have every torch.load of this process refuse objects that are not registered as safe."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

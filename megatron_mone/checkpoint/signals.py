@@ -1,0 +1,93 @@
+"""SIGTERM and SIGUSR1 to any one rank: all ranks save after the step under way and exit 75.
+
+Megatron's `--exit-signal-handler` gathers a flag over the ranks once a step, saves, and exits with
+status 0, which a scheduler cannot tell from a finished run; and it knows one signal. Here it gets
+two signals and a status, and a signal during start-up is kept until the first step. May touch: this
+process's signal handlers, Megatron's global handler.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+from argparse import Namespace
+from collections.abc import Callable
+from multiprocessing import resource_tracker
+from typing import Any
+
+from megatron.training import global_vars
+from megatron.training.dist_signal_handler import DistributedSignalHandler
+
+STOPPED = 75
+"""Exit status after a signal and a save: EX_TEMPFAIL of sysexits.h, start me again."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopHandler(DistributedSignalHandler):
+    """Megatron's handler, listening to several signals and remembering that one stopped the run."""
+
+    def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
+        super().__init__(signals[0])
+        self.released = False
+        self.stopped = False
+        self._signal_received = False
+        self._originals = {number: signal.getsignal(number) for number in signals}
+        for number in signals:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self._signal_received = True
+
+    def signals_received(self) -> list[int]:
+        """One flag a rank; collective over all ranks, called by Megatron at a step's end."""
+        received = super().signals_received()
+        self.stopped = self.stopped or any(received)
+        return received
+
+    def release(self) -> bool:
+        """Give the signals back to whoever had them."""
+        for number, original in self._originals.items():
+            signal.signal(number, original)
+        self._originals = {}
+        return True
+
+
+def arm(args: Namespace) -> StopHandler:
+    """Listen from now on, and let Megatron ask this handler.
+
+    Call it from the main thread, when Megatron's arguments are validated: by then its global state
+    exists, without a handler unless --exit-signal-handler was given.
+    """
+    handler = StopHandler(tuple(dict.fromkeys((*SIGNALS, args.exit_signal))))
+    if getattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None) is not None:
+        global_vars.get_signal_handler().release()  # --exit-signal-handler was given
+    args.exit_signal_handler = True
+    global_vars._GLOBAL_SIGNAL_HANDLER = handler
+    _shield_writer()
+    return handler
+
+
+def _shield_writer() -> None:
+    """Keep the stop signals from the process that carries write results during a save.
+
+    Slurm signals every process of a job step. Megatron's results queue lives in a process of its
+    own (filesystem_async.get_write_results_queue), which SIGTERM would end before the save that
+    the signal asks for. A process starts with the signal mask of the thread that starts it.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    original: Callable[..., Any] = filesystem_async.get_write_results_queue
+    if getattr(original, "shields", False):
+        return
+
+    @functools.wraps(original)
+    def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
+        resource_tracker.ensure_running()  # its own start would unblock SIGTERM
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    get_write_results_queue.shields = True  # type: ignore[attr-defined]
+    filesystem_async.get_write_results_queue = get_write_results_queue
