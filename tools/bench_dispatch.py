@@ -161,11 +161,10 @@ def _build(kind: str, width: int, options: argparse.Namespace) -> tuple[Any, int
 
 def _count_bytes_that_leave() -> Counter[str]:
     """Counts, by element type, what this rank gives torch.distributed for other ranks."""
+    from megatron.core.tensor_parallel import mappings
+
     sent: Counter[str] = Counter()
-    all_to_all, all_gather = (
-        torch.distributed.all_to_all_single,
-        torch.distributed.all_gather_into_tensor,
-    )
+    all_to_all, all_gather = torch.distributed.all_to_all_single, mappings.dist_all_gather_func
 
     def counted_all_to_all(
         output: Tensor, given: Tensor, output_split_sizes: Any = None,
@@ -186,7 +185,7 @@ def _count_bytes_that_leave() -> Counter[str]:
         return all_gather(output, given, group, **kwargs)
 
     torch.distributed.all_to_all_single = counted_all_to_all
-    torch.distributed.all_gather_into_tensor = counted_all_gather
+    mappings.dist_all_gather_func = counted_all_gather  # bound to its own name on import
     return sent
 
 

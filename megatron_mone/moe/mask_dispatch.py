@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits, unpack_bits
 
 
 def build_dispatcher(
@@ -123,8 +123,11 @@ class MaskCarrier(MoETokenDispatcher):
         bits_NB, self._arrived_NB = self._arrived_NB, None
         if bits_NB is None:
             return None
-        mask = NeuronMask.unpack(bits_NB, self._num_neurons)
-        return mask.shard(self.tp_rank, self.tp_size) if self.tp_size > 1 else mask
+        if self._num_neurons % self.tp_size:
+            raise ValueError(f"{self.tp_size} ranks do not divide {self._num_neurons} neurons")
+        width = self._num_neurons // self.tp_size
+        mask_NF = unpack_bits(bits_NB, self._num_neurons)
+        return NeuronMask.from_bool(mask_NF[:, self.tp_rank * width :][:, :width])
 
     def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
         """Bring the masks of this rank's expert rows back to the ranks their tokens came from.

@@ -6,6 +6,7 @@ of unequal length. May touch: torch only. Shapes: N rows, F neurons of an expert
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -65,16 +66,27 @@ class NeuronMask:
     @classmethod
     def from_bool(cls, mask_NF: Tensor) -> NeuronMask:
         """From a dense [N, F] bool mask."""
-        rows, neurons = mask_NF.shape
-        offsets = mask_NF.new_zeros(rows + 1, dtype=torch.int64)
-        torch.cumsum(mask_NF.sum(dim=1), dim=0, out=offsets[1:])
-        return cls(mask_NF.nonzero()[:, 1].to(index_dtype(neurons)), offsets, neurons)
+        neurons = mask_NF.shape[1]
+        flat_K = mask_NF.flatten().nonzero().flatten()
+        indices_K = (flat_K % neurons).to(index_dtype(neurons))
+        return cls._unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons)
+
+    @classmethod
+    def _unchecked(cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int) -> NeuronMask:
+        """For rows that are right by construction: checking costs as much as building them."""
+        mask = object.__new__(cls)
+        for name, value in (
+            ("indices_K", indices_K), ("offsets_N1", offsets_N1), ("num_neurons", num_neurons),
+        ):  # fmt: skip
+            object.__setattr__(mask, name, value)
+        return mask
 
     def to_bool(self) -> Tensor:
         """Dense [N, F] bool mask."""
-        mask = self.indices_K.new_zeros((self.num_rows, self.num_neurons), dtype=torch.bool)
-        mask[self._rows_K(), self.indices_K.long()] = True
-        return mask
+        size = self.num_rows * self.num_neurons
+        mask = self.indices_K.new_zeros(size, dtype=torch.bool)
+        mask[self._rows_K() * self.num_neurons + self.indices_K] = True
+        return mask.view(self.num_rows, self.num_neurons)
 
     def pack(self) -> Tensor:
         """[N, ceil(F / 8)] uint8; neuron j is bit j % 8 of byte j // 8. This is the wire format."""
@@ -102,7 +114,7 @@ class NeuronMask:
         lengths_N = torch.zeros_like(self.offsets_N1[1:])
         lengths_N.index_add_(0, self._rows_K(), mine_K.long())
         indices = (self.indices_K[mine_K].long() - rank * width).to(index_dtype(width))
-        return NeuronMask(indices, _offsets(lengths_N), width)
+        return NeuronMask._unchecked(indices, _offsets(lengths_N), width)
 
     @classmethod
     def join(cls, shards: list[NeuronMask]) -> NeuronMask:
@@ -116,7 +128,7 @@ class NeuronMask:
         within_K = torch.arange(int(offsets_M1[-1]), device=index_M.device)
         within_K = within_K - offsets_M1[:-1].repeat_interleave(lengths_M)
         source_K = self.offsets_N1[:-1][index_M].repeat_interleave(lengths_M) + within_K
-        return NeuronMask(self.indices_K[source_K], offsets_M1, self.num_neurons)
+        return NeuronMask._unchecked(self.indices_K[source_K], offsets_M1, self.num_neurons)
 
     def _rows_K(self) -> Tensor:
         rows_N = torch.arange(self.num_rows, device=self.offsets_N1.device)
@@ -130,10 +142,11 @@ def index_dtype(num_neurons: int) -> torch.dtype:
 
 def pack_bits(mask_NF: Tensor) -> Tensor:
     """[N, F] bool -> [N, ceil(F / 8)] uint8, lowest bit first."""
-    rows, neurons = mask_NF.shape
-    padded = torch.nn.functional.pad(mask_NF.to(torch.uint8), (0, -neurons % 8))
-    weights = torch.tensor([1 << k for k in range(8)], dtype=torch.uint8, device=mask_NF.device)
-    return (padded.view(rows, padded.shape[1] // 8, 8) * weights).sum(dim=2, dtype=torch.uint8)
+    padded = torch.nn.functional.pad(mask_NF, (0, -mask_NF.shape[1] % 8)).contiguous()
+    # Eight bytes of 0 or 1 as one number, lowest first; the product's top byte has bit k where byte
+    # k was 1 (each 1 meets 2^(56 + k) / 2^(8 k) once, and no sum carries).
+    eight = padded.view(torch.uint8).view(torch.int64)
+    return ((eight * 0x0102040810204080) >> 56 & 0xFF).to(torch.uint8)
 
 
 def unpack_bits(bits_NB: Tensor, num_neurons: int) -> Tensor:
@@ -148,11 +161,30 @@ def unpack_bits(bits_NB: Tensor, num_neurons: int) -> Tensor:
             f"packed mask has {width} bytes a row: {num_neurons} neurons need "
             f"{(num_neurons + 7) // 8}"
         )
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits_NB.device)
-    mask = (bits_NB.unsqueeze(2) >> shifts & 1).bool().view(rows, width * 8)
+    spread = _spread_bytes(bits_NB.device).index_select(0, bits_NB.flatten().int())
+    mask = spread.view(torch.bool).view(rows, width * 8)
     if bool(mask[:, num_neurons:].any()):
         raise ValueError(f"packed mask has a bit set beyond its {num_neurons} neurons")
     return mask[:, :num_neurons]
+
+
+@functools.cache
+def _spread_bytes(device: torch.device) -> Tensor:
+    """[256] int64: the eight bits of a byte as eight bytes of 0 or 1, lowest first."""
+    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
+
+
+@functools.cache
+def _set_bits(device: torch.device) -> Tensor:
+    """[256] uint8: how many bits of a byte are set."""
+    return (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).sum(dim=1).byte().to(device)
+
+
+def _count_bits(bits_NB: Tensor) -> Tensor:
+    """[N] int64 set bits of each row."""
+    counts = _set_bits(bits_NB.device).index_select(0, bits_NB.flatten().int())
+    return counts.view(bits_NB.shape).sum(dim=1)
 
 
 def _offsets(lengths_N: Tensor) -> Tensor:
