@@ -26,8 +26,9 @@ def check_finite(y_NH: Tensor, tokens_per_expert: Tensor, first_expert: int, lay
     Raises:
         NonFiniteExpertError: names rank, layer, expert and rows.
     """
-    # A row's sum is not finite when an entry is not; summing in float64 adds no overflow.
-    bad_N = ~y_NH.detach().sum(dim=1, dtype=torch.float64).isfinite()
+    # A row's sum is not finite when an entry is not, and needs no tensor of y's size.
+    wide = torch.promote_types(y_NH.dtype, torch.float32)
+    bad_N = ~y_NH.detach().sum(dim=1, dtype=wide).isfinite()
     if not bool(bad_N.any()):
         return
     expert_N = torch.arange(tokens_per_expert.numel()).repeat_interleave(tokens_per_expert.cpu())

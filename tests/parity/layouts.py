@@ -29,6 +29,7 @@ ETP2 = ("--expert-tensor-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
 DISTRIBUTED_OPTIMIZER = ("--use-distributed-optimizer",)
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
+OVERLAP = ("--moe-shared-expert-overlap",)
 FULL_RECOMPUTE = (
     *("--recompute-granularity", "full", "--recompute-method", "uniform"),
     *("--recompute-num-layers", "1"),
@@ -98,6 +99,8 @@ _ONE_DISPATCHER = {
     "TP2 ETP2, full recompute": Layout(2, "plain", (*TP2, *FULL_RECOMPUTE)),
     "EP2, shared experts": Layout(2, "shared experts", EP2),
     "TP2 ETP2, shared experts": Layout(2, "shared experts", TP2),
+    "EP2, shared experts overlapped": Layout(2, "shared experts", (*EP2, *OVERLAP)),
+    "TP2 ETP2, shared experts overlapped": Layout(2, "shared experts", (*TP2, *OVERLAP)),
     "EP2, per-token loss": Layout(2, "per-token loss", EP2),
     "CP2, per-token loss": Layout(2, "per-token loss", CP2),
     "EP2, token dropping": Layout(2, "token dropping", EP2),
@@ -120,7 +123,5 @@ LAYOUTS: dict[str, Layout] = {
 }
 # Where stock Megatron and a MoNE model that keeps every neuron are run as well.
 KEEP_ALL_LAYOUTS = {
-    name: layout
-    for name, layout in {**_BOTH_DISPATCHERS, **_ONE_DISPATCHER}.items()
-    if layout.variant in STOCK_VARIANTS
+    name: layout for name, layout in LAYOUTS.items() if layout.variant in STOCK_VARIANTS
 }
