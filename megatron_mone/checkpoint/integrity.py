@@ -7,7 +7,7 @@ with --verify-integrity) with two more keys, so either program checks the other'
 
 `digest` covers the rest, so that damage to this file is not blamed on another. The sums find
 accidents, not attackers: who can write the files can write the sums. Reading a file once for its
-sum costs one SHA-256 pass over the checkpoint, shared by the ranks; THREADS files are read at a time. No
+sum costs one SHA-256 pass over the checkpoint, shared by the ranks; THREADS files at a time. No
 torch.distributed here: who hashes what is the caller's choice. May touch: a checkpoint folder.
 """
 
