@@ -1,8 +1,29 @@
 """Package metadata. Pins live in constraints.txt; `make` installs exactly those."""
 
+import runpy
 from pathlib import Path
+from typing import ClassVar
 
-from setuptools import find_packages, setup
+from setuptools import Command, find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+class BuildKernels(Command):
+    """`python setup.py build_kernels`: compile the CPU kernels beside their sources."""
+
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        """No options."""
+
+    def finalize_options(self) -> None:
+        """No options."""
+
+    def run(self) -> None:
+        """Build; without a compiler, one line that says so."""
+        runpy.run_path(str(HERE / "megatron_mone/kernels/cpu/build.py"))["main"]()
+
 
 setup(
     name="megatron-mone",
@@ -12,7 +33,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_mone*", "tools"]),
-    package_data={"megatron_mone": ["py.typed"]},
+    package_data={"megatron_mone": ["py.typed", "kernels/cpu/src/*"]},
+    cmdclass={"build_kernels": BuildKernels},
     install_requires=[
         "megatron-core>=0.19,<0.20",
         "torch>=2.13",

@@ -21,7 +21,7 @@ Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
-Backend = Literal["auto", "reference"]
+Backend = Literal["auto", "reference", "cpu"]
 
 CONFIG_ENV = "MONE_CONFIG"
 
@@ -74,8 +74,8 @@ class MoNEFields:
     """Step of the selection bias per optimizer step, in units of |g|. Only used by type bias."""
 
     mone_backend: Backend = "auto"
-    """Implementation of the masked expert. reference is plain torch and the definition; auto
-    chooses the fastest that is usable here."""
+    """Implementation of the masked expert. reference is plain torch, the definition, and computes
+    every neuron; cpu is native code that computes the kept ones; auto: the fastest usable."""
 
     mone_record_masks: str | None = None
     """Folder that gets the neuron masks of training steps mone_record_mask_steps, one file a step

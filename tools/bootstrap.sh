@@ -64,3 +64,6 @@ if [ "$(readlink "$root/.venv" 2>/dev/null || true)" != "$env" ]; then
     fi
     ln -sfn "$env" "$root/.venv"
 fi
+
+# The CPU kernels, once per change of their sources; without a compiler one line says so.
+"$root/.venv/bin/python" "$root/megatron_mone/kernels/cpu/build.py"

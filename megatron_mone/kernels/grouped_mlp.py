@@ -2,14 +2,15 @@
 
 Contract: rows are grouped by expert, `tokens_per_expert` counts them; neuron j of expert e is the
 three H-vectors w_gate[e, j], w_up[e, j], w_down[e, j]; only masked neurons reach the output.
-    a = x W_gate^T, g = sigma(a), mask = select(g) or as given
+    a = x W_gate^T, g = sigma(a), mask = the S largest |g| of a row, or as given
     h = p * g * (x W_up^T) where mask, y = h W_down
-Usable without Megatron. Shapes: N rows, E experts, F neurons of an expert, H hidden size.
+Usable without Megatron. Shapes: N rows, E experts, F neurons of an expert, H hidden size, K entries
+of the mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,20 +19,24 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels import reference
 from megatron_mone.kernels.activations import ACTIVATIONS
+from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.cpu import backend as cpu
 from megatron_mone.moe.neuron_mask import NeuronMask
 
-BACKENDS: dict[str, Callable] = {"reference": reference.grouped_mlp}
+BACKENDS = ("reference", "cpu")
 
 
 class GroupedMLPOutput(NamedTuple):
-    """What `mone_grouped_mlp` returns."""
+    """What `grouped_mlp_with_gates` returns."""
 
     y_NH: Tensor
     """[N, H] expert outputs, the router's probability applied."""
-    mask_NF: Tensor
-    """[N, F] bool, the neurons computed."""
-    gate_NF: Tensor
-    """[N, F] gate activations with their autograd graph, for a balance loss."""
+    mask: NeuronMask
+    """The neurons computed."""
+    gate_K: Tensor
+    """[K] gate activations of the mask's entries, with their graph, for a balance loss."""
+    gate_NF: Tensor | None
+    """[N, F] all gate activations, with their graph, where they were asked for."""
 
 
 def mone_grouped_mlp(
@@ -42,26 +47,75 @@ def mone_grouped_mlp(
     w_up_EFH: Tensor,
     w_down_EFH: Tensor,
     *,
-    select: Callable[[Tensor], Tensor] | None = None,
-    neuron_mask: NeuronMask | None = None,
+    neurons_per_token: int | None = None,
     activation: str = "silu",
-    etp_group: ProcessGroup | None = None,
+    neuron_groups: int = 1,
+    neuron_mask: NeuronMask | None = None,
     backend: str = "auto",
-) -> GroupedMLPOutput:
+) -> tuple[Tensor, NeuronMask]:
     """Run the routed rows through their experts, computing only the selected neurons.
 
-    Which ones is either chosen here, from the gates, or given: one of `select` and `neuron_mask`.
+    Which ones is chosen here, from the gates, or given: `neurons_per_token` or `neuron_mask`.
 
     Args:
         x_NH: [N, H] rows grouped by expert.
         probs_N: [N] router probabilities, any float dtype.
         tokens_per_expert: E counts that sum to N.
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
-        select: gate activations [N, F] (detached) -> mask [N, F] bool.
-        neuron_mask: N rows over F neurons.
+        neurons_per_token: S, kept of the F neurons of each row.
         activation: silu, sigmoid, softmax, gelu or relu.
+        neuron_groups: G equal contiguous groups, each keeps S / G.
+        neuron_mask: N rows over F neurons.
+        backend: "reference", "cpu", or "auto" for the fastest usable one.
+
+    Returns:
+        y_NH [N, H], and the mask of the neurons computed.
+
+    Raises:
+        ValueError: a shape, dtype, count or name that does not fit, before anything is computed.
+    """
+    if (neurons_per_token is None) == (neuron_mask is None):
+        raise ValueError("give either neurons_per_token or neuron_mask: one says what is computed")
+    choose: Choose
+    if neuron_mask is not None:
+        choose = neuron_mask
+    else:
+        assert neurons_per_token is not None
+        choose = Selection(neurons_per_token, neuron_groups)
+    output = grouped_mlp_with_gates(
+        x_NH,
+        probs_N,
+        tokens_per_expert,
+        w_gate_EFH,
+        w_up_EFH,
+        w_down_EFH,
+        choose=choose,
+        activation=activation,
+        backend=backend,
+    )
+    return output.y_NH, output.mask
+
+
+def grouped_mlp_with_gates(
+    x_NH: Tensor,
+    probs_N: Tensor,
+    tokens_per_expert: Sequence[int] | Tensor,
+    w_gate_EFH: Tensor,
+    w_up_EFH: Tensor,
+    w_down_EFH: Tensor,
+    *,
+    choose: Choose,
+    activation: str = "silu",
+    etp_group: ProcessGroup | None = None,
+    all_gates: bool = False,
+    backend: str = "auto",
+) -> GroupedMLPOutput:
+    """`mone_grouped_mlp` for a layer: any rule of choice, and the gates for a balance loss.
+
+    Args:
+        choose: a Selection, a mask, or gate activations [N, F] (detached) -> [N, F] bool.
         etp_group: ranks that hold the other neurons of the same experts, for softmax.
-        backend: "reference", or "auto" for the fastest usable one.
+        all_gates: return gate_NF; only the reference has it.
 
     Raises:
         ValueError: a shape, dtype, count or name that does not fit, before anything is computed.
@@ -70,38 +124,74 @@ def mone_grouped_mlp(
     _check_shapes(x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation = {activation!r} is not one of {', '.join(ACTIVATIONS)}")
-    if (select is None) == (neuron_mask is None):
-        raise ValueError("give either select or neuron_mask: one says which neurons are computed")
-    if neuron_mask is not None:
-        _check_mask(neuron_mask, x_NH.shape[0], w_gate_EFH.shape[1])
-    run = BACKENDS[resolve_backend(backend)]
-    return GroupedMLPOutput(
-        *run(
-            x_NH,
-            probs_N,
-            counts,
-            w_gate_EFH,
-            w_up_EFH,
-            w_down_EFH,
-            activation=activation,
-            select=select,
-            neuron_mask=neuron_mask,
-            etp_group=etp_group,
-        )
+    _check_choice(choose, x_NH.shape[0], w_gate_EFH.shape[1])
+    name = resolve_backend(
+        backend,
+        activation=activation,
+        dtype=x_NH.dtype,
+        device=x_NH.device.type,
+        all_gates=all_gates,
     )
+    weights = (w_gate_EFH, w_up_EFH, w_down_EFH)
+    if name == "cpu":
+        kept = cpu.masked_grouped_mlp(
+            x_NH, probs_N, counts, *weights, choose=choose, activation=activation
+        )
+        return GroupedMLPOutput(*kept, None)
+    y_NH, mask, gate_K, gate_NF = reference.grouped_mlp(
+        x_NH, probs_N, counts, *weights, choose=choose, activation=activation, etp_group=etp_group
+    )
+    return GroupedMLPOutput(y_NH, mask, gate_K, gate_NF if all_gates else None)
 
 
-def resolve_backend(name: str) -> str:
+def resolve_backend(
+    name: str,
+    *,
+    activation: str = "silu",
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    all_gates: bool = False,
+) -> str:
     """The backend that `name` runs on here.
 
     Raises:
-        ValueError: the name is unknown.
+        ValueError: the name is unknown, or what it needs is not here; says what.
     """
-    if name == "auto":
-        return "reference"
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"backend = {name!r} is not one of auto, {', '.join(BACKENDS)}")
-    return name
+    if name == "reference":
+        return name
+    reason = _why_not_cpu(activation, dtype, device, all_gates)
+    if reason is None:
+        return "cpu"
+    if name == "cpu":
+        raise ValueError(f"backend = 'cpu' cannot run here: {reason}; use 'reference' or 'auto'")
+    return "reference"
+
+
+def _why_not_cpu(activation: str, dtype: torch.dtype, device: str, all_gates: bool) -> str | None:
+    if device != "cpu":
+        return f"the tensors are on {device}"
+    if activation not in cpu.ACTIVATIONS:
+        return f"activation = {activation!r} is not one of {', '.join(cpu.ACTIVATIONS)}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the tensors are {dtype}, not float32 or bfloat16"
+    if all_gates:
+        return "the loss needs the gates of all neurons (mone_ng_loss_type = normalized)"
+    usable, reason = cpu.available()
+    return None if usable else reason
+
+
+def _check_choice(choose: Choose, rows: int, neurons: int) -> None:
+    if isinstance(choose, NeuronMask):
+        _check_mask(choose, rows, neurons)
+    elif isinstance(choose, Selection):
+        kept, groups = choose.kept, choose.groups
+        if groups < 1 or neurons % groups or kept % groups or not groups <= kept <= neurons:
+            raise ValueError(
+                f"neurons_per_token = {kept} with neuron_groups = {groups}: the groups must divide "
+                f"both it and the {neurons} neurons, and it must be {groups} to {neurons}"
+            )
 
 
 def _check_mask(mask: NeuronMask, rows: int, neurons: int) -> None:

@@ -7,14 +7,14 @@ on [2F, H], down on [H, F]) and is therefore equal to it to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.moe.neuron_selection import NeuronSelector
 
 
 def grouped_mlp(
@@ -25,12 +25,15 @@ def grouped_mlp(
     w_up_EFH: Tensor,
     w_down_EFH: Tensor,
     *,
+    choose: Choose,
     activation: str,
-    select: Callable[[Tensor], Tensor] | None,
-    neuron_mask: NeuronMask | None,
     etp_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.grouped_mlp.mone_grouped_mlp`; arguments are checked there."""
+) -> tuple[Tensor, NeuronMask, Tensor, Tensor]:
+    """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there.
+
+    Returns:
+        y_NH, the mask, the gates of its entries [K], and all gates [N, F].
+    """
     rows_x = x_NH.split(tokens_per_expert)
     gate_up_N2F = torch.cat(
         [
@@ -40,11 +43,7 @@ def grouped_mlp(
     )
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
-    if neuron_mask is not None:
-        mask_NF = neuron_mask.to_bool()
-    else:
-        assert select is not None
-        mask_NF = select(gate_NF.detach())
+    mask_NF = _choose(choose, gate_NF.detach())
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
     h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)
@@ -55,4 +54,13 @@ def grouped_mlp(
             for h, w_down in zip(h_NF.split(tokens_per_expert), w_down_EFH.unbind(), strict=True)
         ]
     )
-    return y_NH, mask_NF, gate_NF
+    return y_NH, NeuronMask.from_bool(mask_NF), gate_NF[mask_NF], gate_NF
+
+
+def _choose(choose: Choose, gate_NF: Tensor) -> Tensor:
+    if isinstance(choose, NeuronMask):
+        return choose.to_bool()
+    if isinstance(choose, Selection):
+        kept, groups = choose.kept, choose.groups
+        choose = NeuronSelector("topk", min_neurons=kept, max_neurons=kept, groups=groups)
+    return choose(gate_NF)

@@ -7,7 +7,7 @@ May touch: torch and process groups given as arguments. Holds no state and recor
 Every type is linear in P with coefficients that carry no gradient (for entropy, the slope of the
 entropy), so a rank adds up its own rows and neurons and the ranks' sums make the whole loss.
 
-Shapes: N routed rows, F_l neurons on this rank, B row blocks (one per local expert and
+Shapes: N routed rows, F_l neurons on this rank, K kept entries, B blocks (one per local expert and
 micro-batch; one per local expert for scope global_batch).
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels.activations import sum_over_group
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 LOSS_SHARES = {
     "raw": "kept |g|: closest to the published text, but shrinking every gate lowers it too",
@@ -70,47 +71,79 @@ class BlockStatistics:
         )
 
 
+@dataclass(frozen=True)
+class NeuronShares:
+    """The share of each row that P is the mean of, entry by entry, in float32 or wider.
+
+    Attributes:
+        share_M: [M] with gradient; a row whose |g| sum is 0 has share 0.
+        row_M: [M] int64, the row of each entry.
+        neuron_M: [M] int64, its neuron.
+    """
+
+    share_M: Tensor
+    row_M: Tensor
+    neuron_M: Tensor
+
+    def cell_M(self, block_N: Tensor, width: int) -> Tensor:
+        """[M] index of each entry's (block, neuron) in a flat [B, F_l]."""
+        return block_N[self.row_M] * width + self.neuron_M
+
+
 def neuron_shares(
-    *, gate_NF: Tensor, mask_NF: Tensor, loss_type: str, etp_group: ProcessGroup | None = None
-) -> Tensor:
-    """The share of each row that P is the mean of, in float32 or wider, with gradient.
+    *,
+    mask: NeuronMask,
+    gate_K: Tensor,
+    gate_NF: Tensor | None,
+    loss_type: str,
+    etp_group: ProcessGroup | None = None,
+) -> NeuronShares:
+    """The shares of the kept entries; for `normalized`, of all.
 
     Args:
-        gate_NF: [N, F_l] gate activations.
-        mask_NF: [N, F_l] bool, the kept neurons.
+        mask: N rows over F_l neurons, the kept ones.
+        gate_K: [K] gate activations of the mask's entries.
+        gate_NF: [N, F_l] all gate activations; only for `normalized`.
         loss_type: a key of LOSS_SHARES.
         etp_group: ranks that hold the other neurons of the same rows.
-
-    Returns:
-        [N, F_l]. A row whose |g| sum is 0 has share 0.
     """
-    size_NF = gate_NF.abs()
-    if size_NF.dtype in (torch.float16, torch.bfloat16):
-        size_NF = size_NF.float()
-    if loss_type != "normalized":
-        size_NF = size_NF.masked_fill(~mask_NF, 0.0)
+    row_M, neuron_M, gate_M = mask.rows_K, mask.indices_K.long(), gate_K
+    if loss_type == "normalized":
+        assert gate_NF is not None
+        row_M, neuron_M = torch.ones_like(gate_NF, dtype=torch.bool).nonzero(as_tuple=True)
+        gate_M = gate_NF.flatten()
+    size_M = gate_M.abs()
+    if size_M.dtype in (torch.float16, torch.bfloat16):
+        size_M = size_M.float()
     if loss_type == "raw":
-        return size_NF
-    total_N1 = sum_over_group(size_NF.sum(dim=1, keepdim=True), etp_group)
-    return size_NF / total_N1.masked_fill(total_N1 == 0, 1.0)
+        return NeuronShares(size_M, row_M, neuron_M)
+    total_N = size_M.new_zeros(mask.num_rows).index_add(0, row_M, size_M)
+    total_N = sum_over_group(total_N, etp_group)
+    share_M = size_M / total_N.masked_fill(total_N == 0, 1.0)[row_M]
+    return NeuronShares(share_M, row_M, neuron_M)
 
 
 def block_statistics(
-    *, share_NF: Tensor, mask_NF: Tensor, block_N: Tensor, num_blocks: int
+    *, shares: NeuronShares, mask: NeuronMask, block_N: Tensor, num_blocks: int
 ) -> BlockStatistics:
     """Sum rows, kept counts and shares by block.
 
     Args:
-        share_NF: [N, F_l] of `neuron_shares`.
-        mask_NF: [N, F_l] bool.
+        shares: of `neuron_shares`.
+        mask: N rows over F_l neurons.
         block_N: [N] int64, the block of each row.
         num_blocks: B.
     """
+    width, dtype = mask.num_neurons, shares.share_M.dtype
     with torch.no_grad():
+        kept_K = block_N[mask.rows_K] * width + mask.indices_K
+        share_BF = torch.zeros(num_blocks * width, dtype=dtype, device=block_N.device)
+        share_BF.index_add_(0, shares.cell_M(block_N, width), shares.share_M.detach())
+        counts_BF = torch.bincount(kept_K, minlength=num_blocks * width)
         return BlockStatistics(
-            rows_B=torch.bincount(block_N, minlength=num_blocks).to(share_NF.dtype),
-            counts_BF=_sum_by_block(mask_NF.to(share_NF.dtype), block_N, num_blocks),
-            share_BF=_sum_by_block(share_NF.detach(), block_N, num_blocks),
+            rows_B=torch.bincount(block_N, minlength=num_blocks).to(dtype),
+            counts_BF=counts_BF.view(num_blocks, width).to(dtype),
+            share_BF=share_BF.view(num_blocks, width),
         )
 
 
@@ -150,7 +183,7 @@ def row_weights(
     return slope_BF * (rows_per_share / num_experts) / rows_B1
 
 
-def neuron_balance_loss(*, share_NF: Tensor, block_N: Tensor, weight_BF: Tensor) -> Tensor:
+def neuron_balance_loss(*, shares: NeuronShares, block_N: Tensor, weight_BF: Tensor) -> Tensor:
     """This rank's part of the balance loss, unscaled (alpha = 1).
 
     The parts of all ranks that hold rows or neurons of the same experts sum to
@@ -158,16 +191,12 @@ def neuron_balance_loss(*, share_NF: Tensor, block_N: Tensor, weight_BF: Tensor)
     micro-batches when every neuron is used alike (types selected and normalized).
 
     Args:
-        share_NF: [N, F_l] of `neuron_shares`, with gradient.
+        shares: of `neuron_shares`, with gradient.
         block_N: [N] int64, the block of each row.
         weight_BF: [B, F_l] of `row_weights`.
 
     Returns:
         Scalar. A block without rows contributes 0.
     """
-    return (share_NF * weight_BF.index_select(0, block_N)).sum()
-
-
-def _sum_by_block(x_NF: Tensor, block_N: Tensor, num_blocks: int) -> Tensor:
-    total_BF = x_NF.new_zeros((num_blocks, x_NF.shape[1]))
-    return total_BF.index_add_(0, block_N, x_NF)
+    cell_M = shares.cell_M(block_N, weight_BF.shape[1])
+    return (shares.share_M * weight_BF.flatten()[cell_M]).sum()

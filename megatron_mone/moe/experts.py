@@ -30,7 +30,13 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
 from megatron_mone.config import selection_bounds
-from megatron_mone.kernels import GroupedMLPOutput, mone_grouped_mlp, resolve_backend
+from megatron_mone.kernels import (
+    Choose,
+    GroupedMLPOutput,
+    Selection,
+    grouped_mlp_with_gates,
+    resolve_backend,
+)
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
@@ -67,7 +73,15 @@ class MoNEExperts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.etp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
-        self.backend = resolve_backend(config.mone_backend)
+        self.all_gates = config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0
+        # Here, so that a backend that cannot run stops before the first step.
+        resolve_backend(
+            config.mone_backend,
+            activation=config.mone_activation,
+            dtype=config.params_dtype,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            all_gates=self.all_gates,
+        )
         low, high = selection_bounds(config)
         self.select = NeuronSelector(
             rule=config.mone_selection,
@@ -133,25 +147,28 @@ class MoNEExperts(MegatronModule):
             probs_N: [N] router probabilities.
             neuron_mask: the neurons to compute, of this rank's F_l; chosen here when None.
         """
-        counts = tokens_per_expert.tolist()
         self._keep_float32()
-
-        def select(gate_NF: Tensor) -> Tensor:
-            return self.select(gate_NF, self._bias_rows(tokens_per_expert))
-
-        return mone_grouped_mlp(
+        choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
+        return grouped_mlp_with_gates(
             x_NH,
             probs_N,
-            counts,
+            tokens_per_expert.tolist(),
             self.w_gate_EFH,
             self.w_up_EFH,
             self.w_down_EFH,
-            select=select if neuron_mask is None else None,
-            neuron_mask=neuron_mask,
+            choose=choose,
             activation=self.config.mone_activation,
             etp_group=self.etp_group,
-            backend=self.backend,
+            all_gates=self.all_gates,
+            backend=self.config.mone_backend,
         )
+
+    def _choice(self, tokens_per_expert: Tensor) -> Choose:
+        """The rule in a form that kernels run themselves, where it needs no other rank or bias."""
+        own = self.select.local_selection() if self.neuron_bias is None else None
+        if own is not None:
+            return Selection(*own)
+        return lambda gate_NF: self.select(gate_NF, self._bias_rows(tokens_per_expert))
 
     def _bias_rows(self, tokens_per_expert: Tensor) -> Tensor | None:
         if self.neuron_bias is None:

@@ -19,6 +19,7 @@ from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
 from megatron_mone.moe.mask_tape import MaskTape
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
 from megatron_mone.moe.neuron_load import LoadSummary
+from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.recompute import RecomputeMasks, in_recompute
 from megatron_mone.moe.token_dispatcher import rows_by_source
 
@@ -87,8 +88,8 @@ class MoNELayer(MoELayer):
         if self.config.mone_check_for_nan:
             first, layer = self.local_expert_indices[0], self._table_number()
             check_finite(output.y_NH, tokens_per_expert, first, layer)
-        self.recompute_masks.keep(output.mask_NF)
-        self._record(output.mask_NF)
+        self.recompute_masks.keep(output.mask)
+        self._record(output.mask)
         y_NH = output.y_NH
         if self.training and torch.is_grad_enabled():
             # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's
@@ -122,10 +123,10 @@ class MoNELayer(MoELayer):
         since, self._bytes_reported = self._bytes_reported, now
         return now[0] - since[0], now[1] - since[1]
 
-    def _record(self, mask_NF: Tensor) -> None:
+    def _record(self, mask: NeuronMask) -> None:
         if self.mask_tape.records and not in_recompute():
             assert self._routing_map is not None
-            self.mask_tape.record(self.token_dispatcher.return_mask(mask_NF, self._routing_map))
+            self.mask_tape.record(self.token_dispatcher.return_mask(mask, self._routing_map))
             self._routing_map = None
 
     def _pads_rows(self) -> bool:

@@ -129,14 +129,14 @@ class MaskCarrier(MoETokenDispatcher):
         mask_NF = unpack_bits(bits_NB, self._num_neurons)
         return NeuronMask.from_bool(mask_NF[:, self.tp_rank * width :][:, :width])
 
-    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
         """Bring the masks of this rank's expert rows back to the ranks their tokens came from.
 
         A collective of the expert group, to be called between `dispatch_postprocess` and
         `token_combine`.
 
         Args:
-            mask_NF: [N, F / ETP] bool, one row for each row of `dispatch_postprocess`.
+            mask: over F / ETP neurons, one row for each row of `dispatch_postprocess`.
             routing_map: [T, E] as it was given to `dispatch_preprocess`.
 
         Returns:
@@ -148,9 +148,9 @@ class MaskCarrier(MoETokenDispatcher):
         """
         raise NotImplementedError(f"{type(self).__name__} does not bring masks back")
 
-    def _pack_whole(self, mask_NF: Tensor) -> Tensor:
+    def _pack_whole(self, mask: NeuronMask) -> Tensor:
         """[N, ceil(F / 8)]: the neurons of this expert-tensor rank in place, the others 0."""
-        width = mask_NF.shape[1]
+        mask_NF, width = mask.to_bool(), mask.num_neurons
         first = self.tp_rank * width
         return pack_bits(
             torch.nn.functional.pad(mask_NF, (first, self._num_neurons - first - width))
@@ -259,9 +259,9 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
         return processed
 
     @torch.no_grad()
-    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
         """See MaskCarrier; undoes stages 3, 2 and 1."""
-        bits_NB = self._pack_whole(mask_NF)
+        bits_NB = self._pack_whole(mask)
         if self.num_local_experts > 1:
             bits_NB, _ = sort_chunks_by_idxs(
                 bits_NB,
@@ -338,9 +338,9 @@ class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
         return processed
 
     @torch.no_grad()
-    def return_mask(self, mask_NF: Tensor, routing_map: Tensor) -> Tensor:
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
         """See MaskCarrier; a sum over ETP x EP of the rows that each rank fills in."""
-        bits_NB = self._pack_whole(mask_NF)
+        bits_NB = self._pack_whole(mask)
         if self.tp_size == 1 and self.ep_size == 1:
             return bits_NB  # one source: its rows stand expert-major already
         gathered = gather_from_sequence_parallel_region(routing_map, group=self.tp_ep_group)

@@ -17,6 +17,7 @@ from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.balance_loss import (
     BlockStatistics,
+    NeuronShares,
     block_statistics,
     neuron_balance_loss,
     neuron_shares,
@@ -24,6 +25,7 @@ from megatron_mone.moe.balance_loss import (
 )
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
+from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.token_dispatcher import SourceMap, build_source_map
 
 
@@ -93,22 +95,23 @@ class NeuronBalancer:
             output, rows_ER = without_padding(output, rows_ER, real_N)
         experts, device = rows_ER.shape[0], y_NH.device
         expert_N = torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)).to(device)
-        self.load.add(output.mask_NF, expert_N)
+        self.load.add(output.mask, expert_N)
         if not self.has_loss:
             return y_NH
-        share_NF = neuron_shares(
+        shares = neuron_shares(
+            mask=output.mask,
+            gate_K=output.gate_K,
             gate_NF=output.gate_NF,
-            mask_NF=output.mask_NF,
             loss_type=self.config.mone_ng_loss_type,
             etp_group=self.experts.etp_group,
         )
         if self.by_microbatch:
             block_N = self._microbatch_blocks(rows_ER).to(device)
-            weight_BF = self._microbatch_weights(share_NF, output.mask_NF, block_N, experts)
+            weight_BF = self._microbatch_weights(shares, output.mask, block_N, experts)
         else:
             block_N, weight_BF = expert_N, self._last_step_weights()
-            self._add_to_step(share_NF, output.mask_NF, expert_N, experts)
-        loss = neuron_balance_loss(share_NF=share_NF, block_N=block_N, weight_BF=weight_BF)
+            self._add_to_step(shares, output.mask, expert_N, experts)
+        loss = neuron_balance_loss(shares=shares, block_N=block_N, weight_BF=weight_BF)
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers  # counted once a repetition, as the router's
         self._record(loss)
@@ -128,12 +131,12 @@ class NeuronBalancer:
         return block_ER.flatten().repeat_interleave(rows_ER.flatten())
 
     def _microbatch_weights(
-        self, share_NF: Tensor, mask_NF: Tensor, block_N: Tensor, experts: int
+        self, shares: NeuronShares, mask: NeuronMask, block_N: Tensor, experts: int
     ) -> Tensor:
         """[E_l * M, F_l] weights from the statistics of each whole micro-batch."""
         statistics = block_statistics(
-            share_NF=share_NF,
-            mask_NF=mask_NF,
+            shares=shares,
+            mask=mask,
             block_N=block_N,
             num_blocks=experts * self.source_map.num_microbatches,
         )
@@ -157,10 +160,10 @@ class NeuronBalancer:
         return weights
 
     def _add_to_step(
-        self, share_NF: Tensor, mask_NF: Tensor, expert_N: Tensor, experts: int
+        self, shares: NeuronShares, mask: NeuronMask, expert_N: Tensor, experts: int
     ) -> None:
         statistics = block_statistics(
-            share_NF=share_NF, mask_NF=mask_NF, block_N=expert_N, num_blocks=experts
+            shares=shares, mask=mask, block_N=expert_N, num_blocks=experts
         )
         self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
         self.step_microbatches += self._microbatches_seen_at_once()
@@ -232,5 +235,11 @@ def without_padding(
     """
     cell_N = torch.arange(rows_ER.numel()).repeat_interleave(rows_ER.flatten())
     real = torch.bincount(cell_N[real_N.cpu()], minlength=rows_ER.numel())
-    kept = GroupedMLPOutput(output.y_NH[real_N], output.mask_NF[real_N], output.gate_NF[real_N])
+    mask, gate_NF = output.mask, output.gate_NF
+    kept = GroupedMLPOutput(
+        output.y_NH[real_N],
+        mask.rows(real_N.nonzero().flatten()),
+        output.gate_K[real_N[mask.rows_K]],
+        None if gate_NF is None else gate_NF[real_N],
+    )
     return kept, real.view_as(rows_ER)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_mone.moe.neuron_mask import NeuronMask
+
 # Edges of the load histogram, in multiples of a balanced load; the first bin is [0, first edge).
 HISTOGRAM_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
 SUMMARY_FIELDS = (
@@ -40,14 +42,16 @@ class NeuronLoad:
         self.window_rows_E = torch.zeros(experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, mask_NF: Tensor, expert_N: Tensor) -> None:
+    def add(self, mask: NeuronMask, expert_N: Tensor) -> None:
         """Count the rows of one forward.
 
         Args:
-            mask_NF: [N, F_l] bool.
+            mask: N rows over F_l neurons.
             expert_N: [N] int64, local expert of each row.
         """
-        self.step_counts_EF.index_add_(0, expert_N, mask_NF.to(torch.int64))
+        cell_K = expert_N[mask.rows_K] * mask.num_neurons + mask.indices_K
+        counts = torch.bincount(cell_K, minlength=self.step_counts_EF.numel())
+        self.step_counts_EF += counts.view_as(self.step_counts_EF)
         self.window_rows_E += torch.bincount(expert_N, minlength=self.window_rows_E.numel())
 
     def end_step(self) -> None:

@@ -69,10 +69,10 @@ class NeuronMask:
         neurons = mask_NF.shape[1]
         flat_K = mask_NF.flatten().nonzero().flatten()
         indices_K = (flat_K % neurons).to(index_dtype(neurons))
-        return cls._unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons)
+        return cls.unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons)
 
     @classmethod
-    def _unchecked(cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int) -> NeuronMask:
+    def unchecked(cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int) -> NeuronMask:
         """For rows that are right by construction: checking costs as much as building them."""
         mask = object.__new__(cls)
         for name, value in (
@@ -85,7 +85,7 @@ class NeuronMask:
         """Dense [N, F] bool mask."""
         size = self.num_rows * self.num_neurons
         mask = self.indices_K.new_zeros(size, dtype=torch.bool)
-        mask[self._rows_K() * self.num_neurons + self.indices_K] = True
+        mask[self.rows_K * self.num_neurons + self.indices_K] = True
         return mask.view(self.num_rows, self.num_neurons)
 
     def pack(self) -> Tensor:
@@ -112,9 +112,9 @@ class NeuronMask:
         width = self.num_neurons // size
         mine_K = self.indices_K.long().div(width, rounding_mode="floor") == rank
         lengths_N = torch.zeros_like(self.offsets_N1[1:])
-        lengths_N.index_add_(0, self._rows_K(), mine_K.long())
+        lengths_N.index_add_(0, self.rows_K, mine_K.long())
         indices = (self.indices_K[mine_K].long() - rank * width).to(index_dtype(width))
-        return NeuronMask._unchecked(indices, _offsets(lengths_N), width)
+        return NeuronMask.unchecked(indices, _offsets(lengths_N), width)
 
     @classmethod
     def join(cls, shards: list[NeuronMask]) -> NeuronMask:
@@ -128,9 +128,11 @@ class NeuronMask:
         within_K = torch.arange(int(offsets_M1[-1]), device=index_M.device)
         within_K = within_K - offsets_M1[:-1].repeat_interleave(lengths_M)
         source_K = self.offsets_N1[:-1][index_M].repeat_interleave(lengths_M) + within_K
-        return NeuronMask._unchecked(self.indices_K[source_K], offsets_M1, self.num_neurons)
+        return NeuronMask.unchecked(self.indices_K[source_K], offsets_M1, self.num_neurons)
 
-    def _rows_K(self) -> Tensor:
+    @property
+    def rows_K(self) -> Tensor:
+        """[K] int64, the row of each entry."""
         rows_N = torch.arange(self.num_rows, device=self.offsets_N1.device)
         return rows_N.repeat_interleave(self.row_lengths_N)
 

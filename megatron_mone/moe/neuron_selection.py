@@ -58,6 +58,13 @@ class NeuronSelector:
             return self._select(score_NF, self.groups // parts)
         return self._select_over_ranks(score_NF)
 
+    def local_selection(self) -> tuple[int, int] | None:
+        """(kept, groups) of this rank's neurons where the rule is top-S within them, else None."""
+        parts = 1 if self.etp_group is None else self.etp_group.size()
+        if self.rule != "topk" or (parts > 1 and self.groups % parts):
+            return None
+        return self.max_neurons // parts, self.groups // parts
+
     def _select_over_ranks(self, score_NF: Tensor) -> Tensor:
         """Groups that straddle ranks, one after another; each rank holds a slice of each."""
         assert self.etp_group is not None

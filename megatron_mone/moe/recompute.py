@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
 
-from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def in_recompute() -> bool:
@@ -42,15 +42,11 @@ class RecomputeMasks:
         """Bytes of the packed masks that wait for their repetition."""
         return sum(bits.numel() for bits in self._waiting)
 
-    def keep(self, mask_NF: Tensor) -> None:
-        """Called after every forward; keeps the mask of a first pass.
-
-        Args:
-            mask_NF: [N, F_l] bool.
-        """
+    def keep(self, mask: NeuronMask) -> None:
+        """Called after every forward; keeps the mask of a first pass."""
         first_pass = is_checkpointing() and not torch.is_grad_enabled() and not in_recompute()
         if first_pass:
-            self._waiting.append(pack_bits(mask_NF))
+            self._waiting.append(mask.pack())
 
     def take(self, rows: int, num_neurons: int) -> NeuronMask | None:
         """Called before every forward; the mask of the first pass where this is its repetition.

@@ -40,7 +40,9 @@ FEATURES: dict[str, list[str]] = {
     "global batch": ["--mone-ng-loss-scope", "global_batch"],
     "per-token loss": ["--calculate-per-token-loss"],
 }  # fmt: skip
-KEEP_ALL = ["--mone-neuron-ratio", "1.0", "--mone-ng-loss-coeff", "0"]
+KEEP_ALL = [
+    *("--mone-neuron-ratio", "1.0", "--mone-ng-loss-coeff", "0", "--mone-backend", "reference")
+]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,8 @@ TRAIN = (*TINY, *MONE, *MOCK, "--adam-eps", "1e-3")
 # The norm that clips is summed over parameters of other shapes (one tensor an expert in stock
 # Megatron, one for all here) and may differ in the last bit; without clipping nothing may.
 STOCK = (*TINY, *MOCK, "--clip-grad", "0")
-KEEP_ALL = (*STOCK, "--mone-neuron-ratio", "1.0", "--mone-ng-loss-coeff", "0")
+KEEP_ALL = (*STOCK, "--mone-neuron-ratio", "1.0", "--mone-ng-loss-coeff", "0",
+            "--mone-backend", "reference")  # fmt: skip
 
 EP2 = ("--expert-model-parallel-size", "2")
 EP4 = ("--expert-model-parallel-size", "4")
@@ -51,6 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "entropy loss": ("--mone-ng-loss-type", "entropy"),
     "normalized loss": ("--mone-ng-loss-type", "normalized"),
     "bias": ("--mone-ng-loss-type", "bias"),
+    "reference backend": ("--mone-backend", "reference"),
     "global batch": ("--mone-ng-loss-scope", "global_batch"),
     "softmax gate": ("--mone-activation", "softmax"),
     "threshold": ("--mone-selection", "threshold", "--mone-threshold", "0.3"),
@@ -108,6 +110,8 @@ _ONE_DISPATCHER = {
     "TP2 ETP2, entropy loss": Layout(2, "entropy loss", TP2),
     "TP2 ETP2, normalized loss": Layout(2, "normalized loss", TP2),
     "TP2 ETP2, bias": Layout(2, "bias", TP2),
+    "EP2, reference backend": Layout(2, "reference backend", EP2),
+    "TP2 ETP2, reference backend": Layout(2, "reference backend", TP2),
     "EP2, global batch": Layout(2, "global batch", EP2),
     "TP2 ETP1, global batch": Layout(2, "global batch", (*TP2, *ETP1)),
     "TP2 ETP2, softmax gate": Layout(2, "softmax gate", TP2),

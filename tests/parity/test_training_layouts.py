@@ -111,9 +111,10 @@ def test_keep_all_is_stock_megatron_in_the_same_layout(runs, name):
 def test_variants_are_different_models(runs):
     """The comparison would be empty if the variants' flags, or training itself, did nothing."""
     last = {v: scalars(runs / f"one rank, {v}", "lm loss")[STEPS] for v in VARIANTS}
-    # With equal micro-batches the loss per token is the loss per micro-batch, and what a capacity
-    # pads has no part in the loss.
+    # With equal micro-batches the loss per token is the loss per micro-batch; what a capacity pads
+    # has no part in the loss, and a backend none in the model.
     assert last.pop("per-token loss") == pytest.approx(last["plain"], rel=TOLERANCE)
+    assert last.pop("reference backend") == pytest.approx(last["plain"], rel=TOLERANCE)
     assert last.pop("padding to capacity") == pytest.approx(last["token dropping"], rel=TOLERANCE)
     assert len(set(last.values())) == len(last), last
     first = scalars(runs / "one rank, plain", "lm loss")[1]

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from megatron_mone.kernels import mone_grouped_mlp, resolve_backend
+from megatron_mone.kernels.cpu import backend as cpu
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def arguments(**changes):
@@ -16,10 +18,6 @@ def arguments(**changes):
         w_down_EFH=torch.randn(2, 6, 4),
     )
     return {**good, **changes}
-
-
-def keep_all(gate_NF):
-    return torch.ones_like(gate_NF, dtype=torch.bool)
 
 
 WRONG = [
@@ -35,21 +33,50 @@ WRONG = [
     (dict(tokens_per_expert=[6, -1]), "tokens_per_expert = [6, -1]"),
     (dict(activation="swish"), "activation = 'swish'"),
     (dict(backend="cuda"), "backend = 'cuda'"),
+    (dict(neurons_per_token=7), "neurons_per_token = 7"),
+    (dict(neuron_groups=4), "neurons_per_token = 2 with neuron_groups = 4"),
+    (dict(neurons_per_token=None), "give either neurons_per_token or neuron_mask"),
+    (
+        dict(neurons_per_token=None, neuron_mask=NeuronMask.from_bool(torch.ones(4, 6) > 0)),
+        "neuron_mask has 4 rows over 6 neurons",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "part"), WRONG, ids=[part for _, part in WRONG])
 def test_wrong_argument(changes, part):
     with pytest.raises(ValueError) as caught:
-        mone_grouped_mlp(**arguments(**changes), select=keep_all)
+        mone_grouped_mlp(**{"neurons_per_token": 2, **arguments(**changes)})
     assert part in str(caught.value)
 
 
 def test_works_without_megatron():
-    output = mone_grouped_mlp(**arguments(), select=keep_all)
-    assert output.y_NH.shape == (5, 4)
-    assert output.mask_NF.all()
+    y, mask = mone_grouped_mlp(**arguments(), neurons_per_token=6, backend="reference")
+    assert y.shape == (5, 4)
+    assert mask.density == 1.0
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_given_mask_is_computed(backend):
+    given = arguments()
+    y, mask = mone_grouped_mlp(**given, neurons_per_token=2, backend=backend)
+    again, same = mone_grouped_mlp(**given, neuron_mask=mask, backend=backend)
+    assert same == mask
+    torch.testing.assert_close(again, y)
+    all_y, _ = mone_grouped_mlp(**given, neurons_per_token=6, backend=backend)
+    assert not torch.allclose(all_y, y)
 
 
 def test_auto_is_a_backend_that_exists():
-    assert resolve_backend("auto") == "reference"
+    """Native code where it can be built, and the reference for what that does not know."""
+    usable, _ = cpu.available()
+    assert resolve_backend("auto") == ("cpu" if usable else "reference")
+    assert resolve_backend("auto", activation="softmax") == "reference"
+    assert resolve_backend("auto", dtype=torch.float64) == "reference"
+    assert resolve_backend("auto", all_gates=True) == "reference"
+    assert resolve_backend("auto", device="cuda") == "reference"
+
+
+def test_a_backend_that_cannot_run_says_why():
+    with pytest.raises(ValueError, match="'cpu' cannot run here: activation = 'softmax' is not"):
+        resolve_backend("cpu", activation="softmax")

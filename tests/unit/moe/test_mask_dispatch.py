@@ -139,7 +139,7 @@ def check_arrival(dispatcher, experts, seed, *, same_tokens, exact_topk):
             want[n] = mask_of(source, token, int(row_expert[n]))
     wanted = NeuronMask.from_bool(want).shard(dispatcher.tp_rank, dispatcher.tp_size)
     assert all_ranks(got == wanted)
-    returned = dispatcher.return_mask(got.to_bool(), maps[rank])
+    returned = dispatcher.return_mask(got, maps[rank])
     assert all_ranks(torch.equal(returned, masks_that_return(dispatcher, rank, maps[rank])))
     return dispatcher.bytes_carried - before, maps, rank
 

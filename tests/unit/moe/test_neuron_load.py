@@ -9,6 +9,7 @@ from megatron_mone.moe.neuron_load import (
     NeuronLoad,
     summarise_counts,
 )
+from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def facts(counts, rows):
@@ -47,9 +48,9 @@ def test_experts_without_rows_are_left_out_of_the_percentiles():
 def test_steps_flow_into_the_window():
     load = NeuronLoad(2, 3, torch.device("cpu"))
     mask = torch.tensor([[True, False, False], [True, True, False]])
-    load.add(mask, torch.tensor([0, 1]))
+    load.add(NeuronMask.from_bool(mask), torch.tensor([0, 1]))
     load.end_step()
-    load.add(mask, torch.tensor([1, 1]))
+    load.add(NeuronMask.from_bool(mask), torch.tensor([1, 1]))
     assert load.step_counts_EF.tolist() == [[0, 0, 0], [2, 1, 0]]
     load.end_step()
     counts, rows = load.take_window()

@@ -1,0 +1,179 @@
+"""The native kernels seen from Python: C structures, the loaded library, tensors as arguments.
+
+Every pointer handed over comes from a tensor whose dtype, shape and strides were checked by the
+caller in `products.py` and `backend.py`. Calls release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from megatron_mone.kernels.cpu import build
+
+INTERFACE_VERSION = 1
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+# kernels.h: edges of the blocks that the cut tables describe.
+DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
+ENTRY_BYTES = 16
+ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3}
+
+
+class _Shape(ctypes.Structure):
+    _fields_ = (
+        ("row_start", c_void_p),
+        ("experts", c_int64),
+        ("rows", c_int64),
+        ("neurons", c_int64),
+        ("hidden", c_int64),
+        ("threads", c_int64),
+    )
+
+
+class _Mask(ctypes.Structure):
+    _fields_ = (("idx", c_void_p), ("offsets", c_void_p), ("idx_bytes", c_int64))
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("expert_stride", c_int64),
+        ("row_stride", c_int64),
+        ("is_bf16", c_int64),
+    )
+
+
+class _Cuts(ctypes.Structure):
+    _fields_ = (("at", c_void_p), ("order", c_void_p))
+
+
+_S, _K, _X, _P, _I = POINTER(_Shape), POINTER(_Mask), POINTER(_Matrix), c_void_p, c_int64
+_C = POINTER(_Cuts)
+_SIGNATURES = (
+    ("select", (_S, _P, _I, _I, _P, _I, _P)),
+    ("gather", (_S, _K, _P, _P, _I)),
+    ("scatter", (_S, _K, _P, _X)),
+    ("cuts", (_S, _K, _I, _C)),
+    ("panels", (_S, _X, _P)),
+    ("sampled", (_S, _K, _C, _P, _X, _P)),
+    ("accumulate", (_S, _K, _C, _P, _X, _P, _X, _X)),
+    ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
+    ("transpose", (_S, _K, _P, _P, _P, _P, _C, _P)),
+    ("weight_grads", (_S, _P, _C, _P, _X, _X, _X, _X, _X)),
+)
+
+
+class Kernels(ctypes.Structure):
+    """The function table of one instruction set (MoneKernels of kernels.h)."""
+
+    _fields_ = tuple((name, ctypes.CFUNCTYPE(None, *types)) for name, types in _SIGNATURES)
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library, built first where it is missing.
+
+    Raises:
+        build.BuildError: no library can be had here; the message says why.
+    """
+    path = build.build()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"{path.name} does not load: {error}") from error
+    library.mone_kernels.restype = POINTER(Kernels)
+    if library.mone_interface_version() != INTERFACE_VERSION:
+        raise build.BuildError(f"{path.name} has another interface than {__name__}: rebuild it")
+    return library
+
+
+@cache
+def kernels(instruction_set: str | None = None) -> Kernels:
+    """The kernels of one of INSTRUCTION_SETS, by default the best that this processor runs.
+
+    Raises:
+        ValueError: this processor cannot run that set.
+        build.BuildError: as `load`.
+    """
+    library = load()
+    best = library.mone_best_set()
+    wanted = best if instruction_set is None else INSTRUCTION_SETS.index(instruction_set)
+    table = library.mone_kernels(wanted)
+    if not table:
+        raise ValueError(
+            f"instruction_set = {instruction_set!r}: this processor runs up to "
+            f"{INSTRUCTION_SETS[best]}"
+        )
+    return table.contents
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of one call and the first row of each expert."""
+
+    counts: tuple[int, ...]
+    neurons: int
+    hidden: int
+    threads: int
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return sum(self.counts)
+
+    def shape(self) -> _Shape:
+        """For a kernel; keeps its own copy of the row starts alive."""
+        starts = (c_int64 * (len(self.counts) + 1))(*accumulate(self.counts, initial=0))
+        shape = _Shape(
+            ctypes.addressof(starts),
+            len(self.counts),
+            self.rows,
+            self.neurons,
+            self.hidden,
+            self.threads,
+        )
+        shape.keep = starts
+        return shape
+
+
+def layout(counts: Sequence[int], neurons: int, hidden: int) -> Layout:
+    """Layout on torch's own number of threads."""
+    return Layout(tuple(counts), neurons, hidden, max(1, torch.get_num_threads()))
+
+
+def mask(indices_K: Tensor, offsets_N1: Tensor) -> _Mask:
+    """A CSR mask as an argument."""
+    return _Mask(indices_K.data_ptr(), offsets_N1.data_ptr(), indices_K.element_size())
+
+
+def matrix(tensor: Tensor) -> _Matrix:
+    """[rows, H] or [E, rows, H] with unit last stride, as an argument."""
+    expert_stride = tensor.stride(0) if tensor.dim() == 3 else 0
+    return _Matrix(
+        tensor.data_ptr(), expert_stride, tensor.stride(-2), tensor.dtype == torch.bfloat16
+    )
+
+
+def cuts(at: Tensor, order: Tensor) -> _Cuts:
+    """A cut table as an argument: [B, M] int32 and int16."""
+    return _Cuts(at.data_ptr(), order.data_ptr())
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Pointer of a contiguous tensor; None stays null."""
+    assert tensor is None or tensor.is_contiguous()
+    return None if tensor is None else tensor.data_ptr()
+
+
+def element(row: int, stride: int, column: int) -> int:
+    """Offset of an element as the kernels compute it, in 64 bits."""
+    function = load().mone_element
+    function.argtypes, function.restype = (c_int64,) * 3, c_int64
+    return function(row, stride, column)

@@ -1,0 +1,81 @@
+// Where kept entries cross blocks, and the order in which the kernels walk them (MoneCuts).
+#pragma once
+
+namespace {
+
+// order = 0 .. count - 1 by the lengths to[i] - from[i], a stable counting sort; equal lengths then
+// follow each other. Lengths are at most `longest`.
+inline void order_by_length(const int32_t* from, const int32_t* to, int64_t count, int64_t longest,
+                            uint16_t* order) {
+    int32_t first[kSumInputs + 2] = {};
+    for (int64_t i = 0; i < count; ++i) ++first[to[i] - from[i] + 1];
+    for (int64_t l = 0; l < longest; ++l) first[l + 1] += first[l];
+    for (int64_t i = 0; i < count; ++i)
+        order[first[to[i] - from[i]]++] = static_cast<uint16_t>(i);
+}
+
+template <class Index>
+inline void cut_row(const Index* row, int64_t length, int64_t width, int64_t count, int64_t stride,
+                    int32_t* at) {
+    int64_t k = 0;
+    for (int64_t b = 0; b <= count; ++b, at += stride) {
+        while (k < length && row[k] < b * width) ++k;
+        *at = static_cast<int32_t>(k);
+    }
+}
+
+// Tasks are the tiles of kTile rows of each expert, as in the kernels that use the table.
+inline int64_t tiles_of(const MoneShape& s, int64_t e) { return blocks(rows_of(s, e), kTile); }
+
+inline int64_t total_tiles(const MoneShape& s) {
+    int64_t tiles = 0;
+    for (int64_t e = 0; e < s.experts; ++e) tiles += tiles_of(s, e);
+    return tiles;
+}
+
+// A tile's expert and rows [begin, end).
+struct Tile {
+    int64_t expert, begin, end;
+};
+
+inline Tile find_tile(const MoneShape& s, int64_t t) {
+    int64_t e = 0;
+    for (; t >= tiles_of(s, e); ++e) t -= tiles_of(s, e);
+    const int64_t begin = s.row_start[e] + t * kTile;
+    return {e, begin, at_most(begin + kTile, s.row_start[e + 1])};
+}
+
+// Few rows leave most weights unread; then the neurons of block b that they keep are listed.
+constexpr int64_t kFewRows = 12;
+
+template <class Index>
+const bool* used_neurons(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
+                         const Tile& tile, int64_t b, int64_t first, bool* used) {
+    if (tile.end - tile.begin > kFewRows) return nullptr;
+    const int32_t *from = cuts.at + element(b, s.rows, 0), *to = from + s.rows;
+    std::memset(used, 0, kSumInputs);
+    for (int64_t n = tile.begin; n < tile.end; ++n)
+        for (int64_t k = m.offsets[n] + from[n]; k < m.offsets[n] + to[n]; ++k)
+            used[static_cast<const Index*>(m.idx)[k] - first] = true;
+    return used;
+}
+
+template <class Index>
+void cut_rows(const MoneShape& s, const MoneMask& m, int64_t width, MoneCuts& cuts) {
+    const Index* idx = static_cast<const Index*>(m.idx);
+    const int64_t count = blocks(s.neurons, width);
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int64_t t = 0; t < total_tiles(s); ++t) {
+        const Tile tile = find_tile(s, t);
+        for (int64_t n = tile.begin; n < tile.end; ++n)
+            cut_row(idx + m.offsets[n], m.offsets[n + 1] - m.offsets[n], width, count, s.rows,
+                    cuts.at + n);
+        for (int64_t b = 0; b < count; ++b) {
+            const int32_t* from = cuts.at + element(b, s.rows, tile.begin);
+            order_by_length(from, from + s.rows, tile.end - tile.begin, width,
+                            cuts.order + element(b, s.rows, tile.begin));
+        }
+    }
+}
+
+}  // namespace

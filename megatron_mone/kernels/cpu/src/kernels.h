@@ -1,0 +1,101 @@
+// The native CPU kernels of the masked grouped expert MLP: shapes, arguments, function table.
+//
+// Symbols: N rows grouped by expert, E experts, F neurons of an expert, H hidden, K kept entries.
+// A mask is CSR: row n keeps neurons idx[offsets[n] .. offsets[n + 1]), ascending. Every value array
+// over kept entries ("_K") is float32 in that order; matrices are float32 or bfloat16.
+// No kernel allocates, throws or keeps state; each output element is summed by one thread in a fixed
+// order, so results do not depend on the number of threads.
+#pragma once
+#include <cstdint>
+
+// Edges of the blocks that share the first-level cache with what streams past them.
+constexpr int64_t kDotNeurons = 64;   // neurons of one block of the sampled products
+constexpr int64_t kDotLength = 128;   // floats of H of one such block; panels are this wide
+constexpr int64_t kSumInputs = 96;    // input rows (neurons or tokens) of one accumulation block
+constexpr int64_t kSumWidth = 64;     // floats of H of one accumulation block of y or dx
+constexpr int64_t kGradWidth = 32;    // floats of H of one block of the weight gradients
+static_assert(kDotNeurons <= kSumInputs, "tables of both are sized by kSumInputs");
+constexpr int64_t kTile = 512;        // output rows of a task: they stay in the second-level cache
+
+// Element (row, column) of a row-major matrix, in 64 bits.
+static inline int64_t element(int64_t row, int64_t stride, int64_t column) {
+    return row * stride + column;
+}
+
+extern "C" {
+
+// Rows, experts and sizes; `row_start` is [E + 1], the first row of each expert.
+struct MoneShape {
+    const int64_t* row_start;
+    int64_t experts, rows, neurons, hidden;
+    int64_t threads;
+};
+
+// A CSR mask. `idx` holds int16 (idx_bytes 2) or int32 (4).
+struct MoneMask {
+    const void* idx;
+    const int64_t* offsets;
+    int64_t idx_bytes;
+};
+
+// [E, rows, H] or [N, H] (expert_stride 0); strides in elements, the last one is 1.
+struct MoneMatrix {
+    void* data;
+    int64_t expert_stride, row_stride;
+    int64_t is_bf16;
+};
+
+// Where each row's kept entries cross blocks of neurons: at[b][n] entries of row n lie before block
+// b; [ceil(F / width) + 1, N]. order[b] lists the rows of each tile of kTile rows of an expert,
+// relative to the tile, by their number of entries in block b: loops of equal length follow each
+// other, which the branch predictor learns. [ceil(F / width), N].
+struct MoneCuts {
+    int32_t* at;
+    uint16_t* order;
+};
+
+// One kept entry seen from its neuron: the row within its expert and up to three values.
+struct MoneEntry {
+    float value[3];
+    int32_t row;
+};
+
+enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3 };
+
+struct MoneKernels {
+    // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
+    // lower index, NaN counts as infinite. gate is the bits of [rows, F] float32, keys is work
+    // space of [threads, F / groups].
+    void (*select)(const MoneShape*, const int32_t* gate, int64_t kept, int64_t groups, void* idx,
+                   int64_t idx_bytes, int32_t* keys);
+    // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.
+    void (*gather)(const MoneShape*, const MoneMask*, const void* dense, void* out_K, int64_t bytes);
+    void (*scatter)(const MoneShape*, const MoneMask*, const float* values_K, MoneMatrix* dense);
+    // Fills the table for blocks of `width` neurons.
+    void (*cuts)(const MoneShape*, const MoneMask*, int64_t width, MoneCuts* cuts);
+    // float32 copy of a [N, H] matrix as [ceil(H / kDotLength), N, kDotLength], zero-padded.
+    void (*panels)(const MoneShape*, const MoneMatrix*, float* panels);
+    // out_K = <x_n, weight_j> for kept (n, j); cuts at kDotNeurons.
+    void (*sampled)(const MoneShape*, const MoneMask*, const MoneCuts* cuts, const float* panels,
+                    const MoneMatrix* weight, float* out_K);
+    // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]); cuts at kSumInputs.
+    void (*accumulate)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
+                       const float* value0_K, const MoneMatrix* weight0, const float* value1_K,
+                       const MoneMatrix* weight1, MoneMatrix* out);
+    // g = sigma(a): h = p g u, du = p v g, da = (p v u + dgate) sigma'(a), dp = sum of v g u.
+    // v_K comes in through da_K; dgate_K may be null.
+    void (*gate_backward)(const MoneShape*, const MoneMask*, int64_t activation, const float* a_K,
+                          const float* u_K, const float* probs, const float* dgate_K, float* da_K,
+                          float* du_K, float* h_K, float* dprobs);
+    // Entries of each expert by neuron, then row, with value[i] = v_i. starts is [E, F + 1], absolute.
+    // cuts are of blocks of kSumInputs rows of an expert, in tiles of neurons: [B, F] where each
+    // expert has ceil(rows / kSumInputs) + 1 of the B rows.
+    void (*transpose)(const MoneShape*, const MoneMask*, const float* v0_K, const float* v1_K,
+                      const float* v2_K, int64_t* starts, MoneCuts* cuts, MoneEntry* entries);
+    // gate[j], up[j], down[j] = sum over the entries of value[0] x[n], value[1] x[n], value[2] dy[n].
+    // Null outputs are skipped.
+    void (*weight_grads)(const MoneShape*, const int64_t* starts, const MoneCuts* cuts,
+                         const MoneEntry* entries, const MoneMatrix* x, const MoneMatrix* dy,
+                         MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+};
+}

@@ -1,0 +1,126 @@
+// Every native kernel against plain loops on exactly sized heap buffers, for a sanitizer to watch.
+// Built by test_cpu_sanitizers.py together with kernels.cpp; prints the first difference.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+
+extern "C" const MoneKernels MONE_TABLE;
+
+namespace {
+
+float noise() { return static_cast<float>(rand()) / RAND_MAX - 0.5f; }
+
+std::vector<float> noises(int64_t count) {
+    std::vector<float> values(count);
+    for (float& value : values) value = noise();
+    return values;
+}
+
+int failures = 0;
+
+void near(const char* name, double got, double wanted) {
+    if (std::fabs(got - wanted) <= 1e-4 * (1.0 + std::fabs(wanted))) return;
+    if (++failures < 10) std::printf("%s: %g, expected %g\n", name, got, wanted);
+}
+
+template <class Index>
+void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int64_t threads) {
+    const MoneKernels& k = MONE_TABLE;
+    const int64_t E = counts.size();
+    std::vector<int64_t> start(1, 0), offsets(1, 0), expert_of;
+    for (int64_t e = 0; e < E; ++e) {
+        start.push_back(start.back() + counts[e]);
+        expert_of.insert(expert_of.end(), counts[e], e);
+    }
+    const int64_t N = start.back(), K = N * kept;
+    for (int64_t n = 0; n < N; ++n) offsets.push_back((n + 1) * kept);
+    MoneShape shape{start.data(), E, N, F, H, threads};
+
+    auto gate = noises(N * F), x = noises(N * H), dy = noises(N * H), probs = noises(N);
+    auto w0 = noises(E * F * H), w1 = noises(E * F * H);
+    std::vector<int32_t> bits(N * F), keys(threads * F);
+    for (int64_t i = 0; i < N * F; ++i) std::memcpy(&bits[i], &gate[i], 4);
+    std::vector<Index> idx(K);
+    k.select(&shape, bits.data(), kept, 1, idx.data(), sizeof(Index), keys.data());
+    MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
+    auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0}; };
+    auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0}; };
+    MoneMatrix X = rows(x), DY = rows(dy), W0 = weights(w0), W1 = weights(w1);
+
+    auto table = [&](int64_t width, std::vector<int32_t>& at, std::vector<uint16_t>& order) {
+        const int64_t blocks = (F + width - 1) / width;
+        at.resize((blocks + 1) * N);
+        order.resize(blocks * N);
+        MoneCuts cuts{at.data(), order.data()};
+        k.cuts(&shape, &mask, width, &cuts);
+        return cuts;
+    };
+    std::vector<int32_t> dot_at, sum_at;
+    std::vector<uint16_t> dot_order, sum_order;
+    MoneCuts dot_cuts = table(kDotNeurons, dot_at, dot_order);
+    MoneCuts sum_cuts = table(kSumInputs, sum_at, sum_order);
+
+    std::vector<float> a(K), u(K), da(K), du(K), h(K), dp(N), y(N * H);
+    std::vector<float> panels((H + kDotLength - 1) / kDotLength * kDotLength * N);
+    k.gather(&shape, &mask, gate.data(), a.data(), 4);
+    k.panels(&shape, &X, panels.data());
+    k.sampled(&shape, &mask, &dot_cuts, panels.data(), &W0, u.data());
+    MoneMatrix Y = rows(y);
+    k.accumulate(&shape, &mask, &sum_cuts, a.data(), &W0, u.data(), &W1, &Y);
+    da = a;
+    k.gate_backward(&shape, &mask, kSilu, a.data(), u.data(), probs.data(), nullptr, da.data(),
+                    du.data(), h.data(), dp.data());
+
+    int64_t block_rows = 0;
+    for (int64_t count : counts) block_rows += (count + kSumInputs - 1) / kSumInputs + 1;
+    std::vector<int64_t> starts(E * (F + 1));
+    std::vector<int32_t> at(block_rows * F);
+    std::vector<uint16_t> order(block_rows * F);
+    std::vector<MoneEntry> entries(K);
+    MoneCuts cuts{at.data(), order.data()};
+    k.transpose(&shape, &mask, a.data(), u.data(), h.data(), starts.data(), &cuts, entries.data());
+    std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H);
+    MoneMatrix G0 = weights(g0), G1 = weights(g1), G2 = weights(g2);
+    k.weight_grads(&shape, starts.data(), &cuts, entries.data(), &X, &DY, &G0, &G1, &G2);
+
+    std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
+            const int64_t w = (expert_of[n] * F + idx[i]) * H;
+            double dot = 0;
+            for (int64_t c = 0; c < H; ++c) {
+                dot += double(x[n * H + c]) * w0[w + c];
+                y_plain[n * H + c] += double(a[i]) * w0[w + c] + double(u[i]) * w1[w + c];
+                g0_plain[w + c] += double(a[i]) * x[n * H + c];
+                g2_plain[w + c] += double(h[i]) * dy[n * H + c];
+            }
+            const double s = 1 / (1 + std::exp(-double(a[i]))), g = a[i] * s;
+            near("sampled", u[i], dot);
+            near("h", h[i], probs[n] * g * u[i]);
+            near("du", du[i], probs[n] * double(a[i]) * g);
+            near("da", da[i], probs[n] * double(a[i]) * u[i] * s * (1 + a[i] * (1 - s)));
+        }
+    }
+    for (int64_t i = 0; i < N * H; ++i) near("accumulate", y[i], y_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("gate gradient", g0[i], g0_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("down gradient", g2[i], g2_plain[i]);
+}
+
+}  // namespace
+
+int main() {
+    for (int64_t threads = 1; threads <= 2; ++threads) {
+        check<int16_t>({5, 0, 1}, 7, 3, 1, threads);
+        check<int16_t>({0}, 7, 3, 2, threads);
+        check<int32_t>({130, 40}, 70, 130, 33, threads);
+        check<int16_t>({520, 3}, 131, 65, 17, threads);
+        check<int16_t>({9}, 64, 600, 599, threads);
+    }
+    std::printf("%d failures\n", failures);
+    return failures != 0;
+}

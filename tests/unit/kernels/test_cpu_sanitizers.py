@@ -1,0 +1,45 @@
+"""The native kernels under AddressSanitizer and UBSan, with vectors of 8 and 16 floats.
+
+16 lanes are compiled without AVX-512 instructions, so that their code runs on any AVX2 processor.
+"""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megatron_mone.kernels.cpu import build, native
+
+SMOKE = Path(__file__).with_name("cpu_kernels_smoke.cpp")
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    found = build.find_compiler()
+    if found is None:
+        pytest.skip("no C++ compiler")
+    probe = [found, *SANITIZE, "-x", "c++", "-", "-o", "/dev/null"]
+    if subprocess.run(probe, input="int main(){}", text=True, capture_output=True).returncode:
+        pytest.skip("the compiler has no libasan")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("lanes", "machine"), [(8, ["-mavx2", "-mfma"]), (16, ["-mavx2", "-mfma"])], ids=["8", "16"]
+)
+def test_kernels_under_sanitizers(lanes, machine, compiler, tmp_path):
+    if native.load().mone_best_set() < 1:
+        pytest.skip("this processor has no AVX2")
+    program = tmp_path / "smoke"
+    sources = [str(SMOKE), str(build.SOURCES / "kernels.cpp"), f"-I{build.SOURCES}"]
+    defines = ["-DMONE_TABLE=mone_smoke", f"-DMONE_LANES={lanes}"]
+    flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-fvisibility=hidden")]
+    command = [compiler, *flags, *SANITIZE, *machine, *defines, *sources, "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[:4000]
+    # worker threads of the OpenMP runtime live until exit and own their stacks
+    environment = {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    assert done.stdout.strip() == "0 failures"
