@@ -3,8 +3,8 @@
     python -m tools.bench_experts [--hidden 512 --width 1408 --experts 8 --rows 4096 --ratio 0.25]
 
 Forward and forward + backward are timed in interleaved repeats; medians and the ratio to the stock
-experts (Megatron's SequentialMLP) are printed. CPU only; the MoNE experts run on the fastest backend
-that is usable, named in the first line.
+experts (Megatron's SequentialMLP) are printed. CPU only; the MoNE experts run on the fastest
+backend that is usable, named in the first line.
 """
 
 from __future__ import annotations
