@@ -1,0 +1,36 @@
+"""Whether the Triton kernels can run here, and the one place that imports them."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_KERNELS = "megatron_mone.kernels.triton"
+
+
+def available() -> tuple[bool, str]:
+    """Whether the kernels run here, and the reason when they do not.
+
+    They run on a CUDA device, or on the CPU under TRITON_INTERPRET=1 (for checks: it is slow).
+    """
+    try:
+        import triton  # type: ignore[import-untyped]
+    except ImportError as error:
+        return False, f"the triton package is missing ({error}): pip install triton"
+    if triton.knobs.runtime.interpret or torch.cuda.is_available():
+        return True, ""
+    return False, "triton needs a CUDA device, or TRITON_INTERPRET=1 set before the first import"
+
+
+def kernels(*names: str) -> list[ModuleType]:
+    """The kernel modules of those names.
+
+    Raises:
+        RuntimeError: the kernels cannot run here; the text is `available`'s reason.
+    """
+    usable, reason = available()
+    if not usable:
+        raise RuntimeError(f"the triton backend is not usable: {reason}")
+    return [importlib.import_module(f"{_KERNELS}.{name}") for name in names]
