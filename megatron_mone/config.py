@@ -147,17 +147,21 @@ def add_mone_args(parser: ArgumentParser) -> ArgumentParser:
 
 
 def check_packages(config: Any) -> None:
-    """Transformer Engine layers and the flex dispatcher need packages; Megatron fails deep inside
-    without them.
+    """Transformer Engine layers and the flex dispatcher need packages, and Megatron fails deep
+    inside without them; the CPU kernels need a compiler.
 
     Raises:
-        ValueError: names the field that asks for a package which is not installed.
+        ValueError: names the field that asks for what is not here.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
 
     check_flex_packages(config)
+    if getattr(config, "mone_backend", "auto") == "cpu":
+        from megatron_mone.kernels import resolve_backend
+
+        resolve_backend("cpu", activation=config.mone_activation, dtype=config.params_dtype)
 
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(

@@ -185,6 +185,12 @@ CASES = {
         lambda data, tmp: [*TINY, *MONE, *MOCK, "--moe-token-dispatcher-type", "flex"],
         "moe_flex_dispatcher_backend = 'deepep' .*deep_ep, from https://github.com",
     ),
+    "a backend that lacks the activation": (
+        lambda data, tmp: [
+            *(*TINY, *MONE, *MOCK, "--mone-backend", "cpu", "--mone-activation", "softmax"),
+        ],
+        "backend = 'cpu' cannot run here: activation = 'softmax' is not one of .*; use 'reference'",
+    ),
     "no recorded masks": (
         lambda data, tmp: [*TINY, *MONE, *MOCK, "--mone-replay-masks", str(tmp)],
         "mone_replay_masks = .* holds no recorded steps: name the folder that mone_record_masks",
