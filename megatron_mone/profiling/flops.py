@@ -9,7 +9,11 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
+import torch
+
 from megatron_mone.config import layer_pattern, neurons_per_token
+from megatron_mone.kernels import resolve_backend
+from megatron_mone.kernels.cpu import backend as cpu
 
 
 def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, float]:
@@ -17,7 +21,8 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
 
     Executed counts what the backend runs, active what the kept neurons need: a dense expert takes
     9 N H F multiply-adds forward and backward, MoNE N H F (1 + 8 r). The reference backend computes
-    every neuron, so it executes the dense count.
+    every neuron, so it executes the dense count; the cpu backend computes the kept ones, unless so
+    many are kept that GEMMs are faster.
 
     Args:
         args: Megatron's arguments.
@@ -36,4 +41,17 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     width = config.moe_ffn_hidden_size
     ratio = neurons_per_token(config) / width
     saved_madds = layers * rows * config.hidden_size * width * 8.0 * (1.0 - ratio)
-    return executed, executed - 2.0 * saved_madds
+    active = executed - 2.0 * saved_madds
+    sparse = _skips_neurons(config) and ratio <= cpu.DENSE_ABOVE
+    return (active if sparse else executed), active
+
+
+def _skips_neurons(config: Any) -> bool:
+    backend = resolve_backend(
+        config.mone_backend,
+        activation=config.mone_activation,
+        dtype=config.params_dtype,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        all_gates=config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0,
+    )
+    return backend == "cpu"

@@ -123,7 +123,7 @@ def _add_costs(page: Page, out: Path, runs: list[RunResult]) -> None:
     page.heading("Time, memory, arithmetic")
     page.figure(
         plots.save(plots.cost(runs), out / "cost"),
-        "Executed operations are what the reference backend runs, active operations what the kept "
+        "Executed operations are what the backend runs, active operations what the kept "
         "neurons need. They are equal for the dense models.",
     )
     header = ["run", "executed FLOPs / step", "active FLOPs / step", "executed TFLOP/s per rank",
