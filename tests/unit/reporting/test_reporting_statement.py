@@ -106,6 +106,13 @@ def test_step_time_is_stated_either_way_with_the_reason(seconds, words):
     assert "saves no time in this demo" in said(runs)
 
 
+def test_a_backend_that_skips_neurons_is_not_said_to_compute_them():
+    runs = with_losses(4.0, 4.0, 4.0)
+    runs[0] = replace(runs[0], executed_flops_per_step=runs[0].active_flops_per_step)
+    assert "computes only the kept neurons" in said(runs)
+    assert "saves no time" not in said(runs)
+
+
 def test_evenness_is_stated_whoever_is_more_even():
     # each load: dead + 1 neurons below 1/4, 1 below 1/2, 6 + 2 near balance
     few = {"1": make_load(20, dead=1.0), "2": make_load(20, dead=2.0)}
