@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -159,15 +160,34 @@ def check_packages(config: Any) -> None:
 
     check_flex_packages(config)
     if getattr(config, "mone_backend", "auto") == "cpu":
-        from megatron_mone.kernels import resolve_backend
-
-        resolve_backend("cpu", activation=config.mone_activation, dtype=config.params_dtype)
-
+        backend_of(config)
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(
             "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
             "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
         )
+
+
+def needs_all_gates(config: Any) -> bool:
+    """Whether the balance loss is computed from the gates of unchosen neurons too."""
+    return config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0
+
+
+def backend_of(config: Any) -> str:
+    """The backend that the experts of this model run on here.
+
+    Raises:
+        ValueError: mone_backend names one that cannot run this model here; says why.
+    """
+    from megatron_mone.kernels import resolve_backend
+
+    return resolve_backend(
+        config.mone_backend,
+        activation=config.mone_activation,
+        dtype=config.params_dtype,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        all_gates=needs_all_gates(config),
+    )
 
 
 def neurons_per_token(config: Any) -> int:

@@ -29,13 +29,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 
-from megatron_mone.config import selection_bounds
+from megatron_mone.config import backend_of, needs_all_gates, selection_bounds
 from megatron_mone.kernels import (
     Choose,
     GroupedMLPOutput,
     Selection,
     grouped_mlp_with_gates,
-    resolve_backend,
 )
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
@@ -73,15 +72,8 @@ class MoNEExperts(MegatronModule):
         self.ep_group = pg_collection.ep
         self.etp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
-        self.all_gates = config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0
-        # Here, so that a backend that cannot run stops before the first step.
-        resolve_backend(
-            config.mone_backend,
-            activation=config.mone_activation,
-            dtype=config.params_dtype,
-            device="cuda" if torch.cuda.is_available() else "cpu",
-            all_gates=self.all_gates,
-        )
+        self.all_gates = needs_all_gates(config)
+        backend_of(config)  # here, so that one that cannot run stops before the first step
         low, high = selection_bounds(config)
         self.select = NeuronSelector(
             rule=config.mone_selection,

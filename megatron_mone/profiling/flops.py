@@ -9,10 +9,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-import torch
-
-from megatron_mone.config import layer_pattern, neurons_per_token
-from megatron_mone.kernels import resolve_backend
+from megatron_mone.config import backend_of, layer_pattern, neurons_per_token
 from megatron_mone.kernels.cpu import backend as cpu
 
 
@@ -42,16 +39,5 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     ratio = neurons_per_token(config) / width
     saved_madds = layers * rows * config.hidden_size * width * 8.0 * (1.0 - ratio)
     active = executed - 2.0 * saved_madds
-    sparse = _skips_neurons(config) and ratio <= cpu.DENSE_ABOVE
+    sparse = backend_of(config) == "cpu" and ratio <= cpu.DENSE_ABOVE
     return (active if sparse else executed), active
-
-
-def _skips_neurons(config: Any) -> bool:
-    backend = resolve_backend(
-        config.mone_backend,
-        activation=config.mone_activation,
-        dtype=config.params_dtype,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        all_gates=config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0,
-    )
-    return backend == "cpu"
