@@ -130,7 +130,7 @@ class NeuronMask:
         source_K = self.offsets_N1[:-1][index_M].repeat_interleave(lengths_M) + within_K
         return NeuronMask.unchecked(self.indices_K[source_K], offsets_M1, self.num_neurons)
 
-    @property
+    @functools.cached_property
     def rows_K(self) -> Tensor:
         """[K] int64, the row of each entry."""
         rows_N = torch.arange(self.num_rows, device=self.offsets_N1.device)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from ctypes import byref
+from functools import cache
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ TILE_ROWS = 512  # gate activations [TILE_ROWS, F] live at once
 DENSE_ABOVE = 0.7  # kept share above which GEMMs are faster than the sparse kernels
 
 
+@cache  # asked for in every forward, and a failed build is not to be tried again
 def available() -> tuple[bool, str]:
     """Whether the kernels run here, built now if need be; the reason when they do not."""
     try:
