@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mone.checkpoint.tracker import sync_folder
-from megatron_mone.files import sync_file
+from megatron_mone.files import sync_file, write_json
 
 SUMS_NAME = "integrity.json"
 ALGORITHM = "sha256"
@@ -49,7 +49,7 @@ def own_files(folder: Path, rank: int) -> list[str]:
     for path in folder.iterdir():
         match = SHARD_NAME.fullmatch(path.name)
         writer = int(match[1]) if match else 0
-        if path.is_file() and writer == rank and path.name not in (SUMS_NAME, _staged_name()):
+        if path.is_file() and writer == rank and path.name != SUMS_NAME:
             names.append(path.name)
     return sorted(names)
 
@@ -80,10 +80,7 @@ def write_sums(folder: Path, entries: dict[str, Entry]) -> None:
         "files": {name: entries[name].sha256 for name in sorted(entries)},
         "sizes": {name: entries[name].size for name in sorted(entries)},
     }
-    beside = folder / _staged_name()
-    beside.write_text(json.dumps({**value, "digest": _digest(value)}, indent=1) + "\n")
-    sync_file(beside)
-    beside.replace(folder / SUMS_NAME)
+    write_json(folder / SUMS_NAME, {**value, "digest": _digest(value)})
     sync_folder(folder)
 
 
@@ -148,7 +145,3 @@ def find_damage(folder: Path, entries: dict[str, Entry], sums: bool = True) -> s
 
 def _digest(value: dict) -> str:
     return hashlib.new(ALGORITHM, json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _staged_name() -> str:
-    return f".{SUMS_NAME}.tmp"
