@@ -50,7 +50,8 @@ class MoNEFields:
     """Fraction of the largest |g|, 0 < t <= 1. Only used by mone_selection=threshold."""
 
     mone_min_neurons_per_token: int | None = None
-    """Lower bound S_min of threshold selection, neurons per routed token. Default: one a group."""
+    """Lower bound S_min of threshold selection, neurons per routed token. Default: one (or one
+    block) a group."""
 
     mone_max_neurons_per_token: int | None = None
     """Upper bound S_max of threshold selection, neurons per routed token. Default: S."""
@@ -58,6 +59,10 @@ class MoNEFields:
     mone_neuron_groups: int = 1
     """The F neurons form G equal contiguous groups and each keeps S / G. A property of the model:
     when the expert tensor parallel size divides G, selection needs no communication."""
+
+    mone_neuron_block: int = 1
+    """B adjacent neurons kept or left together, chosen by the sum of their |g|: a power of two, 1
+    is the paper's choice of single neurons. Blocks of 16 or more give matrix units whole tiles."""
 
     mone_ng_loss_type: LossType = "selected"
     """Neuron-granular load balancing: the P_j of f_j * P_j (raw, selected, normalized), or entropy
@@ -227,7 +232,7 @@ def selection_bounds(config: Any) -> tuple[int, int]:
     kept = neurons_per_token(config)
     if config.mone_selection == "topk":
         return kept, kept
-    low = config.mone_min_neurons_per_token or config.mone_neuron_groups
+    low = config.mone_min_neurons_per_token or config.mone_neuron_groups * config.mone_neuron_block
     high = config.mone_max_neurons_per_token or kept
     return low, high
 
@@ -362,6 +367,7 @@ def _check_selection(config: Any) -> None:
         groups,
         f"a divisor of the {kept} neurons kept per token",
     )
+    _check_block(config, kept)
     if config.mone_selection == "threshold":
         _check(0.0 < config.mone_threshold <= 1.0, "mone_threshold", config.mone_threshold,
                "0 < threshold <= 1")  # fmt: skip
@@ -371,12 +377,27 @@ def _check_selection(config: Any) -> None:
             ("mone_max_neurons_per_token", high),
         ):
             _check(
-                1 <= value <= width and value % groups == 0,
+                1 <= value <= width and value % (groups * config.mone_neuron_block) == 0,
                 name,
                 value,
-                f"a multiple of mone_neuron_groups = {groups} from 1 to {width}",
+                f"a multiple of mone_neuron_groups * mone_neuron_block = "
+                f"{groups * config.mone_neuron_block} from 1 to {width}",
             )
         _check(low <= high, "mone_min_neurons_per_token", low, f"at most {high}, the upper bound")
+
+
+def _check_block(config: Any, kept: int) -> None:
+    """Blocks are whole in a group, in the kept neurons and on every expert tensor rank."""
+    block, width = config.mone_neuron_block, config.moe_ffn_hidden_size
+    _check(block >= 1 and block & (block - 1) == 0, "mone_neuron_block", block, "a power of two")
+    ranks = config.expert_tensor_parallel_size or 1
+    groups = config.mone_neuron_groups
+    for size, what in (
+        (width // ranks, f"the {width // ranks} neurons of an expert on each rank"),
+        (width // groups, f"the {width // groups} neurons of a group"),
+        (kept // groups, f"the {kept // groups} neurons kept of a group"),
+    ):
+        _check(size % block == 0, "mone_neuron_block", block, f"a divisor of {what}")
 
 
 def nearest_name(name: str, known: list[str]) -> str:

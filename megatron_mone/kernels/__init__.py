@@ -1,18 +1,28 @@
 """The masked grouped expert MLP and its backends."""
 
+from importlib import import_module
+
 from megatron_mone.kernels.choice import Choose, Selection
-from megatron_mone.kernels.grouped_mlp import (
+from megatron_mone.kernels.grouped_mlp import grouped_mlp_with_gates, mone_grouped_mlp
+from megatron_mone.kernels.registry import (
+    BACKENDS,
+    Call,
     GroupedMLPOutput,
-    grouped_mlp_with_gates,
-    mone_grouped_mlp,
+    choose_backend,
     resolve_backend,
 )
 
 __all__ = [
+    "BACKENDS",
+    "Call",
     "Choose",
     "GroupedMLPOutput",
     "Selection",
+    "choose_backend",
     "grouped_mlp_with_gates",
     "mone_grouped_mlp",
     "resolve_backend",
 ]
+
+for _backend in ("cpu.backend", "reference"):
+    import_module(f"{__name__}.{_backend}")  # registers itself

@@ -14,13 +14,40 @@ from megatron_mone.moe.neuron_mask import NeuronMask
 class Selection:
     """Exact top-S of |g| per row, ties to the lower index, NaN above every number.
 
+    With blocks, the S / B blocks of B adjacent neurons with the largest sums of |g|.
+
     Attributes:
         kept: S neurons of each row.
         groups: G equal contiguous groups of the F neurons; each keeps S / G.
+        block: B, a power of two; 1 is the paper's choice of single neurons.
     """
 
     kept: int
     groups: int = 1
+    block: int = 1
+
+    def check(self, neurons: int) -> None:
+        """Refuse a selection that F neurons do not allow.
+
+        Raises:
+            ValueError: names the argument of `mone_grouped_mlp`, its value and what is allowed.
+        """
+        kept, groups, block = self.kept, self.groups, self.block
+        if block < 1 or block & (block - 1) or neurons % block:
+            raise ValueError(
+                f"neuron_block = {block}: it must be a power of two that divides the {neurons} "
+                "neurons"
+            )
+        if groups < 1 or neurons % (groups * block) or kept % (groups * block):
+            raise ValueError(
+                f"neurons_per_token = {kept} with neuron_groups = {groups} and neuron_block = "
+                f"{block}: groups of whole blocks must divide both it and the {neurons} neurons"
+            )
+        if not groups * block <= kept <= neurons:
+            raise ValueError(
+                f"neurons_per_token = {kept}: it must be {groups * block} (a block of each group) "
+                f"to {neurons}"
+            )
 
 
 Choose = Selection | NeuronMask | Callable[[Tensor], Tensor]

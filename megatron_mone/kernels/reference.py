@@ -13,6 +13,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.operands import apply_rule
+from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
@@ -27,13 +29,10 @@ def grouped_mlp(
     *,
     choose: Choose,
     activation: str,
-    etp_group: ProcessGroup | None,
-) -> tuple[Tensor, NeuronMask, Tensor, Tensor]:
-    """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there.
-
-    Returns:
-        y_NH, the mask, the gates of its entries [K], and all gates [N, F].
-    """
+    etp_group: ProcessGroup | None = None,
+    all_gates: bool = False,
+) -> GroupedMLPOutput:
+    """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
     rows_x = x_NH.split(tokens_per_expert)
     gate_up_N2F = torch.cat(
         [
@@ -54,13 +53,17 @@ def grouped_mlp(
             for h, w_down in zip(h_NF.split(tokens_per_expert), w_down_EFH.unbind(), strict=True)
         ]
     )
-    return y_NH, NeuronMask.from_bool(mask_NF), gate_NF[mask_NF], gate_NF
+    mask = NeuronMask.from_bool(mask_NF, choose.block if isinstance(choose, Selection) else 1)
+    return GroupedMLPOutput(y_NH, mask, gate_NF[mask_NF], gate_NF if all_gates else None)
 
 
 def _choose(choose: Choose, gate_NF: Tensor) -> Tensor:
     if isinstance(choose, NeuronMask):
         return choose.to_bool()
     if isinstance(choose, Selection):
-        kept, groups = choose.kept, choose.groups
-        choose = NeuronSelector("topk", min_neurons=kept, max_neurons=kept, groups=groups)
-    return choose(gate_NF)
+        kept, groups, block = choose.kept, choose.groups, choose.block
+        choose = NeuronSelector("topk", kept, kept, groups=groups, block=block)
+    return apply_rule(choose, gate_NF)
+
+
+register(Backend("reference", why_not=lambda call: None, run=grouped_mlp))

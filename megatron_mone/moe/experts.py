@@ -81,6 +81,7 @@ class MoNEExperts(MegatronModule):
             max_neurons=high,
             threshold=config.mone_threshold,
             groups=config.mone_neuron_groups,
+            block=config.mone_neuron_block,
             etp_group=self.etp_group,
         )
         self._build_weights()

@@ -21,6 +21,8 @@ class NeuronMask:
         indices_K: [K] int16 while F <= 32,767, else int32; ascending within each row.
         offsets_N1: [N + 1] int64; row n holds indices_K[offsets_N1[n] : offsets_N1[n + 1]].
         num_neurons: F, the neurons a row chooses from.
+        block: B where the entries are known to be whole aligned blocks of B adjacent neurons, which
+            kernels may use; not part of what the mask says.
 
     Raises:
         ValueError: offsets or indices that are not such rows.
@@ -29,6 +31,7 @@ class NeuronMask:
     indices_K: Tensor
     offsets_N1: Tensor
     num_neurons: int
+    block: int = 1
 
     def __post_init__(self) -> None:
         _check(self.indices_K, self.offsets_N1, self.num_neurons)
@@ -64,19 +67,22 @@ class NeuronMask:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def from_bool(cls, mask_NF: Tensor) -> NeuronMask:
-        """From a dense [N, F] bool mask."""
+    def from_bool(cls, mask_NF: Tensor, block: int = 1) -> NeuronMask:
+        """From a dense [N, F] bool mask of whole blocks."""
         neurons = mask_NF.shape[1]
         flat_K = mask_NF.flatten().nonzero().flatten()
         indices_K = (flat_K % neurons).to(index_dtype(neurons))
-        return cls.unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons)
+        return cls.unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons, block)
 
     @classmethod
-    def unchecked(cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int) -> NeuronMask:
+    def unchecked(
+        cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int, block: int = 1
+    ) -> NeuronMask:
         """For rows that are right by construction: checking costs as much as building them."""
         mask = object.__new__(cls)
         for name, value in (
             ("indices_K", indices_K), ("offsets_N1", offsets_N1), ("num_neurons", num_neurons),
+            ("block", block),
         ):  # fmt: skip
             object.__setattr__(mask, name, value)
         return mask
@@ -128,7 +134,9 @@ class NeuronMask:
         within_K = torch.arange(int(offsets_M1[-1]), device=index_M.device)
         within_K = within_K - offsets_M1[:-1].repeat_interleave(lengths_M)
         source_K = self.offsets_N1[:-1][index_M].repeat_interleave(lengths_M) + within_K
-        return NeuronMask.unchecked(self.indices_K[source_K], offsets_M1, self.num_neurons)
+        return NeuronMask.unchecked(
+            self.indices_K[source_K], offsets_M1, self.num_neurons, self.block
+        )
 
     @functools.cached_property
     def rows_K(self) -> Tensor:

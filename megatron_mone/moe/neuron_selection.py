@@ -25,6 +25,8 @@ class NeuronSelector:
         min_neurons, max_neurons: S_min and S_max kept per row over all F neurons; both S for topk.
         threshold: fraction of the group's largest score, threshold rule only.
         groups: G equal contiguous groups of the F neurons, each with 1/G of the bounds.
+        block: B adjacent neurons chosen together by the sum of their scores, a power of two that
+            divides the groups' neurons, bounds and slices.
         etp_group: ranks that hold the F neurons in F_l slices, in rank order; None when whole.
         traffic: counts the bytes sent to choose; none when G is a multiple of the ranks.
     """
@@ -34,6 +36,7 @@ class NeuronSelector:
     max_neurons: int
     threshold: float = 0.0
     groups: int = 1
+    block: int = 1
     etp_group: ProcessGroup | None = None
     traffic: ExchangeTraffic = field(default_factory=ExchangeTraffic)
 
@@ -52,18 +55,28 @@ class NeuronSelector:
         score_NF = gate_NF.abs()
         if bias_NF is not None:
             score_NF = score_NF + bias_NF
-        score_NF = torch.where(score_NF.isnan(), torch.inf, score_NF)
+        score_NB = block_scores(score_NF, self.block)
+        score_NB = torch.where(score_NB.isnan(), torch.inf, score_NB)
         parts = 1 if self.etp_group is None else self.etp_group.size()
         if parts == 1 or self.groups % parts == 0:
-            return self._select(score_NF, self.groups // parts)
-        return self._select_over_ranks(score_NF)
+            mask_NB = self._select(score_NB, self.groups // parts)
+        else:
+            mask_NB = self._select_over_ranks(score_NB)
+        return mask_NB if self.block == 1 else mask_NB.repeat_interleave(self.block, dim=1)
 
-    def local_selection(self) -> tuple[int, int] | None:
-        """(kept, groups) of this rank's neurons where the rule is top-S within them, else None."""
+    def local_selection(self) -> tuple[int, int, int] | None:
+        """(kept, groups, block) of this rank's neurons where the rule is top-S within them, else
+        None."""
         parts = 1 if self.etp_group is None else self.etp_group.size()
         if self.rule != "topk" or (parts > 1 and self.groups % parts):
             return None
-        return self.max_neurons // parts, self.groups // parts
+        return self.max_neurons // parts, self.groups // parts, self.block
+
+    @property
+    def _bounds(self) -> tuple[int, int]:
+        """Fewest and most blocks of one group."""
+        size = self.groups * self.block
+        return self.min_neurons // size, self.max_neurons // size
 
     def _select_over_ranks(self, score_NF: Tensor) -> Tensor:
         """Groups that straddle ranks, one after another; each rank holds a slice of each."""
@@ -84,7 +97,7 @@ class NeuronSelector:
             top_neurons_over_ranks, score_NF, group=self.etp_group, widest=widest,
             traffic=self.traffic,
         )  # fmt: skip
-        low, high = self.min_neurons // self.groups, self.max_neurons // self.groups
+        low, high = self._bounds
         mask_NF = top(high)
         if self.rule == "threshold":
             padded = torch.nn.functional.pad(score_NF, (0, 1), value=-torch.inf)
@@ -99,13 +112,30 @@ class NeuronSelector:
     def _select(self, score_NF: Tensor, groups: int) -> Tensor:
         rows, width = score_NF.shape
         score_RF = score_NF.reshape(rows * groups, width // groups)
-        low, high = self.min_neurons // self.groups, self.max_neurons // self.groups
+        low, high = self._bounds
         mask_RF = top_neurons(score_RF, high)
         if self.rule == "threshold":
             floor_R1 = score_RF.amax(dim=1, keepdim=True) * self.threshold
             mask_RF &= score_RF >= floor_R1
             mask_RF |= top_neurons(score_RF, low)
         return mask_RF.view(rows, width)
+
+
+def block_scores(score_NF: Tensor, block: int) -> Tensor:
+    """[N, F / block] sums of adjacent scores, added as halves of a block, in float32: the order is
+    part of the definition, so that every backend and layout finds the same sums.
+
+    Args:
+        score_NF: [N, F].
+        block: a power of two that divides F; 1 returns the scores as they are.
+    """
+    if block == 1:
+        return score_NF
+    parts_NBW = score_NF.float().unflatten(1, (-1, block))
+    while parts_NBW.shape[2] > 1:
+        low_NBW, high_NBW = parts_NBW.chunk(2, dim=2)
+        parts_NBW = low_NBW + high_NBW
+    return parts_NBW.squeeze(2)
 
 
 def top_neurons(score_RF: Tensor, kept: int) -> Tensor:

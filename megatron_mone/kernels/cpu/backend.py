@@ -31,7 +31,10 @@ from megatron_mone.kernels.cpu.products import (
     scratch,
     unit_stride,
 )
+from megatron_mone.kernels.operands import apply_rule
+from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.moe.neuron_selection import block_scores
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 TILE_ROWS = 512  # gate activations [TILE_ROWS, F] live at once
@@ -76,18 +79,15 @@ def masked_grouped_mlp(
         gate_K: [K] sigma(a) of the kept entries in the mask's order, with gradient.
 
     Raises:
-        ValueError: a dtype, shape, name or choice that this backend does not take.
         build.BuildError: the native library cannot be had (see `available`).
     """
-    counts = [int(count) for count in counts]
-    _check(x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH, activation)
-    _check_choice(choose, x_NH.shape[0], w_gate_EFH.shape[1])
     y_NH, gate_K, indices_K, offsets_N1 = _MaskedGroupedMLP.apply(
         x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, counts, choose, activation
     )
     if isinstance(choose, NeuronMask):
         return y_NH, choose, gate_K
-    return y_NH, NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1]), gate_K
+    block = choose.block if isinstance(choose, Selection) else 1
+    return y_NH, NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block), gate_K
 
 
 class _MaskedGroupedMLP(torch.autograd.Function):
@@ -158,7 +158,7 @@ def _gate(
         a_NF = next((a for _, a in _gate_tiles(x_NH, w_gate, layout, rows)), None)
         a_NF = x_NH.new_empty((0, neurons)) if a_NF is None else a_NF
         gate_NF = gate_activation(activation, a_NF)
-        mask = NeuronMask.from_bool(_checked(choose(gate_NF), a_NF))
+        mask = NeuronMask.from_bool(apply_rule(choose, gate_NF))
         kept = (mask.indices_K, mask.offsets_N1)
         return _pick(a_NF, *kept), _pick(gate_NF, *kept), *kept
     size = choose.kept
@@ -197,6 +197,14 @@ def _gate_tiles(
 
 def select_rows(gate_MF: Tensor, selection: Selection, indices_K: Tensor) -> None:
     """Write the M * S chosen neurons of each row, ascending, into `indices_K` (contiguous)."""
+    block = selection.block
+    if block > 1:
+        scores_MB = block_scores(gate_MF.abs(), block)
+        blocks_K = empty((indices_K.numel() // block,), indices_K.dtype)
+        select_rows(scores_MB, Selection(selection.kept // block, selection.groups), blocks_K)
+        within_B = torch.arange(block, dtype=indices_K.dtype)
+        torch.add(blocks_K.unsqueeze(1) * block, within_B, out=indices_K.view(-1, block))
+        return
     gate_MF = gate_MF.float().contiguous()
     rows, neurons = gate_MF.shape
     layout = native.layout([rows], neurons, 0)
@@ -221,66 +229,23 @@ def _pick(
     return out_K
 
 
-def _checked(mask_NF: Tensor, a_NF: Tensor) -> Tensor:
-    if mask_NF.dtype != torch.bool or mask_NF.shape != a_NF.shape:
-        raise ValueError(
-            f"choose returned {mask_NF.dtype} of shape {tuple(mask_NF.shape)}: it must return "
-            f"torch.bool of shape {tuple(a_NF.shape)}"
-        )
-    return mask_NF
+def why_not(call: Call) -> str | None:
+    """The reason that a call cannot run here, or None."""
+    if call.device != "cpu":
+        return f"the tensors are on {call.device}"
+    if call.activation not in ACTIVATIONS:
+        return f"activation = {call.activation!r} is not one of {', '.join(ACTIVATIONS)}"
+    if call.dtype not in (torch.float32, torch.bfloat16):
+        return f"the tensors are {call.dtype}, not float32 or bfloat16"
+    if call.all_gates:
+        return "the loss needs the gates of all neurons (mone_ng_loss_type = normalized)"
+    usable, reason = available()
+    return None if usable else reason
 
 
-def _check_choice(choose: Choose, rows: int, neurons: int) -> None:
-    if isinstance(choose, NeuronMask):
-        if (choose.num_rows, choose.num_neurons) != (rows, neurons):
-            raise ValueError(
-                f"choose has {choose.num_rows} rows over {choose.num_neurons} neurons: x and "
-                f"w_gate need {rows} over {neurons}"
-            )
-    elif isinstance(choose, Selection):
-        kept, groups = choose.kept, choose.groups
-        if groups < 1 or neurons % groups or kept % groups or not groups <= kept <= neurons:
-            raise ValueError(
-                f"choose = {choose}: groups must divide kept and the {neurons} neurons, and kept "
-                f"must be groups to {neurons}"
-            )
-    elif not callable(choose):
-        raise ValueError(f"choose = {choose!r} is not a Selection, a NeuronMask or a function")
+def _run(*operands: Any, choose: Choose, activation: str, **_unused: Any) -> GroupedMLPOutput:
+    kept = masked_grouped_mlp(*operands, choose=choose, activation=activation)
+    return GroupedMLPOutput(*kept, None)
 
 
-def _check(
-    x_NH: Tensor,
-    probs_N: Tensor,
-    counts: list[int],
-    w_gate_EFH: Tensor,
-    w_up_EFH: Tensor,
-    w_down_EFH: Tensor,
-    activation: str,
-) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation = {activation!r}: the CPU kernels have {', '.join(ACTIVATIONS)}; "
-            "use backend = 'reference'"
-        )
-    if x_NH.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"x is {x_NH.dtype}: the CPU kernels take torch.float32 and bfloat16")
-    if x_NH.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x_NH.shape)}: it must be [N, H]")
-    rows, hidden = x_NH.shape
-    experts, neurons = len(counts), w_gate_EFH.shape[1] if w_gate_EFH.dim() == 3 else 0
-    weights = (("w_gate", w_gate_EFH), ("w_up", w_up_EFH), ("w_down", w_down_EFH))
-    for name, weight in weights:
-        if weight.shape != (experts, neurons, hidden) or weight.dtype != x_NH.dtype:
-            raise ValueError(
-                f"{name} is {weight.dtype} of shape {tuple(weight.shape)}: it must be "
-                f"{x_NH.dtype} of shape [{experts}, F, {hidden}], the same F for all three"
-            )
-    for name, tensor in (("x", x_NH), ("probs", probs_N), *weights):
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name} is on {tensor.device}: the CPU kernels need it on the CPU")
-    if probs_N.shape != (rows,) or not torch.is_floating_point(probs_N):
-        raise ValueError(
-            f"probs is {probs_N.dtype} of shape {tuple(probs_N.shape)}: it must be [{rows}] floats"
-        )
-    if min(counts, default=0) < 0 or sum(counts) != rows:
-        raise ValueError(f"counts = {counts} must be counts that sum to the {rows} rows of x")
+register(Backend("cpu", why_not, _run))

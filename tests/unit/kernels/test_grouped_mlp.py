@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from megatron_mone.kernels import mone_grouped_mlp, resolve_backend
+from megatron_mone.kernels import (
+    grouped_mlp_with_gates,
+    mone_grouped_mlp,
+    resolve_backend,
+)
 from megatron_mone.kernels.cpu import backend as cpu
 from megatron_mone.moe.neuron_mask import NeuronMask
 
@@ -22,6 +26,10 @@ def arguments(**changes):
 
 WRONG = [
     (dict(x_NH=torch.randn(5, 4, 1)), "must be [N, H]"),
+    (dict(x_NH=torch.ones(5, 4, dtype=torch.long)), "x is torch.int64"),
+    (dict(w_gate_EFH=torch.randn(6, 4)), "w_gate has shape (6, 4)"),
+    (dict(w_up_EFH=torch.randn(2, 6, 4, device="meta")), "w_up is on meta"),
+    (dict(probs_N=torch.rand(5, device="meta")), "probs is on meta"),
     (dict(w_gate_EFH=torch.randn(2, 6, 3)), "w_gate has shape (2, 6, 3)"),
     (dict(w_up_EFH=torch.randn(2, 5, 4)), "w_up has shape (2, 5, 4)"),
     (dict(w_down_EFH=torch.randn(1, 6, 4)), "w_down has shape (1, 6, 4)"),
@@ -34,7 +42,11 @@ WRONG = [
     (dict(activation="swish"), "activation = 'swish'"),
     (dict(backend="cuda"), "backend = 'cuda'"),
     (dict(neurons_per_token=7), "neurons_per_token = 7"),
+    (dict(neurons_per_token=0), "neurons_per_token = 0"),
     (dict(neuron_groups=4), "neurons_per_token = 2 with neuron_groups = 4"),
+    (dict(neuron_block=3), "neuron_block = 3: it must be a power of two"),
+    (dict(neuron_block=4), "neuron_block = 4: it must be a power of two that divides the 6"),
+    (dict(neurons_per_token=3, neuron_block=2), "neurons_per_token = 3 with neuron_groups = 1"),
     (dict(neurons_per_token=None), "give either neurons_per_token or neuron_mask"),
     (
         dict(neurons_per_token=None, neuron_mask=NeuronMask.from_bool(torch.ones(4, 6) > 0)),
@@ -48,6 +60,19 @@ def test_wrong_argument(changes, part):
     with pytest.raises(ValueError) as caught:
         mone_grouped_mlp(**{"neurons_per_token": 2, **arguments(**changes)})
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    ("choose", "part"),
+    [(3, "choose = 3"), (lambda gate: gate, "choose returned torch.float32")],
+    ids=["number", "rule"],
+)
+def test_wrong_choice(choose, part, backend):
+    if backend == "cpu" and not cpu.available()[0]:
+        pytest.skip("the CPU kernels cannot be built here")
+    with pytest.raises(ValueError, match=part):
+        grouped_mlp_with_gates(**arguments(), choose=choose, backend=backend)
 
 
 def test_works_without_megatron():

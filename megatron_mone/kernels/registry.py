@@ -1,0 +1,136 @@
+"""The backends of the masked expert by name: what each can run here, and which one `auto` takes.
+
+A backend is a module that calls `register` when it is imported (kernels/__init__.py imports them).
+May touch: nothing but what backends say of themselves and the table of measurements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.moe.neuron_mask import NeuronMask
+
+
+class GroupedMLPOutput(NamedTuple):
+    """What a backend, and `grouped_mlp_with_gates`, return."""
+
+    y_NH: Tensor
+    """[N, H] expert outputs, the router's probability applied."""
+    mask: NeuronMask
+    """The neurons computed."""
+    gate_K: Tensor
+    """[K] gate activations of the mask's entries, with their graph, for a balance loss."""
+    gate_NF: Tensor | None
+    """[N, F] all gate activations, with their graph, where they were asked for."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a choice of backend depends on. Sizes are None before the first batch."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    activation: str = "silu"
+    all_gates: bool = False
+    """Whether the balance loss needs the gates of unchosen neurons."""
+    by_rule: bool = False
+    """Whether neurons are chosen by a function of all gates (threshold, bias, other ranks)."""
+    block: int = 1
+    rows: int | None = None
+    experts: int | None = None
+    neurons: int | None = None
+    kept_share: float | None = None
+    """S / F."""
+    ragged: bool = False
+    """Whether rows of a given mask may keep different numbers of neurons."""
+
+    def sized(self, rows: int, weight_EFH: Tensor, choose: Choose) -> Call:
+        """The same call with the sizes of a batch."""
+        experts, neurons = weight_EFH.shape[:2]
+        if isinstance(choose, Selection):
+            return replace(
+                self, rows=rows, experts=experts, neurons=neurons, block=choose.block,
+                kept_share=choose.kept / max(1, neurons),
+            )  # fmt: skip
+        sized = replace(self, rows=rows, experts=experts, neurons=neurons)
+        if isinstance(choose, NeuronMask):
+            return replace(sized, ragged=True, block=choose.block, kept_share=choose.density)
+        return replace(sized, by_rule=True)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Attributes:
+        name: what `backend=` and mone_backend call it.
+        why_not: the reason a call cannot run on it here, or None.
+        run: (x, probs, counts, w_gate, w_up, w_down, *, choose, activation, etp_group, all_gates)
+            -> GroupedMLPOutput; arguments are checked.
+        automatic: whether `auto` may take it: one that never ran on its hardware is not.
+        note: what a reader must know of it, or "".
+    """
+
+    name: str
+    why_not: Callable[[Call], str | None]
+    run: Callable[..., GroupedMLPOutput]
+    automatic: bool = True
+    note: str = ""
+
+
+class Chosen(NamedTuple):
+    """A backend and why."""
+
+    backend: Backend
+    reason: str
+
+
+BACKENDS: dict[str, Backend] = {}
+"""By name, in the order that `auto` asks them."""
+
+
+def register(backend: Backend) -> None:
+    """Make a backend known under its name; `reference` stays last, as what always runs."""
+    BACKENDS[backend.name] = backend
+    if "reference" in BACKENDS:
+        BACKENDS["reference"] = BACKENDS.pop("reference")
+
+
+def choose_backend(name: str, call: Call) -> Chosen:
+    """The backend that `name` runs on here, and why.
+
+    Raises:
+        ValueError: the name is unknown, or what it needs is not here; says what.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"backend = {name!r} is not one of auto, {', '.join(BACKENDS)}")
+    if name != "auto":
+        backend = BACKENDS[name]
+        reason = backend.why_not(call)
+        if reason is not None:
+            raise ValueError(
+                f"backend = {name!r} cannot run here: {reason}; use 'reference' or 'auto'"
+            )
+        return Chosen(backend, f"mone_backend = {name}")
+    skipped: list[str] = []
+    for backend in BACKENDS.values():
+        reason = backend.why_not(call) if backend.automatic else backend.note
+        if reason is None:
+            return Chosen(backend, "; ".join(skipped) or "the first usable backend")
+        skipped.append(f"not {backend.name}: {reason}")
+    raise AssertionError("reference takes every call")
+
+
+def resolve_backend(name: str, **facts: Any) -> str:
+    """Name of the backend that `name` runs on here; `facts` are fields of `Call`.
+
+    Raises:
+        ValueError: as `choose_backend`.
+    """
+    return choose_backend(name, Call(**facts)).backend.name
