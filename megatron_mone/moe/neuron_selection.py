@@ -122,8 +122,8 @@ class NeuronSelector:
 
 
 def block_scores(score_NF: Tensor, block: int) -> Tensor:
-    """[N, F / block] sums of adjacent scores, added as halves of a block, in float32: the order is
-    part of the definition, so that every backend and layout finds the same sums.
+    """[N, F / block] sums of adjacent scores, added as halves of a block in float32 (or float64):
+    the order is part of the definition, so that every backend and layout finds the same sums.
 
     Args:
         score_NF: [N, F].
@@ -131,7 +131,9 @@ def block_scores(score_NF: Tensor, block: int) -> Tensor:
     """
     if block == 1:
         return score_NF
-    parts_NBW = score_NF.float().unflatten(1, (-1, block))
+    if score_NF.dtype != torch.float64:
+        score_NF = score_NF.float()
+    parts_NBW = score_NF.unflatten(1, (-1, block))
     while parts_NBW.shape[2] > 1:
         low_NBW, high_NBW = parts_NBW.chunk(2, dim=2)
         parts_NBW = low_NBW + high_NBW

@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "four layers": ("--num-layers", "4"),
     "groups 2": ("--mone-neuron-groups", "2"),
+    "blocks of 4": ("--mone-neuron-block", "4"),
     "shared experts": ("--moe-shared-expert-intermediate-size", "32"),
     "per-token loss": ("--calculate-per-token-loss",),
     "token dropping": ("--moe-expert-capacity-factor", "1.0"),
@@ -116,6 +117,7 @@ _ONE_DISPATCHER = {
     "TP2 ETP1, global batch": Layout(2, "global batch", (*TP2, *ETP1)),
     "TP2 ETP2, softmax gate": Layout(2, "softmax gate", TP2),
     "TP2 ETP2, threshold": Layout(2, "threshold", TP2),
+    "TP2 ETP2, blocks of 4": Layout(2, "blocks of 4", TP2),
 }
 LAYOUTS: dict[str, Layout] = {
     **_BOTH_DISPATCHERS,

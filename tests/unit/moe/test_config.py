@@ -15,6 +15,11 @@ WRONG = [
     (dict(mone_neuron_groups=5), "mone_neuron_groups = 5"),
     (dict(mone_neuron_groups=4), "a divisor of the 6 neurons kept"),
     (dict(mone_neuron_groups=0), "mone_neuron_groups = 0"),
+    (dict(mone_neuron_block=3), "mone_neuron_block = 3 is not allowed: it must be a power of two"),
+    (dict(mone_neuron_block=0), "mone_neuron_block = 0"),
+    (dict(mone_neuron_block=16), "a divisor of the 24 neurons of an expert on each rank"),
+    (dict(mone_neuron_block=4), "a divisor of the 6 neurons kept of a group"),
+    (dict(mone_neuron_block=2, mone_neuron_groups=2), "a divisor of the 3 neurons kept of a group"),
     (dict(mone_activation="swish"), "one of silu, sigmoid, softmax, gelu, relu"),
     (dict(mone_selection="top"), "one of topk, threshold"),
     (dict(mone_ng_loss_type="kept"), "mone_ng_loss_type = 'kept'"),
@@ -53,6 +58,11 @@ def test_ratio_and_count_agree():
 def test_threshold_bounds_default_to_groups_and_kept():
     config = mone_config(mone_selection="threshold", mone_neuron_groups=2)
     assert selection_bounds(config) == (2, 6)
+    blocks = mone_config(
+        mone_selection="threshold", mone_neuron_block=4, mone_neuron_ratio=None,
+        mone_neurons_per_token=8,
+    )  # fmt: skip
+    assert selection_bounds(blocks) == (4, 8)
 
 
 @pytest.mark.parametrize(

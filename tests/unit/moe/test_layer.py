@@ -65,22 +65,21 @@ def plain_sigma(name, a):
 
 
 def plain_choice(g, config):
-    """Kept neurons of one row by sorting, for either rule and any number of groups."""
-    groups = config.mone_neuron_groups
-    size = len(g) // groups
-    kept = config.mone_neurons_per_token // groups
+    """Kept neurons of one row by sorting, for either rule and any number of groups and blocks."""
+    groups, block = config.mone_neuron_groups, config.mone_neuron_block
+    sums = g.abs().view(-1, block).sum(dim=1).tolist()
+    size = len(sums) // groups
+    kept = config.mone_neurons_per_token // groups // block
     chosen = []
-    for start in range(0, len(g), size):
-        values = [abs(v) for v in g[start : start + size].tolist()]
+    for start in range(0, len(sums), size):
+        values = sums[start : start + size]
         order = sorted(range(size), key=lambda j, v=values: (-v[j], j))
         if config.mone_selection == "topk":
             part = order[:kept]
         else:
-            low = (config.mone_min_neurons_per_token or groups) // groups
-            high = (config.mone_max_neurons_per_token or config.mone_neurons_per_token) // groups
-            passing = [j for j in order[:high] if values[j] >= config.mone_threshold * max(values)]
-            part = sorted(set(passing) | set(order[:low]))
-        chosen += [start + j for j in part]
+            passing = [j for j in order[:kept] if values[j] >= config.mone_threshold * max(values)]
+            part = sorted({*passing, order[0]})
+        chosen += [(start + j) * block + i for j in part for i in range(block)]
     return sorted(chosen)
 
 
@@ -147,7 +146,7 @@ def loss_of_one_expert(gate, mask, loss_type, neurons_per_token):
 
 @st.composite
 def cases(draw):
-    groups = draw(st.sampled_from([1, 2, 4]))
+    groups, block = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 1, 2, 4]))
     size = draw(st.integers(1, 5))
     kept = draw(st.integers(1, size))
     selection = draw(st.sampled_from(["topk", "threshold"]))
@@ -157,10 +156,11 @@ def cases(draw):
         rows=draw(st.lists(st.integers(0, 5), min_size=4, max_size=4)),
         hidden=draw(st.sampled_from([4, 8])),
         changes=dict(
-            moe_ffn_hidden_size=groups * size,
+            moe_ffn_hidden_size=groups * size * block,
             mone_neuron_ratio=None,
-            mone_neurons_per_token=groups * kept,
+            mone_neurons_per_token=groups * kept * block,
             mone_neuron_groups=groups,
+            mone_neuron_block=block,
             mone_selection=selection,
             mone_threshold=draw(st.sampled_from([0.05, 0.5, 1.0])),
             mone_activation=draw(st.sampled_from(ACTIVATIONS)),

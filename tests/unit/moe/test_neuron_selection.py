@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.moe.neuron_selection import NeuronSelector, top_neurons
+from megatron_mone.moe.neuron_selection import NeuronSelector, block_scores, top_neurons
 
 # few distinct values, so that ties are the rule; each is exact in float32
 VALUES = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 3.0, 2.0**-100, float("inf")])
@@ -55,6 +55,45 @@ def test_threshold_keeps_the_large_within_bounds(data):
     passing = {j for j in range(width) if scores[j] >= floor} & sorted_choice(scores, high)
     assert kept == passing | sorted_choice(scores, low)
     assert low <= len(kept) <= high
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_blocks_are_chosen_by_their_sums(data):
+    """Both rules on the sums of blocks, by group; a NaN puts its block on top."""
+    rule = data.draw(st.sampled_from(["topk", "threshold"]))
+    block = data.draw(st.sampled_from([1, 2, 4]))
+    groups, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
+    low = data.draw(st.integers(1, width))
+    high = low if rule == "topk" else data.draw(st.integers(low, width))
+    size = groups * block
+    row = data.draw(st.lists(VALUES | st.just(math.nan), min_size=width * size,
+                             max_size=width * size))  # fmt: skip
+    select = NeuronSelector(
+        rule, low * size, high * size, threshold=0.5, groups=groups, block=block
+    )
+    sums = [rank(sum(abs(v) for v in row[b : b + block])) for b in range(0, len(row), block)]
+    wanted = set()
+    for start in range(0, len(sums), width):
+        part = sums[start : start + width]
+        chosen = sorted_choice(part, high)
+        if rule == "threshold":
+            passing = {b for b in chosen if part[b] >= 0.5 * max(part)}
+            chosen = passing | sorted_choice(part, low)
+        wanted |= {start + b for b in chosen}
+    mask = select(torch.tensor([row]))[0]
+    assert set(mask.nonzero().flatten().tolist()) == {
+        b * block + i for b in wanted for i in range(block)
+    }
+
+
+def test_the_order_of_a_blocks_sum_is_fixed():
+    """Halves are added in float32, as every backend does: 2^24 + 1 is 2^24 there, 1 + 1 is 2."""
+    big = float(1 << 24)
+    row = torch.tensor([[big, 1.0, 1.0, 1.0]])
+    # (big + 1) + (1 + 1); from left to right it would be big
+    assert block_scores(row, 4).item() == big + 2
+    assert block_scores(row.bfloat16(), 4).dtype == torch.float32
 
 
 def test_bias_moves_the_choice_only():

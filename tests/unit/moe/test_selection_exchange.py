@@ -56,17 +56,22 @@ def exchanges_equal_one_rank():
 
 def rules_and_groups_equal_one_rank():
     group = torch.distributed.group.WORLD
-    for rule, groups, kind in itertools.product(
-        ("topk", "threshold"), (1, 2, 3, 4, 6, 8, 12), ("random", "ties", "equal")
+    for rule, (groups, block), kind in itertools.product(
+        ("topk", "threshold"),
+        ((1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (8, 1), (12, 1), (1, 2), (2, 2), (4, 2)),
+        ("random", "ties", "equal"),
     ):
         gate = scores(kind, groups)
         gate[3, 5] = torch.nan
-        low, high = (groups, groups * 2) if rule == "threshold" else (groups * 2, groups * 2)
-        settings = dict(min_neurons=low, max_neurons=high, threshold=0.6, groups=groups)
+        size = groups * block
+        low, high = (size, size * 2) if rule == "threshold" else (size * 2, size * 2)
+        settings = dict(
+            min_neurons=low, max_neurons=high, threshold=0.6, groups=groups, block=block
+        )
         one = NeuronSelector(rule, **settings)
         split = NeuronSelector(rule, **settings, etp_group=group)
         got = split(my_slice(gate, group))
-        assert torch.equal(got, my_slice(one(gate), group)), (rule, groups, kind)
+        assert torch.equal(got, my_slice(one(gate), group)), (rule, groups, block, kind)
         assert (split.traffic.total == 0) == (groups % WORLD == 0)
 
 
