@@ -38,6 +38,7 @@ from megatron_mone.kernels import (
 )
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
+from megatron_mone.moe.weight_views import weight_views
 
 EXTRA_STATE = "._extra_state"
 
@@ -142,13 +143,12 @@ class MoNEExperts(MegatronModule):
         """
         self._keep_float32()
         choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
+        fused = self.config.gradient_accumulation_fusion
         return grouped_mlp_with_gates(
             x_NH,
             probs_N,
             tokens_per_expert.tolist(),
-            self.w_gate_EFH,
-            self.w_up_EFH,
-            self.w_down_EFH,
+            *weight_views(self.linear_fc1, self.linear_fc2, fused),
             choose=choose,
             activation=self.config.mone_activation,
             etp_group=self.etp_group,

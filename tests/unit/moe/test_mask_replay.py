@@ -6,7 +6,8 @@ import torch
 from megatron_mone.moe.mask_tape import TokenPlaces, record_masks, replay_masks
 from megatron_mone.moe.mask_trace import LayerMasks, MaskTrace, mask_file, read_masks
 from megatron_mone.moe.neuron_mask import unpack_bits
-from tests.unit.moe.test_layer import assert_same, build_layer
+from tests.unit.moe.builders import build_layer
+from tests.unit.moe.test_layer import assert_same
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -1,0 +1,74 @@
+"""Experts' parameters -> the three weights of the kernels, and their gradients back.
+
+Plain slices would give each of gate and up a zero-filled gradient as large as both and add the two;
+here the gradients of the three weights are laid into the parameter's once. Where Megatron
+accumulates gradients in its linears (gradient_accumulation_fusion) they go straight into
+`main_grad`, under the rules of LinearWithGradAccumulationAndAsyncCommunication.backward
+(megatron/core/tensor_parallel/layers.py). May touch: torch, the parameters' Megatron attributes.
+Shapes: E experts, F neurons, H hidden, all of this rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+
+def weight_views(
+    linear_fc1: Parameter, linear_fc2: Parameter, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """w_gate, w_up and w_down, each a view [E, F, H].
+
+    Args:
+        linear_fc1: [E, 2, F, H] gate and up vectors.
+        linear_fc2: [E, F, H] down vectors.
+        fused: add gradients to `main_grad` and leave `.grad` a placeholder.
+    """
+    return _WeightViews.apply(linear_fc1, linear_fc2, fused)
+
+
+class _WeightViews(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fc1: Parameter, fc2: Parameter, fused: bool):
+        ctx.parameters, ctx.fused = (fc1, fc2), fused
+        ctx.set_materialize_grads(False)
+        return fc1[:, 0], fc1[:, 1], fc2.view_as(fc2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dgate, dup, ddown):
+        fc1, fc2 = ctx.parameters
+        if not ctx.fused:
+            return _side_by_side(fc1, dgate, dup), ddown, None
+        for half, gradient in ((0, dgate), (1, dup)):
+            if gradient is not None:
+                fc1.main_grad[:, half].add_(gradient)
+        if ddown is not None:
+            fc2.main_grad.add_(ddown)
+        return *(_placeholder(p) if p.requires_grad else None for p in (fc1, fc2)), None
+
+
+def _side_by_side(fc1: Parameter, dgate: Tensor | None, dup: Tensor | None) -> Tensor | None:
+    """[E, 2, F, H]."""
+    if not fc1.requires_grad or (dgate is None and dup is None):
+        return None
+    gradient = torch.empty_like(fc1)
+    for half, part in ((0, dgate), (1, dup)):
+        if part is None:
+            gradient[:, half].zero_()
+        else:
+            gradient[:, half].copy_(part)
+    return gradient
+
+
+def _placeholder(parameter: Parameter) -> Tensor | None:
+    """What DDP's hooks take for a gradient that `main_grad` already holds."""
+    if not hasattr(parameter, "grad_added_to_main_grad"):
+        return None
+    parameter.grad_added_to_main_grad = True
+    zero = getattr(parameter, "zero_out_wgrad", False)
+    return torch.zeros_like(parameter) if zero else torch.empty_like(parameter)
