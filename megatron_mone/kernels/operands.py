@@ -36,6 +36,8 @@ def check_operands(
             f"w_gate has shape {tuple(weights[0].shape)}: it must be [E, F, {hidden}] for x "
             f"[{rows}, {hidden}]"
         )
+    if 0 in weights[0].shape:
+        raise ValueError(f"w_gate has shape {tuple(weights[0].shape)}: E, F and H must be 1 or more")
     for name, weight in zip(WEIGHTS, weights, strict=True):
         if weight.shape != weights[0].shape:
             raise ValueError(

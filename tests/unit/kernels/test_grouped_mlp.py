@@ -31,6 +31,7 @@ WRONG = [
     (dict(w_up_EFH=torch.randn(2, 6, 4, device="meta")), "w_up is on meta"),
     (dict(probs_N=torch.rand(5, device="meta")), "probs is on meta"),
     (dict(w_gate_EFH=torch.randn(2, 6, 3)), "w_gate has shape (2, 6, 3)"),
+    (dict(w_gate_EFH=torch.randn(0, 6, 4)), "E, F and H must be 1 or more"),
     (dict(w_up_EFH=torch.randn(2, 5, 4)), "w_up has shape (2, 5, 4)"),
     (dict(w_down_EFH=torch.randn(1, 6, 4)), "w_down has shape (1, 6, 4)"),
     (dict(w_down_EFH=torch.randn(2, 6, 4).double()), "w_down is torch.float64"),
