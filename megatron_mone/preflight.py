@@ -19,12 +19,14 @@ from megatron_mone.checkpoint.manifest import check_manifest
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
 from megatron_mone.data.checks import check_dataset
+from megatron_mone.kernels.measured import check_table
 from megatron_mone.moe.mask_trace import recorded_steps
 
 
 def check_run(args: Namespace) -> None:
     """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
     check_async_save(args)
+    check_table()
     check_tokenizer(args)
     check_data(args)
     if args.mone_replay_masks:

@@ -1,7 +1,7 @@
 """The backends of the masked expert by name: what each can run here, and which one `auto` takes.
 
 A backend is a module that calls `register` when it is imported (kernels/__init__.py imports them).
-May touch: nothing but what backends say of themselves and the table of measurements.
+May touch: what backends say of themselves, the table of measured times.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.measured import nearest_cell
 from megatron_mone.moe.neuron_mask import NeuronMask
 
 
@@ -118,13 +119,34 @@ def choose_backend(name: str, call: Call) -> Chosen:
                 f"backend = {name!r} cannot run here: {reason}; use 'reference' or 'auto'"
             )
         return Chosen(backend, f"mone_backend = {name}")
-    skipped: list[str] = []
+    usable, skipped = [], []
     for backend in BACKENDS.values():
         reason = backend.why_not(call) if backend.automatic else backend.note
         if reason is None:
-            return Chosen(backend, "; ".join(skipped) or "the first usable backend")
-        skipped.append(f"not {backend.name}: {reason}")
-    raise AssertionError("reference takes every call")
+            usable.append(backend)
+        else:
+            skipped.append(f"not {backend.name}: {reason}")
+    return _fastest(usable, skipped, call)
+
+
+def _fastest(usable: list[Backend], skipped: list[str], call: Call) -> Chosen:
+    """By the nearest measured cell; the first usable where nothing like the call was measured."""
+    if len(usable) == 1:
+        return Chosen(usable[0], "; ".join(skipped) or "the only one")
+    cell = None
+    if call.rows is not None and call.experts and call.kept_share is not None:
+        per_expert = call.rows / call.experts
+        cell = nearest_cell(call.device, call.dtype, per_expert, call.kept_share, call.block)
+    times = {} if cell is None else {b.name: cell["ms"].get(b.name) for b in usable}
+    if cell is None or None in times.values():
+        return Chosen(usable[0], "the first usable one: no measurement is like this call")
+    best = min(usable, key=lambda backend: times[backend.name])
+    measured = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
+    return Chosen(
+        best,
+        f"fastest at {cell['rows_per_expert']:g} rows an expert, S / F {cell['kept_share']:g}, "
+        f"block {cell['block']}, {cell['dtype']} on {cell['machine']}: {measured}",
+    )
 
 
 def resolve_backend(name: str, **facts: Any) -> str:

@@ -1,0 +1,148 @@
+"""What `auto` knows of speed: measured times of the backends, looked up, never guessed.
+
+The table is JSON, written from a benchmark of this repository:
+
+    make bench                                                    # out/bench/results.json
+    python -m megatron_mone.kernels.measured out/bench/results.json
+
+MONE_KERNEL_TABLE names another file, for one's own machines. A cell holds the class of machine,
+dtype, rows per expert, kept share S / F, block, and milliseconds of forward + backward of each
+backend; a call takes the nearest cell of its class and dtype. May touch: the table's file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mone.files import write_json
+
+TABLE = Path(__file__).with_name("measured.json")
+TABLE_ENV = "MONE_KERNEL_TABLE"
+PREFIX = "mone-"  # of our backends' names in benchmark results
+
+
+@functools.cache
+def machine_class(device: str) -> str:
+    """What tells machines apart here: the vector set and matrix unit of a CPU ("avx2",
+    "avx512+amx"), the compute capability of a GPU ("sm_90")."""
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"sm_{major}{minor}"
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    matrix_unit = "+amx" if probe is not None and probe() else ""
+    return torch.backends.cpu.get_cpu_capability().lower() + matrix_unit
+
+
+def nearest_cell(
+    device: str, dtype: torch.dtype, rows_per_expert: float, kept_share: float, block: int
+) -> dict[str, Any] | None:
+    """The measured cell closest to a call in log(rows per expert) and log(S / F), or None where
+    this class of machine, dtype and kind of block was never measured.
+
+    Raises:
+        ValueError: the table is not one.
+    """
+    kind = str(dtype).removeprefix("torch.")
+    machine = machine_class(device)
+    cells = [
+        c for c in check_table()
+        if (c["machine"], c["dtype"], c["block"]) == (machine, kind, block)
+    ]  # fmt: skip
+    if not cells:
+        return None
+
+    def distance(cell: dict[str, Any]) -> float:
+        rows = math.log2(max(1.0, rows_per_expert) / cell["rows_per_expert"])
+        share = math.log2(max(kept_share, 1e-3) / cell["kept_share"])
+        return rows * rows + 4 * share * share
+
+    return min(cells, key=distance)
+
+
+def check_table() -> list[dict[str, Any]]:
+    """The cells in use; read once.
+
+    Raises:
+        ValueError: the file that MONE_KERNEL_TABLE names is not a table.
+    """
+    return _cells(os.environ.get(TABLE_ENV) or str(TABLE))
+
+
+@functools.cache
+def _cells(path: str) -> list[dict[str, Any]]:
+    if path == str(TABLE) and not TABLE.exists():
+        return []
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        cells = table["cells"]
+        for cell in cells:
+            rows, share = float(cell["rows_per_expert"]), float(cell["kept_share"])
+            times = [float(ms) for ms in cell["ms"].values()]
+            if min(rows, share, *times) <= 0:
+                raise ValueError("a size or time is not positive")
+            _ = cell["machine"], cell["dtype"], cell["block"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{TABLE_ENV} = {path!r} is not a table of kernel times ({error!r}): write one with "
+            "python -m megatron_mone.kernels.measured RESULTS, or unset it"
+        ) from error
+    return cells
+
+
+def table_of(results: dict[str, Any]) -> dict[str, Any]:
+    """The table of a benchmark's results ({"cells": [{"config", "results"}]}).
+
+    Raises:
+        ValueError: they are not a benchmark's, or none of our backends ran.
+    """
+    cells = []
+    try:
+        for cell in results["cells"]:
+            config = cell["config"]
+            ms = {
+                r["name"].removeprefix(PREFIX): r["forward_backward_ms"]
+                for r in cell["results"]
+                if r["name"].startswith(PREFIX) and r["available"] and r["name"] != f"{PREFIX}auto"
+            }
+            if config["routing"] == "balanced" and ms:
+                cells.append({
+                    "machine": machine_class("cpu"),
+                    "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config["dtype"]],
+                    "rows_per_expert": config["tokens"] / config["experts"],
+                    "kept_share": config["ratio"],
+                    "block": config["neuron_block"],
+                    "hidden": config["hidden"],
+                    "neurons": config["neurons"],
+                    "ms": ms,
+                })  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"these are not a benchmark's results: {error!r}") from error
+    if not cells:
+        raise ValueError("no backend of ours was measured with balanced routing in these results")
+    return {"cells": cells}
+
+
+def main() -> None:
+    """Write the table from a benchmark's results."""
+    parser = argparse.ArgumentParser(description="Write the table that backend auto looks up.")
+    parser.add_argument("results", type=Path, help="results.json of tools/bench_experts.py")
+    parser.add_argument("--out", type=Path, default=TABLE)
+    options = parser.parse_args()
+    try:
+        table = table_of(json.loads(options.results.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.results}: {error}")
+    write_json(options.out, table)
+    print(f"{options.out}: {len(table['cells'])} cells of {machine_class('cpu')}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""`auto` takes the fastest of what was measured nearest to the call, and says which and why."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_mone.kernels import Call, choose_backend, measured, registry
+from megatron_mone.kernels.registry import Backend
+
+MACHINE = measured.machine_class("cpu")
+
+
+@pytest.fixture
+def two_backends(monkeypatch):
+    """One that claims to run everything, in front of the reference."""
+    fast = Backend("fast", why_not=lambda call: None, run=lambda *a, **k: None)
+    slow = registry.BACKENDS["reference"]
+    monkeypatch.setattr(registry, "BACKENDS", {"fast": fast, "reference": slow})
+
+
+def write_table(path, monkeypatch, *cells):
+    """Cells of (rows per expert, S / F, block, fast ms, reference ms)."""
+    names = ("rows_per_expert", "kept_share", "block")
+    rows = [
+        {"machine": MACHINE, "dtype": "float32", **dict(zip(names, cell, strict=False)),
+         "ms": {"fast": cell[3], "reference": cell[4]}}
+        for cell in cells
+    ]  # fmt: skip
+    path.write_text(json.dumps({"cells": rows}))
+    monkeypatch.setenv(measured.TABLE_ENV, str(path))
+    measured._cells.cache_clear()
+
+
+CELLS = ((8, 0.25, 1, 2.0, 1.0), (512, 0.25, 1, 5.0, 10.0), (512, 1.0, 1, 12.0, 10.0),
+         (512, 0.25, 16, 9.0, 8.0))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "block", "name"),
+    [
+        (16, 0.25, 1, "reference"),
+        (4000, 0.25, 1, "fast"),
+        (4000, 0.0625, 1, "fast"),
+        (4000, 0.9, 1, "reference"),
+        (4000, 0.25, 16, "reference"),
+        (4000, 0.25, 64, "fast"),  # no such block was measured: the first usable one
+        (None, None, 1, "fast"),
+    ],
+)
+@pytest.mark.usefixtures("two_backends")
+def test_nearest_cell_decides(rows, share, block, name, tmp_path, monkeypatch):
+    write_table(tmp_path / "table.json", monkeypatch, *CELLS)
+    experts = None if rows is None else 4
+    call = Call(rows=rows, experts=experts, kept_share=share, block=block)
+    assert choose_backend("auto", call).backend.name == name
+
+
+@pytest.mark.usefixtures("two_backends")
+def test_it_says_what_it_chose_and_why(tmp_path, monkeypatch):
+    write_table(tmp_path / "table.json", monkeypatch, *CELLS)
+    reason = choose_backend("auto", Call(rows=2048, experts=4, kept_share=0.25)).reason
+    assert "512 rows an expert" in reason
+    assert "fast 5 ms, reference 10 ms" in reason
+    other = choose_backend("auto", Call(dtype=torch.float64, rows=9, experts=1, kept_share=1.0))
+    assert "no measurement" in other.reason
+    assert "mone_backend = fast" in choose_backend("fast", Call()).reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", '{"cells": [{}]}', '{"cells": [{"rows_per_expert": 0, "kept_share": 1, "ms": {}}]}'],
+)
+@pytest.mark.usefixtures("two_backends")
+def test_a_file_that_is_no_table_is_named(text, tmp_path, monkeypatch):
+    write_table(tmp_path / "table.json", monkeypatch)
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"MONE_KERNEL_TABLE = .* is not a table of kernel times"):
+        choose_backend("auto", Call(rows=9, experts=1, kept_share=1.0))
+
+
+def test_the_choice_can_be_asked_for():
+    command = [sys.executable, "-m", "megatron_mone.kernels"]
+    said = subprocess.run([*command, "--dtype", "bf16"], check=True, capture_output=True, text=True)
+    names = [line.split()[0] for line in said.stdout.splitlines()]
+    assert names == [*registry.BACKENDS, "auto"]
+    refused = subprocess.run([*command, "--ratio", "2"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "neurons_per_token = 2816" in refused.stderr
+
+
+def results(**changes):
+    config = dict(tokens=4096, experts=8, hidden=64, neurons=128, ratio=0.25, dtype="fp32",
+                  routing="balanced", neuron_block=1)  # fmt: skip
+    entries = [("mone-cpu", True, 4.0), ("mone-reference", True, 9.0), ("mone-auto", True, 4.1),
+               ("mone-triton", False, None), ("torch-grouped-mm", True, 8.0)]  # fmt: skip
+    return {"cells": [{
+        "config": {**config, **changes},
+        "results": [dict(name=n, available=a, forward_backward_ms=ms) for n, a, ms in entries],
+    }]}  # fmt: skip
+
+
+def test_a_benchmark_becomes_a_table(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results()))
+    command = [sys.executable, "-m", "megatron_mone.kernels.measured",
+               str(tmp_path / "results.json"), "--out", str(tmp_path / "table.json")]  # fmt: skip
+    subprocess.run(command, check=True)
+    (cell,) = json.loads((tmp_path / "table.json").read_text())["cells"]
+    assert cell["ms"] == {"cpu": 4.0, "reference": 9.0}
+    assert (cell["machine"], cell["dtype"]) == (MACHINE, "float32")
+    assert (cell["rows_per_expert"], cell["kept_share"], cell["block"]) == (512, 0.25, 1)
+
+
+@pytest.mark.parametrize("wrong", [{}, {"cells": [{}]}, results(routing="skewed")])
+def test_results_without_our_backends_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"benchmark's results|no backend of ours"):
+        measured.table_of(wrong)
