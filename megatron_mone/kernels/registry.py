@@ -27,8 +27,11 @@ class GroupedMLPOutput(NamedTuple):
     """The neurons computed."""
     gate_K: Tensor
     """[K] gate activations of the mask's entries, with their graph, for a balance loss."""
-    gate_NF: Tensor | None
+    gate_NF: Tensor | None = None
     """[N, F] all gate activations, with their graph, where they were asked for."""
+    a_K: Tensor | None = None
+    """[K] pre-activations of the entries, without graph, where backward keeps them: who needs the
+    gates in its own backward pass makes them again and keeps nothing."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ May touch: torch and process groups given as arguments. Holds no state and recor
     P_j  = mean over rows n of a share of |g_nj|      by loss type, see LOSS_SHARES
     L    = 1/E * sum over experts and micro-batches of sum_j f_j P_j
 Every type is linear in P with coefficients that carry no gradient (for entropy, the slope of the
-entropy), so a rank adds up its own rows and neurons and the ranks' sums make the whole loss.
+entropy), so a rank adds up its own rows and neurons and the ranks' sums make the whole loss: the
+sum over micro-batches of (1 / E) * sum over experts of sum_j f_j P_j, which is the number of
+micro-batches when every neuron is used alike (types selected and normalized).
 
 Shapes: N routed rows, F_l neurons on this rank, K kept entries, B blocks (one per local expert and
 micro-batch; one per local expert for scope global_batch).
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.activations import sum_over_group
+from megatron_mone.moe.gate_shares import GateShares
 from megatron_mone.moe.neuron_mask import NeuronMask
 
 LOSS_SHARES = {
@@ -71,80 +75,38 @@ class BlockStatistics:
         )
 
 
-@dataclass(frozen=True)
-class NeuronShares:
-    """The share of each row that P is the mean of, entry by entry, in float32 or wider.
-
-    Attributes:
-        share_M: [M] with gradient; a row whose |g| sum is 0 has share 0.
-        row_M: [M] int64, the row of each entry.
-        neuron_M: [M] int64, its neuron.
-    """
-
-    share_M: Tensor
-    row_M: Tensor
-    neuron_M: Tensor
-
-    def cell_M(self, block_N: Tensor, width: int) -> Tensor:
-        """[M] index of each entry's (block, neuron) in a flat [B, F_l]."""
-        return block_N[self.row_M] * width + self.neuron_M
-
-
-def neuron_shares(
+def gate_shares(
+    output: GroupedMLPOutput,
+    block_N: Tensor,
+    num_blocks: int,
     *,
-    mask: NeuronMask,
-    gate_K: Tensor,
-    gate_NF: Tensor | None,
     loss_type: str,
+    activation: str = "silu",
     etp_group: ProcessGroup | None = None,
-) -> NeuronShares:
-    """The shares of the kept entries; for `normalized`, of all.
+) -> GateShares:
+    """The gates that P of a loss type is made of: of the kept entries; for `normalized`, of all.
 
     Args:
-        mask: N rows over F_l neurons, the kept ones.
-        gate_K: [K] gate activations of the mask's entries.
-        gate_NF: [N, F_l] all gate activations; only for `normalized`.
-        loss_type: a key of LOSS_SHARES.
-        etp_group: ranks that hold the other neurons of the same rows.
-    """
-    row_M, neuron_M, gate_M = mask.rows_K, mask.indices_K.long(), gate_K
-    if loss_type == "normalized":
-        assert gate_NF is not None
-        row_M, neuron_M = torch.ones_like(gate_NF, dtype=torch.bool).nonzero(as_tuple=True)
-        gate_M = gate_NF.flatten()
-    size_M = gate_M.abs()
-    if size_M.dtype in (torch.float16, torch.bfloat16):
-        size_M = size_M.float()
-    if loss_type == "raw":
-        return NeuronShares(size_M, row_M, neuron_M)
-    total_N = size_M.new_zeros(mask.num_rows).index_add(0, row_M, size_M)
-    total_N = sum_over_group(total_N, etp_group)
-    share_M = size_M / total_N.masked_fill(total_N == 0, 1.0)[row_M]
-    return NeuronShares(share_M, row_M, neuron_M)
-
-
-def block_statistics(
-    *, shares: NeuronShares, mask: NeuronMask, block_N: Tensor, num_blocks: int
-) -> BlockStatistics:
-    """Sum rows, kept counts and shares by block.
-
-    Args:
-        shares: of `neuron_shares`.
-        mask: N rows over F_l neurons.
+        output: of the experts; its `gate_NF` is needed by `normalized` only.
         block_N: [N] int64, the block of each row.
         num_blocks: B.
+        loss_type: a key of LOSS_SHARES.
+        activation: the experts' gate activation.
+        etp_group: ranks that hold the other neurons of the same rows.
     """
-    width, dtype = mask.num_neurons, shares.share_M.dtype
-    with torch.no_grad():
-        kept_K = block_N[mask.rows_K] * width + mask.indices_K
-        share_BF = torch.zeros(num_blocks * width, dtype=dtype, device=block_N.device)
-        share_BF.index_add_(0, shares.cell_M(block_N, width), shares.share_M.detach())
-        counts_BF = torch.bincount(kept_K, minlength=num_blocks * width)
-        return BlockStatistics(
-            rows_B=torch.bincount(block_N, minlength=num_blocks).to(dtype),
-            counts_BF=counts_BF.view(num_blocks, width).to(dtype),
-            share_BF=share_BF.view(num_blocks, width),
+    mask, gate_K, a_K = output.mask, output.gate_K, output.a_K
+    if loss_type == "normalized":
+        assert output.gate_NF is not None
+        rows, neurons = output.gate_NF.shape
+        mask = NeuronMask.unchecked(
+            torch.arange(neurons, device=block_N.device).repeat(rows),
+            torch.arange(rows + 1, device=block_N.device) * neurons,
+            neurons,
         )
+        gate_K, a_K = output.gate_NF.flatten(), None
+    return GateShares(
+        mask, gate_K, block_N, num_blocks, loss_type != "raw", a_K, activation, etp_group
+    )
 
 
 def row_weights(
@@ -181,22 +143,3 @@ def row_weights(
         kept_B1 = sum_over_group(statistics.counts_BF.sum(dim=1, keepdim=True), etp_group)
         slope_BF = statistics.counts_BF * num_neurons / kept_B1.clamp(min=1)
     return slope_BF * (rows_per_share / num_experts) / rows_B1
-
-
-def neuron_balance_loss(*, shares: NeuronShares, block_N: Tensor, weight_BF: Tensor) -> Tensor:
-    """This rank's part of the balance loss, unscaled (alpha = 1).
-
-    The parts of all ranks that hold rows or neurons of the same experts sum to
-    sum over micro-batches of (1 / E) * sum over experts of sum_j f_j P_j, which is the number of
-    micro-batches when every neuron is used alike (types selected and normalized).
-
-    Args:
-        shares: of `neuron_shares`, with gradient.
-        block_N: [N] int64, the block of each row.
-        weight_BF: [B, F_l] of `row_weights`.
-
-    Returns:
-        Scalar. A block without rows contributes 0.
-    """
-    cell_M = shares.cell_M(block_N, weight_BF.shape[1])
-    return (shares.share_M * weight_BF.flatten()[cell_M]).sum()

@@ -17,15 +17,12 @@ from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.balance_loss import (
     BlockStatistics,
-    NeuronShares,
-    block_statistics,
-    neuron_balance_loss,
-    neuron_shares,
+    gate_shares,
     row_weights,
 )
 from megatron_mone.moe.experts import MoNEExperts
+from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
-from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.token_dispatcher import SourceMap, build_source_map
 
 
@@ -93,25 +90,31 @@ class NeuronBalancer:
         y_NH = output.y_NH
         if real_N is not None:
             output, rows_ER = without_padding(output, rows_ER, real_N)
-        experts, device = rows_ER.shape[0], y_NH.device
-        expert_N = torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)).to(device)
-        self.load.add(output.mask, expert_N)
+        block_N, num_blocks = self._blocks(rows_ER)
+        block_N = block_N.to(y_NH.device)
+        counts_BF = kept_counts(output.mask, block_N, num_blocks)
+        rows_B = torch.bincount(block_N, minlength=num_blocks)
+        self.load.add(counts_BF, rows_B)
         if not self.has_loss:
             return y_NH
-        shares = neuron_shares(
-            mask=output.mask,
-            gate_K=output.gate_K,
-            gate_NF=output.gate_NF,
+        shares = gate_shares(
+            output,
+            block_N,
+            num_blocks,
             loss_type=self.config.mone_ng_loss_type,
+            activation=self.config.mone_activation,
             etp_group=self.experts.etp_group,
         )
+        share_BF, total_N = shares.sums()
+        dtype = share_BF.dtype
+        statistics = BlockStatistics(rows_B.to(dtype), counts_BF.to(dtype), share_BF)
         if self.by_microbatch:
-            block_N = self._microbatch_blocks(rows_ER).to(device)
-            weight_BF = self._microbatch_weights(shares, output.mask, block_N, experts)
+            whole = statistics.summed(self.source_map.replica_group)
+            weight_BF = self._weights(whole, 1.0)
         else:
-            block_N, weight_BF = expert_N, self._last_step_weights()
-            self._add_to_step(shares, output.mask, expert_N, experts)
-        loss = neuron_balance_loss(shares=shares, block_N=block_N, weight_BF=weight_BF)
+            weight_BF = self._last_step_weights()
+            self._add_to_step(statistics)
+        loss = shares.loss(weight_BF, share_BF, total_N)
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
             loss = loss / self.config.mtp_num_layers  # counted once a repetition, as the router's
         self._record(loss)
@@ -121,26 +124,16 @@ class NeuronBalancer:
             loss = loss * (local_tokens * self.tp_cp_group.size())
         return MoEAuxLossAutoScaler.apply(y_NH, loss)
 
-    def _microbatch_blocks(self, rows_ER: Tensor) -> Tensor:
-        """[N] block of each row: local expert * M + micro-batch."""
+    def _blocks(self, rows_ER: Tensor) -> tuple[Tensor, int]:
+        """[N] block of each row and their number: local expert * M + micro-batch, or the expert."""
+        experts = rows_ER.shape[0]
+        if not self.by_microbatch:
+            return torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)), experts
         count = self.source_map.num_microbatches
         block_ER = (
-            torch.arange(rows_ER.shape[0]).unsqueeze(1) * count
-            + self.source_map.microbatch_of_source_R
+            torch.arange(experts).unsqueeze(1) * count + self.source_map.microbatch_of_source_R
         )
-        return block_ER.flatten().repeat_interleave(rows_ER.flatten())
-
-    def _microbatch_weights(
-        self, shares: NeuronShares, mask: NeuronMask, block_N: Tensor, experts: int
-    ) -> Tensor:
-        """[E_l * M, F_l] weights from the statistics of each whole micro-batch."""
-        statistics = block_statistics(
-            shares=shares,
-            mask=mask,
-            block_N=block_N,
-            num_blocks=experts * self.source_map.num_microbatches,
-        )
-        return self._weights(statistics.summed(self.source_map.replica_group), 1.0)
+        return block_ER.flatten().repeat_interleave(rows_ER.flatten()), experts * count
 
     def _weights(self, statistics: BlockStatistics, rows_per_share: float) -> Tensor:
         return row_weights(
@@ -159,12 +152,7 @@ class NeuronBalancer:
         assert weights is not None
         return weights
 
-    def _add_to_step(
-        self, shares: NeuronShares, mask: NeuronMask, expert_N: Tensor, experts: int
-    ) -> None:
-        statistics = block_statistics(
-            shares=shares, mask=mask, block_N=expert_N, num_blocks=experts
-        )
+    def _add_to_step(self, statistics: BlockStatistics) -> None:
         self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
         self.step_microbatches += self._microbatches_seen_at_once()
 

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.moe.neuron_mask import NeuronMask
-
 # Edges of the load histogram, in multiples of a balanced load; the first bin is [0, first edge).
 HISTOGRAM_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
 SUMMARY_FIELDS = (
@@ -42,17 +40,17 @@ class NeuronLoad:
         self.window_rows_E = torch.zeros(experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()
-    def add(self, mask: NeuronMask, expert_N: Tensor) -> None:
+    def add(self, counts_BF: Tensor, rows_B: Tensor) -> None:
         """Count the rows of one forward.
 
         Args:
-            mask: N rows over F_l neurons.
-            expert_N: [N] int64, local expert of each row.
+            counts_BF: [B, F_l] rows that kept each neuron, by block; each expert's B / E_l blocks
+                follow each other.
+            rows_B: [B] rows.
         """
-        cell_K = expert_N[mask.rows_K] * mask.num_neurons + mask.indices_K
-        counts = torch.bincount(cell_K, minlength=self.step_counts_EF.numel())
-        self.step_counts_EF += counts.view_as(self.step_counts_EF)
-        self.window_rows_E += torch.bincount(expert_N, minlength=self.window_rows_E.numel())
+        experts, neurons = self.step_counts_EF.shape
+        self.step_counts_EF += counts_BF.view(experts, -1, neurons).sum(dim=1)
+        self.window_rows_E += rows_B.view(experts, -1).sum(dim=1)
 
     def end_step(self) -> None:
         """Move the step's counts into the window."""

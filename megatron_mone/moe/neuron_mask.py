@@ -138,11 +138,11 @@ class NeuronMask:
             self.indices_K[source_K], offsets_M1, self.num_neurons, self.block
         )
 
-    @functools.cached_property
+    @property
     def rows_K(self) -> Tensor:
-        """[K] int64, the row of each entry."""
+        """[K] int64, the row of each entry; made anew each time, it is larger than the mask."""
         rows_N = torch.arange(self.num_rows, device=self.offsets_N1.device)
-        return rows_N.repeat_interleave(self.row_lengths_N)
+        return rows_N.repeat_interleave(self.row_lengths_N, output_size=self.indices_K.numel())
 
 
 def index_dtype(num_neurons: int) -> torch.dtype:

@@ -8,12 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.moe.balance_loss import (
-    block_statistics,
-    neuron_balance_loss,
-    neuron_shares,
-    row_weights,
-)
+from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
+from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.neuron_mask import NeuronMask
 from tests.unit.moe.builders import build_experts, build_layer
 
@@ -99,15 +96,18 @@ def plain_loss(loss_type, experts_of_rows, kept, gates, num_experts, width):
 
 def balance_loss(mask, gate_K, gate_NF, block, experts, loss_type, neurons_per_token):
     """The loss of rows whose blocks are experts, all on this rank."""
-    shares = neuron_shares(mask=mask, gate_K=gate_K, gate_NF=gate_NF, loss_type=loss_type)
+    output = GroupedMLPOutput(gate_K, mask, gate_K, gate_NF)
+    shares = gate_shares(output, block, experts, loss_type=loss_type)
+    share_BF, total_N = shares.sums()
+    counts = kept_counts(mask, block, experts).to(share_BF.dtype)
     weights = row_weights(
-        block_statistics(shares=shares, mask=mask, block_N=block, num_blocks=experts),
+        BlockStatistics(torch.bincount(block, minlength=experts).double(), counts, share_BF),
         loss_type=loss_type,
         num_experts=experts,
         num_neurons=mask.num_neurons,
         neurons_per_token=neurons_per_token,
     )
-    return neuron_balance_loss(shares=shares, block_N=block, weight_BF=weights)
+    return shares.loss(weights, share_BF, total_N)
 
 
 def loss_of_one_expert(gate, mask, loss_type, neurons_per_token):
