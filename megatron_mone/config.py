@@ -22,7 +22,7 @@ Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
-Backend = Literal["auto", "reference", "cpu"]
+Backend = Literal["auto", "reference", "cpu", "triton", "te"]
 
 CONFIG_ENV = "MONE_CONFIG"
 
@@ -81,7 +81,9 @@ class MoNEFields:
 
     mone_backend: Backend = "auto"
     """Implementation of the masked expert. reference is plain torch, the definition, and computes
-    every neuron; cpu is native code that computes the kept ones; auto: the fastest usable."""
+    every neuron; cpu is native code that computes the kept ones; auto: the faster usable of these.
+    triton (kernels around dense GEMMs; block-sparse ones where mone_neuron_block is 128) and
+    te (Transformer Engine's grouped GEMMs) need CUDA; neither has run on a GPU yet."""
 
     mone_record_masks: str | None = None
     """Folder that gets the neuron masks of training steps mone_record_mask_steps, one file a step
@@ -154,7 +156,7 @@ def add_mone_args(parser: ArgumentParser) -> ArgumentParser:
 
 def check_packages(config: Any) -> None:
     """Transformer Engine layers and the flex dispatcher need packages, and Megatron fails deep
-    inside without them; the CPU kernels need a compiler.
+    inside without them; a backend chosen by name needs a compiler, packages or a CUDA device.
 
     Raises:
         ValueError: names the field that asks for what is not here.
@@ -164,7 +166,7 @@ def check_packages(config: Any) -> None:
     from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
 
     check_flex_packages(config)
-    if getattr(config, "mone_backend", "auto") == "cpu":
+    if getattr(config, "mone_backend", "auto") != "auto":
         backend_of(config)
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(
@@ -176,6 +178,16 @@ def check_packages(config: Any) -> None:
 def needs_all_gates(config: Any) -> bool:
     """Whether the balance loss is computed from the gates of unchosen neurons too."""
     return config.mone_ng_loss_type == "normalized" and config.mone_ng_loss_coeff > 0
+
+
+def chosen_by_rule(config: Any) -> bool:
+    """Whether neurons are chosen by a function of all gates, not by top-S within a rank's own."""
+    ranks = config.expert_tensor_parallel_size or 1
+    return (
+        config.mone_selection != "topk"
+        or config.mone_ng_loss_type == "bias"
+        or (ranks > 1 and config.mone_neuron_groups % ranks > 0)
+    )
 
 
 def backend_of(config: Any) -> str:
@@ -192,6 +204,8 @@ def backend_of(config: Any) -> str:
         dtype=config.params_dtype,
         device="cuda" if torch.cuda.is_available() else "cpu",
         all_gates=needs_all_gates(config),
+        by_rule=chosen_by_rule(config),
+        block=config.mone_neuron_block,
     )
 
 

@@ -37,7 +37,9 @@ def check_operands(
             f"[{rows}, {hidden}]"
         )
     if 0 in weights[0].shape:
-        raise ValueError(f"w_gate has shape {tuple(weights[0].shape)}: E, F and H must be 1 or more")
+        raise ValueError(
+            f"w_gate has shape {tuple(weights[0].shape)}: E, F and H must be 1 or more"
+        )
     for name, weight in zip(WEIGHTS, weights, strict=True):
         if weight.shape != weights[0].shape:
             raise ValueError(

@@ -4,8 +4,8 @@ Contract: a is float32. sigma(NaN) is NaN; relu's derivative is 0 at and below 0
 as torch's. KIND is one of ACTIVATIONS.
 """
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 
 
 @triton.jit

@@ -9,8 +9,8 @@ atomics, the same bits on every run, and a workspace of N Q H floats (so use wid
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megatron_mone.kernels.triton.block_index import TILE_ROWS, BlockIndex

@@ -8,8 +8,8 @@ the kept pre-activations (x, w_gate) and the gradient of h (dy, w_down).
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megatron_mone.kernels.triton.block_index import TILE_ROWS, BlockIndex

@@ -8,8 +8,8 @@ serves dW_gate (da, x), dW_up (du, x) and dW_down (h, dy), all neuron-major.
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megatron_mone.kernels.triton.block_index import BlockIndex

@@ -1,8 +1,8 @@
 """The masked grouped expert MLP over kept blocks of adjacent neurons, on block-sparse GEMMs.
 
 Kept blocks of 16 neurons or more give tensor cores whole tiles, so every product but the choice of
-blocks is sparse, forward and backward. The blocks are given: choosing them (and the dense gate
-product that it needs) is the caller's. Gathered rows and per-block partial sums cost bytes: in
+blocks is sparse, forward and backward. The blocks are given: `choose_blocks` makes them, from a
+dense gate product that the caller pays for. Gathered rows and per-block partial sums cost bytes: in
 roofline.py's model of an H100 the forward pass loses to dense GEMMs at every B up to 128, and the
 backward pass wins only at B = 128 with some thousands of rows per expert.
 Not run on a GPU yet. Shapes: N rows, E experts, F neurons, H hidden, Q blocks of B neurons per row.
@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_mone.kernels.triton.arguments import check, expert_of_row, uniform_mask
+from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.triton.arguments import expert_of_row, uniform_mask
 from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.block_index import block_index
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.moe.neuron_selection import block_scores
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -45,7 +48,7 @@ def block_grouped_mlp(
         counts: E row counts that sum to N.
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         blocks_NQ: [N, Q] integers, the kept blocks of each row, ascending; 0 to F / block - 1
-            (the values are not checked: that would copy to the host).
+            (neither is checked: that would copy to the host).
         block: B neurons of a block, one of BLOCK_SIZES; divides F.
         activation: silu, sigmoid, gelu (by erf) or relu.
 
@@ -54,21 +57,34 @@ def block_grouped_mlp(
 
     Raises:
         RuntimeError: triton is missing or has no device (see `available`).
-        ValueError: a dtype, shape, name or count that this backend does not take.
     """
-    counts = [int(count) for count in counts]
-    check(x_NH, probs_N, counts, (w_gate_EFH, w_up_EFH, w_down_EFH), activation)
-    neurons = w_gate_EFH.shape[1]
-    if block not in BLOCK_SIZES or neurons % block:
-        raise ValueError(f"block = {block} must be one of {BLOCK_SIZES} and divide {neurons}")
-    if blocks_NQ.dim() != 2 or blocks_NQ.shape[0] != x_NH.shape[0] or blocks_NQ.shape[1] < 1:
-        raise ValueError(f"blocks has shape {tuple(blocks_NQ.shape)}: it must be [N, Q] with Q > 0")
+    counts, neurons = [int(count) for count in counts], w_gate_EFH.shape[1]
     y_NH, gate_K = _BlockGroupedMLP.apply(
         x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, counts, blocks_NQ, block, activation
     )
+    index_NS = neurons_of_blocks(blocks_NQ, block, neurons)
+    return y_NH, uniform_mask(index_NS, neurons, block), gate_K
+
+
+def choose_blocks(a_NF: Tensor, selection: Selection, activation: str) -> Tensor:
+    """[N, S / B] blocks with the largest sums of |g|, ascending: the reference's choice.
+
+    Args:
+        a_NF: [N, F] gate pre-activations, contiguous.
+        selection: S, groups and B > 1.
+        activation: of g = sigma(a), which is rounded to a's dtype before it is summed.
+    """
+    (select,) = kernels("select")
+    score_NB = block_scores(gate_activation(activation, a_NF).abs(), selection.block)
+    kept = selection.kept // selection.block
+    return select.select_neurons(score_NB.contiguous(), kept, selection.groups)[0]
+
+
+def neurons_of_blocks(blocks_NQ: Tensor, block: int, neurons: int) -> Tensor:
+    """[N, Q B] neurons of the blocks, in the index type of masks over F neurons."""
     within_B = torch.arange(block, device=blocks_NQ.device)
-    index_NS = (blocks_NQ.long()[:, :, None] * block + within_B).flatten(1)
-    return y_NH, uniform_mask(index_NS.to(index_dtype(neurons)), neurons), gate_K
+    index_NQB = blocks_NQ.long()[:, :, None] * block + within_B
+    return index_NQB.flatten(1).to(index_dtype(neurons))
 
 
 class _BlockGroupedMLP(torch.autograd.Function):
@@ -77,6 +93,7 @@ class _BlockGroupedMLP(torch.autograd.Function):
         ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, counts, blocks_NQ, block, activation
     ):
         gated, sampled, expand = kernels("gated", "block_sampled", "block_expand")
+        # Gate and up may be slices of one parameter, which these kernels do not address: a copy.
         x_NH, weights = x_NH.contiguous(), [w.contiguous() for w in (w_gate, w_up, w_down)]
         index = block_index(
             blocks_NQ, expert_of_row(counts, x_NH.device), len(counts), w_gate.shape[1], block
@@ -88,7 +105,7 @@ class _BlockGroupedMLP(torch.autograd.Function):
             a_NS, u_NS, p_N, a_NS, activation=activation, scattered=False
         )
         y_NH = expand.block_expand(h_NS, weights[2], index)
-        ctx.save_for_backward(x_NH, p_N, *weights, a_NS, u_NS)
+        ctx.save_for_backward(x_NH, p_N, w_gate, w_up, w_down, a_NS, u_NS)  # not the copies
         ctx.index, ctx.activation = index, activation
         ctx.set_materialize_grads(False)
         return y_NH, gate_NS.view(-1)
@@ -99,7 +116,8 @@ class _BlockGroupedMLP(torch.autograd.Function):
         gated, sampled, expand, weight_grad = kernels(
             "gated", "block_sampled", "block_expand", "block_weight_grad"
         )
-        x_NH, p_N, w_gate, w_up, w_down, a_NS, u_NS = ctx.saved_tensors
+        x_NH, p_N, *weights, a_NS, u_NS = ctx.saved_tensors
+        w_gate, w_up, w_down = (w.contiguous() for w in weights)
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else dy_NH.contiguous()
         dh_NS = sampled.block_sampled(dy_NH, w_down, ctx.index)
         da_NS, du_NS, h_NS, dp_N = gated.gate_backward(

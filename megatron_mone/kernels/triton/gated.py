@@ -13,8 +13,8 @@ dtype first, as the reference's is. A program owns a row: no atomics, the same b
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megatron_mone.kernels.triton.activations import sigma, sigma_prime

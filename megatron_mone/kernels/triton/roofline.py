@@ -1,5 +1,7 @@
 """Bytes and operations of each kernel against an H100's limits: model, not measured.
 
+    python -m megatron_mone.kernels.triton.roofline        a table of a few shapes
+
 Pure functions of a shape. A kernel's time is taken as its slowest limit alone, which no kernel
 reaches; use the ratios to decide what is worth running, not as timings. What is counted:
 - every operand once from memory, but gathered rows of x and of weights each time they are read
@@ -184,3 +186,38 @@ def backward_seconds(s: Shape) -> dict[str, float]:
             + 3 * block_weight_grad(s).seconds
         )
     return routes
+
+
+SHAPES = {
+    "fine-grained, training": Shape(16384, 2048, 1408, 352, 8),
+    "fine-grained, blocks of 32": Shape(16384, 2048, 1408, 352, 8, block=32),
+    "fine-grained, blocks of 128": Shape(16384, 2048, 1408, 384, 8, block=128),
+    "wide, training": Shape(8192, 4096, 14336, 3584, 4),
+    "wide, decoding": Shape(2, 4096, 14336, 3584, 1),
+}
+
+
+def table() -> str:
+    """Modelled microseconds of `SHAPES` by pass and route, and their ratio to the dense expert."""
+    head = f"{'pass':<9} {'route':<13} {'us':>10} {'of dense':>9}"
+    lines = ["An H100's limits: model, not measured. Forward: after the dense gate product."]
+    for name, s in SHAPES.items():
+        sizes = f"N {s.rows}, H {s.hidden}, F {s.neurons}, S {s.kept}, E {s.experts}, B {s.block}"
+        lines += ["", f"{name}: {sizes}", head]
+        passes = {"forward": forward_seconds(s)}
+        if s.rows * s.kept < s.neurons * s.experts:  # as the backend decides, without gradients
+            del passes["forward"]["unstructured"]
+        else:
+            del passes["forward"]["gathered"]
+            passes["backward"] = backward_seconds(s)
+        for which, routes in passes.items():
+            dense = routes["dense expert"]
+            for route, seconds in routes.items():
+                lines.append(
+                    f"{which:<9} {route:<13} {seconds * 1e6:>10.1f} {seconds / dense:>9.2f}"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())

@@ -1,15 +1,18 @@
 """Sampled product by gathering, for few rows: u_NS[n, s] = <x_NH[n], w_EFH[e_n, index_NS[n, s]]>.
 
-Contract: x_NH and w_EFH contiguous and of one dtype, expert_N int32, index_NS any integer type.
+Contract: x_NH contiguous and w_EFH neuron-major (arguments.py), of one dtype, expert_N int32,
+index_NS any integer type.
 Sums in float32; the output is in x's dtype. Weights are read once per row that keeps them, so this
 pays only while an expert has about F / S rows or fewer (decoding): see roofline.py.
 """
 
 from __future__ import annotations
 
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from megatron_mone.kernels.triton.arguments import neurons_apart
 
 
 @triton.jit
@@ -53,6 +56,7 @@ def sampled_up(x_NH: Tensor, w_EFH: Tensor, expert_N: Tensor, index_NS: Tensor) 
     u_NS = x_NH.new_empty((rows, kept))
     if rows:
         sampled_up_kernel[(rows, triton.cdiv(kept, CONFIG["BLOCK_S"]))](
-            x_NH, w_EFH, expert_N, index_NS, u_NS, kept, w_EFH.shape[1], x_NH.shape[1], **CONFIG
-        )
+            x_NH, w_EFH, expert_N, index_NS, u_NS, kept, neurons_apart(w_EFH), x_NH.shape[1],
+            **CONFIG,
+        )  # fmt: skip
     return u_NS

@@ -12,8 +12,8 @@ by bisecting the ordered bits on chip, the slots by a prefix sum: the same bits 
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from megatron_mone.kernels.triton.activations import sigma

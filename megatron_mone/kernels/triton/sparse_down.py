@@ -1,6 +1,7 @@
 """Sparse-dense down product by gathering, for few rows: y_NH[n] = sum_s h[n, s] w_EFH[e_n, j_ns].
 
-Contract: h_NS and w_EFH contiguous and of one dtype, expert_N int32, index_NS any integer type.
+Contract: h_NS contiguous and w_EFH neuron-major (arguments.py), of one dtype, expert_N int32,
+index_NS any integer type.
 A row's S neurons are split over `splits` programs so that one row still fills a GPU; each writes a
 float32 partial sum and they are added in order: no atomics, the same bits on every run.
 """
@@ -8,9 +9,11 @@ float32 partial sum and they are added in order: no atomics, the same bits on ev
 from __future__ import annotations
 
 import torch
-import triton  # type: ignore[import-untyped]
-import triton.language as tl  # type: ignore[import-untyped]
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from megatron_mone.kernels.triton.arguments import neurons_apart
 
 PROGRAMS_WANTED = 512  # about four for each of an H100's 132 multiprocessors
 MAX_SPLITS = 16
@@ -67,6 +70,7 @@ def sparse_down(h_NS: Tensor, w_EFH: Tensor, expert_N: Tensor, index_NS: Tensor)
     share = triton.cdiv(kept, splits)
     partial = torch.empty((splits, rows, hidden), dtype=torch.float32, device=h_NS.device)
     sparse_down_kernel[(rows, triton.cdiv(hidden, CONFIG["BLOCK_H"]), splits)](
-        h_NS, w_EFH, expert_N, index_NS, partial, kept, w_EFH.shape[1], hidden, share, **CONFIG
-    )
+        h_NS, w_EFH, expert_N, index_NS, partial, kept, neurons_apart(w_EFH), hidden, share,
+        **CONFIG,
+    )  # fmt: skip
     return partial.sum(dim=0).to(h_NS.dtype)

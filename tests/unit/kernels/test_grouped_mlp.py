@@ -1,9 +1,14 @@
 """The op's contract: a wrong shape, dtype, count or name is an error before anything runs."""
 
+from typing import get_args
+
 import pytest
 import torch
 
 from megatron_mone.kernels import (
+    BACKENDS,
+    Call,
+    choose_backend,
     grouped_mlp_with_gates,
     mone_grouped_mlp,
     resolve_backend,
@@ -101,6 +106,20 @@ def test_auto_is_a_backend_that_exists():
     assert resolve_backend("auto", dtype=torch.float64) == "reference"
     assert resolve_backend("auto", all_gates=True) == "reference"
     assert resolve_backend("auto", device="cuda") == "reference"
+
+
+def test_gpu_backends_only_by_name():
+    """Kernels that no GPU has run are not taken by themselves, and the reason says so."""
+    chosen = choose_backend("auto", Call("cuda", torch.bfloat16))
+    assert chosen.backend.name == "reference"
+    for name in ("triton", "te"):
+        assert f"not {name}: not run on a GPU yet" in chosen.reason
+
+
+def test_the_config_knows_every_backend():
+    from megatron_mone.config import Backend
+
+    assert set(get_args(Backend)) == {"auto", *BACKENDS}
 
 
 def test_a_backend_that_cannot_run_says_why():

@@ -18,11 +18,13 @@ import torch
 
 pytest.importorskip("triton")
 
+from megatron_mone.kernels import Selection, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
-from megatron_mone.kernels.triton import roofline
+from megatron_mone.kernels.triton import roofline, unstructured
 from megatron_mone.kernels.triton.roofline import Cost, Shape
+from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
 from tests.unit.kernels.triton_aot import ARCHITECTURES, cases
-from tests.unit.kernels.triton_interpreter_cases import CASES
+from tests.unit.kernels.triton_case_tools import CASES
 
 TABLE = Path(__file__).with_name("triton_aot_table.json")
 COMPILED = [f"{name} sm_{number}" for name in cases() for number in ARCHITECTURES]
@@ -100,19 +102,25 @@ def test_without_triton(monkeypatch):
     assert "pip install triton" in reason
     with pytest.raises(RuntimeError, match="the triton package is missing"):
         _call()
+    with pytest.raises(ValueError, match="'triton' cannot run here: the triton package is missing"):
+        resolve_backend("triton", device="cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
 def test_without_device():
     with pytest.raises(RuntimeError, match="needs a CUDA device"):
         _call()
+    with pytest.raises(ValueError, match="'triton' cannot run here: triton needs a CUDA device"):
+        resolve_backend("triton")
 
 
 def test_package_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "from megatron_mone.kernels.triton import available, masked_grouped_mlp\n"
-        "assert not available()[0]"
+        "assert not available()[0]\n"
+        "from megatron_mone.kernels import BACKENDS\n"
+        "assert not BACKENDS['triton'].automatic and 'GPU' in BACKENDS['triton'].note"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
@@ -120,8 +128,8 @@ def test_package_imports_without_triton():
 def _call():
     x, w = torch.randn(2, 4), torch.randn(1, 8, 4)
     triton_backend.masked_grouped_mlp(
-        x, torch.rand(2), [2], w, w, w, kept=2, activation="silu"
-    )  # fmt: skip
+        x, torch.rand(2), [2], w, w, w, choose=Selection(2), activation="silu"
+    )
 
 
 # The model of an H100: what backend.py and blocks.py say of it. Not measured.
@@ -154,7 +162,7 @@ def test_model_of_decoding(rows, pays):
     shape = Shape(rows=rows, hidden=4096, neurons=14336, kept=3584, experts=1)
     seconds = roofline.forward_seconds(shape)
     assert (seconds["gathered"] < seconds["dense expert"]) is pays
-    assert triton_backend.backend.gathering_pays([rows], 3584, 14336) is pays
+    assert unstructured.gathering_pays([rows], 3584, 14336) is pays
 
 
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
@@ -164,3 +172,22 @@ def test_model_of_blocks(block):
     forward, backward = roofline.forward_seconds(shape), roofline.backward_seconds(shape)
     assert forward["blocks"] > forward["dense expert"]
     assert (backward["blocks"] < backward["dense expert"]) is (block == 128)
+
+
+def test_printed_table_says_that_it_is_a_model():
+    """Each shape with its routes, in microseconds of the formulas above."""
+    text = roofline.table()
+    assert "model, not measured" in text.splitlines()[0]
+    for name, shape in roofline.SHAPES.items():
+        part = text.split(f"{name}: ")[1].split("\n\n")[0]
+        rows = [line.split() for line in part.splitlines()[2:]]
+        seconds = {"forward": roofline.forward_seconds(shape)}
+        seconds["backward"] = roofline.backward_seconds(shape)
+        for which, *route, microseconds, ratio in rows:
+            times = seconds[which]
+            assert float(microseconds) == pytest.approx(times[" ".join(route)] * 1e6, abs=0.05)
+            want = times[" ".join(route)] / times["dense expert"]
+            assert float(ratio) == pytest.approx(want, abs=0.005)
+        assert ("gathered" in part) is ("decoding" in name)
+        assert ("blocks" in part) is (shape.block > 1)
+        assert ("backward" in part) is ("decoding" not in name)

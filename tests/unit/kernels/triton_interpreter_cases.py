@@ -12,45 +12,33 @@ from __future__ import annotations
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels import grouped_mlp_with_gates
+from megatron_mone.kernels import Selection
 from megatron_mone.kernels.activations import gate_activation
-from megatron_mone.kernels.triton import backend, block_grouped_mlp, masked_grouped_mlp
+from megatron_mone.kernels.triton import (
+    arguments,
+    block_grouped_mlp,
+    masked_grouped_mlp,
+    unstructured,
+)
 from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.block_index import block_index
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.moe.neuron_selection import NeuronSelector
-
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
-BOTH = (torch.float32, torch.bfloat16)
-CASES: dict[str, Callable[[], None]] = {}
-
-
-def case(*arguments, name: str = ""):
-    """Register a function under its name and arguments."""
-
-    def register(function):
-        words = [function.__name__, name, *(str(a).removeprefix("torch.") for a in arguments)]
-        CASES["-".join(word for word in words if word)] = lambda: function(*arguments)
-        return function
-
-    return register
-
-
-def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
-    """Equal shapes, and a relative error of the whole tensor within the type's tolerance."""
-    assert got.shape == want.shape, (got.shape, want.shape)
-    error = (got.double() - want.double()).norm()
-    scale = want.double().norm()
-    assert error <= TOLERANCE[dtype] * scale + 1e-12, f"error {error:.3g} of {scale:.3g}"
-
+from tests.unit.kernels import triton_public_cases  # noqa: F401  (registers its cases)
+from tests.unit.kernels.triton_case_tools import (
+    BOTH,
+    against_reference,
+    case,
+    close,
+    inputs,
+    run_all,
+)
 
 # Selection: exact, so compared bit for bit with the torch selector.
 
@@ -169,53 +157,19 @@ def _wide(index_NS: Tensor, neurons: int) -> Callable[[Tensor], Tensor]:
 # The whole op, against the reference in float64.
 
 
-def inputs(counts: list[int], hidden: int, neurons: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, p, w_gate, w_up, w_down as leaves."""
-    rows, size = sum(counts), (len(counts), neurons, hidden)
-    weights = [torch.randn(size) * hidden**-0.5 for _ in range(3)]
-    tensors = [torch.randn(rows, hidden).to(dtype), torch.rand(rows)]
-    return [t.requires_grad_() for t in (*tensors, *(w.to(dtype) for w in weights))]
-
-
-def against_reference(
-    run, leaves: list[Tensor], counts: list[int], activation: str, through: tuple[str, ...] = ("y",)
-) -> NeuronMask:
-    """Outputs, and all gradients through `through`: y, the gates or both."""
-    dtype = leaves[0].dtype
-    y, mask, gate_K = run(*leaves[:2], counts, *leaves[2:])
-    twins = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    want = grouped_mlp_with_gates(
-        *twins[:2], counts, *twins[2:], choose=mask, activation=activation, backend="reference"
-    )
-    outputs = {"y": (y, want.y_NH), "gate": (gate_K, want.gate_K)}
-    used = [outputs[name] for name in through]
-    d = [torch.randn_like(ours) for ours, _ in used]
-    for ours, right in outputs.values():
-        close(ours, right, dtype)
-    grads = torch.autograd.grad([ours for ours, _ in used], leaves, d, allow_unused=True)
-    wants = torch.autograd.grad(
-        [right for _, right in used], twins, [t.double() for t in d], allow_unused=True
-    )
-    for leaf, grad, right in zip(leaves, grads, wants, strict=True):
-        assert grad is not None
-        assert grad.dtype == leaf.dtype
-        close(grad, torch.zeros_like(leaf) if right is None else right, dtype)
-    return mask
-
-
 @case([3, 4], 24, 40, 10, 1, "silu", torch.float32)
 @case([0, 5, 0, 1], 16, 33, 1, 1, "gelu", torch.float32)
 @case([2, 2], 20, 48, 48, 1, "sigmoid", torch.float32)
 @case([1], 8, 36, 12, 3, "relu", torch.float32)
 @case([0, 0], 8, 12, 4, 1, "silu", torch.float32)
 @case([4, 3], 32, 64, 16, 2, "silu", torch.bfloat16)
-def unstructured(counts, hidden, neurons, kept, groups, activation, dtype) -> None:
+def whole_op(counts, hidden, neurons, kept, groups, activation, dtype) -> None:
     """Values, gradients and mask; saved for backward: nothing of width F but the weights."""
     leaves = inputs(counts, hidden, neurons, dtype)
     saved: list[Tensor] = []
 
     def run(*tensors):
-        return masked_grouped_mlp(*tensors, kept=kept, groups=groups, activation=activation)
+        return masked_grouped_mlp(*tensors, choose=Selection(kept, groups), activation=activation)
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         run(*leaves[:2], counts, *leaves[2:])
@@ -237,7 +191,7 @@ def gradients_of_one_output(through: str) -> None:
     """The other output may go unused."""
     chosen = torch.tensor([[0], [1], [1]])
     ways = (
-        lambda *t: masked_grouped_mlp(*t, kept=8, activation="silu"),
+        lambda *t: masked_grouped_mlp(*t, choose=Selection(8), activation="silu"),
         lambda *t: block_grouped_mlp(*t, blocks_NQ=chosen, block=16, activation="silu"),
     )
     for run in ways:
@@ -248,18 +202,24 @@ def gradients_of_one_output(through: str) -> None:
 @case(torch.float32)
 @case(torch.bfloat16)
 def decoding(dtype: torch.dtype) -> None:
-    """Few rows without gradients take the gathered kernels: the same as the dense route."""
-    counts, kept = [1, 0, 2], 20
+    """Few rows without gradients take the gathered kernels: the same as the dense route, also where
+    gate and up are slices of one parameter, and where the mask is ready."""
+    counts, choose = [1, 0, 2], Selection(20)
     leaves = inputs(counts, 272, 128, dtype)
-    assert backend.gathering_pays(counts, kept, 128)
-    assert not backend.gathering_pays([5], 40, 128)
-    arguments = (*leaves[:2], counts, *leaves[2:])
-    dense, mask, gate_K = masked_grouped_mlp(*arguments, kept=kept, activation="silu")
+    assert unstructured.gathering_pays(counts, 20, 128)
+    assert not unstructured.gathering_pays([5], 40, 128)
+    gate_up = torch.stack([leaf.detach() for leaf in leaves[2:4]], dim=1)
+    operands = (*leaves[:2], counts, gate_up[:, 0], gate_up[:, 1], leaves[4])
+    assert all(arguments.neuron_major(w) is w for w in operands[3:])
+    dense, mask, gate_K = masked_grouped_mlp(*operands, choose=choose, activation="silu")
     with torch.no_grad():
-        y, same, gates = masked_grouped_mlp(*arguments, kept=kept, activation="silu")
+        y, same, gates = masked_grouped_mlp(*operands, choose=choose, activation="silu")
+        again, _, sampled_K = masked_grouped_mlp(*operands, choose=mask, activation="silu")
     assert same == mask
     assert torch.equal(gates, gate_K)
     close(y, dense, dtype)
+    close(again, dense, dtype)
+    close(sampled_K, gate_K, dtype)
 
 
 @case(1, 5, 7, 300)
@@ -288,7 +248,7 @@ def gathered_products(rows: int, kept: int, neurons: int, hidden: int) -> None:
 @case([1, 2], 16, 128, 1, 128, "sigmoid", torch.float32)
 @case([0, 0], 16, 32, 1, 16, "silu", torch.float32)
 @case([5, 4], 32, 64, 2, 16, "silu", torch.bfloat16)
-def blocks(counts, hidden, neurons, slots, block, activation, dtype) -> None:
+def whole_op_blocks(counts, hidden, neurons, slots, block, activation, dtype) -> None:
     """Values and gradients against the reference under the mask that the blocks make."""
     chosen = torch.rand(sum(counts), neurons // block).argsort(1)[:, :slots].sort(1).values
     leaves = inputs(counts, hidden, neurons, dtype)
@@ -318,44 +278,6 @@ def block_index_covers_each_pair_once() -> None:
             assert segment == int(expert_N[row]) * 4 + int(chosen[row, slot])
         seen += pairs
     assert sorted(seen) == list(range(100))
-
-
-@case()
-def wrong_arguments() -> None:
-    """A mistake is an error that names the argument."""
-    x, p, *w = inputs([2, 3], 8, 32, torch.float32)
-    plain = dict(counts=[2, 3], kept=4, activation="silu")
-    blocky = dict(counts=[2, 3], blocks_NQ=torch.zeros(5, 1), block=16, activation="silu")
-    wrong: list[tuple[str, Callable, list[Tensor], dict]] = [
-        ("activation = 'softmax'", masked_grouped_mlp, [x, p, *w], {"activation": "softmax"}),
-        ("kept = 0", masked_grouped_mlp, [x, p, *w], {"kept": 0}),
-        ("kept = 33", masked_grouped_mlp, [x, p, *w], {"kept": 33}),
-        ("in 3 groups", masked_grouped_mlp, [x, p, *w], {"groups": 3}),
-        ("x is torch.float64", masked_grouped_mlp, [x.double(), p, *w], {}),
-        ("w_up is", masked_grouped_mlp, [x, p, w[0], w[1][:, :9], w[2]], {}),
-        ("probs is", masked_grouped_mlp, [x, p[:4], *w], {}),
-        ("counts = [2, 2]", masked_grouped_mlp, [x, p, *w], {"counts": [2, 2]}),
-        ("block = 8", block_grouped_mlp, [x, p, *w], {"block": 8}),
-        ("shape (5,)", block_grouped_mlp, [x, p, *w], {"blocks_NQ": torch.zeros(5)}),
-    ]
-    for part, call, tensors, changes in wrong:
-        rest = {**(plain if call is masked_grouped_mlp else blocky), **changes}
-        with pytest.raises(ValueError) as caught:
-            call(*tensors[:2], rest.pop("counts"), *tensors[2:], **rest)
-        assert part in str(caught.value)
-
-
-def run_all() -> dict[str, str]:
-    """{case: "" or its traceback}."""
-    results = {}
-    for name, run in CASES.items():
-        torch.manual_seed(len(results))
-        try:
-            run()
-            results[name] = ""
-        except Exception:
-            results[name] = traceback.format_exc()
-    return results
 
 
 if __name__ == "__main__":

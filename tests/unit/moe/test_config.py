@@ -1,8 +1,17 @@
 """Wrong mone_* values are one-line ValueErrors naming field, value and what is allowed."""
 
 import pytest
+import torch
 
-from megatron_mone.config import layer_pattern, neurons_per_token, selection_bounds
+from megatron_mone.config import (
+    backend_of,
+    check_packages,
+    layer_pattern,
+    neurons_per_token,
+    selection_bounds,
+)
+from megatron_mone.kernels import BACKENDS
+from megatron_mone.kernels.registry import Backend
 from tests.conftest import mone_config
 
 WRONG = [
@@ -78,6 +87,38 @@ def test_threshold_bounds_default_to_groups_and_kept():
 def test_layer_pattern(moe, mone, pattern):
     config = mone_config(num_layers=4, moe_layer_freq=moe, mone_layer_freq=mone)
     assert layer_pattern(config) == pattern
+
+
+@pytest.mark.parametrize(
+    ("changes", "by_rule"),
+    [
+        ({}, False),
+        ({"mone_selection": "threshold"}, True),
+        ({"mone_ng_loss_type": "bias"}, True),
+        ({"expert_tensor_parallel_size": 2}, True),
+        ({"expert_tensor_parallel_size": 2, "mone_neuron_groups": 2}, False),
+        ({"expert_tensor_parallel_size": 2, "mone_neuron_groups": 3}, True),
+    ],
+)
+def test_a_backend_is_told_the_model(monkeypatch, changes, by_rule):
+    """Activation, type, loss, rule and block decide what can run, before any batch."""
+    asked = []
+    probe = Backend("triton", why_not=asked.append, run=lambda: None)
+    monkeypatch.setitem(BACKENDS, "triton", probe)
+    config = mone_config(mone_backend="triton", **changes)
+    assert backend_of(config) == "triton"
+    assert asked[0].by_rule is by_rule
+    blocks = mone_config(mone_backend="triton", mone_neuron_block=2, mone_activation="gelu")
+    backend_of(blocks)
+    assert (asked[1].block, asked[1].activation, asked[1].dtype) == (2, "gelu", torch.float32)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
+@pytest.mark.parametrize("name", ["triton", "te"])
+def test_a_backend_that_cannot_run_stops_before_anything_starts(name):
+    with pytest.raises(ValueError, match=f"backend = '{name}' cannot run here: "):
+        check_packages(mone_config(mone_backend=name))
+    check_packages(mone_config(mone_backend="reference"))
 
 
 def test_fields_come_from_the_environment_file(tmp_path, monkeypatch):

@@ -1,0 +1,184 @@
+"""Transformer Engine's grouped GEMM on neuron-major weights, in bf16, fp32 or under an fp8 recipe.
+
+`general_grouped_gemm(A, B, out, layout)` is what TE's own GroupedLinear calls; read in 2.10, 2.14
+and 2.20. For a linear with weight W [out, in] it uses
+    TN   y = x W^T     (W, x)      NN   dx = dy W     (W, dy)      NT   dW = dy^T x     (x, dy)
+and W_gate, W_up, W_down are all [F, H], so down is the NN product and needs no transposed copy.
+TE's module is not used: it owns its weights, wants down as [H, F], and saves h at full width.
+
+fp8: rows and weights are quantized as the active recipe says, afresh in each product, by quantizers
+without a state: an operand of two products (x, h, dy) is quantized for each, which costs time and
+saves the memory. Delayed scaling keeps a history of maxima, which no checkpoint of ours has: it is
+refused. Rows must be multiples of `alignment` (see PaddedLinears).
+Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kind = Literal["rows", "weight", "gradient"]
+
+
+@cache
+def available() -> tuple[bool, str]:
+    """Whether Transformer Engine runs here, and the reason when it does not."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+        import transformer_engine_torch  # noqa: F401
+    except (ImportError, OSError):  # the meta package alone, or its library cannot be loaded
+        return False, (
+            "the transformer_engine package is missing: pip install 'megatron-mone[te]' on a CUDA "
+            "machine"
+        )
+    if not torch.cuda.is_available():
+        return False, "transformer_engine needs a CUDA device"
+    return True, ""
+
+
+def active_recipe() -> Any:
+    """The recipe of the fp8 autocast that this call is inside, or None."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    enabled = FP8GlobalStateManager.is_fp8_enabled()
+    return FP8GlobalStateManager.get_fp8_recipe() if enabled else None
+
+
+def why_not_recipe(recipe: Any) -> str | None:
+    """The reason that a recipe cannot be used, or None."""
+    if recipe is None or recipe.mxfp8():
+        return None
+    if recipe.float8_current_scaling() or recipe.float8_block_scaling():
+        return None
+    return (
+        f"the fp8 recipe {type(recipe).__name__}: use current scaling (tensorwise), block scaling "
+        "(blockwise) or mxfp8"
+    )
+
+
+def alignment(recipe: Any) -> int:
+    """Rows of an expert, F and H must be multiples of this, as Megatron's get_fp8_align_size."""
+    if recipe is None:
+        return 1
+    return 32 if recipe.mxfp8() else 16
+
+
+class TransformerEngineLinears:
+    """See GroupedLinears. `recipe` is the fp8 recipe, or None for the operands' own dtype."""
+
+    def __init__(self, recipe: Any) -> None:
+        self.recipe = recipe
+
+    def rows_by_neurons(
+        self,
+        x_NH: Tensor,
+        w_EFH: Tensor,
+        counts: list[int],
+        out_NF: Tensor | None = None,
+        *,
+        gradient: bool = False,
+    ) -> Tensor:
+        """[N, F] x W^T."""
+        if out_NF is None:
+            out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
+        if x_NH.shape[0]:
+            rows = self._rows(x_NH, counts, "gradient" if gradient else "rows")
+            _gemm(self._weights(w_EFH), rows, [out_NF], "TN", counts, single_output=True)
+        return out_NF
+
+    def rows_by_hidden(
+        self, counts: list[int], *products: tuple[Tensor, Tensor], gradient: bool = False
+    ) -> Tensor:
+        """[N, H] sum of v W."""
+        first_NF, first_EFH = products[0]
+        y_NH = first_NF.new_empty((first_NF.shape[0], first_EFH.shape[2]))
+        for order, (v_NF, w_EFH) in enumerate(products if y_NH.shape[0] else ()):
+            rows = self._rows(v_NF, counts, "gradient" if gradient else "rows")
+            weights = self._weights(w_EFH, columnwise=True)
+            _gemm(weights, rows, [y_NH], "NN", counts, single_output=True, accumulate=order > 0)
+        return y_NH
+
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, counts: list[int], *, gradient: Literal["v", "x"]
+    ) -> Tensor:
+        """[E, F, H] v^T x."""
+        shape = (len(counts), v_NF.shape[1], x_NH.shape[1])
+        if not x_NH.shape[0]:
+            return x_NH.new_zeros(shape)
+        dw_EFH = x_NH.new_empty(shape)
+        kinds: tuple[Kind, Kind] = ("gradient", "rows") if gradient == "v" else ("rows", "gradient")
+        v = self._rows(v_NF, counts, kinds[0], columnwise=True)
+        x = self._rows(x_NH, counts, kinds[1], columnwise=True)
+        _gemm(x, v, list(dw_EFH.unbind()), "NT", counts)
+        return dw_EFH
+
+    def _rows(
+        self, rows: Tensor, counts: list[int], kind: Kind, columnwise: bool = False
+    ) -> list[Any]:
+        """The rows of each expert, quantized under a recipe; `columnwise` for sums over rows."""
+        if self.recipe is None:
+            return list(rows.split(counts))
+        import transformer_engine_torch as tex
+
+        self._check(rows)
+        quantizers = self._quantizers(len(counts), kind, columnwise)
+        return tex.split_quantize(rows.contiguous(), counts, quantizers)
+
+    def _weights(self, w_EFH: Tensor, columnwise: bool = False) -> list[Any]:
+        """Each expert's [F, H], quantized under a recipe; `columnwise` for sums over neurons."""
+        if self.recipe is None:
+            return list(w_EFH.unbind())
+        self._check(w_EFH)
+        quantizers = self._quantizers(w_EFH.shape[0], "weight", columnwise)
+        return [quantize(w) for quantize, w in zip(quantizers, w_EFH.unbind(), strict=True)]
+
+    def _quantizers(self, number: int, kind: Kind, columnwise: bool) -> list[Any]:
+        """One for each expert. A recipe's forward slots are input, weight and output in turn, its
+        backward ones gradients of output and input."""
+        from transformer_engine.pytorch.quantization import RecipeState
+
+        mode, slots, slot = {
+            "rows": ("forward", 3, 0),
+            "weight": ("forward", 3, 1),
+            "gradient": ("backward", 2, 0),
+        }[kind]
+        state = RecipeState.create(self.recipe, mode=mode, num_quantizers=slots * number)
+        quantizers = state.make_quantizers()[slot::slots]
+        for quantizer in quantizers:
+            quantizer.set_usage(rowwise=True, columnwise=columnwise)
+        return quantizers
+
+    def _check(self, operand: Tensor) -> None:
+        """F and H: quantized blocks run along them.
+
+        Raises:
+            ValueError: names the multiple.
+        """
+        multiple = alignment(self.recipe)
+        if any(size % multiple for size in operand.shape[1:]):
+            raise ValueError(
+                f"neurons and hidden size must be multiples of {multiple} for this fp8 recipe: an "
+                f"operand has shape {tuple(operand.shape)}"
+            )
+
+
+def _gemm(
+    left: list[Any], right: list[Any], out: list[Tensor], layout: str, counts: list[int],
+    single_output: bool = False, accumulate: bool = False,
+) -> None:  # fmt: skip
+    """TE's grouped GEMM; experts without rows give zero weight gradients."""
+    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+
+    rest: dict[str, Any] = {}
+    if "quantization_params" in inspect.signature(general_grouped_gemm).parameters:
+        rest["quantization_params"] = [None] * len(left)  # of the output; not there in 2.10
+    general_grouped_gemm(
+        left, right, out, out_dtype=out[0].dtype, layout=layout, m_splits=counts,
+        single_output=single_output, accumulate=accumulate,
+        use_split_accumulator=True, **rest,  # fp8 sums in float32 in every pass
+    )  # fmt: skip
