@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | clean. Each does all set-up first (tools/bootstrap.sh).
-# Options: STEPS=20 make demo (a two-minute check), PYTHON=/path/to/python3.12.
+# Options: STEPS=20 make demo (a two-minute check), GRID=full make bench (hours), PYTHON=/path/to/python3.12.
 .PHONY: demo test lint bench clean setup
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
@@ -18,7 +18,7 @@ lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 bench: setup
-	@$(PY) -m tools.bench_experts
+	@PYTHONPATH=$(CURDIR):$$(sh tools/bench_peers.sh) $(PY) -m tools.bench_experts --grid $(or $(GRID),quick)
 
 clean:
 	rm -rf out build .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -52,6 +52,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.10"],
         "deepspeed": ["deepspeed>=0.19"],
+        "bench": ["deepspeed>=0.19"],
         "hf": ["transformers>=5", "safetensors"],
         "eval": ["lm-eval>=0.4.13"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],

@@ -103,31 +103,38 @@ def table_of(results: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: they are not a benchmark's, or none of our backends ran.
     """
-    cells = []
     try:
-        for cell in results["cells"]:
-            config = cell["config"]
-            ms = {
-                r["name"].removeprefix(PREFIX): r["forward_backward_ms"]
-                for r in cell["results"]
-                if r["name"].startswith(PREFIX) and r["available"] and r["name"] != f"{PREFIX}auto"
-            }
-            if config["routing"] == "balanced" and ms:
-                cells.append({
-                    "machine": machine_class("cpu"),
-                    "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config["dtype"]],
-                    "rows_per_expert": config["tokens"] / config["experts"],
-                    "kept_share": config["ratio"],
-                    "block": config["neuron_block"],
-                    "hidden": config["hidden"],
-                    "neurons": config["neurons"],
-                    "ms": ms,
-                })  # fmt: skip
+        cells = [
+            table_cell(cell["config"], ratio, cell["results"])
+            for cell in results["cells"]
+            if cell["config"]["routing"] == "balanced"
+            for ratio in cell["config"]["ratios"]
+        ]
     except (KeyError, TypeError) as error:
         raise ValueError(f"these are not a benchmark's results: {error!r}") from error
+    cells = [cell for cell in cells if cell["ms"]]
     if not cells:
         raise ValueError("no backend of ours was measured with balanced routing in these results")
     return {"cells": cells}
+
+
+def table_cell(config: dict[str, Any], ratio: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One cell: what was measured of our backends at one shape and ratio."""
+    ours = [
+        row for row in rows
+        if row["ratio"] == ratio and row["name"].startswith(PREFIX)
+        and row["available"] and row["agrees"] and "same_as" not in row
+    ]  # fmt: skip
+    return {
+        "machine": machine_class("cuda" if torch.cuda.is_available() else "cpu"),
+        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config["dtype"]],
+        "rows_per_expert": config["tokens"] / config["experts"],
+        "kept_share": ratio,
+        "block": config["neuron_block"],
+        "hidden": config["hidden"],
+        "neurons": config["neurons"],
+        "ms": {row["name"].removeprefix(PREFIX): row["forward_backward_ms"] for row in ours},
+    }
 
 
 def main() -> None:

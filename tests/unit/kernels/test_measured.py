@@ -92,13 +92,18 @@ def test_the_choice_can_be_asked_for():
 
 
 def results(**changes):
-    config = dict(tokens=4096, experts=8, hidden=64, neurons=128, ratio=0.25, dtype="fp32",
+    config = dict(tokens=4096, experts=8, hidden=64, neurons=128, ratios=[0.25, 1.0], dtype="fp32",
                   routing="balanced", neuron_block=1)  # fmt: skip
-    entries = [("mone-cpu", True, 4.0), ("mone-reference", True, 9.0), ("mone-auto", True, 4.1),
-               ("mone-triton", False, None), ("torch-grouped-mm", True, 8.0)]  # fmt: skip
+    entries = [("mone-cpu", 0.25, 4.0), ("mone-reference", 0.25, 9.0), ("mone-auto", 0.25, 4.0),
+               ("mone-cpu", 1.0, 9.5), ("mone-reference", 1.0, 9.1), ("mone-triton", 1.0, None),
+               ("torch-grouped-mm", None, 8.0)]  # fmt: skip
     return {"cells": [{
         "config": {**config, **changes},
-        "results": [dict(name=n, available=a, forward_backward_ms=ms) for n, a, ms in entries],
+        "results": [
+            dict(name=n, ratio=r, available=ms is not None, agrees=True, forward_backward_ms=ms)
+            | ({"same_as": "mone-cpu"} if n == "mone-auto" else {})
+            for n, r, ms in entries
+        ],
     }]}  # fmt: skip
 
 
@@ -107,8 +112,9 @@ def test_a_benchmark_becomes_a_table(tmp_path):
     command = [sys.executable, "-m", "megatron_mone.kernels.measured",
                str(tmp_path / "results.json"), "--out", str(tmp_path / "table.json")]  # fmt: skip
     subprocess.run(command, check=True)
-    (cell,) = json.loads((tmp_path / "table.json").read_text())["cells"]
+    cell, keep_all = json.loads((tmp_path / "table.json").read_text())["cells"]
     assert cell["ms"] == {"cpu": 4.0, "reference": 9.0}
+    assert keep_all["ms"] == {"cpu": 9.5, "reference": 9.1}
     assert (cell["machine"], cell["dtype"]) == (MACHINE, "float32")
     assert (cell["rows_per_expert"], cell["kept_share"], cell["block"]) == (512, 0.25, 1)
 

@@ -1,0 +1,26 @@
+"""The implementations that race, one adapter each."""
+
+from __future__ import annotations
+
+from megatron_mone.benchmarking.adapters.base import Adapter
+from megatron_mone.benchmarking.adapters.cuda_peers import CUDA_PEERS
+from megatron_mone.benchmarking.adapters.deepspeed_experts import DeepSpeedExperts
+from megatron_mone.benchmarking.adapters.megatron_sequential import MegatronSequential
+from megatron_mone.benchmarking.adapters.mone import MoNE
+from megatron_mone.benchmarking.adapters.torch_experts import TorchGroupedMM, TorchLoop
+from megatron_mone.benchmarking.adapters.transformers_moe import TransformersGroupedMM
+from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.kernels import BACKENDS
+
+
+def all_adapters(cell: Cell) -> list[Adapter]:
+    """Dense peers, then every MoNE backend at every ratio of the cell."""
+    dense: list[Adapter] = [
+        MegatronSequential(),
+        TorchGroupedMM(),
+        TorchLoop(),
+        TransformersGroupedMM(),
+        DeepSpeedExperts(),
+        *(peer() for peer in CUDA_PEERS),
+    ]
+    return dense + [MoNE(name, ratio) for ratio in cell.ratios for name in BACKENDS]

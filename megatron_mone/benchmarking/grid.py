@@ -1,0 +1,156 @@
+"""Many cells: which ones, each kept as a file when it is done, so that a run can go on.
+
+OUT/cells/KEY.json holds one cell; KEY is a digest of the cell and of all that its numbers depend on
+(environment.fingerprint), so that another machine, thread count, version or kernel measures anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_mone.benchmarking import environment
+from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.benchmarking.race import run_cell, with_ratios
+from megatron_mone.benchmarking.roofline import PHASES, Peaks, limit_ms, measure_peaks
+from megatron_mone.files import write_json
+
+RATIOS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
+DEMO_SHAPE = (512, 1408, 8)
+SHAPES = (  # (H, F, E)
+    DEMO_SHAPE,
+    (2048, 1024, 64),  # OLMoE-1B-7B
+    (2048, 768, 128),  # Qwen3-30B-A3B
+    (2048, 1408, 64),  # DeepSeek-V2-Lite
+    (2560, 1280, 64),  # SonicMoE's published shape
+)
+TOKENS = (8, 32, 128, 512, 2048, 4096, 8192, 16384)
+OnCell = Callable[[int, Cell, str], None]
+"""(cells done, the cell, "measured", "kept" or a reason why it was left out)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How cells are timed.
+
+    Attributes:
+        seconds: for the repeats of a cell.
+        repeats: least number.
+        threads: of torch.
+    """
+
+    seconds: float
+    repeats: int
+    threads: int
+
+
+def quick_grid(neuron_block: int) -> list[Cell]:
+    """A few minutes on two cores: one shape, three sizes, one skewed size; bf16 without the
+    largest, which takes minutes by itself on a processor without bf16 units."""
+    cells = [_cell(n, DEMO_SHAPE, "fp32") for n in (64, 512, 4096)]
+    cells += [_cell(n, DEMO_SHAPE, "bf16") for n in (64, 512)]
+    cells.append(_cell(4096, DEMO_SHAPE, "fp32", "skewed"))
+    return [replace(cell, neuron_block=neuron_block) for cell in cells]
+
+
+def full_grid(neuron_block: int) -> list[Cell]:
+    """Every shape, size, dtype and routing, smallest weights first."""
+    return [
+        replace(_cell(n, shape, dtype, routing), neuron_block=neuron_block)
+        for shape in SHAPES
+        for dtype in ("fp32", "bf16")
+        for routing in ("balanced", "skewed")
+        for n in TOKENS
+    ]
+
+
+GRIDS = {"quick": quick_grid, "full": full_grid}
+
+
+def _cell(tokens: int, shape: tuple[int, int, int], dtype: str, routing: str = "balanced") -> Cell:
+    return Cell(tokens, *shape, RATIOS, dtype, routing)
+
+
+def run_grid(
+    cells: list[Cell], out: Path, settings: Settings, on_cell: OnCell = lambda *_: None
+) -> dict[str, Any]:
+    """Measure the cells that OUT does not hold yet; the content of results.json.
+
+    A cell that would not fit into free memory is left out with that reason.
+    """
+    device = environment.device()
+    store = Store(out, settings)
+    peaks = store.peaks(device)
+    measured, skipped = [], []
+    for done, cell in enumerate(cells, start=1):
+        rows, state = store.load(cell), "kept"
+        if rows is None:
+            needed, free = cell.bytes_needed(), environment.free_bytes()
+            if needed > free:
+                state = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+                skipped.append({"config": cell.as_dict(), "reason": state})
+            else:
+                rows, state = (
+                    run_cell(cell, device, seconds=settings.seconds, repeats=settings.repeats),
+                    "measured",
+                )
+                store.save(cell, rows)
+                gc.collect()
+        if rows is not None:
+            measured.append({
+                "config": cell.as_dict(), "rows_of_experts": cell.counts,
+                "results": with_limits(with_ratios(rows), cell, peaks),
+            })  # fmt: skip
+        on_cell(done, cell, state)
+    return {"settings": asdict(settings), "machine": environment.describe(),
+            "peaks": asdict(peaks), "cells": measured, "skipped": skipped}  # fmt: skip
+
+
+def with_limits(rows: list[dict[str, Any]], cell: Cell, peaks: Peaks) -> list[dict[str, Any]]:
+    """The rows with `limit_PHASE_ms`, the least time that the measured peaks allow."""
+    for row in rows:
+        for phase in PHASES:
+            row[f"limit_{phase}_ms"] = limit_ms(cell, row["ratio"], phase, peaks)
+    return rows
+
+
+class Store:
+    """Finished cells and the peaks, as files that are whole or absent."""
+
+    def __init__(self, out: Path, settings: Settings) -> None:
+        self.folder = out / "cells"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.fingerprint = environment.fingerprint(asdict(settings))
+
+    def path(self, cell: Cell) -> Path:
+        """Where a cell's rows are kept."""
+        text = json.dumps([self.fingerprint, cell.as_dict()], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def load(self, cell: Cell) -> list[dict[str, Any]] | None:
+        """The kept rows; None if there are none."""
+        try:
+            return json.loads(self.path(cell).read_text(encoding="utf-8"))["results"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def save(self, cell: Cell, rows: list[dict[str, Any]]) -> None:
+        """Keep a cell's rows."""
+        write_json(self.path(cell), {"config": cell.as_dict(), "results": rows})
+
+    def peaks(self, device: torch.device) -> Peaks:
+        """The machine's peaks, measured once for all its cells."""
+        path = self.folder / f"peaks-{self.fingerprint}.json"
+        try:
+            return Peaks(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            peaks = measure_peaks(device)
+            write_json(path, asdict(peaks))
+            return peaks

@@ -1,0 +1,223 @@
+"""The race in four pictures, drawn from the content of results.json."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_mone.benchmarking.summary import AUTO, Point, fraction, label
+
+# Okabe and Ito's colours: r from all neurons to few.
+RATIO_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
+FORWARD, BOTH, ROOF = "#0072B2", "#D55E00", "#444444"
+SETTINGS = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "megatron-mone",
+}
+Drawing = Callable[[dict[str, Any], list[Point]], Figure | None]
+
+
+def ratio_against_rows(results: dict[str, Any], found: list[Point]) -> Figure | None:
+    """Time over the fastest dense peer's against N, a line for each r, a panel a dtype."""
+    found = _of_main_shape(found)
+    dtypes = _dtypes(found)
+    if len({point.config["tokens"] for point in found}) < 2:
+        return None
+    with plt.rc_context(SETTINGS):
+        figure, panels = _panels(dtypes)
+        for panel, dtype in zip(panels, dtypes, strict=True):
+            mine = [point for point in found if point.config["dtype"] == dtype]
+            ratios = sorted({point.ratio for point in mine}, reverse=True)
+            for colour, ratio in zip(RATIO_COLOURS, ratios, strict=False):
+                line = sorted(
+                    (p.config["tokens"], p.forward_backward, p.limit) for p in mine
+                    if p.ratio == ratio
+                )  # fmt: skip
+                rows, times, limits = zip(*line, strict=True)
+                panel.plot(rows, times, color=colour, marker="o", markersize=4,
+                           label=f"r = {fraction(ratio)}")  # fmt: skip
+                panel.plot(rows, limits, color=colour, linewidth=1, linestyle=":")
+            _even(panel)
+            panel.set_xscale("log", base=2)
+            panel.set(title=f"{dtype}, {_shape(mine)}", xlabel="N, routed rows")
+        panels[0].set_ylabel("forward + backward time / fastest dense")
+        panels[0].plot([], [], color=ROOF, linewidth=1, linestyle=":", label="by roofline")
+        _legend(figure, panels[0])
+    return figure
+
+
+def ratio_against_share(results: dict[str, Any], found: list[Point]) -> Figure | None:
+    """Time over the fastest dense peer's against r at the largest N, with the roofline's."""
+    found = _largest(found)
+    dtypes = _dtypes(found)
+    if not found:
+        return None
+    with plt.rc_context(SETTINGS):
+        figure, panels = _panels(dtypes)
+        for panel, dtype in zip(panels, dtypes, strict=True):
+            mine = sorted((p for p in found if p.config["dtype"] == dtype), key=lambda p: p.ratio)
+            shares = [point.ratio for point in mine]
+            for name, colour, values in (
+                ("forward", FORWARD, [point.forward for point in mine]),
+                ("forward + backward", BOTH, [point.forward_backward for point in mine]),
+            ):
+                panel.plot(shares, values, color=colour, marker="o", markersize=4, label=name)
+            panel.plot(shares, [point.limit for point in mine], color=ROOF, linestyle=":",
+                       label="forward + backward by roofline")  # fmt: skip
+            _even(panel)
+            _ratio_axis(panel, shares)
+            panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
+        panels[0].set_ylabel("time / fastest dense")
+        _legend(figure, panels[0])
+    return figure
+
+
+def time_and_roofline(results: dict[str, Any], found: list[Point]) -> Figure | None:
+    """Bars of forward + backward time at the largest N, each with its roofline."""
+    found = _largest(found)
+    dtypes = _dtypes(found)
+    cells = {point.config["dtype"]: point.config for point in found}
+    if not found:
+        return None
+    with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 8}):
+        figure, panels = _panels(dtypes, height=4.6, share=False)
+        for panel, dtype in zip(panels, dtypes, strict=True):
+            cell = next(c for c in results["cells"] if c["config"] == cells[dtype])
+            rows = [r for r in cell["results"] if r["agrees"] and r["name"] != AUTO]
+            names = [
+                row["name"] if row["dense"] else f"{row['name']}, r = {fraction(row['ratio'])}"
+                for row in rows
+            ]
+            times = [row["forward_backward_ms"] for row in rows]
+            colours = ["#999999" if row["dense"] else BOTH for row in rows]
+            panel.barh(names, times, color=colours, xerr=_spread(rows),
+                       error_kw={"ecolor": ROOF, "linewidth": 1})  # fmt: skip
+            limits = [row["limit_forward_backward_ms"] for row in rows]
+            panel.plot(limits, names, linestyle="", marker="|", markersize=9, color="black",
+                       label="roofline of this machine")  # fmt: skip
+            panel.invert_yaxis()
+            panel.set_title(f"{dtype}, N {cell['config']['tokens']}", fontsize=9)
+            panel.set_xlabel("forward + backward (ms), median, 10th to 90th percentile")
+        _legend(figure, panels[0])
+    return figure
+
+
+def memory_against_share(results: dict[str, Any], found: list[Point]) -> Figure | None:
+    """Bytes kept for the backward against r at the largest N, MoNE's and the dense peers'."""
+    found = _largest(found)
+    dtypes = _dtypes(found)
+    if not found:
+        return None
+    with plt.rc_context(SETTINGS):
+        figure, panels = _panels(dtypes)
+        for panel, dtype in zip(panels, dtypes, strict=True):
+            mine = sorted((p for p in found if p.config["dtype"] == dtype), key=lambda p: p.ratio)
+            shares = [point.ratio for point in mine]
+            cell = next(c for c in results["cells"] if c["config"] == mine[0].config)
+            panel.plot(shares, [p.mone["saved_bytes"] / 2**20 for p in mine], color=BOTH,
+                       marker="o", markersize=4, label="MoNE")  # fmt: skip
+            dense = [r["saved_bytes"] / 2**20 for r in cell["results"]
+                     if r["dense"] and r["agrees"]]  # fmt: skip
+            panel.axhspan(min(dense), max(dense), color="#999999", alpha=0.3, label="dense peers")
+            panel.axhline(min(dense), color="#999999")
+            _ratio_axis(panel, shares)
+            panel.set_ylim(bottom=0)
+            panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
+        panels[0].set_ylabel("kept for the backward (MiB)")
+        _legend(figure, panels[0])
+    return figure
+
+
+PLOTS: tuple[tuple[str, Drawing, str], ...] = (
+    ("ratio_against_rows", ratio_against_rows,
+     "Forward + backward of the fastest MoNE backend over the fastest dense peer, against the "
+     "number of routed rows; dotted: what the roofline allows."),
+    ("ratio_against_share", ratio_against_share,
+     "The same against the share of neurons kept, at the largest number of rows."),
+    ("time_and_roofline", time_and_roofline,
+     "Time of every implementation, and the least that the measured peaks allow."),
+    ("memory_against_share", memory_against_share,
+     "Memory kept for the backward beside inputs and weights, against the share of neurons kept."),
+)  # fmt: skip
+
+
+def _spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Lengths of the error bars below and above the medians."""
+    middle = [row["forward_backward_ms"] for row in rows]
+    low = [row["forward_backward_ms_p10"] for row in rows]
+    high = [row["forward_backward_ms_p90"] for row in rows]
+    return [
+        [m - value for m, value in zip(middle, low, strict=True)],
+        [value - m for m, value in zip(middle, high, strict=True)],
+    ]
+
+
+def _of_main_shape(found: Sequence[Point]) -> list[Point]:
+    """Balanced points of the shape that has most of them."""
+    balanced = [point for point in found if point.config["routing"] == "balanced"] or list(found)
+    if not balanced:
+        return []
+    main = Counter(_key(point) for point in balanced).most_common(1)[0][0]
+    return [point for point in balanced if _key(point) == main]
+
+
+def _largest(found: Sequence[Point]) -> list[Point]:
+    """Points of the main shape at the largest N of each dtype."""
+    main = _of_main_shape(found)
+    most = {
+        dtype: max(p.config["tokens"] for p in main if p.config["dtype"] == dtype)
+        for dtype in _dtypes(main)
+    }
+    return [point for point in main if point.config["tokens"] == most[point.config["dtype"]]]
+
+
+def _key(point: Point) -> tuple[int, int, int, str]:
+    config = point.config
+    return config["hidden"], config["neurons"], config["experts"], config["routing"]
+
+
+def _dtypes(found: Sequence[Point]) -> list[str]:
+    return sorted({point.config["dtype"] for point in found}, reverse=True)
+
+
+def _shape(found: Sequence[Point]) -> str:
+    """H, F and E, without the rest of the label."""
+    return ", ".join(label(found[0].config).split(", ")[1:4])
+
+
+def _panels(
+    names: Sequence[str], height: float = 3.9, share: bool = True
+) -> tuple[Figure, list[Axes]]:
+    figure, panels = plt.subplots(1, len(names), figsize=(9, height), sharey=share, squeeze=False)
+    return figure, list(panels[0])
+
+
+def _even(axes: Axes) -> None:
+    axes.axhline(1.0, color=ROOF, linewidth=1)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
+def _ratio_axis(axes: Axes, shares: Sequence[float]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(list(shares), [fraction(share) for share in shares])
+    axes.set_xlabel("r, share of neurons kept")
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=min(6, len(labels)), frameon=False)

@@ -1,0 +1,173 @@
+"""The report of a grid: report.md, plots, and one page that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_mone.benchmarking import plots
+from megatron_mone.benchmarking.summary import (
+    AUTO,
+    Point,
+    Row,
+    fraction,
+    label,
+    points,
+    where_mone_wins,
+)
+from megatron_mone.reporting.html import Page
+from megatron_mone.reporting.plots import save
+from megatron_mone.reporting.results import write_atomically
+
+TITLE = "What choosing neurons costs next to dense MoE experts"
+METHOD = (
+    "Everybody gets the same weights, rows, probabilities and incoming gradient; layouts are "
+    "arranged before the clock starts. Repeats are interleaved in rotating order after one "
+    "warm-up; times are medians in ms with the 10th and 90th percentile.",
+    "forward runs without a graph; forward + backward asks everybody for the gradients of the "
+    "rows, the probabilities and all weights.",
+    "Before it is timed every dense peer is compared with the reference that keeps all neurons, "
+    "and every MoNE backend with the reference on the neurons it chose (outputs, gradients of rows "
+    "and probabilities). One that disagrees is not the best dense peer.",
+    "ratio is the median over the fastest dense peer's in the same run. kept is what autograd "
+    "holds for the backward beside inputs and weights; peak what torch's allocator handed out at "
+    "most, gradients included, without the work space that BLAS and oneDNN take themselves.",
+    "The roofline is the larger of operations over the measured peak and bytes over the measured "
+    "copy bandwidth, for the algorithm (MoNE's entries: for choosing before computing).",
+)
+TABLE = ("implementation", "r", "forward", "p10 .. p90", "ratio", "forward + backward",
+         "p10 .. p90", "ratio", "roofline", "kept MB", "peak MB", "error", "n")  # fmt: skip
+WINS = ("cell", "r", "backend", "fastest dense", "forward", "forward + backward",
+        "by roofline", "kept")  # fmt: skip
+
+
+def write_report(out: Path, results: dict[str, Any]) -> Path:
+    """Write report.md, report.html and the plots beside results.json; returns report.html."""
+    found = points(results)
+    figures = []
+    for name, draw, caption in plots.PLOTS:
+        figure = draw(results, found)
+        if figure is not None:
+            figures.append((name, caption, save(figure, out / name)))
+    write_atomically(out / "report.md", markdown(results, [f[:2] for f in figures]).encode())
+    page = Page(TITLE)
+    fill_page(page, results, figures)
+    write_atomically(out / "report.html", page.render().encode())
+    return out / "report.html"
+
+
+def markdown(results: dict[str, Any], figures: list[tuple[str, str]]) -> str:
+    """The text of report.md."""
+    found = points(results)
+    lines = [f"# {TITLE}", "", "Made by this command:", "", f"    {results['command']}", ""]
+    lines += [f"- {name}: {value}" for name, value in _machine(results)]
+    lines += ["", "## Where MoNE wins", ""]
+    lines += [f"- {text}" for text in where_mone_wins(found)]
+    lines += [f"- {text}" for text in _doubts(results)]
+    lines += ["", "MoNE over the best dense peer; below 1 MoNE is better.", ""]
+    lines += _table(WINS, [_win(point) for point in found], text_columns=4)
+    for name, caption in figures:
+        lines += ["", f"![{caption}]({name}.png)", "", caption]
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {text}" for text in METHOD]
+    lines += ["", "## Every cell", ""]
+    for cell in results["cells"]:
+        lines += [f"### {label(cell['config'])}", "", *cell_table(cell["results"]), ""]
+    if results["skipped"]:
+        lines += ["## Left out", ""]
+        lines += [f"- {label(c['config'])}: {c['reason']}" for c in results["skipped"]]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def fill_page(page: Page, results: dict[str, Any], figures: list[tuple[str, str, bytes]]) -> None:
+    """The same report as a page; cells' tables stay in report.md."""
+    found = points(results)
+    page.heading("Where MoNE wins")
+    page.bullets(where_mone_wins(found))
+    for _, caption, png in figures:
+        page.figure(png, caption)
+    page.table(WINS, [_win(point) for point in found])
+    page.heading("How it was measured")
+    page.bullets(METHOD)
+    page.bullets([f"{name}: {value}" for name, value in _machine(results)])
+    page.code(results["command"])
+
+
+def cell_table(rows: list[Row]) -> list[str]:
+    """Markdown lines of one cell: those that ran, then a line for each that did not."""
+    ran = [row for row in rows if row["available"] and row["name"] != AUTO]
+    lines = _table(TABLE, [_cells(row) for row in ran], text_columns=1)
+    reasons: dict[str, str] = {}
+    for row in rows:
+        if row["reason"]:
+            reasons[row["name"]] = ("" if row["available"] else "not run: ") + row["reason"]
+    same = {row["same_as"] for row in rows if row["name"] == AUTO}
+    lines += [""] + [f"- {name}: {reason}" for name, reason in reasons.items()]
+    return lines + [f"- {AUTO}: is {name} here" for name in sorted(same)]
+
+
+def _cells(row: Row) -> list[str]:
+    def spread(phase: str) -> str:
+        return f"{row[f'{phase}_ms_p10']:.3g} .. {row[f'{phase}_ms_p90']:.3g}"
+
+    return [
+        row["name"],
+        "dense" if row["dense"] else fraction(row["ratio"]),
+        f"{row['forward_ms']:.4g}",
+        spread("forward"),
+        _or_dash(row["ratio_to_best_dense_forward"], lambda v: f"{v:.2f}"),
+        f"{row['forward_backward_ms']:.4g}",
+        spread("forward_backward"),
+        _or_dash(row["ratio_to_best_dense"], lambda v: f"{v:.2f}"),
+        _or_dash(row.get("limit_forward_backward_ms"), lambda v: f"{v:.3g}"),
+        f"{row['saved_bytes'] / 1e6:.4g}",
+        f"{row['peak_bytes'] / 1e6:.4g}",
+        f"{row['error']:.1e}",
+        str(row["repeats"]),
+    ]
+
+
+def _win(point: Point) -> list[str]:
+    return [
+        label(point.config),
+        fraction(point.ratio),
+        point.mone["name"],
+        point.best["name"],
+        *(f"{v:.2f}" for v in (point.forward, point.forward_backward, point.limit, point.saved)),
+    ]
+
+
+def _machine(results: dict[str, Any]) -> list[tuple[str, str]]:
+    peaks = results["peaks"]
+    rates = ", ".join(
+        f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in peaks["flops"].items()
+    )
+    measured = f"{rates}, copy {peaks['bandwidth'] / 1e9:.1f} GB/s"
+    settings = results["settings"]
+    return [
+        *results["machine"].items(),
+        ("Measured peaks", measured),
+        ("Repeats", f"at least {settings['repeats']}, until {settings['seconds']:g} s a cell"),
+    ]
+
+
+def _doubts(results: dict[str, Any]) -> list[str]:
+    """A warning where something ran faster than the roofline says is possible."""
+    rows = [row for cell in results["cells"] for row in cell["results"] if row["available"]]
+    beaten = sum(row["forward_backward_ms"] < row["limit_forward_backward_ms"] for row in rows)
+    if not beaten:
+        return []
+    return [
+        f"{beaten} of {len(rows)} times lie below the roofline: the peaks were measured while the "
+        "machine was busy, or the rows fit a cache. Do not read the roofline."
+    ]
+
+
+def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
+    return "-" if value is None else shown(value)
+
+
+def _table(header: tuple[str, ...], rows: list[list[str]], text_columns: int) -> list[str]:
+    rule = ["---" if i < text_columns else "--:" for i in range(len(header))]
+    return [f"| {' | '.join(cells)} |" for cells in (list(header), rule, *rows)]

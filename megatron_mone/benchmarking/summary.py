@@ -1,0 +1,108 @@
+"""What the numbers of a grid say: the best MoNE backend of each cell and ratio, and where it wins.
+
+Reads the content of results.json; touches no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+Row = dict[str, Any]
+AUTO = "mone-auto"
+
+
+@dataclass(frozen=True)
+class Point:
+    """MoNE against the best dense peers in one cell at one ratio.
+
+    Attributes:
+        config: of the cell.
+        ratio: r.
+        mone: row of the fastest MoNE backend, forward and backward together.
+        best: row of the fastest dense peer.
+        forward: MoNE's forward time over the fastest dense forward.
+        forward_backward: the same of forward and backward together.
+        saved: MoNE's bytes kept over the least that a dense peer keeps.
+        limit: MoNE's roofline over the dense one, forward and backward together.
+    """
+
+    config: dict[str, Any]
+    ratio: float
+    mone: Row
+    best: Row
+    forward: float
+    forward_backward: float
+    saved: float
+    limit: float
+
+
+def points(results: dict[str, Any]) -> list[Point]:
+    """All cells and ratios where both a MoNE backend and a dense peer ran and agreed."""
+    return [point for cell in results["cells"] for point in _points_of(cell)]
+
+
+def _points_of(cell: dict[str, Any]) -> Iterator[Point]:
+    rows = [row for row in cell["results"] if row["agrees"] and row["name"] != AUTO]
+    dense = [row for row in rows if row["dense"]]
+    if not dense:
+        return
+    best = min(dense, key=lambda row: row["forward_backward_ms"])
+    least_saved = min(row["saved_bytes"] for row in dense)
+    for ratio in cell["config"]["ratios"]:
+        ours = [row for row in rows if row["ratio"] == ratio]
+        if ours:
+            mone = min(ours, key=lambda row: row["forward_backward_ms"])
+            yield Point(
+                config=cell["config"],
+                ratio=ratio,
+                mone=mone,
+                best=best,
+                forward=min(row["ratio_to_best_dense_forward"] for row in ours),
+                forward_backward=mone["ratio_to_best_dense"],
+                saved=mone["saved_bytes"] / least_saved,
+                limit=mone["limit_forward_backward_ms"] / best["limit_forward_backward_ms"],
+            )
+
+
+def where_mone_wins(found: list[Point]) -> list[str]:
+    """Sentences about the points, from the data alone."""
+    if not found:
+        return ["No cell holds both a MoNE backend and a dense peer: nothing can be said."]
+    texts = []
+    for what, field in (("Forward and backward", "forward_backward"), ("Forward alone", "forward")):
+        wins = [point for point in found if getattr(point, field) < 1]
+        texts.append(
+            f"{what}: MoNE is faster than the fastest dense peer in {len(wins)} of {len(found)} "
+            "(cell, ratio) pairs."
+        )
+        for chosen, word in ((min, "best"), (max, "worst")):
+            point = chosen(found, key=lambda p: getattr(p, field))  # type: ignore[operator]
+            texts.append(
+                f"{what}, {word}: {getattr(point, field):.2f} of the fastest dense peer's time at "
+                f"r = {fraction(point.ratio)}, {label(point.config)}."
+            )
+    saved = [point for point in found if point.saved < 1]
+    texts.append(
+        f"Memory kept for the backward: less than any dense peer in {len(saved)} of {len(found)} "
+        f"pairs, from {min(p.saved for p in found):.2f} to {max(p.saved for p in found):.2f} of it."
+    )
+    return texts
+
+
+def label(config: dict[str, Any]) -> str:
+    """A cell in words."""
+    text = (
+        f"N {config['tokens']}, H {config['hidden']}, F {config['neurons']}, "
+        f"E {config['experts']}, {config['dtype']}, {config['routing']}"
+    )
+    block = config.get("neuron_block", 1)
+    return text + (f", blocks of {block}" if block > 1 else "")
+
+
+def fraction(ratio: float) -> str:
+    """0.25 -> 1/4; other values as they are."""
+    exact = Fraction(ratio).limit_denominator(64)
+    return str(exact) if abs(float(exact) - ratio) < 1e-9 else f"{ratio:g}"

@@ -1,0 +1,92 @@
+"""Interleaved timing: every implementation runs once a round, in an order that rotates."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+MOST_ROUNDS = 200
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one implementation in one phase.
+
+    Attributes:
+        median: of all rounds.
+        p10, p90: the tenth and the ninetieth percentile.
+        repeats: rounds, the warm-up left out.
+    """
+
+    median: float
+    p10: float
+    p90: float
+    repeats: int
+
+
+def race(
+    entries: Sequence[dict[str, Call]], *, seconds: float, least: int, warm_up: int = 1
+) -> list[dict[str, Times]]:
+    """Time all phases of all entries.
+
+    Args:
+        entries: phase -> call, one dictionary an implementation.
+        seconds: goes on until this much time is spent, warm-up included.
+        least: but for at least so many rounds.
+        warm_up: rounds that are not counted.
+
+    Returns:
+        phase -> times, one dictionary an entry, in their order.
+    """
+    taken: list[dict[str, list[float]]] = [{phase: [] for phase in entry} for entry in entries]
+    start = time.perf_counter()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for done in range(warm_up + max(least, MOST_ROUNDS)):
+            if done >= warm_up + least and time.perf_counter() - start > seconds:
+                break
+            for i in _rotated(len(entries), done):
+                for phase, call in entries[i].items():
+                    elapsed = _clock(call)
+                    if done >= warm_up:
+                        taken[i][phase].append(1e3 * elapsed)
+    finally:
+        if collecting:
+            gc.enable()
+    return [{phase: summary(values) for phase, values in entry.items()} for entry in taken]
+
+
+def summary(values: Sequence[float]) -> Times:
+    """Median and percentiles, linear between the values."""
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        place = share * (len(ordered) - 1)
+        low = math.floor(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+    return Times(at(0.5), at(0.1), at(0.9), len(ordered))
+
+
+def _rotated(count: int, by: int) -> list[int]:
+    return [(i + by) % count for i in range(count)]
+
+
+def _clock(call: Call) -> float:
+    """Seconds of one call; on CUDA until the device is done."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,69 @@
+"""The report says what synthetic results hold."""
+
+from __future__ import annotations
+
+from megatron_mone.benchmarking import summary
+from megatron_mone.benchmarking.plots import PLOTS
+from megatron_mone.benchmarking.report import cell_table, markdown, write_report
+from tests.unit.benchmarking.conftest import make_results
+
+
+def test_the_report_holds_tables_plots_and_what_was_not_run(tmp_path):
+    results = make_results()
+    page = write_report(tmp_path, results).read_text(encoding="utf-8")
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for name, _, caption in PLOTS:
+        assert (tmp_path / f"{name}.png").stat().st_size > 5_000
+        assert f"]({name}.png)" in text
+        assert caption.split(";")[0].split(",")[0] in page
+    assert page.count("data:image/png;base64,") == len(PLOTS)
+    assert results["command"] in text
+    assert "- scattermoe: not run: the package scattermoe is not installed" in text
+    assert "100 GFLOP/s fp32, 200 GFLOP/s bf16, copy 10.0 GB/s" in text
+
+
+def test_where_mone_wins_is_counted_from_the_rows():
+    found = summary.points(make_results())
+    texts = "\n".join(summary.where_mone_wins(found))
+    assert len(found) == 8
+    assert "faster than the fastest dense peer in 2 of 8 (cell, ratio) pairs" in texts
+    assert "best: 0.50 of the fastest dense peer's time at r = 1/4, N 64" in texts
+    assert "worst: 2.00 of the fastest dense peer's time at r = 1/4, N 8" in texts
+    assert "less than any dense peer in 2 of 8 pairs, from 0.50 to 2.00 of it" in texts
+
+
+def test_a_wrong_or_copied_row_is_no_point():
+    results = make_results()
+    for cell in results["cells"]:
+        for row in cell["results"]:
+            row["agrees"] = row["agrees"] and row["name"] != "mone-cpu"
+        cell["results"].append(
+            {**cell["results"][0], "name": "mone-auto", "ratio": 0.25, "same_as": "mone-cpu"}
+        )
+    assert summary.points(results) == []
+    assert "nothing can be said" in markdown(results, [])
+
+
+def test_a_cell_that_was_left_out_is_named():
+    results = make_results()
+    config = results["cells"][0]["config"]
+    results["skipped"] = [{"config": config, "reason": "needs about 9.0 GiB, 1.0 GiB are free"}]
+    assert "fp32, balanced: needs about 9.0 GiB, 1.0 GiB are free" in markdown(results, [])
+
+
+def test_a_table_row_shows_time_spread_and_ratio():
+    rows = make_results()["cells"][1]["results"]
+    line = next(line for line in cell_table(rows) if "mone-cpu | 1/4" in line)
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[5:8] == ["4", "3.6 .. 4.8", "0.50"]
+
+
+def test_a_time_below_the_roofline_is_a_warning():
+    results = make_results()
+    assert "Do not read the roofline" not in markdown(results, [])
+    results["cells"][0]["results"][0]["limit_forward_backward_ms"] = 9.0
+    assert "1 of 16 times lie below the roofline" in markdown(results, [])
+
+
+def test_fractions():
+    assert [summary.fraction(r) for r in (1.0, 0.25, 1 / 16, 0.3)] == ["1", "1/4", "1/16", "3/10"]
