@@ -10,7 +10,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_mone.config import backend_of, layer_pattern, neurons_per_token
-from megatron_mone.kernels.cpu import backend as cpu
+from megatron_mone.kernels.cpu.route import computes_all
 
 
 def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, float]:
@@ -18,8 +18,8 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
 
     Executed counts what the backend runs, active what the kept neurons need: a dense expert takes
     9 N H F multiply-adds forward and backward, MoNE N H F (1 + 8 r). The reference backend computes
-    every neuron, so it executes the dense count; the cpu backend computes the kept ones, unless so
-    many are kept that GEMMs are faster.
+    every neuron, so it executes the dense count; the cpu backend computes the kept ones, unless
+    GEMMs over all are faster (kernels/cpu/route.py).
 
     Args:
         args: Megatron's arguments.
@@ -39,5 +39,5 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     ratio = neurons_per_token(config) / width
     saved_madds = layers * rows * config.hidden_size * width * 8.0 * (1.0 - ratio)
     active = executed - 2.0 * saved_madds
-    sparse = backend_of(config) == "cpu" and ratio <= cpu.DENSE_ABOVE
+    sparse = backend_of(config) == "cpu" and not computes_all(ratio, config.params_dtype)
     return (active if sparse else executed), active

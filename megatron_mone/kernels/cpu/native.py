@@ -18,10 +18,13 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 1
+INTERFACE_VERSION = 4
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels.h: edges of the blocks that the cut tables describe.
 DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
+BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
+FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
+WIDEST_VECTOR = 16  # floats
 ENTRY_BYTES = 16
 ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3}
 
@@ -54,10 +57,14 @@ class _Cuts(ctypes.Structure):
     _fields_ = (("at", c_void_p), ("order", c_void_p))
 
 
+class _Blocks(ctypes.Structure):
+    _fields_ = (("starts", c_void_p), ("entries", c_void_p))
+
+
 _S, _K, _X, _P, _I = POINTER(_Shape), POINTER(_Mask), POINTER(_Matrix), c_void_p, c_int64
-_C = POINTER(_Cuts)
+_C, _B = POINTER(_Cuts), POINTER(_Blocks)
 _SIGNATURES = (
-    ("select", (_S, _P, _I, _I, _P, _I, _P)),
+    ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P)),
     ("gather", (_S, _K, _P, _P, _I)),
     ("scatter", (_S, _K, _P, _X)),
     ("cuts", (_S, _K, _I, _C)),
@@ -67,6 +74,16 @@ _SIGNATURES = (
     ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
     ("transpose", (_S, _K, _P, _P, _P, _P, _C, _P)),
     ("weight_grads", (_S, _P, _C, _P, _X, _X, _X, _X, _X)),
+    ("widen", (_S, _X, _P, _I)),
+    ("dense", (_S, _P, _I, _X, _X)),
+    ("block_lists", (_S, _K, _B)),
+    ("block_sampled", (_S, _K, _B, _P, _I, _X, _P)),
+    ("block_accumulate", (_S, _K, _B, _P, _X, _P, _X, _X)),
+    ("block_grads", (_S, _K, _B, _P, _P, _P, _X, _X, _X, _X, _X)),
+    ("few_sampled", (_S, _K, _P, _I, _X, _P)),
+    ("few_accumulate", (_S, _K, _P, _X, _P, _X, _X)),
+    ("few_grads", (_S, _K, _P, _P, _P, _P, _P, _I, _X, _X, _X)),
+    ("gated", (_S, _K, _P, _P, _I, _P, _P)),
 )
 
 
@@ -164,6 +181,11 @@ def matrix(tensor: Tensor) -> _Matrix:
 def cuts(at: Tensor, order: Tensor) -> _Cuts:
     """A cut table as an argument: [B, M] int32 and int16."""
     return _Cuts(at.data_ptr(), order.data_ptr())
+
+
+def blocks(starts: Tensor, entries: Tensor) -> _Blocks:
+    """Block lists as an argument: [tiles, F / BLOCK + 1] and [K / BLOCK, 2], int32."""
+    return _Blocks(starts.data_ptr(), entries.data_ptr())
 
 
 def address(tensor: Tensor | None) -> int | None:

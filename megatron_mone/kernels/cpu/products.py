@@ -62,6 +62,13 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def wide(name: str, tensor: Tensor) -> Tensor:
+    """The tensor in float32: itself, or a copy in the work space of that name."""
+    if tensor.dtype == torch.float32:
+        return tensor
+    return scratch(name, tuple(tensor.shape), torch.float32).copy_(tensor)
+
+
 class SparseProducts:
     """Native sampled products and accumulations.
 

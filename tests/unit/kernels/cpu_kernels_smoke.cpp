@@ -1,5 +1,6 @@
 // Every native kernel against plain loops on exactly sized heap buffers, for a sanitizer to watch.
 // Built by test_cpu_sanitizers.py together with kernels.cpp; prints the first difference.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -43,10 +44,10 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
 
     auto gate = noises(N * F), x = noises(N * H), dy = noises(N * H), probs = noises(N);
     auto w0 = noises(E * F * H), w1 = noises(E * F * H);
-    std::vector<int32_t> bits(N * F), keys(threads * F);
+    std::vector<int32_t> bits(N * F), keys(threads * 2 * F);
     for (int64_t i = 0; i < N * F; ++i) std::memcpy(&bits[i], &gate[i], 4);
     std::vector<Index> idx(K);
-    k.select(&shape, bits.data(), kept, 1, idx.data(), sizeof(Index), keys.data());
+    k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data());
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
     auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0}; };
     auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0}; };
@@ -111,6 +112,103 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     for (int64_t i = 0; i < E * F * H; ++i) near("down gradient", g2[i], g2_plain[i]);
 }
 
+std::vector<uint16_t> halves(std::vector<float>& values) {
+    std::vector<uint16_t> out;
+    for (float& value : values) {
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        bits &= 0xffff0000u;
+        std::memcpy(&value, &bits, 4);
+        out.push_back(bits >> 16);
+    }
+    return out;
+}
+
+// The kernels of masks of whole blocks and of few rows, with float32 or bfloat16 matrices.
+template <class Index>
+void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int64_t block,
+                  bool half, int64_t threads) {
+    const MoneKernels& k = MONE_TABLE;
+    const int64_t E = counts.size();
+    std::vector<int64_t> start(1, 0), offsets(1, 0), expert_of;
+    int64_t tiles = 0;
+    for (int64_t e = 0; e < E; ++e) {
+        start.push_back(start.back() + counts[e]);
+        expert_of.insert(expert_of.end(), counts[e], e);
+        tiles += (counts[e] + kTile - 1) / kTile;
+    }
+    const int64_t N = start.back(), K = N * kept;
+    for (int64_t n = 0; n < N; ++n) offsets.push_back((n + 1) * kept);
+    MoneShape shape{start.data(), E, N, F, H, threads};
+    auto gate = noises(N * F), x = noises(N * H), w0 = noises(E * F * H), w1 = noises(E * F * H);
+    auto probs = noises(N);
+    auto gate_half = halves(gate), x_half = halves(x), w0_half = halves(w0), w1_half = halves(w1);
+    auto data = [&](std::vector<float>& wide, std::vector<uint16_t>& narrow) {
+        return half ? static_cast<void*>(narrow.data()) : static_cast<void*>(wide.data());
+    };
+    MoneMatrix X{data(x, x_half), 0, H, half};
+    MoneMatrix W0{data(w0, w0_half), F * H, H, half}, W1{data(w1, w1_half), F * H, H, half};
+
+    std::vector<Index> idx(K);
+    std::vector<int32_t> keys(threads * 2 * F);
+    k.select(&shape, data(gate, gate_half), half ? 2 : 4, kept, 1, block, idx.data(), sizeof(Index),
+             keys.data());
+    for (int64_t i = 0; i < K; ++i) near("block", idx[i], idx[i / block * block] + i % block);
+    MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
+    const int64_t width = (H + 15) / 16 * 16;
+    std::vector<float> rows(N * width);
+    k.widen(&shape, &X, rows.data(), width);
+
+    std::vector<int32_t> starts(tiles * (F / kBlock + 1));
+    std::vector<MoneBlockEntry> entries(K / kBlock);
+    MoneBlocks lists{starts.data(), entries.data()};
+    std::vector<float> a(K), u(K), h(K), dense(N * F), y(N * H), few_u(K), few_y(N * H);
+    MoneMatrix D{dense.data(), 0, F, 0}, Y{y.data(), 0, H, 0}, FY{few_y.data(), 0, H, 0};
+    k.block_lists(&shape, &mask, &lists);
+    k.dense(&shape, rows.data(), width, &W0, &D);
+    k.gather(&shape, &mask, data(gate, gate_half), h.data(), half ? 2 : 4);
+    k.block_sampled(&shape, &mask, &lists, rows.data(), width, &W0, a.data());
+    k.few_sampled(&shape, &mask, rows.data(), width, &W1, few_u.data());
+    k.gated(&shape, &mask, probs.data(), h.data(), half ? 2 : 4, a.data(), u.data());
+    k.block_accumulate(&shape, &mask, &lists, a.data(), &W0, u.data(), &W1, &Y);
+    k.few_accumulate(&shape, &mask, a.data(), &W0, u.data(), &W1, &FY);
+    std::vector<float> g0(E * F * H), g2(E * F * H);
+    MoneMatrix G0{g0.data(), F * H, H, 0}, G2{g2.data(), F * H, H, 0};
+    k.block_grads(&shape, &mask, &lists, a.data(), a.data(), u.data(), &X, &X, &G0, nullptr, &G2);
+
+    const bool few = *std::max_element(counts.begin(), counts.end()) <= kFewRows;
+    std::vector<float> few_g2(E * F * H);
+    std::vector<uint16_t> few_g0(E * F * H);
+    MoneMatrix FG0{few_g0.data(), F * H, H, 1}, FG2{few_g2.data(), F * H, H, 0};
+    if (few)
+        k.few_grads(&shape, &mask, a.data(), a.data(), u.data(), x.data(), x.data(), H, &FG0, nullptr,
+                    &FG2);
+
+    std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
+    for (int64_t n = 0; n < N; ++n) {
+        for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
+            const int64_t w = (expert_of[n] * F + idx[i]) * H;
+            double dot0 = 0, dot1 = 0;
+            for (int64_t c = 0; c < H; ++c) {
+                dot0 += double(x[n * H + c]) * w0[w + c];
+                dot1 += double(x[n * H + c]) * w1[w + c];
+                y_plain[n * H + c] += double(a[i]) * w0[w + c] + double(u[i]) * w1[w + c];
+                g0_plain[w + c] += double(a[i]) * x[n * H + c];
+                g2_plain[w + c] += double(u[i]) * x[n * H + c];
+            }
+            near("block sampled", a[i], dot0);
+            near("dense", dense[n * F + idx[i]], dot0);
+            near("few sampled", few_u[i], dot1);
+            near("gated", u[i], double(probs[n]) * gate[n * F + idx[i]] * a[i]);
+        }
+    }
+    for (int64_t i = 0; i < N * H; ++i) near("block accumulate", y[i], y_plain[i]);
+    for (int64_t i = 0; i < N * H; ++i) near("few accumulate", few_y[i], y_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("block gate gradient", g0[i], g0_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("block down gradient", g2[i], g2_plain[i]);
+    for (int64_t i = 0; few && i < E * F * H; ++i) near("few gradient", few_g2[i], g2_plain[i]);
+}
+
 }  // namespace
 
 int main() {
@@ -120,6 +218,13 @@ int main() {
         check<int32_t>({130, 40}, 70, 130, 33, threads);
         check<int16_t>({520, 3}, 131, 65, 17, threads);
         check<int16_t>({9}, 64, 600, 599, threads);
+        for (bool half : {false, true}) {
+            check_blocks<int16_t>({5, 0, 1}, 7, 48, 16, 16, half, threads);
+            check_blocks<int16_t>({0}, 7, 32, 16, 16, half, threads);
+            check_blocks<int32_t>({520, 3}, 70, 192, 64, 32, half, threads);
+            check_blocks<int16_t>({9}, 600, 576, 576, 64, half, threads);
+            check_blocks<int16_t>({14, 2}, 528, 256, 128, 128, half, threads);
+        }
     }
     std::printf("%d failures\n", failures);
     return failures != 0;

@@ -9,7 +9,8 @@ from megatron_mone.kernels import grouped_mlp_with_gates
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import backend, native, products
-from megatron_mone.kernels.cpu.backend import masked_grouped_mlp, select_rows
+from megatron_mone.kernels.cpu.backend import masked_grouped_mlp
+from megatron_mone.kernels.cpu.gate import select_rows
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
@@ -97,8 +98,11 @@ SHAPE_IDS = ["empty-expert", "one-token", "S=F-1", "N=0", "E=0", "tiles", "odd",
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_gradients_and_reference_mask(shape, every_set):
+@pytest.mark.parametrize("name", [None, "sparse"], ids=["own route", "sparse"])
+def test_gradients_and_reference_mask(shape, name, every_set, monkeypatch):
     counts, hidden, neurons, kept = shape
+    if name is not None:
+        monkeypatch.setattr(backend, "route", lambda *args: name)
     tensors = operands(counts, hidden, neurons)
     mask = assert_close(tensors, counts, Selection(kept))
     if not counts:
@@ -128,7 +132,8 @@ def test_keep_all_is_the_reference():
     keep = lambda gate: torch.ones_like(gate, dtype=torch.bool)  # noqa: E731
     expected = grouped_mlp_with_gates(x, probs, counts, *weights, choose=keep, backend="reference")
     y, mask, _ = run(tensors, counts, Selection(16))
-    assert mask.density == 1.0
+    assert mask.to_bool().all()
+    assert mask == expected.mask
     assert relative(y, expected.y_NH) <= 1e-6
 
 

@@ -45,13 +45,13 @@ inline Tile find_tile(const MoneShape& s, int64_t t) {
     return {e, begin, at_most(begin + kTile, s.row_start[e + 1])};
 }
 
-// Few rows leave most weights unread; then the neurons of block b that they keep are listed.
-constexpr int64_t kFewRows = 12;
+constexpr int64_t kSparseRows = 12;
 
+// Few rows leave most weights unread; then the neurons of block b that they keep are listed.
 template <class Index>
 const bool* used_neurons(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
                          const Tile& tile, int64_t b, int64_t first, bool* used) {
-    if (tile.end - tile.begin > kFewRows) return nullptr;
+    if (tile.end - tile.begin > kSparseRows) return nullptr;
     const int32_t *from = cuts.at + element(b, s.rows, 0), *to = from + s.rows;
     std::memset(used, 0, kSumInputs);
     for (int64_t n = tile.begin; n < tile.end; ++n)

@@ -11,16 +11,23 @@
 #include "sampled.h"
 #include "accumulate.h"
 #include "weight_grads.h"
+#include "few.h"
+#include "few_grads.h"
 #include "gate.h"
+#include "dots.h"
+#include "blocks.h"
+#include "block_sampled.h"
+#include "block_accumulate.h"
+#include "block_grads.h"
 
 namespace {
 
-void select_any(const MoneShape* s, const int32_t* gate, int64_t kept, int64_t groups, void* idx,
-                int64_t idx_bytes, int32_t* keys) {
+void select_any(const MoneShape* s, const void* gate, int64_t gate_bytes, int64_t kept,
+                int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys) {
     if (idx_bytes == 2)
-        select_rows(*s, gate, kept, groups, static_cast<int16_t*>(idx), keys);
+        select_rows(*s, gate, gate_bytes, kept, groups, block, static_cast<int16_t*>(idx), keys);
     else
-        select_rows(*s, gate, kept, groups, static_cast<int32_t*>(idx), keys);
+        select_rows(*s, gate, gate_bytes, kept, groups, block, static_cast<int32_t*>(idx), keys);
 }
 
 template <class Index>
@@ -100,9 +107,87 @@ void weight_grads_any(const MoneShape* s, const int64_t* starts, const MoneCuts*
     sum_weight_grads(*s, starts, *cuts, entries, *x, *dy, outs);
 }
 
+void widen_any(const MoneShape* s, const MoneMatrix* from, float* to, int64_t stride) {
+    widen_rows(*s, *from, to, stride);
+}
+
+void dense_any(const MoneShape* s, const float* x, int64_t x_stride, const MoneMatrix* weight,
+               MoneMatrix* out) {
+    dense_products(*s, x, x_stride, *weight, *out);
+}
+
+void block_lists_any(const MoneShape* s, const MoneMask* m, MoneBlocks* out) {
+    if (m->idx_bytes == 2)
+        list_blocks<int16_t>(*s, *m, *out);
+    else
+        list_blocks<int32_t>(*s, *m, *out);
+}
+
+void block_sampled_any(const MoneShape* s, const MoneMask* m, const MoneBlocks* lists,
+                       const float* x, int64_t x_stride, const MoneMatrix* weight, float* out) {
+    sample_blocks(*s, *m, *lists, x, x_stride, *weight, out);
+}
+
+void block_accumulate_any(const MoneShape* s, const MoneMask* m, const MoneBlocks* lists,
+                          const float* value0, const MoneMatrix* weight0, const float* value1,
+                          const MoneMatrix* weight1, MoneMatrix* out) {
+    accumulate_blocks(*s, *m, *lists, value0, *weight0, value1, weight1, *out);
+}
+
+void block_grads_any(const MoneShape* s, const MoneMask* m, const MoneBlocks* lists,
+                     const float* da, const float* du, const float* h, const MoneMatrix* x,
+                     const MoneMatrix* dy, MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down) {
+    GradTerms of_x = {{da, du}, {gate, up}, x, 2}, of_dy = {{h}, {down}, dy, down ? 1 : 0};
+    if (!gate) of_x = {{du}, {up}, x, up ? 1 : 0};
+    if (!up) of_x.count = gate ? 1 : 0;
+    sum_block_grads(*s, *m, *lists, of_x);
+    sum_block_grads(*s, *m, *lists, of_dy);
+}
+
+void few_sampled_any(const MoneShape* s, const MoneMask* m, const float* x, int64_t x_stride,
+                     const MoneMatrix* weight, float* out) {
+    auto run = m->idx_bytes == 2 ? weight->is_bf16 ? sample_few<int16_t, uint16_t>
+                                                   : sample_few<int16_t, float>
+               : weight->is_bf16 ? sample_few<int32_t, uint16_t>
+                                 : sample_few<int32_t, float>;
+    run(*s, *m, x, x_stride, *weight, out);
+}
+
+void few_accumulate_any(const MoneShape* s, const MoneMask* m, const float* value0,
+                        const MoneMatrix* weight0, const float* value1, const MoneMatrix* weight1,
+                        MoneMatrix* out) {
+    auto run = m->idx_bytes == 2  ? weight0->is_bf16 ? accumulate_few<int16_t, uint16_t>
+                                                     : accumulate_few<int16_t, float>
+               : weight0->is_bf16 ? accumulate_few<int32_t, uint16_t>
+                                  : accumulate_few<int32_t, float>;
+    run(*s, *m, value0, *weight0, value1, weight1, *out);
+}
+
+void few_grads_any(const MoneShape* s, const MoneMask* m, const float* da, const float* du,
+                   const float* h, const float* x, const float* dy, int64_t x_stride,
+                   MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down) {
+    const float* const values[3] = {da, du, h};
+    const float* const rows[3] = {x, x, dy};
+    MoneMatrix* const outs[3] = {gate, up, down};
+    if (m->idx_bytes == 2)
+        grads_few<int16_t>(*s, *m, values, rows, x_stride, outs);
+    else
+        grads_few<int32_t>(*s, *m, values, rows, x_stride, outs);
+}
+
+void gated_any(const MoneShape* s, const MoneMask* m, const float* probs, const void* g,
+               int64_t g_bytes, const float* u, float* h) {
+    if (g_bytes == 2)
+        gated_rows(*s, *m, probs, static_cast<const uint16_t*>(g), u, h);
+    else
+        gated_rows(*s, *m, probs, static_cast<const float*>(g), u, h);
+}
+
 }  // namespace
 
 extern "C" const MoneKernels MONE_TABLE = {
     select_any, gather_any, scatter_any, cuts_any, panels_any, sampled_any,
-    accumulate_any, gate_any, transpose_any, weight_grads_any,
+    accumulate_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
+    block_lists_any, block_sampled_any, block_accumulate_any, block_grads_any,
+    few_sampled_any, few_accumulate_any, few_grads_any, gated_any,
 };

@@ -15,7 +15,10 @@ constexpr int64_t kSumInputs = 96;    // input rows (neurons or tokens) of one a
 constexpr int64_t kSumWidth = 64;     // floats of H of one accumulation block of y or dx
 constexpr int64_t kGradWidth = 32;    // floats of H of one block of the weight gradients
 static_assert(kDotNeurons <= kSumInputs, "tables of both are sized by kSumInputs");
+constexpr int64_t kBlock = 16;        // neurons of one block of a mask of whole blocks
+constexpr int64_t kBlockWidth = 128;  // floats of H of one strip of y, dx or gradients, by blocks
 constexpr int64_t kTile = 512;        // output rows of a task: they stay in the second-level cache
+constexpr int64_t kFewRows = 64;      // most rows of an expert in the kernels for few rows
 
 // Element (row, column) of a row-major matrix, in 64 bits.
 static inline int64_t element(int64_t row, int64_t stride, int64_t column) {
@@ -60,14 +63,28 @@ struct MoneEntry {
     int32_t row;
 };
 
+// One kept block of a row: the row within its tile of kTile rows of an expert, and which of the row's
+// kept blocks it is.
+struct MoneBlockEntry {
+    int32_t row, rank;
+};
+
+// A mask of whole aligned blocks of kBlock neurons, transposed: starts is [tiles, F / kBlock + 1],
+// from the first block kept by the tile's first row; entries is [K / kBlock], by tile, block, row.
+struct MoneBlocks {
+    int32_t* starts;
+    MoneBlockEntry* entries;
+};
+
 enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3 };
 
 struct MoneKernels {
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
-    // lower index, NaN counts as infinite. gate is the bits of [rows, F] float32, keys is work
-    // space of [threads, F / groups].
-    void (*select)(const MoneShape*, const int32_t* gate, int64_t kept, int64_t groups, void* idx,
-                   int64_t idx_bytes, int32_t* keys);
+    // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
+    // bfloat16, 4: float32), keys is work space of [threads, 2 F]. With `block` above 1 (a power of
+    // two that divides kept) blocks of so many neurons are chosen by their sums, added as halves.
+    void (*select)(const MoneShape*, const void* gate, int64_t gate_bytes, int64_t kept,
+                   int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys);
     // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.
     void (*gather)(const MoneShape*, const MoneMask*, const void* dense, void* out_K, int64_t bytes);
     void (*scatter)(const MoneShape*, const MoneMask*, const float* values_K, MoneMatrix* dense);
@@ -97,5 +114,33 @@ struct MoneKernels {
     void (*weight_grads)(const MoneShape*, const int64_t* starts, const MoneCuts* cuts,
                          const MoneEntry* entries, const MoneMatrix* x, const MoneMatrix* dy,
                          MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+    // float32 copy of a [N, H] matrix, rows `stride` apart, zeros after H.
+    void (*widen)(const MoneShape*, const MoneMatrix*, float* to, int64_t stride);
+    // out[n, j] = <x_n, weight_j> for every neuron; x as `widen` writes it, whole vectors a row.
+    void (*dense)(const MoneShape*, const float* x, int64_t x_stride, const MoneMatrix* weight,
+                  MoneMatrix* out);
+    // The kernels of masks of whole blocks: their lists; and the products as above.
+    void (*block_lists)(const MoneShape*, const MoneMask*, MoneBlocks*);
+    void (*block_sampled)(const MoneShape*, const MoneMask*, const MoneBlocks*, const float* x,
+                          int64_t x_stride, const MoneMatrix* weight, float* out_K);
+    void (*block_accumulate)(const MoneShape*, const MoneMask*, const MoneBlocks*,
+                             const float* value0_K, const MoneMatrix* weight0,
+                             const float* value1_K, const MoneMatrix* weight1, MoneMatrix* out);
+    void (*block_grads)(const MoneShape*, const MoneMask*, const MoneBlocks*, const float* da_K,
+                        const float* du_K, const float* h_K, const MoneMatrix* x,
+                        const MoneMatrix* dy, MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+    // sampled and accumulate for experts of few rows; any mask, x as for `dense`.
+    void (*few_sampled)(const MoneShape*, const MoneMask*, const float* x, int64_t x_stride,
+                        const MoneMatrix* weight, float* out_K);
+    void (*few_accumulate)(const MoneShape*, const MoneMask*, const float* value0_K,
+                           const MoneMatrix* weight0, const float* value1_K,
+                           const MoneMatrix* weight1, MoneMatrix* out);
+    // The weight gradients, straight from the mask; x and dy float32, rows x_stride apart.
+    void (*few_grads)(const MoneShape*, const MoneMask*, const float* da_K, const float* du_K,
+                      const float* h_K, const float* x, const float* dy, int64_t x_stride,
+                      MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+    // h_K = probs[n] g_K u_K; g is float32 or, with g_bytes 2, bfloat16.
+    void (*gated)(const MoneShape*, const MoneMask*, const float* probs, const void* g_K,
+                  int64_t g_bytes, const float* u_K, float* h_K);
 };
 }

@@ -5,14 +5,51 @@ namespace {
 
 constexpr int32_t kInfinity = 0x7f800000;
 
-// |gate| as ordered integers: the bits without the sign; NaN becomes infinity. Returns the largest.
-inline int32_t ordered_keys(const int32_t* bits, int64_t width, int32_t* keys) {
+// |gate| of one row as float32 bits: the bits without the sign.
+inline void magnitudes(const void* gate, int64_t first, int64_t bytes, int64_t width,
+                       int32_t* keys) {
+    if (bytes == 2) {
+        const uint16_t* half = static_cast<const uint16_t*>(gate) + first;
+        for (int64_t j = 0; j < width; ++j) keys[j] = (half[j] & 0x7fff) << 16;
+    } else {
+        const int32_t* bits = static_cast<const int32_t*>(gate) + first;
+        for (int64_t j = 0; j < width; ++j) keys[j] = bits[j] & 0x7fffffff;
+    }
+}
+
+typedef float __attribute__((may_alias)) LooseFloat;
+
+// Adds the halves of each block of 2 W floats; out[b][i] = in[b][i] + in[b][W + i], in place.
+template <int64_t W>
+inline void add_halves(LooseFloat* values, int64_t count) {
+    for (int64_t b = 0; b < count; ++b) {
+        float sums[W];
+        for (int64_t i = 0; i < W; ++i) sums[i] = values[2 * W * b + i] + values[2 * W * b + W + i];
+        std::memcpy(values + W * b, sums, sizeof sums);
+    }
+}
+
+// Sums of adjacent blocks of magnitudes, halves first: the order is part of the definition
+// (block_scores of neuron_selection.py).
+inline void sum_blocks(int32_t* keys, int64_t width, int64_t block) {
+    LooseFloat* values = reinterpret_cast<LooseFloat*>(keys);
+    const int64_t count = width / block;
+    for (int64_t half = block / 2; half >= 16; half /= 2)
+        for (int64_t b = 0; b < count; ++b)
+            for (int64_t i = 0; i < half; ++i)
+                values[half * b + i] = values[2 * half * b + i] + values[2 * half * b + half + i];
+    if (block >= 16) add_halves<8>(values, count);
+    if (block >= 8) add_halves<4>(values, count);
+    if (block >= 4) add_halves<2>(values, count);
+    add_halves<1>(values, count);
+}
+
+// NaN becomes infinity; returns the largest.
+inline int32_t order_keys(int64_t width, int32_t* keys) {
     int32_t top = 0;
     for (int64_t j = 0; j < width; ++j) {
-        int32_t key = bits[j] & 0x7fffffff;
-        key = key > kInfinity ? kInfinity : key;
-        keys[j] = key;
-        top = key > top ? key : top;
+        keys[j] = keys[j] > kInfinity ? kInfinity : keys[j];
+        top = keys[j] > top ? keys[j] : top;
     }
     return top;
 }
@@ -71,20 +108,35 @@ inline void compact(const int32_t* keys, int64_t width, int64_t kept, int32_t fl
     }
 }
 
+// Chosen blocks as their neurons.
 template <class Index>
-void select_rows(const MoneShape& s, const int32_t* gate, int64_t kept, int64_t groups, Index* idx,
-                 int32_t* keys_of_threads) {
-    const int64_t width = s.neurons / groups;
+inline void expand(const int32_t* chosen, int64_t count, int64_t block, Index* idx) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int64_t j = 0; j < block; ++j) *idx++ = static_cast<Index>(chosen[i] * block + j);
+}
+
+template <class Index>
+void select_rows(const MoneShape& s, const void* gate, int64_t gate_bytes, int64_t kept,
+                 int64_t groups, int64_t block, Index* idx, int32_t* keys_of_threads) {
+    const int64_t width = s.neurons / groups, blocks = width / block;
     int32_t guess = 0;
 #pragma omp parallel for schedule(static) num_threads(s.threads) firstprivate(guess)
     for (int64_t n = 0; n < s.rows; ++n) {
-        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), width, 0);
+        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * s.neurons, 0);
         for (int64_t g = 0; g < groups; ++g) {
             int64_t reach;
-            int32_t top = ordered_keys(gate + element(n, s.neurons, g * width), width, keys);
-            guess = find_floor(keys, width, kept, top, guess, reach);
-            compact(keys, width, kept, guess, reach, g * width,
-                    idx + element(n, kept * groups, g * kept));
+            Index* out = idx + element(n, kept * groups, g * kept);
+            magnitudes(gate, element(n, s.neurons, g * width), gate_bytes, width, keys);
+            if (block > 1) sum_blocks(keys, width, block);
+            const int32_t top = order_keys(blocks, keys);
+            guess = find_floor(keys, blocks, kept / block, top, guess, reach);
+            if (block == 1) {
+                compact(keys, width, kept, guess, reach, g * width, out);
+            } else {
+                int32_t* chosen = keys + s.neurons;
+                compact(keys, blocks, kept / block, guess, reach, g * blocks, chosen);
+                expand(chosen, kept / block, block, out);
+            }
         }
     }
 }

@@ -1,0 +1,101 @@
+"""The products of one expert layer for a mask of whole blocks: gathered rows, small native GEMMs.
+
+Same interface as `products.SparseProducts`; the mask's entries are aligned blocks of a multiple of
+native.BLOCK adjacent neurons. The order in which a sum is added depends only on its own row (y, dx)
+or its own rows (weight gradients). Shapes: N rows grouped by expert, E experts, F neurons, H
+hidden, K kept entries.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from megatron_mone.kernels.cpu import native
+from megatron_mone.kernels.cpu.products import empty, scratch, unit_stride
+
+
+def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
+    """[N, >= H] float32 rows of whole vectors: x itself where it is that, else a copy in scratch,
+    zeros after H."""
+    hidden = layout.hidden
+    if x_NH.dtype == torch.float32 and x_NH.stride(-1) == 1 and hidden % native.WIDEST_VECTOR == 0:
+        return x_NH
+    x_NH = unit_stride(x_NH)
+    width = -(-hidden // native.WIDEST_VECTOR) * native.WIDEST_VECTOR
+    wide_NH = scratch("wide", (layout.rows, width), torch.float32)
+    native.kernels().widen(
+        byref(layout.shape()), byref(native.matrix(x_NH)), wide_NH.data_ptr(), width
+    )
+    return wide_NH
+
+
+def dense_products(x_NH: Tensor, weight_EFH: Tensor, layout: native.Layout, out_NF: Tensor) -> None:
+    """out_NF = <x_n, weight_j> for every neuron of each row's expert, summed in float32."""
+    wide_NH, weight_EFH = wide_rows(x_NH, layout), unit_stride(weight_EFH)
+    native.kernels().dense(
+        byref(layout.shape()), wide_NH.data_ptr(), wide_NH.stride(0),
+        byref(native.matrix(weight_EFH)), byref(native.matrix(out_NF)),
+    )  # fmt: skip
+
+
+class BlockProducts:
+    """Native products of kept blocks; arguments as SparseProducts."""
+
+    def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
+        self.layout, self.shape = layout, layout.shape()
+        self.indices_K, self.offsets_N1 = indices_K, offsets_N1
+        self.mask = native.mask(indices_K, offsets_N1)
+        self.kernels = native.kernels()
+        tiles = sum(-(-count // native.TILE) for count in layout.counts)
+        starts = empty((tiles, layout.neurons // native.BLOCK + 1), torch.int32)
+        entries = empty((indices_K.numel() // native.BLOCK, 2), torch.int32)
+        self._keep = (starts, entries)
+        self.lists = native.blocks(starts, entries)
+        self.kernels.block_lists(byref(self.shape), byref(self.mask), byref(self.lists))
+
+    def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
+        """out_K = <x_n, weight_j>."""
+        wide_NH, weight_EFH = wide_rows(x_NH, self.layout), unit_stride(weight_EFH)
+        self.kernels.block_sampled(
+            byref(self.shape), byref(self.mask), byref(self.lists), wide_NH.data_ptr(),
+            wide_NH.stride(0), byref(native.matrix(weight_EFH)), out_K.data_ptr(),
+        )  # fmt: skip
+
+    def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+        """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
+        out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
+        terms = [(value, unit_stride(weight)) for value, weight in terms]
+        arguments = [
+            part
+            for value, weight in terms
+            for part in (native.address(value), byref(native.matrix(weight)))
+        ]
+        self.kernels.block_accumulate(
+            byref(self.shape), byref(self.mask), byref(self.lists),
+            *arguments, *(None,) * (4 - len(arguments)), byref(native.matrix(out_NH)),
+        )  # fmt: skip
+        return out_NH
+
+    def weight_grads(
+        self,
+        da_K: Tensor,
+        du_K: Tensor,
+        h_K: Tensor,
+        x_NH: Tensor,
+        dy_NH: Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> list[Tensor | None]:
+        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
+        shape = (len(self.layout.counts), self.layout.neurons, self.layout.hidden)
+        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
+        x_NH, dy_NH = unit_stride(x_NH), unit_stride(dy_NH)
+        self.kernels.block_grads(
+            byref(self.shape), byref(self.mask), byref(self.lists), native.address(da_K),
+            native.address(du_K), native.address(h_K), byref(native.matrix(x_NH)),
+            byref(native.matrix(dy_NH)),
+            *(None if out is None else byref(native.matrix(out)) for out in outs),
+        )  # fmt: skip
+        return outs

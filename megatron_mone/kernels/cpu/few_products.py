@@ -1,0 +1,67 @@
+"""The products of experts that have few rows: weights are read in place, once, without tables.
+
+An expert has at most native.FEW_ROWS rows. Shapes: N rows grouped by expert, E experts, F neurons,
+H hidden, K kept entries.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+
+import torch
+from torch import Tensor
+
+from megatron_mone.kernels.cpu import native
+from megatron_mone.kernels.cpu.block_products import wide_rows
+from megatron_mone.kernels.cpu.products import SparseProducts, empty, unit_stride
+
+
+class FewProducts(SparseProducts):
+    """Native products bound by reading the kept weights; arguments as SparseProducts."""
+
+    def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
+        assert max(layout.counts, default=0) <= native.FEW_ROWS, layout.counts
+        super().__init__(layout, indices_K, offsets_N1)
+
+    def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
+        """out_K = <x_n, weight_j>."""
+        wide_NH, weight_EFH = wide_rows(x_NH, self.layout), unit_stride(weight_EFH)
+        self.kernels.few_sampled(
+            byref(self.shape), byref(self.mask), wide_NH.data_ptr(), wide_NH.stride(0),
+            byref(native.matrix(weight_EFH)), out_K.data_ptr(),
+        )  # fmt: skip
+
+    def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
+        """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
+        out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
+        terms = [(value, unit_stride(weight)) for value, weight in terms]
+        arguments = [
+            part
+            for value, weight in terms
+            for part in (native.address(value), byref(native.matrix(weight)))
+        ]
+        self.kernels.few_accumulate(
+            byref(self.shape), byref(self.mask), *arguments, *(None,) * (4 - len(arguments)),
+            byref(native.matrix(out_NH)),
+        )  # fmt: skip
+        return out_NH
+
+    def weight_grads(
+        self,
+        da_K: Tensor,
+        du_K: Tensor,
+        h_K: Tensor,
+        x_NH: Tensor,
+        dy_NH: Tensor,
+        wanted: tuple[bool, bool, bool],
+    ) -> list[Tensor | None]:
+        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
+        shape = (len(self.layout.counts), self.layout.neurons, self.layout.hidden)
+        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
+        x_NH, dy_NH = x_NH.float().contiguous(), dy_NH.float().contiguous()
+        self.kernels.few_grads(
+            byref(self.shape), byref(self.mask), native.address(da_K), native.address(du_K),
+            native.address(h_K), x_NH.data_ptr(), dy_NH.data_ptr(), self.layout.hidden,
+            *(None if out is None else byref(native.matrix(out)) for out in outs),
+        )  # fmt: skip
+        return outs

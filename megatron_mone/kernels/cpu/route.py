@@ -1,0 +1,69 @@
+"""Which implementation a call's products take: measured rules, one function each.
+
+Measured with tests/unit/kernels/measure_cpu_backend.py on an AVX2 processor, 2 cores, torch 2.14:
+    float32, gate of few rows   the native product takes 0.3 to 0.8 of torch's time at 2 to 64 rows
+                                an expert, as long as torch's at 128
+    float32, few rows           reading kept weights in place takes 0.6 to 0.9 of the block-by-block
+                                kernels' time up to about 8 rows for each neuron that is kept
+    bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, the native kernels, which
+                                convert what they load, 45 to 80: no share kept makes GEMMs faster
+Not measured: AMX. There torch's bfloat16 GEMM is several times its float32 one, so that GEMMs over
+all neurons beat native kernels that compute in float32; few rows are bound by memory instead.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from megatron_mone.kernels.cpu import native
+
+DENSE_ABOVE = 0.7  # kept share above which torch's GEMMs are faster than the sparse kernels
+GEMM_ROWS = 64  # rows an expert up to which torch's GEMM of the gate is slower than ours
+FEW_USES = 8  # rows that keep a neuron, on average, up to which reading its weights counts most
+
+
+@cache
+def fast_bfloat16() -> bool:
+    """Whether torch multiplies bfloat16 matrices in matrix units (AMX)."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return probe is not None and bool(probe())
+
+
+def gate_by_gemm(layout: native.Layout, dtype: torch.dtype) -> bool:
+    """Whether torch's GEMM, not the native product, computes the gates of all neurons."""
+    if dtype == torch.bfloat16 and not fast_bfloat16():
+        return False
+    return _rows_an_expert(layout) > GEMM_ROWS
+
+
+def route(layout: native.Layout, kept: int, dtype: torch.dtype, block: int) -> str:
+    """How products at the `kept` entries of a mask over the layout's rows are computed.
+
+    Args:
+        layout: rows of each expert, F.
+        kept: K entries in all.
+        dtype: of x and the weights.
+        block: B, the entries are whole aligned blocks of so many neurons.
+
+    Returns:
+        "dense": torch's GEMMs over all neurons; "few", "blocks" or "sparse": kept entries alone.
+    """
+    share, most = kept / max(1, layout.rows * layout.neurons), max(layout.counts, default=0)
+    if most <= native.FEW_ROWS and most * share <= FEW_USES:
+        return "few"
+    few_rows = dtype == torch.bfloat16 and _rows_an_expert(layout) <= GEMM_ROWS
+    if computes_all(share, dtype) and not few_rows:
+        return "dense"
+    return "blocks" if block % native.BLOCK == 0 else "sparse"
+
+
+def computes_all(kept_share: float, dtype: torch.dtype) -> bool:
+    """Whether training shapes run GEMMs over every neuron, because those are faster."""
+    return fast_bfloat16() if dtype == torch.bfloat16 else kept_share > DENSE_ABOVE
+
+
+def _rows_an_expert(layout: native.Layout) -> float:
+    """Mean over the experts that have rows."""
+    return layout.rows / max(1, sum(count > 0 for count in layout.counts))
