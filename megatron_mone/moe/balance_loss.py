@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.activations import sum_over_group
 from megatron_mone.moe.gate_shares import GateShares
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
 
 LOSS_SHARES = {
     "raw": "kept |g|: closest to the published text, but shrinking every gate lowers it too",
@@ -99,7 +99,7 @@ def gate_shares(
         assert output.gate_NF is not None
         rows, neurons = output.gate_NF.shape
         mask = NeuronMask.unchecked(
-            torch.arange(neurons, device=block_N.device).repeat(rows),
+            torch.arange(neurons, dtype=index_dtype(neurons), device=block_N.device).repeat(rows),
             torch.arange(rows + 1, device=block_N.device) * neurons,
             neurons,
         )

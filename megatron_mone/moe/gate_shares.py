@@ -7,8 +7,8 @@ scale-free). The loss is linear in the shares with weights w that carry no gradi
 and backward needs the gates, T_n and w alone: nothing per entry is kept beyond what the experts
 keep anyway (their pre-activations, from which the gates are made again).
 
-May touch: torch, one process group. Shapes: N routed rows, F_l neurons of this rank, K entries,
-B blocks of rows.
+May touch: torch, the CPU kernels, one process group. Shapes: N routed rows, F_l neurons of this
+rank, K entries, B blocks of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.cpu import shares as native
 from megatron_mone.moe.neuron_mask import NeuronMask
 
 
@@ -50,21 +52,17 @@ class GateShares:
     etp_group: ProcessGroup | None = None
 
     @torch.no_grad()
-    def sums(self) -> tuple[Tensor, Tensor | None]:
-        """share_BF [B, F_l], the shares summed over each block's rows, and T_N [N] (None: all 1).
+    def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Sums over the rows of each block.
 
-        In float32 or wider; a row whose |g| are all 0 has shares of 0.
+        Returns:
+            share_BF: [B, F_l] shares in float32 or wider; a row whose |g| are all 0 has shares 0.
+            counts_BF: [B, F_l] int64 entries.
+            total_N: [N] T_n; None where all are 1.
         """
-        size_K, row_K = _sizes(self.gate_K), self.mask.rows_K
-        total_N = None
-        if self.scale_free:
-            total_N = size_K.new_zeros(self.mask.num_rows).index_add_(0, row_K, size_K)
-            if self.etp_group is not None and self.etp_group.size() > 1:
-                torch.distributed.all_reduce(total_N, group=self.etp_group)
-            size_K = size_K / _divisor(total_N)[row_K]
-        share_BF = size_K.new_zeros(self.num_blocks * self.mask.num_neurons)
-        share_BF.index_add_(0, _cells(self.mask, self.block_N, row_K), size_K)
-        return share_BF.view(self.num_blocks, self.mask.num_neurons), total_N
+        entries = gate_sums(self.mask, self.gate_K, self.block_N)
+        total_N = _over_ranks(entries.row_sums(), self.etp_group) if self.scale_free else None
+        return *entries.share_sums(self.num_blocks, total_N), total_N
 
     def loss(self, weight_BF: Tensor, share_BF: Tensor, total_N: Tensor | None) -> Tensor:
         """Scalar sum of weight times share, with its gradient.
@@ -76,10 +74,50 @@ class GateShares:
         return _Loss.apply(self.gate_K, self, weight_BF, share_BF, total_N)
 
 
-def kept_counts(mask: NeuronMask, block_N: Tensor, num_blocks: int) -> Tensor:
+def kept_counts(output: GroupedMLPOutput, block_N: Tensor, num_blocks: int) -> Tensor:
     """[B, F_l] int64 rows of each block that keep each neuron."""
-    cells = _cells(mask, block_N, mask.rows_K)
-    return torch.bincount(cells, minlength=num_blocks * mask.num_neurons).view(num_blocks, -1)
+    return gate_sums(output.mask, output.gate_K, block_N).share_sums(num_blocks, None)[1]
+
+
+def gate_sums(mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> TorchGateSums | native.GateSums:
+    """The sums over one mask's gates, native where they can be."""
+    kind = native.GateSums if native.usable(gate_K) else TorchGateSums
+    return kind(mask, gate_K, block_N)
+
+
+class TorchGateSums:
+    """`kernels.cpu.shares.GateSums` on any device and in any dtype."""
+
+    def __init__(self, mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> None:
+        self.mask, self.gate_K, self.row_K = mask, gate_K.detach(), mask.rows_K
+        half = gate_K.dtype in (torch.float16, torch.bfloat16)
+        self.size_K = self.gate_K.abs().float() if half else self.gate_K.abs()
+        self.cell_K = (block_N * mask.num_neurons)[self.row_K] + mask.indices_K
+
+    def row_sums(self, weight_BF: Tensor | None = None) -> Tensor:
+        """[N] sums of |g|, each times its weight where there are weights."""
+        size_K = self.size_K
+        if weight_BF is not None:
+            size_K = size_K * weight_BF.flatten()[self.cell_K]
+        return size_K.new_zeros(self.mask.num_rows).index_add_(0, self.row_K, size_K)
+
+    def share_sums(self, blocks: int, total_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """[B, F_l] sums of |g| / total, and int64 counts."""
+        size_K, cells = self.size_K, blocks * self.mask.num_neurons
+        if total_N is not None:
+            size_K = size_K / _divisor(total_N)[self.row_K]
+        share_BF = size_K.new_zeros(cells).index_add_(0, self.cell_K, size_K)
+        counts_BF = torch.bincount(self.cell_K, minlength=cells)
+        return share_BF.view(blocks, -1), counts_BF.view(blocks, -1)
+
+    def slopes(self, weight_BF: Tensor, total_N: Tensor | None, loss_N: Tensor | None) -> Tensor:
+        """[K] sign(g) (weight - loss_n) / total_n."""
+        slope_K = weight_BF.flatten()[self.cell_K]
+        if loss_N is not None:
+            slope_K = slope_K - loss_N[self.row_K]
+        if total_N is not None:
+            slope_K = slope_K / _divisor(total_N)[self.row_K]
+        return slope_K * self.gate_K.sign()
 
 
 class _Loss(torch.autograd.Function):
@@ -101,27 +139,19 @@ class _Loss(torch.autograd.Function):
         if ctx.activation is not None:
             gate_K = gate_activation(ctx.activation, gate_K)
         mask = NeuronMask.unchecked(indices_K, offsets_N1, ctx.num_neurons)
-        row_K, size_K = mask.rows_K, _sizes(gate_K)
-        slope_K = weight_BF.flatten()[_cells(mask, block_N, row_K)] * dloss
+        entries = gate_sums(mask, gate_K, block_N)
+        loss_N = None
         if total_N is not None:
-            divisor_N = _divisor(total_N)
-            loss_N = torch.zeros_like(total_N).index_add_(0, row_K, slope_K * size_K)
-            if ctx.etp_group is not None and ctx.etp_group.size() > 1:
-                torch.distributed.all_reduce(loss_N, group=ctx.etp_group)
-            slope_K = (slope_K - (loss_N / divisor_N)[row_K]) / divisor_N[row_K]
-        return (slope_K * gate_K.sign()).to(gate_K.dtype), None, None, None, None
+            loss_N = _over_ranks(entries.row_sums(weight_BF), ctx.etp_group) / _divisor(total_N)
+        slope_K = entries.slopes(weight_BF, total_N, loss_N) * dloss
+        return slope_K.to(gate_K.dtype), None, None, None, None
 
 
-def _sizes(gate_K: Tensor) -> Tensor:
-    """|g| in float32 or wider."""
-    half = gate_K.dtype in (torch.float16, torch.bfloat16)
-    return gate_K.detach().abs().float() if half else gate_K.detach().abs()
+def _over_ranks(sum_N: Tensor, group: ProcessGroup | None) -> Tensor:
+    if group is not None and group.size() > 1:
+        torch.distributed.all_reduce(sum_N, group=group)
+    return sum_N
 
 
 def _divisor(total_N: Tensor) -> Tensor:
     return total_N.masked_fill(total_N == 0, 1.0)
-
-
-def _cells(mask: NeuronMask, block_N: Tensor, row_K: Tensor) -> Tensor:
-    """[K] int64 index of each entry's (block, neuron) in a flat [B, F_l]."""
-    return (block_N * mask.num_neurons)[row_K] + mask.indices_K

@@ -92,10 +92,9 @@ class NeuronBalancer:
             output, rows_ER = without_padding(output, rows_ER, real_N)
         block_N, num_blocks = self._blocks(rows_ER)
         block_N = block_N.to(y_NH.device)
-        counts_BF = kept_counts(output.mask, block_N, num_blocks)
         rows_B = torch.bincount(block_N, minlength=num_blocks)
-        self.load.add(counts_BF, rows_B)
         if not self.has_loss:
+            self.load.add(kept_counts(output, block_N, num_blocks), rows_B)
             return y_NH
         shares = gate_shares(
             output,
@@ -105,7 +104,10 @@ class NeuronBalancer:
             activation=self.config.mone_activation,
             etp_group=self.experts.etp_group,
         )
-        share_BF, total_N = shares.sums()
+        share_BF, counts_BF, total_N = shares.sums()
+        if shares.mask is not output.mask:  # of all neurons
+            counts_BF = kept_counts(output, block_N, num_blocks)
+        self.load.add(counts_BF, rows_B)
         dtype = share_BF.dtype
         statistics = BlockStatistics(rows_B.to(dtype), counts_BF.to(dtype), share_BF)
         if self.by_microbatch:

@@ -73,7 +73,7 @@ def masked_grouped_mlp(
     *,
     choose: Choose,
     activation: str,
-) -> tuple[Tensor, NeuronMask, Tensor]:
+) -> tuple[Tensor, NeuronMask, Tensor, Tensor]:
     """Run the routed rows through their experts, computing only the chosen neurons.
 
     Args:
@@ -89,17 +89,19 @@ def masked_grouped_mlp(
         y_NH: [N, H] outputs, the router's probability applied.
         mask: the neurons computed.
         gate_K: [K] sigma(a) of the kept entries in the mask's order, with gradient.
+        a_K: [K] their pre-activations as backward keeps them, without gradient.
 
     Raises:
         build.BuildError: the native library cannot be had (see `available`).
     """
-    y_NH, gate_K, indices_K, offsets_N1 = _MaskedGroupedMLP.apply(
+    y_NH, gate_K, a_K, indices_K, offsets_N1 = _MaskedGroupedMLP.apply(
         x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, counts, choose, activation
     )
     if isinstance(choose, NeuronMask):
-        return y_NH, choose, gate_K
+        return y_NH, choose, gate_K, a_K
     block = choose.block if isinstance(choose, Selection) else 1
-    return y_NH, NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block), gate_K
+    mask = NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block)
+    return y_NH, mask, gate_K, a_K
 
 
 class _MaskedGroupedMLP(torch.autograd.Function):
@@ -120,13 +122,13 @@ class _MaskedGroupedMLP(torch.autograd.Function):
             x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K.to(x_NH.dtype), indices_K, offsets_N1
         )
         ctx.counts, ctx.activation, ctx.block = counts, activation, block
-        ctx.mark_non_differentiable(indices_K, offsets_N1)
+        ctx.mark_non_differentiable(a_K, indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
-        return y_NH, gate_K, indices_K, offsets_N1
+        return y_NH, gate_K, a_K, indices_K, offsets_N1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy_NH, dgate_K, _indices, _offsets):
+    def backward(ctx: Any, dy_NH, dgate_K, *_without_gradient):
         x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K, indices_K, offsets_N1 = ctx.saved_tensors
         layout = native.layout(ctx.counts, w_gate.shape[1], x_NH.shape[1])
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, ctx.block)
@@ -196,8 +198,8 @@ def why_not(call: Call) -> str | None:
 
 
 def _run(*operands: Any, choose: Choose, activation: str, **_unused: Any) -> GroupedMLPOutput:
-    kept = masked_grouped_mlp(*operands, choose=choose, activation=activation)
-    return GroupedMLPOutput(*kept, None)
+    y_NH, mask, gate_K, a_K = masked_grouped_mlp(*operands, choose=choose, activation=activation)
+    return GroupedMLPOutput(y_NH, mask, gate_K, a_K=a_K)
 
 
 register(Backend("cpu", why_not, _run))

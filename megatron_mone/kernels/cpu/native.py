@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 4
+INTERFACE_VERSION = 5
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels.h: edges of the blocks that the cut tables describe.
 DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
@@ -84,6 +84,9 @@ _SIGNATURES = (
     ("few_accumulate", (_S, _K, _P, _X, _P, _X, _X)),
     ("few_grads", (_S, _K, _P, _P, _P, _P, _P, _I, _X, _X, _X)),
     ("gated", (_S, _K, _P, _P, _I, _P, _P)),
+    ("row_sums", (_S, _K, _P, _I, _P, _P, _P)),
+    ("share_sums", (_S, _K, _P, _I, _P, _I, _P, _P, _P)),
+    ("share_slopes", (_S, _K, _P, _I, _P, _P, _P, _P, _P)),
 )
 
 

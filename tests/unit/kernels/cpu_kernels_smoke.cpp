@@ -77,6 +77,22 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     k.gate_backward(&shape, &mask, kSilu, a.data(), u.data(), probs.data(), nullptr, da.data(),
                     du.data(), h.data(), dp.data());
 
+    // The balance loss: blocks are the experts; share[b][j] sums |a| / total over the block's rows.
+    std::vector<float> total(N), loss(N), share(E * F), slope(K);
+    std::vector<int64_t> kept_counts(E * F);
+    k.row_sums(&shape, &mask, a.data(), 4, expert_of.data(), nullptr, total.data());
+    k.share_sums(&shape, &mask, a.data(), 4, expert_of.data(), E, total.data(), share.data(),
+                 kept_counts.data());
+    k.row_sums(&shape, &mask, a.data(), 4, expert_of.data(), share.data(), loss.data());
+    k.share_slopes(&shape, &mask, a.data(), 4, expert_of.data(), share.data(), total.data(),
+                   loss.data(), slope.data());
+    double shares = 0, rows_with_shares = 0, entries_counted = 0;
+    for (float value : share) shares += value;
+    for (float value : total) rows_with_shares += value > 0;
+    for (int64_t count : kept_counts) entries_counted += count;
+    near("shares", shares, rows_with_shares);
+    near("counts", entries_counted, K);
+
     int64_t block_rows = 0;
     for (int64_t count : counts) block_rows += (count + kSumInputs - 1) / kSumInputs + 1;
     std::vector<int64_t> starts(E * (F + 1));

@@ -46,7 +46,7 @@ def operands(counts, hidden, neurons, dtype=torch.float32, seed=0):
 
 def run(tensors, counts, choose, activation="silu"):
     x, probs, *weights = tensors
-    return masked_grouped_mlp(x, probs, counts, *weights, choose=choose, activation=activation)
+    return masked_grouped_mlp(x, probs, counts, *weights, choose=choose, activation=activation)[:3]
 
 
 def wide(tensors, counts, mask_NF, activation="silu"):

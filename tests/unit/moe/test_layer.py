@@ -98,8 +98,8 @@ def balance_loss(mask, gate_K, gate_NF, block, experts, loss_type, neurons_per_t
     """The loss of rows whose blocks are experts, all on this rank."""
     output = GroupedMLPOutput(gate_K, mask, gate_K, gate_NF)
     shares = gate_shares(output, block, experts, loss_type=loss_type)
-    share_BF, total_N = shares.sums()
-    counts = kept_counts(mask, block, experts).to(share_BF.dtype)
+    share_BF, _, total_N = shares.sums()
+    counts = kept_counts(output, block, experts).to(share_BF.dtype)
     weights = row_weights(
         BlockStatistics(torch.bincount(block, minlength=experts).double(), counts, share_BF),
         loss_type=loss_type,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.neuron_load import (
     HISTOGRAM_EDGES,
@@ -49,10 +50,11 @@ def test_experts_without_rows_are_left_out_of_the_percentiles():
 def test_steps_flow_into_the_window():
     load = NeuronLoad(2, 3, torch.device("cpu"))
     mask = NeuronMask.from_bool(torch.tensor([[True, False, False], [True, True, False]]))
-    load.add(kept_counts(mask, torch.tensor([0, 1]), 2), torch.tensor([1, 1]))
+    output = GroupedMLPOutput(torch.ones(2, 1), mask, torch.ones(3))
+    load.add(kept_counts(output, torch.tensor([0, 1]), 2), torch.tensor([1, 1]))
     load.end_step()
     # two blocks (micro-batches) of each expert
-    load.add(kept_counts(mask, torch.tensor([2, 3]), 4), torch.tensor([0, 0, 1, 1]))
+    load.add(kept_counts(output, torch.tensor([2, 3]), 4), torch.tensor([0, 0, 1, 1]))
     assert load.step_counts_EF.tolist() == [[0, 0, 0], [2, 1, 0]]
     load.end_step()
     counts, rows = load.take_window()

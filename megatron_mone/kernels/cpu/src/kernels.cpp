@@ -2,6 +2,7 @@
 // everything but the table has internal linkage, so that no set's code is shared with another's.
 #include "kernels.h"
 
+#include <algorithm>
 #include <math.h>
 #include <omp.h>
 
@@ -19,6 +20,7 @@
 #include "block_sampled.h"
 #include "block_accumulate.h"
 #include "block_grads.h"
+#include "shares.h"
 
 namespace {
 
@@ -183,6 +185,40 @@ void gated_any(const MoneShape* s, const MoneMask* m, const float* probs, const 
         gated_rows(*s, *m, probs, static_cast<const float*>(g), u, h);
 }
 
+// Calls run(mask indices, gates) with their element types.
+template <class Run>
+void with_gate(const MoneMask& m, const void* gate, int64_t gate_bytes, Run run) {
+    const auto* half = static_cast<const uint16_t*>(gate);
+    const auto* full = static_cast<const float*>(gate);
+    if (m.idx_bytes == 2)
+        gate_bytes == 2 ? run(int16_t{}, half) : run(int16_t{}, full);
+    else
+        gate_bytes == 2 ? run(int32_t{}, half) : run(int32_t{}, full);
+}
+
+void row_sums_any(const MoneShape* s, const MoneMask* m, const void* gate, int64_t gate_bytes,
+                  const int64_t* block, const float* weight, float* out) {
+    with_gate(*m, gate, gate_bytes, [&](auto index, const auto* g) {
+        sum_rows<decltype(index)>(*s, *m, g, block, weight, out);
+    });
+}
+
+void share_sums_any(const MoneShape* s, const MoneMask* m, const void* gate, int64_t gate_bytes,
+                    const int64_t* block, int64_t blocks, const float* total, float* share,
+                    int64_t* counts) {
+    with_gate(*m, gate, gate_bytes, [&](auto index, const auto* g) {
+        sum_shares<decltype(index)>(*s, *m, g, block, blocks, total, share, counts);
+    });
+}
+
+void share_slopes_any(const MoneShape* s, const MoneMask* m, const void* gate, int64_t gate_bytes,
+                      const int64_t* block, const float* weight, const float* total,
+                      const float* row_loss, float* out) {
+    with_gate(*m, gate, gate_bytes, [&](auto index, const auto* g) {
+        share_slopes<decltype(index)>(*s, *m, g, block, weight, total, row_loss, out);
+    });
+}
+
 }  // namespace
 
 extern "C" const MoneKernels MONE_TABLE = {
@@ -190,4 +226,5 @@ extern "C" const MoneKernels MONE_TABLE = {
     accumulate_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
     block_lists_any, block_sampled_any, block_accumulate_any, block_grads_any,
     few_sampled_any, few_accumulate_any, few_grads_any, gated_any,
+    row_sums_any, share_sums_any, share_slopes_any,
 };

@@ -142,5 +142,15 @@ struct MoneKernels {
     // h_K = probs[n] g_K u_K; g is float32 or, with g_bytes 2, bfloat16.
     void (*gated)(const MoneShape*, const MoneMask*, const float* probs, const void* g_K,
                   int64_t g_bytes, const float* u_K, float* h_K);
+    // What the balance loss asks of kept entries; gate is [K] of gate_bytes (2: bfloat16, 4: float32),
+    // block [N] the block of each row, weight [blocks, F]. See shares.h.
+    void (*row_sums)(const MoneShape*, const MoneMask*, const void* gate, int64_t gate_bytes,
+                     const int64_t* block, const float* weight, float* out);
+    void (*share_sums)(const MoneShape*, const MoneMask*, const void* gate, int64_t gate_bytes,
+                       const int64_t* block, int64_t blocks, const float* total, float* share,
+                       int64_t* counts);
+    void (*share_slopes)(const MoneShape*, const MoneMask*, const void* gate, int64_t gate_bytes,
+                         const int64_t* block, const float* weight, const float* total,
+                         const float* row_loss, float* out_K);
 };
 }
