@@ -99,13 +99,13 @@ class NeuronMask:
         return pack_bits(self.to_bool())
 
     @classmethod
-    def unpack(cls, bits_NB: Tensor, num_neurons: int) -> NeuronMask:
-        """Inverse of `pack`.
+    def unpack(cls, bits_NB: Tensor, num_neurons: int, block: int = 1) -> NeuronMask:
+        """Inverse of `pack`; bits do not say that a mask is of whole blocks, `block` does.
 
         Raises:
             ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1.
         """
-        return cls.from_bool(unpack_bits(bits_NB, num_neurons))
+        return cls.from_bool(unpack_bits(bits_NB, num_neurons), block)
 
     def shard(self, rank: int, size: int) -> NeuronMask:
         """The part of one of `size` ranks that hold F / size neurons each, indices from 0.

@@ -50,6 +50,22 @@ def test_recompute_keeps_the_neurons_of_the_first_pass(backend):
         assert_same(a, b, backend)
 
 
+def test_recompute_knows_that_the_mask_is_of_blocks():
+    """So that the repetition takes the kernels of the first pass."""
+    layer = build_layer(
+        recompute_granularity="selective", recompute_modules=["moe"], mone_neuron_block=2
+    )
+    forward, blocks = layer.experts.forward, []
+
+    def watched(rows, counts, probs, mask):
+        blocks.append(None if mask is None else mask.block)
+        return forward(rows, counts, probs, mask)
+
+    layer.experts.forward = watched
+    gradients(layer, [torch.randn(10, 2, 16)])
+    assert blocks == [None, 2]
+
+
 def test_first_pass_without_a_backward_is_forgotten_at_the_end_of_the_step():
     layer = build_layer(recompute_granularity="selective", recompute_modules=["moe"])
     layer(torch.randn(5, 1, 16))
