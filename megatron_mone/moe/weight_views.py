@@ -4,7 +4,9 @@ Plain slices would give each of gate and up a zero-filled gradient as large as b
 here the gradients of the three weights are laid into the parameter's once. Where Megatron
 accumulates gradients in its linears (gradient_accumulation_fusion) they go straight into
 `main_grad`, under the rules of LinearWithGradAccumulationAndAsyncCommunication.backward
-(megatron/core/tensor_parallel/layers.py). May touch: torch, the parameters' Megatron attributes.
+(megatron/core/tensor_parallel/layers.py): a backend that finds `grad_sink` on a view adds to the
+tensor that it returns and gives no gradient of its own; what others give is added here.
+May touch: torch, the parameters' Megatron attributes.
 Shapes: E experts, F neurons, H hidden, all of this rank.
 """
 
@@ -28,7 +30,14 @@ def weight_views(
         linear_fc2: [E, F, H] down vectors.
         fused: add gradients to `main_grad` and leave `.grad` a placeholder.
     """
-    return _WeightViews.apply(linear_fc1, linear_fc2, fused)
+    gate, up, down = _WeightViews.apply(linear_fc1, linear_fc2, fused)
+    if fused and gate.requires_grad:
+        # asked for in the backward pass: a gradient buffer may be set or moved until then
+        gate.grad_sink = lambda: linear_fc1.main_grad[:, 0]
+        up.grad_sink = lambda: linear_fc1.main_grad[:, 1]
+    if fused and down.requires_grad:
+        down.grad_sink = lambda: linear_fc2.main_grad
+    return gate, up, down
 
 
 class _WeightViews(torch.autograd.Function):
@@ -36,7 +45,10 @@ class _WeightViews(torch.autograd.Function):
     def forward(ctx: Any, fc1: Parameter, fc2: Parameter, fused: bool):
         ctx.parameters, ctx.fused = (fc1, fc2), fused
         ctx.set_materialize_grads(False)
-        return fc1[:, 0], fc1[:, 1], fc2.view_as(fc2)
+        gate, up, down = fc1[:, 0], fc1[:, 1], fc2.view_as(fc2)
+        frozen = [] if fc1.requires_grad else [gate, up]
+        ctx.mark_non_differentiable(*frozen, *([] if fc2.requires_grad else [down]))
+        return gate, up, down
 
     @staticmethod
     @once_differentiable

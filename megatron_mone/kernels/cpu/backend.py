@@ -14,7 +14,7 @@ neurons, H hidden, K kept entries.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from ctypes import byref
 from functools import cache
 from typing import Any
@@ -31,11 +31,11 @@ from megatron_mone.kernels.cpu.few_products import FewProducts
 from megatron_mone.kernels.cpu.gate import kept_gates
 from megatron_mone.kernels.cpu.products import (
     DenseProducts,
+    Gradient,
     SparseProducts,
     empty,
     scratch,
     unit_stride,
-    wide,
 )
 from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
@@ -115,13 +115,13 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         if a_K is None:
             a_K = _sampled(products, x_NH, w_gate).to(x_NH.dtype)
             gate_K = gate_activation(activation, a_K)
-        u_K = _sampled(products, x_NH, w_up)
-        h_K = _gated(products, probs_N, gate_K, u_K)
+        wide_u_K = _sampled(products, x_NH, w_up)
+        u_K = wide_u_K.to(x_NH.dtype)
+        h_K = _gated(products, probs_N, gate_K, wide_u_K)
         y_NH = products.accumulate([(h_K, w_down)], x_NH.dtype)
-        ctx.save_for_backward(
-            x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K.to(x_NH.dtype), indices_K, offsets_N1
-        )
+        ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K, indices_K, offsets_N1)
         ctx.counts, ctx.activation, ctx.block = counts, activation, block
+        ctx.sinks = [getattr(w, "grad_sink", None) for w in (w_gate, w_up, w_down)]
         ctx.mark_non_differentiable(a_K, indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
         return y_NH, gate_K, a_K, indices_K, offsets_N1
@@ -133,10 +133,11 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         layout = native.layout(ctx.counts, w_gate.shape[1], x_NH.shape[1])
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, ctx.block)
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else unit_stride(dy_NH)
-        da_K, du_K, h_K = (scratch(n, a_K.shape, torch.float32) for n in ("da", "du", "h"))
+        da_K, du_K = (empty(a_K.shape, torch.float32) for _ in range(2))
+        h_K = scratch("h", a_K.shape, torch.float32)
         products.sampled(dy_NH, w_down, da_K)
         dprobs_N = empty(probs_N.shape, torch.float32)
-        a_K, u_K = wide("a", a_K), wide("u", u_K)
+        a_K, u_K = a_K.float(), u_K.float()
         p_N = probs_N.float().contiguous()
         dgate_K = None if dgate_K is None else dgate_K.float().contiguous()
         products.kernels.gate_backward(
@@ -145,28 +146,56 @@ class _MaskedGroupedMLP(torch.autograd.Function):
             p_N.data_ptr(), native.address(dgate_K), da_K.data_ptr(), du_K.data_ptr(),
             h_K.data_ptr(), dprobs_N.data_ptr(),
         )  # fmt: skip
+        # What is not needed again goes before the weight gradients come: they are the largest.
+        del a_K, u_K
+        ctx.maybe_clear_saved_tensors()
         dx_NH = None
         if ctx.needs_input_grad[0]:
             dx_NH = products.accumulate([(da_K, w_gate), (du_K, w_up)], x_NH.dtype)
-        dw = [None] * 3
-        if any(ctx.needs_input_grad[2:5]):
-            wanted = ctx.needs_input_grad[2:5]
-            dw = products.weight_grads(da_K, du_K, h_K, x_NH, dy_NH, wanted)
+        goals = [
+            _goal(w, sink) if wanted else None
+            for w, sink, wanted in zip(
+                (w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5], strict=True
+            )
+        ]
+        dw = _weight_grads(products, [(da_K, goals[0]), (du_K, goals[1])], x_NH)
+        del da_K, du_K
+        dw += _weight_grads(products, [(h_K, goals[2])], dy_NH)
         return dx_NH, dprobs_N.to(probs_N.dtype), *dw, None, None, None
 
 
+def _goal(weight_EFH: Tensor, sink: Callable[[], Tensor] | None) -> Callable[[], Gradient]:
+    """Makes, when it is due, the place of a weight's gradient: its sink or a new tensor."""
+    if sink is not None:
+        return lambda: Gradient(sink(), True)
+    return lambda: Gradient(empty(tuple(weight_EFH.shape), weight_EFH.dtype), False)
+
+
+def _weight_grads(
+    products: Products, terms: list[tuple[Tensor, Callable[[], Gradient] | None]], x_NH: Tensor
+) -> list[Tensor | None]:
+    """value^T x of each (value_K, goal): new tensors; None where there is no goal, or a sink."""
+    made = [(value, goal()) for value, goal in terms if goal is not None]
+    if made:
+        products.weight_grads(made, x_NH)
+    new = iter([None if g.adds else g.out_EFH for _, g in made])
+    return [None if goal is None else next(new) for _, goal in terms]
+
+
 def _sampled(products: Products, x_NH: Tensor, weight_EFH: Tensor) -> Tensor:
-    """[K] float32 <x_n, weight_j>: fresh where it can be saved as it is, else in scratch."""
+    """[K] float32 <x_n, weight_j>: fresh where it can be saved as it is, else in the scratch that
+    `_gated` overwrites."""
     size = (products.indices_K.numel(),)
     fresh = x_NH.dtype == torch.float32
-    out_K = empty(size, torch.float32) if fresh else scratch("sampled", size, torch.float32)
+    out_K = empty(size, torch.float32) if fresh else scratch("h", size, torch.float32)
     products.sampled(x_NH, weight_EFH, out_K)
     return out_K
 
 
 def _gated(products: Products, probs_N: Tensor, gate_K: Tensor, u_K: Tensor) -> Tensor:
-    """h_K = p g u in float32, in scratch."""
-    layout, h_K = products.layout, scratch("h", u_K.shape, torch.float32)
+    """h_K = p g u in float32, in scratch: that of u where u was not saved as it is."""
+    layout = products.layout
+    h_K = u_K if u_K.dtype != gate_K.dtype else scratch("h", u_K.shape, torch.float32)
     p_N = probs_N.float().contiguous()
     products.kernels.gated(
         byref(layout.shape()), byref(native.mask(products.indices_K, products.offsets_N1)),

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
-from megatron_mone.kernels.cpu.products import empty, scratch, unit_stride
+from megatron_mone.kernels.cpu.products import (
+    Gradient,
+    empty,
+    gradient_matrices,
+    scratch,
+    unit_stride,
+    value_addresses,
+)
 
 
 def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
@@ -79,23 +86,10 @@ class BlockProducts:
         )  # fmt: skip
         return out_NH
 
-    def weight_grads(
-        self,
-        da_K: Tensor,
-        du_K: Tensor,
-        h_K: Tensor,
-        x_NH: Tensor,
-        dy_NH: Tensor,
-        wanted: tuple[bool, bool, bool],
-    ) -> list[Tensor | None]:
-        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
-        shape = (len(self.layout.counts), self.layout.neurons, self.layout.hidden)
-        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
-        x_NH, dy_NH = unit_stride(x_NH), unit_stride(dy_NH)
+    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
+        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
+        x_NH = unit_stride(x_NH)
         self.kernels.block_grads(
-            byref(self.shape), byref(self.mask), byref(self.lists), native.address(da_K),
-            native.address(du_K), native.address(h_K), byref(native.matrix(x_NH)),
-            byref(native.matrix(dy_NH)),
-            *(None if out is None else byref(native.matrix(out)) for out in outs),
+            byref(self.shape), byref(self.mask), byref(self.lists), *value_addresses(terms),
+            byref(native.matrix(x_NH)), *gradient_matrices(terms),
         )  # fmt: skip
-        return outs

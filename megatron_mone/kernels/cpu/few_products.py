@@ -13,7 +13,14 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.block_products import wide_rows
-from megatron_mone.kernels.cpu.products import SparseProducts, empty, unit_stride
+from megatron_mone.kernels.cpu.products import (
+    Gradient,
+    SparseProducts,
+    empty,
+    gradient_matrices,
+    unit_stride,
+    value_addresses,
+)
 
 
 class FewProducts(SparseProducts):
@@ -46,22 +53,10 @@ class FewProducts(SparseProducts):
         )  # fmt: skip
         return out_NH
 
-    def weight_grads(
-        self,
-        da_K: Tensor,
-        du_K: Tensor,
-        h_K: Tensor,
-        x_NH: Tensor,
-        dy_NH: Tensor,
-        wanted: tuple[bool, bool, bool],
-    ) -> list[Tensor | None]:
-        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
-        shape = (len(self.layout.counts), self.layout.neurons, self.layout.hidden)
-        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
-        x_NH, dy_NH = x_NH.float().contiguous(), dy_NH.float().contiguous()
+    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
+        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
+        x_NH = x_NH.float().contiguous()
         self.kernels.few_grads(
-            byref(self.shape), byref(self.mask), native.address(da_K), native.address(du_K),
-            native.address(h_K), x_NH.data_ptr(), dy_NH.data_ptr(), self.layout.hidden,
-            *(None if out is None else byref(native.matrix(out)) for out in outs),
+            byref(self.shape), byref(self.mask), *value_addresses(terms), x_NH.data_ptr(),
+            self.layout.hidden, *gradient_matrices(terms),
         )  # fmt: skip
-        return outs

@@ -73,7 +73,7 @@ def _gate_tiles(
     """(first row, a [M, F]) over all rows, M <= most; small experts share a tile, as all tiles
     share one buffer."""
     by_gemm = gate_by_gemm(layout, x_NH.dtype)
-    buffer = scratch("gate", (min(most, layout.rows), layout.neurons), x_NH.dtype)
+    buffer = scratch("tile", (min(most, layout.rows), layout.neurons), x_NH.dtype)
     for first in range(0, layout.rows, max(1, most)):
         tile = _part_of(layout, first, min(first + most, layout.rows))
         a_MF = buffer[: tile.rows]

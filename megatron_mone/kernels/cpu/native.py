@@ -18,14 +18,13 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 5
+INTERFACE_VERSION = 6
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels.h: edges of the blocks that the cut tables describe.
 DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
 WIDEST_VECTOR = 16  # floats
-ENTRY_BYTES = 16
 ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3}
 
 
@@ -50,6 +49,7 @@ class _Matrix(ctypes.Structure):
         ("expert_stride", c_int64),
         ("row_stride", c_int64),
         ("is_bf16", c_int64),
+        ("adds", c_int64),
     )
 
 
@@ -69,20 +69,20 @@ _SIGNATURES = (
     ("scatter", (_S, _K, _P, _X)),
     ("cuts", (_S, _K, _I, _C)),
     ("panels", (_S, _X, _P)),
-    ("sampled", (_S, _K, _C, _P, _X, _P)),
+    ("sampled", (_S, _K, _C, _P, _I, _I, _X, _P)),
     ("accumulate", (_S, _K, _C, _P, _X, _P, _X, _X)),
     ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
-    ("transpose", (_S, _K, _P, _P, _P, _P, _C, _P)),
-    ("weight_grads", (_S, _P, _C, _P, _X, _X, _X, _X, _X)),
+    ("transpose", (_S, _K, _P, _P, _P, _C, _P)),
+    ("weight_grads", (_S, _P, _C, _P, _X, _X, _X)),
     ("widen", (_S, _X, _P, _I)),
     ("dense", (_S, _P, _I, _X, _X)),
     ("block_lists", (_S, _K, _B)),
     ("block_sampled", (_S, _K, _B, _P, _I, _X, _P)),
     ("block_accumulate", (_S, _K, _B, _P, _X, _P, _X, _X)),
-    ("block_grads", (_S, _K, _B, _P, _P, _P, _X, _X, _X, _X, _X)),
+    ("block_grads", (_S, _K, _B, _P, _P, _X, _X, _X)),
     ("few_sampled", (_S, _K, _P, _I, _X, _P)),
     ("few_accumulate", (_S, _K, _P, _X, _P, _X, _X)),
-    ("few_grads", (_S, _K, _P, _P, _P, _P, _P, _I, _X, _X, _X)),
+    ("few_grads", (_S, _K, _P, _P, _P, _I, _X, _X)),
     ("gated", (_S, _K, _P, _P, _I, _P, _P)),
     ("row_sums", (_S, _K, _P, _I, _P, _P, _P)),
     ("share_sums", (_S, _K, _P, _I, _P, _I, _P, _P, _P)),
@@ -148,12 +148,14 @@ class Layout:
         """N."""
         return sum(self.counts)
 
-    def shape(self) -> _Shape:
-        """For a kernel; keeps its own copy of the row starts alive."""
-        starts = (c_int64 * (len(self.counts) + 1))(*accumulate(self.counts, initial=0))
+    def shape(self, first: int = 0, end: int | None = None) -> _Shape:
+        """Experts [first, end) for a kernel, all by default; keeps its own copy of the row starts
+        alive."""
+        bounds = list(accumulate(self.counts, initial=0))[first : None if end is None else end + 1]
+        starts = (c_int64 * len(bounds))(*bounds)
         shape = _Shape(
             ctypes.addressof(starts),
-            len(self.counts),
+            len(bounds) - 1,
             self.rows,
             self.neurons,
             self.hidden,
@@ -173,11 +175,11 @@ def mask(indices_K: Tensor, offsets_N1: Tensor) -> _Mask:
     return _Mask(indices_K.data_ptr(), offsets_N1.data_ptr(), indices_K.element_size())
 
 
-def matrix(tensor: Tensor) -> _Matrix:
-    """[rows, H] or [E, rows, H] with unit last stride, as an argument."""
+def matrix(tensor: Tensor, adds: bool = False) -> _Matrix:
+    """[rows, H] or [E, rows, H] with unit last stride, as an argument; `adds` to what it holds."""
     expert_stride = tensor.stride(0) if tensor.dim() == 3 else 0
     return _Matrix(
-        tensor.data_ptr(), expert_stride, tensor.stride(-2), tensor.dtype == torch.bfloat16
+        tensor.data_ptr(), expert_stride, tensor.stride(-2), tensor.dtype == torch.bfloat16, adds
     )
 
 

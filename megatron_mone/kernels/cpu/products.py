@@ -12,6 +12,7 @@ import math
 import threading
 from collections.abc import Iterator
 from ctypes import byref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,11 +63,26 @@ def unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def wide(name: str, tensor: Tensor) -> Tensor:
-    """The tensor in float32: itself, or a copy in the work space of that name."""
-    if tensor.dtype == torch.float32:
-        return tensor
-    return scratch(name, tuple(tensor.shape), torch.float32).copy_(tensor)
+class Gradient(NamedTuple):
+    """Where a weight gradient goes.
+
+    Attributes:
+        out_EFH: [E, F, H] with unit last stride.
+        adds: to what `out_EFH` holds, instead of overwriting it.
+    """
+
+    out_EFH: Tensor
+    adds: bool
+
+
+def value_addresses(terms: list[tuple[Tensor, Gradient]]) -> list[int | None]:
+    """The values of one or two terms as two arguments, null for a missing one."""
+    return [*(native.address(value) for value, _ in terms), None][:2]
+
+
+def gradient_matrices(terms: list[tuple[Tensor, Gradient]]) -> list[Any]:
+    """The gradients of one or two terms as two arguments, null for a missing one."""
+    return [*(byref(native.matrix(out, adds)) for _, (out, adds) in terms), None][:2]
 
 
 class SparseProducts:
@@ -99,12 +115,15 @@ class SparseProducts:
     def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
         """out_K = <x_n, weight_j>."""
         x_NH, weight_EFH = unit_stride(x_NH), unit_stride(weight_EFH)
-        panels = -(-self.layout.hidden // native.DOT_LENGTH)
-        x_CNP = scratch("panels", (panels, self.layout.rows, native.DOT_LENGTH), torch.float32)
-        self.kernels.panels(byref(self.shape), byref(native.matrix(x_NH)), x_CNP.data_ptr())
+        rows, strides = x_NH, (x_NH.stride(0), native.DOT_LENGTH)
+        if x_NH.dtype != torch.float32 or self.layout.hidden % native.DOT_LENGTH:
+            panels = -(-self.layout.hidden // native.DOT_LENGTH)
+            rows = scratch("panels", (panels, *x_NH.shape[:1], native.DOT_LENGTH), torch.float32)
+            self.kernels.panels(byref(self.shape), byref(native.matrix(x_NH)), rows.data_ptr())
+            strides = (native.DOT_LENGTH, rows.stride(0))
         cuts = self._cut_table(native.DOT_NEURONS)
         self.kernels.sampled(
-            byref(self.shape), byref(self.mask), byref(cuts), x_CNP.data_ptr(),
+            byref(self.shape), byref(self.mask), byref(cuts), rows.data_ptr(), *strides,
             byref(native.matrix(weight_EFH)), out_K.data_ptr(),
         )  # fmt: skip
 
@@ -124,36 +143,38 @@ class SparseProducts:
         )  # fmt: skip
         return out_NH
 
-    def weight_grads(
-        self,
-        da_K: Tensor,
-        du_K: Tensor,
-        h_K: Tensor,
-        x_NH: Tensor,
-        dy_NH: Tensor,
-        wanted: tuple[bool, bool, bool],
-    ) -> list[Tensor | None]:
-        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
-        sizes = self.layout
-        starts = empty((len(sizes.counts), sizes.neurons + 1), torch.int64)
-        blocks = sum(-(-count // native.SUM_INPUTS) + 1 for count in sizes.counts)
-        at, order = (empty((blocks, sizes.neurons), t) for t in (torch.int32, torch.int16))
+    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
+        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
+        # an entry seen from its neuron takes 8 or 12 bytes: some experts' at a time
+        self._cuts.clear()
+        count, experts = len(self.layout.counts), max(1, len(self.layout.counts) // 4)
+        experts = max(experts, self.layout.threads)
+        for first in range(0, count, experts):
+            self._grads_of(terms, unit_stride(x_NH), first, min(first + experts, count))
+
+    def _grads_of(
+        self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor, first: int, end: int
+    ) -> None:
+        """`weight_grads` of experts [first, end)."""
+        neurons, counts = self.layout.neurons, self.layout.counts
+        row = sum(counts[:first])
+        last = row + sum(counts[first:end])
+        kept = int(self.offsets_N1[last]) - int(self.offsets_N1[row])
+        starts = empty((end - first, neurons + 1), torch.int64)
+        blocks = sum(-(-rows // native.SUM_INPUTS) + 1 for rows in counts[first:end])
+        at, order = (empty((blocks, neurons), t) for t in (torch.int32, torch.int16))
         cuts = native.cuts(at, order)
-        size = self.indices_K.numel() * native.ENTRY_BYTES
-        entries = scratch("entries", (size,), torch.uint8)
+        entries = scratch("tile", (kept, len(terms) + 1), torch.float32)
+        shape, addresses = self.layout.shape(first, end), value_addresses(terms)
         self.kernels.transpose(
-            byref(self.shape), byref(self.mask), native.address(da_K), native.address(du_K),
-            native.address(h_K), starts.data_ptr(), byref(cuts), entries.data_ptr(),
+            byref(shape), byref(self.mask), *addresses, starts.data_ptr(), byref(cuts),
+            entries.data_ptr(),
         )  # fmt: skip
-        shape = (len(sizes.counts), sizes.neurons, sizes.hidden)
-        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
-        x_NH, dy_NH = unit_stride(x_NH), unit_stride(dy_NH)
+        part = [(value, Gradient(g.out_EFH[first:end], g.adds)) for value, g in terms]
         self.kernels.weight_grads(
-            byref(self.shape), starts.data_ptr(), byref(cuts), entries.data_ptr(),
-            byref(native.matrix(x_NH)), byref(native.matrix(dy_NH)),
-            *(None if out is None else byref(native.matrix(out)) for out in outs),
+            byref(shape), starts.data_ptr(), byref(cuts), entries.data_ptr(),
+            byref(native.matrix(x_NH)), *gradient_matrices(part),
         )  # fmt: skip
-        return outs
 
 
 class DenseProducts:
@@ -204,35 +225,33 @@ class DenseProducts:
     def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
         """out_K = <x_n, weight_j>."""
         for e, rows, kept in self._experts():
-            self._pick(x_NH[rows] @ weight_EFH[e].t(), rows, kept, out_K)
+            if self.keep_all and x_NH.dtype == out_K.dtype:
+                out_MF = out_K[kept].view(-1, self.layout.neurons)
+                torch.mm(x_NH[rows], weight_EFH[e].t(), out=out_MF)
+            else:
+                self._pick(x_NH[rows] @ weight_EFH[e].t(), rows, kept, out_K)
 
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
         for e, rows, kept in self._experts():
-            parts = [self._spread(v, rows, kept, dtype) @ w[e] for v, w in terms]
-            out_NH[rows] = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+            value_K, weight_EFH = terms[0]
+            torch.mm(self._spread(value_K, rows, kept, dtype), weight_EFH[e], out=out_NH[rows])
+            for value_K, weight_EFH in terms[1:]:
+                out_NH[rows] += self._spread(value_K, rows, kept, dtype) @ weight_EFH[e]
         return out_NH
 
-    def weight_grads(
-        self,
-        da_K: Tensor,
-        du_K: Tensor,
-        h_K: Tensor,
-        x_NH: Tensor,
-        dy_NH: Tensor,
-        wanted: tuple[bool, bool, bool],
-    ) -> list[Tensor | None]:
-        """[E, F, H] da^T x, du^T x and h^T dy, in x's dtype; None where not wanted."""
-        shape = (len(self.layout.counts), self.layout.neurons, self.layout.hidden)
-        outs = [empty(shape, x_NH.dtype) if want else None for want in wanted]
-        operands = ((da_K, x_NH), (du_K, x_NH), (h_K, dy_NH))
-        for out, (value_K, rows_NH) in zip(outs, operands, strict=True):
-            if out is None:
-                continue
-            for e in (e for e, count in enumerate(self.layout.counts) if not count):
-                out[e] = 0
+    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
+        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
+        for value_K, (out_EFH, adds) in terms:
+            if not adds:
+                for e in (e for e, count in enumerate(self.layout.counts) if not count):
+                    out_EFH[e] = 0
             for e, rows, kept in self._experts():
                 spread = self._spread(value_K, rows, kept, x_NH.dtype)
-                torch.mm(spread.t(), rows_NH[rows], out=out[e])
-        return outs
+                if not adds:
+                    torch.mm(spread.t(), x_NH[rows], out=out_EFH[e])
+                elif out_EFH.dtype == x_NH.dtype:
+                    out_EFH[e].addmm_(spread.t(), x_NH[rows])
+                else:
+                    out_EFH[e] += spread.t() @ x_NH[rows]

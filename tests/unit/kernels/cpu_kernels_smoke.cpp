@@ -49,8 +49,8 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     std::vector<Index> idx(K);
     k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data());
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
-    auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0}; };
-    auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0}; };
+    auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0, 0}; };
+    auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0, 0}; };
     MoneMatrix X = rows(x), DY = rows(dy), W0 = weights(w0), W1 = weights(w1);
 
     auto table = [&](int64_t width, std::vector<int32_t>& at, std::vector<uint16_t>& order) {
@@ -70,7 +70,12 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     std::vector<float> panels((H + kDotLength - 1) / kDotLength * kDotLength * N);
     k.gather(&shape, &mask, gate.data(), a.data(), 4);
     k.panels(&shape, &X, panels.data());
-    k.sampled(&shape, &mask, &dot_cuts, panels.data(), &W0, u.data());
+    k.sampled(&shape, &mask, &dot_cuts, panels.data(), kDotLength, N * kDotLength, &W0, u.data());
+    if (H % kDotLength == 0) {
+        std::vector<float> in_place(K);
+        k.sampled(&shape, &mask, &dot_cuts, x.data(), H, kDotLength, &W0, in_place.data());
+        for (int64_t i = 0; i < K; ++i) near("sampled in place", in_place[i], u[i]);
+    }
     MoneMatrix Y = rows(y);
     k.accumulate(&shape, &mask, &sum_cuts, a.data(), &W0, u.data(), &W1, &Y);
     da = a;
@@ -98,12 +103,23 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     std::vector<int64_t> starts(E * (F + 1));
     std::vector<int32_t> at(block_rows * F);
     std::vector<uint16_t> order(block_rows * F);
-    std::vector<MoneEntry> entries(K);
+    std::vector<MoneEntry<2>> pairs(K);
+    std::vector<MoneEntry<1>> entries(K);
     MoneCuts cuts{at.data(), order.data()};
-    k.transpose(&shape, &mask, a.data(), u.data(), h.data(), starts.data(), &cuts, entries.data());
-    std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H);
+    std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H, 1.0f);
     MoneMatrix G0 = weights(g0), G1 = weights(g1), G2 = weights(g2);
-    k.weight_grads(&shape, starts.data(), &cuts, entries.data(), &X, &DY, &G0, &G1, &G2);
+    G2.adds = 1;
+    k.transpose(&shape, &mask, a.data(), u.data(), starts.data(), &cuts, pairs.data());
+    k.weight_grads(&shape, starts.data(), &cuts, pairs.data(), &X, &G0, &G1);
+    // the last expert alone, then those before it
+    for (int64_t e : {E - 1, int64_t(0)}) {
+        MoneShape part{start.data() + e, e ? 1 : E > 1 ? E - 1 : 1, N, F, H, threads};
+        MoneMatrix out = G2;
+        out.data = g2.data() + e * F * H;
+        k.transpose(&part, &mask, h.data(), nullptr, starts.data(), &cuts, entries.data());
+        k.weight_grads(&part, starts.data(), &cuts, entries.data(), &DY, &out, nullptr);
+        if (!e) break;
+    }
 
     std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
     for (int64_t n = 0; n < N; ++n) {
@@ -125,7 +141,7 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     }
     for (int64_t i = 0; i < N * H; ++i) near("accumulate", y[i], y_plain[i]);
     for (int64_t i = 0; i < E * F * H; ++i) near("gate gradient", g0[i], g0_plain[i]);
-    for (int64_t i = 0; i < E * F * H; ++i) near("down gradient", g2[i], g2_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("down gradient", g2[i], 1 + g2_plain[i]);
 }
 
 std::vector<uint16_t> halves(std::vector<float>& values) {
@@ -162,8 +178,8 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     auto data = [&](std::vector<float>& wide, std::vector<uint16_t>& narrow) {
         return half ? static_cast<void*>(narrow.data()) : static_cast<void*>(wide.data());
     };
-    MoneMatrix X{data(x, x_half), 0, H, half};
-    MoneMatrix W0{data(w0, w0_half), F * H, H, half}, W1{data(w1, w1_half), F * H, H, half};
+    MoneMatrix X{data(x, x_half), 0, H, half, 0};
+    MoneMatrix W0{data(w0, w0_half), F * H, H, half, 0}, W1{data(w1, w1_half), F * H, H, half, 0};
 
     std::vector<Index> idx(K);
     std::vector<int32_t> keys(threads * 2 * F);
@@ -179,7 +195,8 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     std::vector<MoneBlockEntry> entries(K / kBlock);
     MoneBlocks lists{starts.data(), entries.data()};
     std::vector<float> a(K), u(K), h(K), dense(N * F), y(N * H), few_u(K), few_y(N * H);
-    MoneMatrix D{dense.data(), 0, F, 0}, Y{y.data(), 0, H, 0}, FY{few_y.data(), 0, H, 0};
+    MoneMatrix D{dense.data(), 0, F, 0, 0}, Y{y.data(), 0, H, 0, 0};
+    MoneMatrix FY{few_y.data(), 0, H, 0, 0};
     k.block_lists(&shape, &mask, &lists);
     k.dense(&shape, rows.data(), width, &W0, &D);
     k.gather(&shape, &mask, data(gate, gate_half), h.data(), half ? 2 : 4);
@@ -188,17 +205,23 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     k.gated(&shape, &mask, probs.data(), h.data(), half ? 2 : 4, a.data(), u.data());
     k.block_accumulate(&shape, &mask, &lists, a.data(), &W0, u.data(), &W1, &Y);
     k.few_accumulate(&shape, &mask, a.data(), &W0, u.data(), &W1, &FY);
-    std::vector<float> g0(E * F * H), g2(E * F * H);
-    MoneMatrix G0{g0.data(), F * H, H, 0}, G2{g2.data(), F * H, H, 0};
-    k.block_grads(&shape, &mask, &lists, a.data(), a.data(), u.data(), &X, &X, &G0, nullptr, &G2);
+    std::vector<float> g0(E * F * H), g1(E * F * H, 1.0f), g2(E * F * H);
+    MoneMatrix G0{g0.data(), F * H, H, 0, 0}, G1{g1.data(), F * H, H, 0, 1};
+    MoneMatrix G2{g2.data(), F * H, H, 0, 0};
+    k.block_grads(&shape, &mask, &lists, a.data(), u.data(), &X, &G0, &G1);
+    k.block_grads(&shape, &mask, &lists, u.data(), nullptr, &X, &G2, nullptr);
 
     const bool few = *std::max_element(counts.begin(), counts.end()) <= kFewRows;
-    std::vector<float> few_g2(E * F * H);
+    std::vector<float> few_g1(E * F * H, 1.0f), few_g2(E * F * H);
     std::vector<uint16_t> few_g0(E * F * H);
-    MoneMatrix FG0{few_g0.data(), F * H, H, 1}, FG2{few_g2.data(), F * H, H, 0};
-    if (few)
-        k.few_grads(&shape, &mask, a.data(), a.data(), u.data(), x.data(), x.data(), H, &FG0, nullptr,
-                    &FG2);
+    MoneMatrix FG0{few_g0.data(), F * H, H, 1, 0}, FG1{few_g1.data(), F * H, H, 0, 1};
+    MoneMatrix FG2{few_g2.data(), F * H, H, 0, 0};
+    if (few) {
+        k.few_grads(&shape, &mask, a.data(), u.data(), x.data(), H, &FG0, &FG1);
+        k.few_grads(&shape, &mask, u.data(), nullptr, x.data(), H, &FG2, nullptr);
+        FG0.adds = 1;
+        k.few_grads(&shape, &mask, a.data(), nullptr, x.data(), H, &FG0, nullptr);
+    }
 
     std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
     for (int64_t n = 0; n < N; ++n) {
@@ -222,6 +245,8 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     for (int64_t i = 0; i < N * H; ++i) near("few accumulate", few_y[i], y_plain[i]);
     for (int64_t i = 0; i < E * F * H; ++i) near("block gate gradient", g0[i], g0_plain[i]);
     for (int64_t i = 0; i < E * F * H; ++i) near("block down gradient", g2[i], g2_plain[i]);
+    for (int64_t i = 0; i < E * F * H; ++i) near("block added gradient", g1[i], 1 + g2_plain[i]);
+    for (int64_t i = 0; few && i < E * F * H; ++i) near("few added", few_g1[i], 1 + g2_plain[i]);
     for (int64_t i = 0; few && i < E * F * H; ++i) near("few gradient", few_g2[i], g2_plain[i]);
 }
 
@@ -234,6 +259,7 @@ int main() {
         check<int32_t>({130, 40}, 70, 130, 33, threads);
         check<int16_t>({520, 3}, 131, 65, 17, threads);
         check<int16_t>({9}, 64, 600, 599, threads);
+        check<int16_t>({30, 7}, 2 * kDotLength, 65, 17, threads);
         for (bool half : {false, true}) {
             check_blocks<int16_t>({5, 0, 1}, 7, 48, 16, 16, half, threads);
             check_blocks<int16_t>({0}, 7, 32, 16, 16, half, threads);

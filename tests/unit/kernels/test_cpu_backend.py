@@ -5,12 +5,13 @@ import threading
 import pytest
 import torch
 
+from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels import grouped_mlp_with_gates
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import backend, native, products
 from megatron_mone.kernels.cpu.backend import masked_grouped_mlp
-from megatron_mone.kernels.cpu.gate import select_rows
+from megatron_mone.kernels.cpu.gate import TILE_ROWS, select_rows
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 
@@ -322,6 +323,58 @@ def test_frozen_operands_get_no_gradient():
     assert tensors[0].grad is None
     assert tensors[3].grad is None
     assert all(tensors[i].grad.isfinite().all() for i in (1, 2, 4))
+
+
+@pytest.mark.parametrize("name", ["blocks", "few", "sparse", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_gradients_go_into_sinks(name, dtype, sink_dtype, every_set, monkeypatch):
+    """Two backward passes add to what strided sinks hold; the weights get no gradient."""
+    counts, choose = [40, 0, 3, 1], Selection(32, 1, 16)
+    monkeypatch.setattr(backend, "route", lambda *args: name)
+    tensors = operands(counts, 90, 96, dtype)
+    shape = tensors[2].shape
+    held = [torch.randn(4, 2, 96, 90).to(sink_dtype)[:, i % 2] for i in range(3)]
+    sinks = [t.clone(memory_format=torch.preserve_format) for t in held]
+    y, _, _ = run(tensors, counts, choose)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, tensors, dy)
+    for weight, sink in zip(tensors[2:], sinks, strict=True):
+        assert sink.shape == shape
+        weight.grad_sink = lambda sink=sink: sink
+    for _ in range(2):
+        y, _, _ = run(tensors, counts, choose)
+        grads = torch.autograd.grad(y, tensors, dy, allow_unused=True)
+        assert torch.equal(grads[0], expected[0])
+        assert all(g is None for g in grads[2:])
+    tolerance = 1e-6 if dtype == sink_dtype == torch.float32 else 1e-2
+    for before, sink, gradient in zip(held, sinks, expected[2:], strict=True):
+        assert relative(sink, before.double() + 2 * gradient.double()) <= tolerance
+
+
+def test_a_graph_can_be_run_again():
+    """What backward gives back early stays where the graph is retained."""
+    tensors = operands([20], 32, 64)
+    y, _, _ = run(tensors, [20], Selection(16))
+    dy = torch.randn_like(y)
+    first = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+    again = torch.autograd.grad(y, tensors, dy)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_peak_memory():
+    """Beside y, dx and the weight gradients less than two float32 arrays over kept entries."""
+    counts, hidden, neurons = [256] * 8, 128, 512
+    tensors = operands(counts, hidden, neurons)
+    dy = torch.randn(sum(counts), hidden)
+    products.release_scratch()
+    peaks = measure_peaks(
+        lambda: run(tensors, counts, Selection(neurons // 4))[0],
+        lambda y: torch.autograd.grad(y, tensors, dy),
+    )
+    kept = sum(counts) * neurons // 4
+    results = 4 * (2 * sum(counts) * hidden + 3 * 8 * neurons * hidden)
+    assert peaks.total <= results + 2.5 * 4 * kept + 4 * TILE_ROWS * neurons
 
 
 def test_offsets_are_64_bits():

@@ -13,7 +13,8 @@ struct FewGradScratch {
     int count[kFewNeurons];
 };
 
-// out[0 .. hidden) = sum of values[i] * rows[i], the rows in order.
+// out[0 .. hidden) (+)= sum of values[i] * rows[i], the rows in order.
+template <bool Adds>
 inline void few_sum(const float* const* rows, const float* values, int count, int64_t hidden,
                     float* out) {
     int64_t k = 0;
@@ -24,11 +25,15 @@ inline void few_sum(const float* const* rows, const float* values, int count, in
 #pragma GCC unroll 4
             for (int v = 0; v < 4; ++v) sum[v] += scale * load(rows[i] + k + v * kLanes);
         }
-        for (int v = 0; v < 4; ++v) store(out + k + v * kLanes, sum[v]);
+        for (int v = 0; v < 4; ++v) {
+            float* at = out + k + v * kLanes;
+            store(at, Adds ? load(at) + sum[v] : sum[v]);
+        }
     }
     for (; k < hidden; ++k) {
-        out[k] = 0.0f;
-        for (int i = 0; i < count; ++i) out[k] += values[i] * rows[i][k];
+        float sum = 0.0f;
+        for (int i = 0; i < count; ++i) sum += values[i] * rows[i][k];
+        out[k] = Adds ? out[k] + sum : sum;
     }
 }
 
@@ -51,8 +56,10 @@ void grad_few(const MoneShape& s, const MoneMask& m, const float* values_K, cons
         const int64_t at = e * out.expert_stride + element(j, out.row_stride, 0);
         const float* const* rows = g.rows[j - first];
         const float* values = g.values[j - first];
+        if (out.adds && !g.count[j - first]) continue;
         if (!out.is_bf16) {
-            few_sum(rows, values, g.count[j - first], s.hidden, static_cast<float*>(out.data) + at);
+            auto sum = out.adds ? few_sum<true> : few_sum<false>;
+            sum(rows, values, g.count[j - first], s.hidden, static_cast<float*>(out.data) + at);
             continue;
         }
         for (int64_t start = 0; start < s.hidden; start += kFewWidth) {
@@ -60,7 +67,7 @@ void grad_few(const MoneShape& s, const MoneMask& m, const float* values_K, cons
             const float* parts[kFewRows];
             alignas(64) float sums[kFewWidth];
             for (int i = 0; i < g.count[j - first]; ++i) parts[i] = rows[i] + start;
-            few_sum(parts, values, g.count[j - first], length, sums);
+            few_sum<false>(parts, values, g.count[j - first], length, sums);
             write_row(out, at + start, length, sums);
         }
     }
@@ -69,15 +76,15 @@ void grad_few(const MoneShape& s, const MoneMask& m, const float* values_K, cons
 // Experts have at most kFewRows rows.
 template <class Index>
 void grads_few(const MoneShape& s, const MoneMask& m, const float* const* values_K,
-               const float* const* rows, int64_t x_stride, MoneMatrix* const* outs) {
+               const float* x, int64_t x_stride, MoneMatrix* const* outs) {
     const int64_t across = blocks(s.neurons, kFewNeurons);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < s.experts * across; ++t) {
         FewGradScratch g;
         const int64_t e = t / across, first = t % across * kFewNeurons;
-        for (int o = 0; o < 3; ++o)
+        for (int o = 0; o < 2; ++o)
             if (outs[o])
-                grad_few<Index>(s, m, values_K[o], rows[o], x_stride, *outs[o], e, first,
+                grad_few<Index>(s, m, values_K[o], x, x_stride, *outs[o], e, first,
                                 at_most(first + kFewNeurons, s.neurons), g);
     }
 }

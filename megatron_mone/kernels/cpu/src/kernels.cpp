@@ -67,12 +67,12 @@ void panels_any(const MoneShape* s, const MoneMatrix* x, float* panels) {
     make_panels(*s, *x, panels);
 }
 
-void sampled_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* panels,
-                 const MoneMatrix* weight, float* out) {
+void sampled_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* x,
+                 int64_t row_stride, int64_t panel_stride, const MoneMatrix* weight, float* out) {
     if (m->idx_bytes == 2)
-        sample<int16_t>(*s, *m, *cuts, panels, *weight, out);
+        sample<int16_t>(*s, *m, *cuts, x, row_stride, panel_stride, *weight, out);
     else
-        sample<int32_t>(*s, *m, *cuts, panels, *weight, out);
+        sample<int32_t>(*s, *m, *cuts, x, row_stride, panel_stride, *weight, out);
 }
 
 void accumulate_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* value0,
@@ -94,19 +94,31 @@ void gate_any(const MoneShape* s, const MoneMask* m, int64_t activation, const f
     run(*s, *m, a, u, probs, dgate, da, du, h, dprobs);
 }
 
-void transpose_any(const MoneShape* s, const MoneMask* m, const float* v0, const float* v1,
-                   const float* v2, int64_t* starts, MoneCuts* cuts, MoneEntry* entries) {
-    if (m->idx_bytes == 2)
-        transpose_mask<int16_t>(*s, *m, v0, v1, v2, starts, *cuts, entries);
+template <class Index>
+void transpose_terms(const MoneShape& s, const MoneMask& m, const float* v0, const float* v1,
+                     int64_t* starts, MoneCuts& cuts, void* entries) {
+    if (v1)
+        transpose_mask<Index>(s, m, v0, v1, starts, cuts, static_cast<MoneEntry<2>*>(entries));
     else
-        transpose_mask<int32_t>(*s, *m, v0, v1, v2, starts, *cuts, entries);
+        transpose_mask<Index>(s, m, v0, v1, starts, cuts, static_cast<MoneEntry<1>*>(entries));
+}
+
+void transpose_any(const MoneShape* s, const MoneMask* m, const float* v0, const float* v1,
+                   int64_t* starts, MoneCuts* cuts, void* entries) {
+    if (m->idx_bytes == 2)
+        transpose_terms<int16_t>(*s, *m, v0, v1, starts, *cuts, entries);
+    else
+        transpose_terms<int32_t>(*s, *m, v0, v1, starts, *cuts, entries);
 }
 
 void weight_grads_any(const MoneShape* s, const int64_t* starts, const MoneCuts* cuts,
-                      const MoneEntry* entries, const MoneMatrix* x, const MoneMatrix* dy,
-                      MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down) {
-    MoneMatrix* const outs[3] = {gate, up, down};
-    sum_weight_grads(*s, starts, *cuts, entries, *x, *dy, outs);
+                      const void* entries, const MoneMatrix* x, MoneMatrix* out0,
+                      MoneMatrix* out1) {
+    MoneMatrix* const outs[2] = {out0, out1};
+    if (out1)
+        sum_weight_grads(*s, starts, *cuts, static_cast<const MoneEntry<2>*>(entries), *x, outs);
+    else
+        sum_weight_grads(*s, starts, *cuts, static_cast<const MoneEntry<1>*>(entries), *x, outs);
 }
 
 void widen_any(const MoneShape* s, const MoneMatrix* from, float* to, int64_t stride) {
@@ -137,13 +149,9 @@ void block_accumulate_any(const MoneShape* s, const MoneMask* m, const MoneBlock
 }
 
 void block_grads_any(const MoneShape* s, const MoneMask* m, const MoneBlocks* lists,
-                     const float* da, const float* du, const float* h, const MoneMatrix* x,
-                     const MoneMatrix* dy, MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down) {
-    GradTerms of_x = {{da, du}, {gate, up}, x, 2}, of_dy = {{h}, {down}, dy, down ? 1 : 0};
-    if (!gate) of_x = {{du}, {up}, x, up ? 1 : 0};
-    if (!up) of_x.count = gate ? 1 : 0;
-    sum_block_grads(*s, *m, *lists, of_x);
-    sum_block_grads(*s, *m, *lists, of_dy);
+                     const float* v0, const float* v1, const MoneMatrix* x, MoneMatrix* out0,
+                     MoneMatrix* out1) {
+    sum_block_grads(*s, *m, *lists, {{v0, v1}, {out0, out1}, x, out1 ? 2 : 1});
 }
 
 void few_sampled_any(const MoneShape* s, const MoneMask* m, const float* x, int64_t x_stride,
@@ -165,16 +173,14 @@ void few_accumulate_any(const MoneShape* s, const MoneMask* m, const float* valu
     run(*s, *m, value0, *weight0, value1, weight1, *out);
 }
 
-void few_grads_any(const MoneShape* s, const MoneMask* m, const float* da, const float* du,
-                   const float* h, const float* x, const float* dy, int64_t x_stride,
-                   MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down) {
-    const float* const values[3] = {da, du, h};
-    const float* const rows[3] = {x, x, dy};
-    MoneMatrix* const outs[3] = {gate, up, down};
+void few_grads_any(const MoneShape* s, const MoneMask* m, const float* v0, const float* v1,
+                   const float* x, int64_t x_stride, MoneMatrix* out0, MoneMatrix* out1) {
+    const float* const values[2] = {v0, v1};
+    MoneMatrix* const outs[2] = {out0, out1};
     if (m->idx_bytes == 2)
-        grads_few<int16_t>(*s, *m, values, rows, x_stride, outs);
+        grads_few<int16_t>(*s, *m, values, x, x_stride, outs);
     else
-        grads_few<int32_t>(*s, *m, values, rows, x_stride, outs);
+        grads_few<int32_t>(*s, *m, values, x, x_stride, outs);
 }
 
 void gated_any(const MoneShape* s, const MoneMask* m, const float* probs, const void* g,

@@ -13,7 +13,7 @@ constexpr int64_t kDotNeurons = 64;   // neurons of one block of the sampled pro
 constexpr int64_t kDotLength = 128;   // floats of H of one such block; panels are this wide
 constexpr int64_t kSumInputs = 96;    // input rows (neurons or tokens) of one accumulation block
 constexpr int64_t kSumWidth = 64;     // floats of H of one accumulation block of y or dx
-constexpr int64_t kGradWidth = 32;    // floats of H of one block of the weight gradients
+constexpr int64_t kGradWidth = 64;    // floats of H of one block of the weight gradients
 static_assert(kDotNeurons <= kSumInputs, "tables of both are sized by kSumInputs");
 constexpr int64_t kBlock = 16;        // neurons of one block of a mask of whole blocks
 constexpr int64_t kBlockWidth = 128;  // floats of H of one strip of y, dx or gradients, by blocks
@@ -24,8 +24,6 @@ constexpr int64_t kFewRows = 64;      // most rows of an expert in the kernels f
 static inline int64_t element(int64_t row, int64_t stride, int64_t column) {
     return row * stride + column;
 }
-
-extern "C" {
 
 // Rows, experts and sizes; `row_start` is [E + 1], the first row of each expert.
 struct MoneShape {
@@ -41,11 +39,13 @@ struct MoneMask {
     int64_t idx_bytes;
 };
 
-// [E, rows, H] or [N, H] (expert_stride 0); strides in elements, the last one is 1.
+// [E, rows, H] or [N, H] (expert_stride 0); strides in elements, the last one is 1. An output that
+// `adds` keeps what it holds and adds the result to it.
 struct MoneMatrix {
     void* data;
     int64_t expert_stride, row_stride;
     int64_t is_bf16;
+    int64_t adds;
 };
 
 // Where each row's kept entries cross blocks of neurons: at[b][n] entries of row n lie before block
@@ -57,9 +57,10 @@ struct MoneCuts {
     uint16_t* order;
 };
 
-// One kept entry seen from its neuron: the row within its expert and up to three values.
+// One kept entry seen from its neuron: the row within its expert and one or two values.
+template <int Terms>
 struct MoneEntry {
-    float value[3];
+    float value[Terms];
     int32_t row;
 };
 
@@ -78,6 +79,8 @@ struct MoneBlocks {
 
 enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3 };
 
+extern "C" {
+
 struct MoneKernels {
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
@@ -92,9 +95,12 @@ struct MoneKernels {
     void (*cuts)(const MoneShape*, const MoneMask*, int64_t width, MoneCuts* cuts);
     // float32 copy of a [N, H] matrix as [ceil(H / kDotLength), N, kDotLength], zero-padded.
     void (*panels)(const MoneShape*, const MoneMatrix*, float* panels);
-    // out_K = <x_n, weight_j> for kept (n, j); cuts at kDotNeurons.
-    void (*sampled)(const MoneShape*, const MoneMask*, const MoneCuts* cuts, const float* panels,
-                    const MoneMatrix* weight, float* out_K);
+    // out_K = <x_n, weight_j> for kept (n, j); cuts at kDotNeurons. kDotLength floats of x_n from
+    // c * kDotLength on begin at x + n * row_stride + c * panel_stride: panels, or float32 rows that
+    // are a multiple of kDotLength long.
+    void (*sampled)(const MoneShape*, const MoneMask*, const MoneCuts* cuts, const float* x,
+                    int64_t row_stride, int64_t panel_stride, const MoneMatrix* weight,
+                    float* out_K);
     // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]); cuts at kSumInputs.
     void (*accumulate)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
                        const float* value0_K, const MoneMatrix* weight0, const float* value1_K,
@@ -104,16 +110,16 @@ struct MoneKernels {
     void (*gate_backward)(const MoneShape*, const MoneMask*, int64_t activation, const float* a_K,
                           const float* u_K, const float* probs, const float* dgate_K, float* da_K,
                           float* du_K, float* h_K, float* dprobs);
-    // Entries of each expert by neuron, then row, with value[i] = v_i. starts is [E, F + 1], absolute.
+    // Entries of each expert by neuron, then row, with value[i] = v_i: MoneEntry<1> where v1 is null,
+    // else MoneEntry<2>. starts is [E, F + 1], from the first entry of the shape's first expert.
     // cuts are of blocks of kSumInputs rows of an expert, in tiles of neurons: [B, F] where each
     // expert has ceil(rows / kSumInputs) + 1 of the B rows.
     void (*transpose)(const MoneShape*, const MoneMask*, const float* v0_K, const float* v1_K,
-                      const float* v2_K, int64_t* starts, MoneCuts* cuts, MoneEntry* entries);
-    // gate[j], up[j], down[j] = sum over the entries of value[0] x[n], value[1] x[n], value[2] dy[n].
-    // Null outputs are skipped.
+                      int64_t* starts, MoneCuts* cuts, void* entries);
+    // out_i[j] = sum over the entries of value[i] x[n]; out1 is null for MoneEntry<1>.
     void (*weight_grads)(const MoneShape*, const int64_t* starts, const MoneCuts* cuts,
-                         const MoneEntry* entries, const MoneMatrix* x, const MoneMatrix* dy,
-                         MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+                         const void* entries, const MoneMatrix* x, MoneMatrix* out0,
+                         MoneMatrix* out1);
     // float32 copy of a [N, H] matrix, rows `stride` apart, zeros after H.
     void (*widen)(const MoneShape*, const MoneMatrix*, float* to, int64_t stride);
     // out[n, j] = <x_n, weight_j> for every neuron; x as `widen` writes it, whole vectors a row.
@@ -126,19 +132,18 @@ struct MoneKernels {
     void (*block_accumulate)(const MoneShape*, const MoneMask*, const MoneBlocks*,
                              const float* value0_K, const MoneMatrix* weight0,
                              const float* value1_K, const MoneMatrix* weight1, MoneMatrix* out);
-    void (*block_grads)(const MoneShape*, const MoneMask*, const MoneBlocks*, const float* da_K,
-                        const float* du_K, const float* h_K, const MoneMatrix* x,
-                        const MoneMatrix* dy, MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+    void (*block_grads)(const MoneShape*, const MoneMask*, const MoneBlocks*, const float* v0_K,
+                        const float* v1_K, const MoneMatrix* x, MoneMatrix* out0,
+                        MoneMatrix* out1);
     // sampled and accumulate for experts of few rows; any mask, x as for `dense`.
     void (*few_sampled)(const MoneShape*, const MoneMask*, const float* x, int64_t x_stride,
                         const MoneMatrix* weight, float* out_K);
     void (*few_accumulate)(const MoneShape*, const MoneMask*, const float* value0_K,
                            const MoneMatrix* weight0, const float* value1_K,
                            const MoneMatrix* weight1, MoneMatrix* out);
-    // The weight gradients, straight from the mask; x and dy float32, rows x_stride apart.
-    void (*few_grads)(const MoneShape*, const MoneMask*, const float* da_K, const float* du_K,
-                      const float* h_K, const float* x, const float* dy, int64_t x_stride,
-                      MoneMatrix* gate, MoneMatrix* up, MoneMatrix* down);
+    // The weight gradients, straight from the mask; x float32, rows x_stride apart.
+    void (*few_grads)(const MoneShape*, const MoneMask*, const float* v0_K, const float* v1_K,
+                      const float* x, int64_t x_stride, MoneMatrix* out0, MoneMatrix* out1);
     // h_K = probs[n] g_K u_K; g is float32 or, with g_bytes 2, bfloat16.
     void (*gated)(const MoneShape*, const MoneMask*, const float* probs, const void* g_K,
                   int64_t g_bytes, const float* u_K, float* h_K);

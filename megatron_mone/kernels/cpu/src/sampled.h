@@ -76,8 +76,9 @@ void make_panels(const MoneShape& s, const MoneMatrix& x, float* panels) {
 
 // One tile of rows against one block of its expert's neurons, over all of H.
 template <class Index>
-void sample_block(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* panels,
-                  const MoneMatrix& weight, const Tile& tile, int64_t b, float* out_K) {
+void sample_block(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* rows_x,
+                  int64_t row_stride, int64_t panel_stride, const MoneMatrix& weight,
+                  const Tile& tile, int64_t b, float* out_K) {
     alignas(64) float block[kDotNeurons * kDotLength];
     const int64_t first = b * kDotNeurons, rows = tile.end - tile.begin;
     const Index* idx = static_cast<const Index*>(m.idx);
@@ -92,28 +93,28 @@ void sample_block(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, c
         load_block(weight, base, neurons, start, at_most(kDotLength, s.hidden - start), kDotLength,
                    block, used);
         NextBlock ahead{weight, base, used ? 0 : neurons, after, at_most(kDotLength, s.hidden - after), rows};
-        const float* x = panels + element(c * s.rows + tile.begin, kDotLength, 0);
+        const float* x = rows_x + element(c, panel_stride, 0) + element(tile.begin, row_stride, 0);
         for (int64_t i = 0; i < rows; ++i) {
             ahead.step();
             const int64_t next = order[at_most(i + kAhead, rows - 1)];
             const int64_t l = m.offsets[tile.begin + next] + from[next];
             prefetch(idx + l, 64);
             prefetch(out_K + l, 64);
-            prefetch(x + next * kDotLength, kDotLength * 4);
+            prefetch(x + next * row_stride, kDotLength * 4);
             const int64_t n = order[i], k = m.offsets[tile.begin + n] + from[n];
-            dots(x + n * kDotLength, block, first, idx + k, to[n] - from[n], c == 0, out_K + k);
+            dots(x + n * row_stride, block, first, idx + k, to[n] - from[n], c == 0, out_K + k);
         }
     }
 }
 
 template <class Index>
-void sample(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* panels,
-            const MoneMatrix& weight, float* out_K) {
+void sample(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* x,
+            int64_t row_stride, int64_t panel_stride, const MoneMatrix& weight, float* out_K) {
     const int64_t across = blocks(s.neurons, kDotNeurons), tasks = across * total_tiles(s);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < tasks; ++t)
-        sample_block<Index>(s, m, cuts, panels, weight, find_tile(s, t / across), t % across,
-                            out_K);
+        sample_block<Index>(s, m, cuts, x, row_stride, panel_stride, weight,
+                            find_tile(s, t / across), t % across, out_K);
 }
 
 }  // namespace

@@ -67,7 +67,7 @@ void share_slopes(const MoneShape& s, const MoneMask& m, const Gate* gate, const
         const float loss = row_loss ? row_loss[n] : 0.0f;
         for (int64_t k = m.offsets[n]; k < m.offsets[n + 1]; ++k) {
             const float g = gate_value(gate, k), slope = (w[idx[k]] - loss) * inverse;
-            out_K[k] = g > 0.0f ? slope : g < 0.0f ? -slope : g * 0.0f;  // NaN stays NaN
+            out_K[k] = slope * ((g > 0.0f) - (g < 0.0f));  // a branch on the sign is mispredicted
         }
     }
 }

@@ -149,7 +149,11 @@ struct NextBlock {
 inline void write_row(MoneMatrix& m, int64_t first, int64_t count, const float* from) {
     if (m.is_bf16) {
         uint16_t* out = static_cast<uint16_t*>(m.data) + first;
-        for (int64_t i = 0; i < count; ++i) out[i] = to_bf16(from[i]);
+        for (int64_t i = 0; i < count; ++i)
+            out[i] = to_bf16(m.adds ? from_bf16(out[i]) + from[i] : from[i]);
+    } else if (m.adds) {
+        float* out = static_cast<float*>(m.data) + first;
+        for (int64_t i = 0; i < count; ++i) out[i] += from[i];
     } else {
         std::memcpy(static_cast<float*>(m.data) + first, from, count * sizeof(float));
     }
