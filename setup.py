@@ -33,7 +33,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_mone*", "tools"]),
-    package_data={"megatron_mone": ["py.typed", "kernels/cpu/src/*"]},
+    package_data={"megatron_mone": ["py.typed", "kernels/cpu/src/*", "kernels/measured.json"]},
     cmdclass={"build_kernels": BuildKernels},
     install_requires=[
         "megatron-core>=0.19,<0.20",

@@ -110,7 +110,7 @@ def time_and_roofline(results: dict[str, Any], found: list[Point]) -> Figure | N
                        label="roofline of this machine")  # fmt: skip
             panel.invert_yaxis()
             panel.set_title(f"{dtype}, N {cell['config']['tokens']}", fontsize=9)
-            panel.set_xlabel("forward + backward (ms), median, 10th to 90th percentile")
+            panel.set_xlabel("forward + backward (ms): median, p10 to p90")
         _legend(figure, panels[0])
     return figure
 
@@ -122,7 +122,7 @@ def memory_against_share(results: dict[str, Any], found: list[Point]) -> Figure 
     if not found:
         return None
     with plt.rc_context(SETTINGS):
-        figure, panels = _panels(dtypes)
+        figure, panels = _panels(dtypes, share=False)
         for panel, dtype in zip(panels, dtypes, strict=True):
             mine = sorted((p for p in found if p.config["dtype"] == dtype), key=lambda p: p.ratio)
             shares = [point.ratio for point in mine]

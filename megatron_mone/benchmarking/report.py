@@ -72,8 +72,12 @@ def markdown(results: dict[str, Any], figures: list[tuple[str, str]]) -> str:
     lines += ["", "## How it was measured", ""]
     lines += [f"- {text}" for text in METHOD]
     lines += ["", "## Every cell", ""]
+    everywhere = _common_remarks(results)
+    lines += [*everywhere, ""]
     for cell in results["cells"]:
-        lines += [f"### {label(cell['config'])}", "", *cell_table(cell["results"]), ""]
+        remarks = [line for line in _remarks(cell["results"]) if line not in everywhere]
+        lines += [f"### {label(cell['config'])}", "", *_rows(cell["results"]), ""]
+        lines += [*remarks, ""] if remarks else []
     if results["skipped"]:
         lines += ["## Left out", ""]
         lines += [f"- {label(c['config'])}: {c['reason']}" for c in results["skipped"]]
@@ -96,14 +100,28 @@ def fill_page(page: Page, results: dict[str, Any], figures: list[tuple[str, str,
 
 def cell_table(rows: list[Row]) -> list[str]:
     """Markdown lines of one cell: those that ran, then a line for each that did not."""
+    return [*_rows(rows), "", *_remarks(rows)]
+
+
+def _rows(rows: list[Row]) -> list[str]:
     ran = [row for row in rows if row["available"] and row["name"] != AUTO]
-    lines = _table(TABLE, [_cells(row) for row in ran], text_columns=1)
+    return _table(TABLE, [_cells(row) for row in ran], text_columns=1)
+
+
+def _common_remarks(results: dict[str, Any]) -> list[str]:
+    """What is to be said of every cell, to be said once."""
+    said = [_remarks(cell["results"]) for cell in results["cells"]]
+    return [line for line in said[0] if all(line in lines for lines in said)] if said else []
+
+
+def _remarks(rows: list[Row]) -> list[str]:
+    """Who did not run and why, who disagrees, and what `auto` is."""
     reasons: dict[str, str] = {}
     for row in rows:
         if row["reason"]:
             reasons[row["name"]] = ("" if row["available"] else "not run: ") + row["reason"]
     same = {row["same_as"] for row in rows if row["name"] == AUTO}
-    lines += [""] + [f"- {name}: {reason}" for name, reason in reasons.items()]
+    lines = [f"- {name}: {reason}" for name, reason in reasons.items()]
     return lines + [f"- {AUTO}: is {name} here" for name in sorted(same)]
 
 

@@ -88,8 +88,12 @@ def bytes_moved(cell: Cell, ratio: float | None, phase: str) -> float:
 
 
 def limit_ms(cell: Cell, ratio: float | None, phase: str, peaks: Peaks) -> float:
-    """Milliseconds below which this machine cannot go."""
-    compute = operations(cell, ratio, phase) / peaks.flops[cell.dtype]
+    """Milliseconds below which this machine cannot go.
+
+    bf16 products may also run in fp32, which is the faster of the two without bf16 units.
+    """
+    rate = max(peaks.flops[cell.dtype], peaks.flops["fp32"])
+    compute = operations(cell, ratio, phase) / rate
     return 1e3 * max(compute, bytes_moved(cell, ratio, phase) / peaks.bandwidth)
 
 

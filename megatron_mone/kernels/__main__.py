@@ -1,16 +1,19 @@
 """Print which backends run on this machine, and which one `auto` takes for a call and why.
 
-python -m megatron_mone.kernels --tokens 4096 --experts 8 --neurons 1408 --ratio 0.25 --dtype fp32
+    python -m megatron_mone.kernels --tokens 4096 --experts 8 --neurons 1408 --ratio 0.25
+
+With --table-from, write the table of measured times that `auto` looks up, from a benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
-from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend
+from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend, measured
 from megatron_mone.kernels.activations import ACTIVATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,7 +32,16 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--activation", choices=ACTIVATIONS, default="silu")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--table-from", type=Path, metavar="RESULTS", help="of make bench")
+    parser.add_argument("--table", type=Path, default=measured.TABLE, help="where to write it")
     options = parser.parse_args()
+    if options.table_from is not None:
+        try:
+            cells = measured.write_table(options.table_from, options.table)
+        except ValueError as error:
+            parser.error(str(error))
+        print(f"{options.table}: {cells} cells")
+        return
     if options.tokens < 0 or options.experts < 1:
         parser.error("--tokens must be 0 or more and --experts 1 or more")
     kept = round(options.ratio * options.neurons)

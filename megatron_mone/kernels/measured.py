@@ -3,7 +3,7 @@
 The table is JSON, written from a benchmark of this repository:
 
     make bench                                                    # out/bench/results.json
-    python -m megatron_mone.kernels.measured out/bench/results.json
+    python -m megatron_mone.kernels --table-from out/bench/results.json
 
 MONE_KERNEL_TABLE names another file, for one's own machines. A cell holds the class of machine,
 dtype, rows per expert, kept share S / F, block, and milliseconds of forward + backward of each
@@ -12,7 +12,6 @@ backend; a call takes the nearest cell of its class and dtype. May touch: the ta
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -50,12 +49,15 @@ def nearest_cell(
     Raises:
         ValueError: the table is not one.
     """
-    kind = str(dtype).removeprefix("torch.")
-    machine = machine_class(device)
-    cells = [
-        c for c in check_table()
-        if (c["machine"], c["dtype"], c["block"]) == (machine, kind, block)
-    ]  # fmt: skip
+    like = (machine_class(device), str(dtype).removeprefix("torch."), block)
+    return _nearest(os.environ.get(TABLE_ENV) or str(TABLE), like, rows_per_expert, kept_share)
+
+
+@functools.lru_cache(maxsize=256)  # decoding asks the same thing for every token
+def _nearest(
+    path: str, like: tuple[str, str, int], rows_per_expert: float, kept_share: float
+) -> dict[str, Any] | None:
+    cells = [c for c in _cells(path) if (c["machine"], c["dtype"], c["block"]) == like]
     if not cells:
         return None
 
@@ -92,7 +94,7 @@ def _cells(path: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{TABLE_ENV} = {path!r} is not a table of kernel times ({error!r}): write one with "
-            "python -m megatron_mone.kernels.measured RESULTS, or unset it"
+            "python -m megatron_mone.kernels --table-from RESULTS, or unset it"
         ) from error
     return cells
 
@@ -137,19 +139,15 @@ def table_cell(config: dict[str, Any], ratio: float, rows: list[dict[str, Any]])
     }
 
 
-def main() -> None:
-    """Write the table from a benchmark's results."""
-    parser = argparse.ArgumentParser(description="Write the table that backend auto looks up.")
-    parser.add_argument("results", type=Path, help="results.json of tools/bench_experts.py")
-    parser.add_argument("--out", type=Path, default=TABLE)
-    options = parser.parse_args()
+def write_table(results: Path, table: Path) -> int:
+    """Write the table of a benchmark's results; its number of cells.
+
+    Raises:
+        ValueError: the file cannot be read, or is not a benchmark's; says which.
+    """
     try:
-        table = table_of(json.loads(options.results.read_text(encoding="utf-8")))
+        content = table_of(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        parser.error(f"{options.results}: {error}")
-    write_json(options.out, table)
-    print(f"{options.out}: {len(table['cells'])} cells of {machine_class('cpu')}")
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError(f"{results}: {error}") from error
+    write_json(table, content)
+    return len(content["cells"])

@@ -19,6 +19,7 @@ from megatron_mone.kernels.cpu.products import (
     empty,
     gradient_matrices,
     scratch,
+    sum_arguments,
     unit_stride,
     value_addresses,
 )
@@ -74,15 +75,10 @@ class BlockProducts:
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
-        terms = [(value, unit_stride(weight)) for value, weight in terms]
-        arguments = [
-            part
-            for value, weight in terms
-            for part in (native.address(value), byref(native.matrix(weight)))
-        ]
+        _kept, arguments = sum_arguments(terms)
         self.kernels.block_accumulate(
             byref(self.shape), byref(self.mask), byref(self.lists),
-            *arguments, *(None,) * (4 - len(arguments)), byref(native.matrix(out_NH)),
+            *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
 

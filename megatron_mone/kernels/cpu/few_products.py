@@ -18,6 +18,7 @@ from megatron_mone.kernels.cpu.products import (
     SparseProducts,
     empty,
     gradient_matrices,
+    sum_arguments,
     unit_stride,
     value_addresses,
 )
@@ -41,12 +42,7 @@ class FewProducts(SparseProducts):
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
-        terms = [(value, unit_stride(weight)) for value, weight in terms]
-        arguments = [
-            part
-            for value, weight in terms
-            for part in (native.address(value), byref(native.matrix(weight)))
-        ]
+        _kept, arguments = sum_arguments(terms)
         self.kernels.few_accumulate(
             byref(self.shape), byref(self.mask), *arguments, *(None,) * (4 - len(arguments)),
             byref(native.matrix(out_NH)),

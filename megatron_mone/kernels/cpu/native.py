@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
 import torch
@@ -148,9 +148,10 @@ class Layout:
         """N."""
         return sum(self.counts)
 
+    @lru_cache(maxsize=64)  # noqa: B019 asked for six times a call; layouts are small
     def shape(self, first: int = 0, end: int | None = None) -> _Shape:
         """Experts [first, end) for a kernel, all by default; keeps its own copy of the row starts
-        alive."""
+        alive. Kernels only read it, so that calls may share one."""
         bounds = list(accumulate(self.counts, initial=0))[first : None if end is None else end + 1]
         starts = (c_int64 * len(bounds))(*bounds)
         shape = _Shape(

@@ -85,6 +85,15 @@ def gradient_matrices(terms: list[tuple[Tensor, Gradient]]) -> list[Any]:
     return [*(byref(native.matrix(out, adds)) for _, (out, adds) in terms), None][:2]
 
 
+def sum_arguments(terms: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Any]]:
+    """(tensors to keep alive, the four arguments) of one or two (value_K, weight_EFH) to add up."""
+    weights = [unit_stride(weight) for _, weight in terms]
+    arguments: list[Any] = []
+    for (value, _), weight in zip(terms, weights, strict=True):
+        arguments += [native.address(value), byref(native.matrix(weight))]
+    return weights, arguments + [None] * (4 - len(arguments))
+
+
 class SparseProducts:
     """Native sampled products and accumulations.
 
@@ -131,15 +140,10 @@ class SparseProducts:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
         cuts = self._cut_table(native.SUM_INPUTS)
-        terms = [(value, unit_stride(weight)) for value, weight in terms]
-        arguments = [
-            part
-            for value, weight in terms
-            for part in (native.address(value), byref(native.matrix(weight)))
-        ]
+        _kept, arguments = sum_arguments(terms)
         self.kernels.accumulate(
             byref(self.shape), byref(self.mask), byref(cuts),
-            *arguments, *(None,) * (4 - len(arguments)), byref(native.matrix(out_NH)),
+            *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
 

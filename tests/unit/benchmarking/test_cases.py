@@ -99,6 +99,9 @@ def test_operations_and_limit_follow_the_published_counts():
     assert limit_ms(cell, None, "forward", memory_bound) == pytest.approx(
         bytes_moved(cell, None, "forward") / 1e6
     )
+    slow_half = Peaks({"fp32": 2e9, "bf16": 1e9}, bandwidth=1e15)  # then fp32 is the limit
+    half = Cell(4096, 512, 1408, 8, (0.25,), "bf16")
+    assert limit_ms(half, None, "forward", slow_half) == pytest.approx(dense["forward"] / 2e6)
 
 
 def test_bytes_of_a_forward_are_its_weights_and_rows():

@@ -32,6 +32,7 @@ def write_table(path, monkeypatch, *cells):
     path.write_text(json.dumps({"cells": rows}))
     monkeypatch.setenv(measured.TABLE_ENV, str(path))
     measured._cells.cache_clear()
+    measured._nearest.cache_clear()
 
 
 CELLS = ((8, 0.25, 1, 2.0, 1.0), (512, 0.25, 1, 5.0, 10.0), (512, 1.0, 1, 12.0, 10.0),
@@ -77,6 +78,7 @@ def test_it_says_what_it_chose_and_why(tmp_path, monkeypatch):
 def test_a_file_that_is_no_table_is_named(text, tmp_path, monkeypatch):
     write_table(tmp_path / "table.json", monkeypatch)
     (tmp_path / "table.json").write_text(text)
+    measured._cells.cache_clear()
     with pytest.raises(ValueError, match=r"MONE_KERNEL_TABLE = .* is not a table of kernel times"):
         choose_backend("auto", Call(rows=9, experts=1, kept_share=1.0))
 
@@ -109,9 +111,13 @@ def results(**changes):
 
 def test_a_benchmark_becomes_a_table(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results()))
-    command = [sys.executable, "-m", "megatron_mone.kernels.measured",
-               str(tmp_path / "results.json"), "--out", str(tmp_path / "table.json")]  # fmt: skip
+    command = [sys.executable, "-m", "megatron_mone.kernels", "--table-from",
+               str(tmp_path / "results.json"), "--table", str(tmp_path / "table.json")]  # fmt: skip
     subprocess.run(command, check=True)
+    command[4] = str(tmp_path / "no.json")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "no.json" in refused.stderr
     cell, keep_all = json.loads((tmp_path / "table.json").read_text())["cells"]
     assert cell["ms"] == {"cpu": 4.0, "reference": 9.0}
     assert keep_all["ms"] == {"cpu": 9.5, "reference": 9.1}
