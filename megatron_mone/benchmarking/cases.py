@@ -70,18 +70,19 @@ class Cell:
     def _check_ratio(self, ratio: float) -> None:
         if not 0.0 < ratio <= 1.0:
             _refuse("ratio", ratio, "above 0 and at most 1")
-        kept, block = ratio * self.neurons, self.neuron_block
-        if kept != int(kept) or int(kept) % block or kept < block:
-            below = max(block, int(kept) // block * block)
+        exact, block = ratio * self.neurons, self.neuron_block
+        kept = round(exact)
+        if abs(kept - exact) > 1e-6 * self.neurons or kept % block or kept < block:
+            below = max(block, int(exact) // block * block)
             _refuse(
                 "ratio", ratio,
                 f"a whole number of {f'blocks of {block} ' if block > 1 else ''}neurons, and it is "
-                f"{kept:g} of --neurons {self.neurons}: {below / self.neurons:g} keeps {below}",
+                f"{exact:g} of --neurons {self.neurons}: {below}/{self.neurons} keeps {below}",
             )  # fmt: skip
 
     def kept(self, ratio: float) -> int:
         """S, the neurons a row keeps at `ratio`."""
-        return int(ratio * self.neurons)
+        return round(ratio * self.neurons)
 
     @property
     def counts(self) -> list[int]:

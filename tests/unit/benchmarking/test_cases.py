@@ -114,3 +114,10 @@ def test_bytes_of_a_forward_are_its_weights_and_rows():
 def test_peaks_are_measured():
     peaks = measure_peaks(torch.device("cpu"), elements=1 << 16)
     assert min(peaks.flops["fp32"], peaks.flops["bf16"], peaks.bandwidth) > 1e6
+
+
+def test_the_ratio_that_a_refusal_names_is_taken():
+    with pytest.raises(ValueError, match="422/1408 keeps 422"):
+        Cell(64, 512, 1408, 8, (0.3,)).check()
+    Cell(64, 512, 1408, 8, (422 / 1408,)).check()
+    assert Cell(64, 512, 1408, 8, (422 / 1408,)).kept(422 / 1408) == 422

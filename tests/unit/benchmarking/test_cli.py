@@ -55,7 +55,7 @@ def test_one_cell_writes_the_promised_file(tmp_path, words):
         (["--hidden", "30"], "--hidden 30 is not allowed: it must be a multiple of 4"),
         (["--tokens", "8", "--neuron-block", "3"], "--neuron-block 3 is not allowed"),
         (["--neurons", "64", "--ratio", "1/16", "--neuron-block", "8"],
-         "blocks of 8 neurons, and it is 4 of --neurons 64: 0.125 keeps 8"),
+         "blocks of 8 neurons, and it is 4 of --neurons 64: 8/64 keeps 8"),
         (["--tokens", "8", "--grid", "quick"], "--tokens asks for one cell"),
         (["--threads", "0"], "--threads 0 is not allowed"),
         (["--repeats", "0"], "--repeats 0 is not allowed"),
