@@ -1,11 +1,12 @@
 """Experts' parameters -> the three weights of the kernels, and their gradients back.
 
 Plain slices would give each of gate and up a zero-filled gradient as large as both and add the two;
-here the gradients of the three weights are laid into the parameter's once. Where Megatron
-accumulates gradients in its linears (gradient_accumulation_fusion) they go straight into
-`main_grad`, under the rules of LinearWithGradAccumulationAndAsyncCommunication.backward
-(megatron/core/tensor_parallel/layers.py): a backend that finds `grad_sink` on a view adds to the
-tensor that it returns and gives no gradient of its own; what others give is added here.
+here they are laid into the parameter's gradient once, or not at all where a backend makes the two
+as halves of one tensor. Where Megatron accumulates gradients in its linears
+(gradient_accumulation_fusion) they go straight into `main_grad`, under the rules of
+LinearWithGradAccumulationAndAsyncCommunication.backward (megatron/core/tensor_parallel/layers.py):
+a backend that finds `grad_sink` on a view adds to the tensor that it returns and gives no gradient
+of its own; what others give is added here.
 May touch: torch, the parameters' Megatron attributes.
 Shapes: E experts, F neurons, H hidden, all of this rank.
 """
@@ -64,10 +65,24 @@ class _WeightViews(torch.autograd.Function):
         return *(_placeholder(p) if p.requires_grad else None for p in (fc1, fc2)), None
 
 
+def halves_of_one(first_EFH: Tensor, second_EFH: Tensor) -> bool:
+    """Whether two tensors are [:, 0] and [:, 1] of one contiguous [E, 2, F, H]."""
+    _, neurons, hidden = first_EFH.shape
+    size = neurons * hidden
+    return (
+        first_EFH.shape == second_EFH.shape
+        and first_EFH.untyped_storage().data_ptr() == second_EFH.untyped_storage().data_ptr()
+        and second_EFH.storage_offset() - first_EFH.storage_offset() == size
+        and first_EFH.stride() == second_EFH.stride() == (2 * size, hidden, 1)
+    )
+
+
 def _side_by_side(fc1: Parameter, dgate: Tensor | None, dup: Tensor | None) -> Tensor | None:
     """[E, 2, F, H]."""
     if not fc1.requires_grad or (dgate is None and dup is None):
         return None
+    if dgate is not None and dup is not None and halves_of_one(dgate, dup):
+        return dgate.as_strided(fc1.shape, fc1.stride())
     gradient = torch.empty_like(fc1)
     for half, part in ((0, dgate), (1, dup)):
         if part is None:

@@ -40,6 +40,7 @@ from megatron_mone.kernels.cpu.products import (
 from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.moe.weight_views import halves_of_one
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
@@ -152,27 +153,51 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         dx_NH = None
         if ctx.needs_input_grad[0]:
             dx_NH = products.accumulate([(da_K, w_gate), (du_K, w_up)], x_NH.dtype)
-        goals = [
-            _goal(w, sink) if wanted else None
-            for w, sink, wanted in zip(
-                (w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5], strict=True
-            )
-        ]
+        goals = _goals((w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5])
         dw = _weight_grads(products, [(da_K, goals[0]), (du_K, goals[1])], x_NH)
         del da_K, du_K
         dw += _weight_grads(products, [(h_K, goals[2])], dy_NH)
         return dx_NH, dprobs_N.to(probs_N.dtype), *dw, None, None, None
 
 
-def _goal(weight_EFH: Tensor, sink: Callable[[], Tensor] | None) -> Callable[[], Gradient]:
-    """Makes, when it is due, the place of a weight's gradient: its sink or a new tensor."""
+Goal = Callable[[], Gradient]
+"""Makes, when it is due, the place of a weight's gradient."""
+
+
+def _goals(
+    weights: tuple[Tensor, Tensor, Tensor],
+    sinks: list[Callable[[], Tensor] | None],
+    wanted: tuple[bool, ...],
+) -> list[Goal | None]:
+    """Of gate, up and down: a weight's sink, or a new tensor; None where no gradient is wanted."""
+    goals = [
+        _goal(weight, sink) if want else None
+        for weight, sink, want in zip(weights, sinks, wanted, strict=True)
+    ]
+    if all(wanted[:2]) and sinks[:2] == [None, None] and halves_of_one(*weights[:2]):
+        goals[:2] = _goals_of_halves(weights[0])
+    return goals
+
+
+def _goal(weight_EFH: Tensor, sink: Callable[[], Tensor] | None) -> Goal:
     if sink is not None:
         return lambda: Gradient(sink(), True)
     return lambda: Gradient(empty(tuple(weight_EFH.shape), weight_EFH.dtype), False)
 
 
+def _goals_of_halves(weight_EFH: Tensor) -> list[Goal]:
+    """Gate's and up's gradients lie in one new tensor, as the weights do in theirs."""
+    experts, neurons, hidden = weight_EFH.shape
+
+    @cache
+    def both() -> Tensor:
+        return empty((experts, 2, neurons, hidden), weight_EFH.dtype)
+
+    return [lambda: Gradient(both()[:, 0], False), lambda: Gradient(both()[:, 1], False)]
+
+
 def _weight_grads(
-    products: Products, terms: list[tuple[Tensor, Callable[[], Gradient] | None]], x_NH: Tensor
+    products: Products, terms: list[tuple[Tensor, Goal | None]], x_NH: Tensor
 ) -> list[Tensor | None]:
     """value^T x of each (value_K, goal): new tensors; None where there is no goal, or a sink."""
     made = [(value, goal()) for value, goal in terms if goal is not None]

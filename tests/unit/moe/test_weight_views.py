@@ -5,6 +5,7 @@ import torch
 
 from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels.cpu import backend as cpu
+from megatron_mone.moe.weight_views import halves_of_one
 from tests.unit.moe.builders import build_experts
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -146,3 +147,27 @@ def test_a_frozen_parameter_gets_no_gradient(backend):
     backward(experts, x, probs)
     assert experts.linear_fc1.grad is None
     assert experts.linear_fc2.grad.abs().sum() > 0
+
+
+def test_halves_are_recognised():
+    whole = torch.zeros(3, 2, 5, 4)
+    assert halves_of_one(whole[:, 0], whole[:, 1])
+    assert not halves_of_one(whole[:, 1], whole[:, 0])
+    assert not halves_of_one(whole[:, 0].clone(), whole[:, 1])
+    assert not halves_of_one(torch.zeros(3, 5, 4), torch.zeros(3, 5, 4))
+    strided = torch.zeros(3, 2, 5, 8)[..., ::2]
+    assert not halves_of_one(strided[:, 0], strided[:, 1])
+
+
+@pytest.mark.skipif(not cpu.available()[0], reason="the CPU kernels cannot be built here")
+def test_native_gradients_of_gate_and_up_are_made_in_place():
+    """The parameter's gradient is the tensor that the kernels wrote: no third copy of it."""
+    experts, x, probs = experts_and_inputs("cpu")
+    y = experts(x, COUNTS, probs).y_NH
+    peaks = measure_peaks(lambda: y, lambda y: backward_of(experts, y))
+    gradients = sum(p.numel() * 4 for p in experts.parameters())
+    assert gradients <= peaks.backward < gradients + experts.linear_fc1.numel() * 4
+
+
+def backward_of(experts, y):
+    return torch.autograd.grad(y, list(experts.parameters()), torch.ones_like(y))
