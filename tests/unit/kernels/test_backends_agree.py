@@ -82,7 +82,7 @@ def rounding_of_the_reference(tensors, case, mask, results):
 
 
 @pytest.mark.parametrize("backend", OTHERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=cases())
 def test_equal_to_the_reference(backend, case):
     """float32 to 1e-5 with the same mask, bfloat16 to 2e-2 on the reference's mask."""
