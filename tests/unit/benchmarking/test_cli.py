@@ -21,13 +21,13 @@ PROMISED = {"name", "available", "forward_ms", "forward_backward_ms", "saved_byt
             "ratio_to_best_dense"}  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [["tools/bench_experts.py"], ["-m", "tools.bench_experts"]])
-def test_one_cell_writes_the_promised_file(tmp_path, words):
+def test_one_cell_writes_the_promised_file(tmp_path):
     path = tmp_path / "new" / "cell.json"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, *words, *TINY, "--json", str(path)], cwd=ROOT, capture_output=True,
-        text=True, env=environment, timeout=120, check=False,
+        [sys.executable, "tools/bench_experts.py", *TINY, "--json", str(path)], cwd=ROOT,
+        capture_output=True,
+        text=True, env=environment, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads(path.read_text())
