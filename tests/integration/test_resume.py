@@ -1,10 +1,9 @@
 """A killed run goes on from its last checkpoint as if it had never stopped, bit for bit."""
 
-import os
-import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.training_cases import MOCK, MONE, TINY, Case, run_cases, scalars, start
@@ -24,14 +23,17 @@ def flags(save: Path) -> tuple[str, ...]:
 
 
 def kill_after(process, log: Path, text: str) -> None:
-    """SIGKILL the launcher and all its ranks once `text` stands in the log."""
+    """SIGKILL the launcher and its ranks, each in a session of its own, once the log has `text`."""
     deadline = time.monotonic() + 240
     while text not in log.read_text(errors="replace"):
         assert process.poll() is None, log.read_text(errors="replace")[-3000:]
         assert time.monotonic() < deadline, "the run never reached " + text
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    for victim in (process, *ranks):
+        victim.kill()
     process.wait()
+    assert not psutil.wait_procs(ranks, timeout=30)[1], "a rank outlived SIGKILL"
 
 
 def test_killed_run_resumes_bit_equal(tmp_path):
