@@ -18,6 +18,8 @@ from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_mone.profiling.phases import DATA, OTHER, enter
+
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
@@ -29,7 +31,9 @@ def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tupl
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
+    enter(DATA)
     batch = get_batch(data_iterator, getattr(_unwrap(model), "vp_stage", None))
+    enter(OTHER)
     timers("batch-generator").stop()
     output = model(
         batch["tokens"],

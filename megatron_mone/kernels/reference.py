@@ -17,6 +17,7 @@ from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
+from megatron_mone.profiling.phases import SELECTION, UP_DOWN_GEMM, enter
 
 
 def grouped_mlp(
@@ -42,7 +43,9 @@ def grouped_mlp(
     )
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
+    enter(SELECTION)
     mask_NF = _choose(choose, gate_NF.detach())
+    enter(UP_DOWN_GEMM)
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
     h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)

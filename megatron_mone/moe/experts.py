@@ -28,6 +28,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_mone.config import backend_of, needs_all_gates, selection_bounds
 from megatron_mone.kernels import (
@@ -85,7 +86,9 @@ class MoNEExperts(MegatronModule):
             block=config.mone_neuron_block,
             etp_group=self.etp_group,
         )
-        self._build_weights()
+        self.linear_fc1, self.linear_fc2 = stock_weights(
+            config, num_local_experts, self.etp_group
+        )
         has_bias = config.mone_ng_loss_type == "bias"
         lagged = config.mone_ng_loss_scope == "global_batch" and config.mone_ng_loss_coeff > 0
         self.register_buffer("neuron_bias", self._per_neuron() if has_bias else None)
@@ -95,21 +98,6 @@ class MoNEExperts(MegatronModule):
         """[E_l, F_l] float32 zeros."""
         shape = self.w_gate_EFH.shape[:2]
         return torch.zeros(shape, dtype=torch.float32, device=self.linear_fc1.device)
-
-    def _build_weights(self) -> None:
-        """Build stock experts one at a time and move their weights here, so that initial values,
-        random-state consumption and parameter attributes are Megatron's own."""
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        for e in range(self.num_local_experts):
-            expert = _stock_expert(self.config, submodules, self.etp_group)
-            fc1, fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
-            hidden, width = fc2.shape
-            if e == 0:
-                self.linear_fc1 = _like(fc1, (self.num_local_experts, 2, width, hidden))
-                self.linear_fc2 = _like(fc2, (self.num_local_experts, width, hidden))
-            if self.config.perform_initialization:
-                self.linear_fc1.data[e].copy_(fc1.data.view(2, width, hidden))
-                self.linear_fc2.data[e].copy_(fc2.data.t())
 
     @property
     def w_gate_EFH(self) -> Tensor:
@@ -343,14 +331,40 @@ class _ExpertLayout:
         ]
 
 
-def _stock_expert(config: TransformerConfig, submodules: MLPSubmodules, etp_group) -> MLP:
+def stock_weights(
+    config: TransformerConfig, num_local_experts: int, etp_group: ProcessGroup
+) -> tuple[torch.nn.Parameter, torch.nn.Parameter]:
+    """Neuron-major weights of stock experts, fc1 [E_l, 2, F_l, H] (gate, up) and fc2 [E_l, F_l, H].
+
+    Stock experts are built one at a time and their weights moved, so that initial values,
+    consumption of random numbers and parameter attributes are Megatron's own.
+
+    Args:
+        config: of the model.
+        num_local_experts: E_l.
+        etp_group: over which an expert's neurons are split.
+    """
+    for e in range(num_local_experts):
+        expert = _stock_expert(config, etp_group)
+        stock_fc1, stock_fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
+        hidden, width = stock_fc2.shape
+        if e == 0:
+            fc1 = _like(stock_fc1, (num_local_experts, 2, width, hidden))
+            fc2 = _like(stock_fc2, (num_local_experts, width, hidden))
+        if config.perform_initialization:
+            fc1.data[e].copy_(stock_fc1.data.view(2, width, hidden))
+            fc2.data[e].copy_(stock_fc2.data.t())
+    return fc1, fc2
+
+
+def _stock_expert(config: TransformerConfig, etp_group: ProcessGroup) -> MLP:
     # SequentialMLP sets ffn_hidden_size the same way: RowParallelLinear reads it from the config.
     saved = config.ffn_hidden_size
     config.ffn_hidden_size = config.moe_ffn_hidden_size
     try:
         return MLP(
             config,
-            submodules,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ffn_hidden_size=config.moe_ffn_hidden_size,
             is_expert=True,
             tp_group=etp_group,

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.finite_check import check_finite
 from megatron_mone.moe.mask_dispatch import build_dispatcher
@@ -94,14 +95,20 @@ class MoNELayer(MoELayer):
         if self.training and torch.is_grad_enabled():
             # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's
             # router, so that a recompute changes no statistic.
-            y_NH = self.neuron_balancer(
-                output,
-                rows_by_source(self.token_dispatcher, tokens_per_expert),
-                layer_number=self.layer_number,
-                local_tokens=self._local_tokens(),
-                real_N=row_probs > 0 if self._pads_rows() else None,
-            )
+            y_NH = self.balance(output, tokens_per_expert, row_probs)
         return self.token_dispatcher.combine_preprocess(y_NH), None
+
+    def balance(
+        self, output: GroupedMLPOutput, tokens_per_expert: Tensor, row_probs: Tensor
+    ) -> Tensor:
+        """Step 4: the experts' y [N, H], the balance loss attached to its gradient."""
+        return self.neuron_balancer(
+            output,
+            rows_by_source(self.token_dispatcher, tokens_per_expert),
+            layer_number=self.layer_number,
+            local_tokens=self._local_tokens(),
+            real_N=row_probs > 0 if self._pads_rows() else None,
+        )
 
     def end_step(self) -> None:
         """After the optimizer step, on every rank."""

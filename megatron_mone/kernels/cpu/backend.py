@@ -41,6 +41,7 @@ from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.weight_views import halves_of_one
+from megatron_mone.profiling.phases import UP_DOWN_GEMM, enter
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
@@ -111,6 +112,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         layout = native.layout(counts, w_gate.shape[1], x_NH.shape[1])
         x_NH = unit_stride(x_NH)
         a_K, gate_K, indices_K, offsets_N1 = kept_gates(x_NH, w_gate, layout, choose, activation)
+        enter(UP_DOWN_GEMM)
         block = 1 if callable(choose) else choose.block
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, block)
         if a_K is None:

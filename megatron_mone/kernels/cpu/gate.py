@@ -21,6 +21,7 @@ from megatron_mone.kernels.cpu.products import empty, scratch
 from megatron_mone.kernels.cpu.route import gate_by_gemm
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, enter
 
 TILE_ROWS = 512  # gate activations [TILE_ROWS, F] live at once
 
@@ -36,6 +37,7 @@ def kept_gates(
         a_NF = next((a for _, a in _gate_tiles(x_NH, w_gate, layout, rows)), None)
         a_NF = x_NH.new_empty((0, neurons)) if a_NF is None else a_NF
         gate_NF = gate_activation(activation, a_NF)
+        enter(SELECTION)
         mask = NeuronMask.from_bool(apply_rule(choose, gate_NF))
         kept = (mask.indices_K, mask.offsets_N1)
         return _pick(a_NF, *kept), _pick(gate_NF, *kept), *kept
@@ -47,6 +49,7 @@ def kept_gates(
     a_K, gate_K = (empty((rows * size,), x_NH.dtype) for _ in range(2))
     for first, a_MF in _gate_tiles(x_NH, w_gate, layout, TILE_ROWS):
         gate_MF = gate_activation(activation, a_MF)
+        enter(SELECTION)
         part = slice(first * size, (first + a_MF.shape[0]) * size)
         select_rows(gate_MF, choose, indices_K[part])
         tile = (indices_K[part], offsets_N1[: a_MF.shape[0] + 1])
@@ -61,6 +64,7 @@ def _all_gates(
     """`kept_gates` where every neuron is kept: nothing is chosen or moved."""
     rows, neurons = layout.rows, layout.neurons
     a_NF = empty((rows, neurons), x_NH.dtype)
+    enter(GATE_GEMM)
     _gates(x_NH, w_gate, layout, gate_by_gemm(layout, x_NH.dtype), a_NF)
     indices_K = torch.arange(neurons, dtype=index_dtype(neurons)).repeat(rows)
     a_K = a_NF.view(-1)
@@ -77,6 +81,7 @@ def _gate_tiles(
     for first in range(0, layout.rows, max(1, most)):
         tile = _part_of(layout, first, min(first + most, layout.rows))
         a_MF = buffer[: tile.rows]
+        enter(GATE_GEMM)
         _gates(x_NH[first : first + tile.rows], w_gate, tile, by_gemm, a_MF)
         yield first, a_MF
 

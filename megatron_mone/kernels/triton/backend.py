@@ -26,6 +26,7 @@ from megatron_mone.kernels.triton.linears import MatmulLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
 from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 
 TILED_FROM = 128  # neurons of the smallest block that the block-sparse kernels get
 NOTE = "not run on a GPU yet, so only by name"
@@ -85,8 +86,12 @@ def run(
 @torch.no_grad()
 def _blocks(x_NH, w_gate_EFH, counts, choose, activation) -> Tensor:
     """[N, S / B] blocks from a dense gate product, which is not kept."""
+    enter(GATE_GEMM)
     a_NF = MatmulLinears().rows_by_neurons(x_NH, w_gate_EFH, counts)
-    return choose_blocks(a_NF, choose, activation)
+    enter(SELECTION)
+    blocks_NQ = choose_blocks(a_NF, choose, activation)
+    enter(UP_DOWN_GEMM)
+    return blocks_NQ
 
 
 register(Backend("triton", why_not, run, automatic=False, note=NOTE))

@@ -27,6 +27,7 @@ from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.triton.linears import GroupedLinears, weight_grads
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
+from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 
 
 def ragged_grouped_mlp(
@@ -69,9 +70,12 @@ class _RaggedGroupedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, counts, choose, activation, linears):
         x_NH, weights = x_NH.contiguous(), (w_gate, w_up, w_down)
+        enter(GATE_GEMM)
         a_NF = linears.rows_by_neurons(x_NH, w_gate, counts)
+        enter(SELECTION)
         entries = _Entries(_mask(choose, a_NF, activation))
         a_K = entries.pick(a_NF)
+        enter(UP_DOWN_GEMM)
         u_K = entries.pick(linears.rows_by_neurons(x_NH, w_up, counts, out_NF=a_NF))
         gate_K = gate_activation(activation, a_K)
         h_K = entries.of_rows(probs_N) * gate_K.float() * u_K.float()

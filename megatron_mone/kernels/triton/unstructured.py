@@ -31,6 +31,7 @@ from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.blocks import choose_blocks, neurons_of_blocks
 from megatron_mone.kernels.triton.linears import GroupedLinears, MatmulLinears, weight_grads
 from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 
 
 def masked_grouped_mlp(
@@ -134,8 +135,11 @@ class _MaskedGroupedMLP(torch.autograd.Function):
 def _dense(x_NH, p_N, weights, counts, choose, activation, linears) -> _Computed:
     """Dense products around the two kernels; the [N, F] gates make room for up."""
     (gated,) = kernels("gated")
+    enter(GATE_GEMM)
     wide_NF = linears.rows_by_neurons(x_NH, weights[0], counts)
+    enter(SELECTION)
     index_NS, a_NS = _chosen(wide_NF, choose, activation)
+    enter(UP_DOWN_GEMM)
     wide_NF = linears.rows_by_neurons(x_NH, weights[1], counts, out_NF=wide_NF)
     gate_NS, u_NS, h_NF = gated.gate_forward(
         a_NS, wide_NF, p_N, index_NS, activation=activation, scattered=True
@@ -150,12 +154,15 @@ def _gathered(x_NH, p_N, weights, counts, choose, activation, linears) -> _Compu
     gated, sampled, sparse = kernels("gated", "sampled_up", "sparse_down")
     w_gate, w_up, w_down = (neuron_major(w) for w in weights)
     expert_N = expert_of_row(counts, x_NH.device)
+    enter(GATE_GEMM)
     if isinstance(choose, NeuronMask):
         index_NS = uniform_rows(choose)
         a_NS = sampled.sampled_up(x_NH, w_gate, expert_N, index_NS)
     else:
         a_NF = linears.rows_by_neurons(x_NH, w_gate, counts)
+        enter(SELECTION)
         index_NS, a_NS = _chosen(a_NF, choose, activation)
+    enter(UP_DOWN_GEMM)
     u_NS = sampled.sampled_up(x_NH, w_up, expert_N, index_NS)
     gate_NS, u_NS, h_NS = gated.gate_forward(
         a_NS, u_NS, p_N, index_NS, activation=activation, scattered=False

@@ -1,0 +1,199 @@
+"""Makes one run's modules say which phase begins: forward by wrapping, backward by tensor hooks.
+
+A wrapped method switches the clock to its phase and back. On each of its outputs that needs a
+gradient a hook is set, which autograd calls as it is about to run the node that made the output: so
+the backward of a phase lasts from its outputs' node to the node of the next marked output. Wrappers
+are attributes of instances and of Megatron's schedule module, and are removed whole: a run that is
+not profiled runs Megatron's code alone. May touch: Megatron's modules, its schedules, `phases`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.pipeline_parallel import schedules
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+from megatron_mone.profiling import phases
+from megatron_mone.profiling.clock import PhaseClock
+from megatron_mone.profiling.communication import watch_communication
+
+# Method of a token dispatcher -> phase. Collectives within permute count as dispatch.
+_DISPATCHER = {
+    "dispatch_preprocess": phases.PERMUTE,
+    "token_dispatch": phases.DISPATCH,
+    "dispatch_postprocess": phases.PERMUTE,
+    "combine_preprocess": phases.COMBINE,
+    "token_combine": phases.COMBINE,
+    "combine_postprocess": phases.COMBINE,
+}
+_BUCKETS = param_and_grad_buffer._ParamAndGradBucketGroup
+
+
+class Instruments:
+    """The wrappers on one run; on from `attach` to `detach`.
+
+    Args:
+        clock: told of every phase.
+    """
+
+    def __init__(self, clock: PhaseClock) -> None:
+        self.clock = clock
+        self._undo: list[Callable[[], None]] = []
+
+    def attach(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
+        """Wrap a run.
+
+        Args:
+            model: Megatron's model chunks of this rank.
+            optimizer: Megatron's optimizer.
+
+        Raises:
+            ValueError: the model runs in a way that passes its modules by (see `check_visible`).
+        """
+        for chunk in model:
+            check_visible(_config(chunk))
+            self._wrap(chunk, "zero_grad_buffer", phases.OPTIMIZER)
+        self.attach_modules(model)
+        self._wrap(optimizer, "zero_grad", phases.OPTIMIZER)
+        self._wrap(optimizer, "step", phases.OPTIMIZER)
+        self._wrap(_config(model[0]), "finalize_model_grads_func", phases.GRAD_REDUCE)
+        self._wrap(schedules, "forward_step_calc_loss", phases.LOSS)
+        self._wrap_backward_step()
+        for name in ("start_grad_sync", "finish_grad_sync"):
+            self._wrap(_BUCKETS, name, phases.GRAD_REDUCE)
+        self._undo.append(watch_communication(self.clock))
+
+    def attach_modules(self, model: Sequence[torch.nn.Module]) -> None:
+        """Wrap the model alone, which says what phase the forward or backward of a module is in."""
+        for chunk in model:
+            for module in chunk.modules():
+                self._wrap_module(module)
+        phases.listen(self.clock.enter)
+        self._undo.append(lambda: phases.listen(None))
+
+    def detach(self) -> None:
+        """Remove every wrapper."""
+        while self._undo:
+            self._undo.pop()()
+
+    def _wrap_module(self, module: torch.nn.Module) -> None:
+        if isinstance(module, GPTModel):
+            if getattr(module, "embedding", None) is not None:
+                self._wrap(module.embedding, "forward", phases.EMBEDDING)
+            if module.post_process:
+                self._wrap(module, "_postprocess", phases.LOSS)
+                if module.decoder.final_layernorm is not None:
+                    self._wrap(module.decoder.final_layernorm, "forward", phases.LOSS)
+        elif isinstance(module, TransformerLayer):
+            self._wrap(module, "_forward_attention", phases.ATTENTION)
+            self._wrap(module, "_forward_mlp", phases.LAYER_NORM)
+            self._wrap(module, "_forward_pre_mlp_layernorm", phases.LAYER_NORM)
+            if not isinstance(module.mlp, MoELayer):
+                self._wrap(module.mlp, "forward", phases.DENSE_MLP)
+        elif isinstance(module, MoELayer):
+            self._wrap_moe_layer(module)
+
+    def _wrap_moe_layer(self, layer: MoELayer) -> None:
+        self._wrap(layer, "route", phases.ROUTER)
+        for name, phase in _DISPATCHER.items():
+            self._wrap(layer.token_dispatcher, name, phase)
+        self._wrap(layer.experts, "forward", phases.UP_DOWN_GEMM)
+        self._wrap(layer, "postprocess", phases.COMBINE)
+        if layer.use_shared_expert:
+            self._wrap(layer, "shared_experts_compute", phases.SHARED_EXPERTS)
+        if hasattr(layer, "balance"):
+            self._wrap(layer, "balance", phases.BALANCE_LOSS)
+
+    def _wrap(self, owner: Any, name: str, phase: str) -> None:
+        original = getattr(owner, name)
+        clock = self.clock
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before = clock.phase, clock.pass_
+            clock.enter_forward(phase)
+            try:
+                output = original(*args, **kwargs)
+            finally:
+                clock.switch(*before)
+            if clock.running and torch.is_grad_enabled():
+                for tensor in _with_gradient(output):
+                    tensor.register_hook(begins_backward)
+            return output
+
+        def begins_backward(_gradient: Tensor) -> None:
+            clock.enter_backward(phase)
+
+        self._set(owner, name, timed)
+
+    def _wrap_backward_step(self) -> None:
+        """Before the first marked node a backward is in the loss, on the last stage."""
+        original, clock = schedules.backward_step, self.clock
+
+        def backward_step(input_tensor: Any, output_tensor: Any, gradient: Any, config: Any) -> Any:
+            before = clock.phase, clock.pass_
+            last_stage = (gradient[0] if isinstance(gradient, list) else gradient) is None
+            clock.enter_backward(phases.LOSS if last_stage else phases.LAYER_NORM)
+            try:
+                return original(input_tensor, output_tensor, gradient, config)
+            finally:
+                clock.switch(*before)
+
+        self._set(schedules, "backward_step", backward_step)
+
+    def _set(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute until `detach`."""
+        own = vars(owner).get(name, _ABSENT)
+        self._undo.append(
+            lambda: delattr(owner, name) if own is _ABSENT else setattr(owner, name, own)
+        )
+        setattr(owner, name, value)
+
+
+_ABSENT = object()
+
+
+def check_visible(config: Any) -> None:
+    """Raise ValueError where Megatron does not call the modules of a layer one after another."""
+    if getattr(config, "overlap_moe_expert_parallel_comm", False):
+        raise ValueError(
+            "overlap_moe_expert_parallel_comm = True is not allowed under the profiler: Megatron "
+            "then runs two micro-batches at once and phases overlap; turn it off to profile"
+        )
+    if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
+        raise ValueError(
+            f"cuda_graph_impl = {config.cuda_graph_impl!r} is not allowed under the profiler: a "
+            "replayed graph passes the modules by; set it to none to profile"
+        )
+
+
+def moe_layers(model: Sequence[torch.nn.Module]) -> list[MoELayer]:
+    """The MoE layers of this rank's model chunks, in order."""
+    return [m for chunk in model for m in chunk.modules() if isinstance(m, MoELayer)]
+
+
+def _config(chunk: torch.nn.Module) -> Any:
+    """The TransformerConfig that Megatron's schedules read."""
+    from megatron.core.utils import get_model_config
+
+    return get_model_config(chunk)
+
+
+def _with_gradient(value: Any) -> Iterator[Tensor]:
+    """The tensors in a module's output that autograd will run back through."""
+    if isinstance(value, Tensor):
+        if value.grad_fn is not None:
+            yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _with_gradient(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from _with_gradient(getattr(value, item.name))
