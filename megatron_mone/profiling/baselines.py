@@ -1,0 +1,169 @@
+"""The runs of a profile: the model under test, and baselines by name, as edits of its arguments.
+
+    moe            stock Megatron experts of the same total size
+    moe-active     stock experts cut to the parameters MoNE activates, (1 + 2 r) / 3 of the neurons
+    grouped_mm     as moe, experts in torch's grouped_mm
+    NAME:field=value[:field=value...]   the model under test with fields changed
+
+May touch: Megatron's argument parser, through the entry point's functions.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_mone.config import nearest_name
+
+MAIN = "mone"
+MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors
+# What ranks share: a run that changes one of these needs process groups of its own.
+LAYOUT = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
+    "micro_batch_size",
+    "global_batch_size",
+    "seq_length",
+)
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run of a profile.
+
+    Attributes:
+        name: in reports.
+        fields: Megatron arguments that differ from the model under test, given as flags.
+        edit: changes the parsed arguments further, before Megatron validates them.
+        grouped_mm: whether the experts are torch's grouped_mm.
+    """
+
+    name: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    edit: Callable[[Namespace], None] = lambda args: None
+    grouped_mm: bool = False
+
+
+def run_specs(against: Sequence[str]) -> list[RunSpec]:
+    """The model under test, then each baseline.
+
+    Args:
+        against: baselines by name, as in `--against`.
+
+    Raises:
+        ValueError: an unknown or repeated name, or a field without a value.
+    """
+    specs = [RunSpec(MAIN)]
+    for text in against:
+        name, *changes = text.split(":")
+        if not changes and name not in _NAMED:
+            raise ValueError(
+                f"--against {name!r} is not a baseline: name {', '.join(_NAMED)}, or write "
+                f"NAME:field=value{nearest_name(name, list(_NAMED))}"
+            )
+        if name in [spec.name for spec in specs]:
+            raise ValueError(f"--against names {name!r} twice: each run needs a name of its own")
+        specs.append(RunSpec(name, _fields(text, changes)) if changes else _NAMED[name])
+    return specs
+
+
+def _dense(args: Namespace) -> None:
+    for name in _MONE_SWITCHES:
+        setattr(args, name, None)
+
+
+def _dense_active(args: Namespace) -> None:
+    width = args.moe_ffn_hidden_size
+    ratio = args.mone_neuron_ratio or (args.mone_neurons_per_token or 0) / width
+    if not ratio:
+        raise ValueError(
+            "--against moe-active needs a MoNE model to cut to: set mone_neuron_ratio in --config"
+        )
+    _dense(args)
+    cut = round(width * (1 + 2 * ratio) / 3 / MULTIPLE) * MULTIPLE
+    args.moe_ffn_hidden_size = max(MULTIPLE, cut)
+
+
+_MONE_SWITCHES = (
+    "mone_neuron_ratio", "mone_neurons_per_token", "mone_record_masks", "mone_replay_masks",
+)  # fmt: skip
+_NAMED = {
+    "moe": RunSpec("moe", edit=_dense),
+    "moe-active": RunSpec("moe-active", edit=_dense_active),
+    "grouped_mm": RunSpec("grouped_mm", edit=_dense, grouped_mm=True),
+}
+
+
+def _fields(text: str, changes: Sequence[str]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--against {text!r}: write NAME:field=value[:field=value...]")
+        if name in LAYOUT:
+            raise ValueError(
+                f"--against {text!r} changes {name}: all runs of a profile share the layout and "
+                "the tokens; profile the other layout in a job of its own"
+            )
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--against {text!r}: {name} cannot be read") from error
+    return fields
+
+
+def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
+    """Arguments of a further run in a process that has parsed its first.
+
+    Args:
+        spec: the run.
+        base: the first run's validated arguments; its flags (sys.argv) are parsed anew and changed.
+
+    Raises:
+        ValueError: Megatron refuses the run, or it is laid out otherwise than the first.
+    """
+    from megatron.training import arguments
+
+    from megatron_mone.pretrain import add_arguments
+
+    flags = sys.argv
+    sys.argv = [*flags, *_as_flags(spec)]
+    try:
+        args = arguments.parse_args(add_arguments)
+    finally:
+        sys.argv = flags
+    spec.edit(args)
+    try:
+        arguments.validate_args(args)
+    except AssertionError as error:
+        raise ValueError(f"run {spec.name}: Megatron refuses the arguments: {error}") from error
+    for name in LAYOUT:
+        if getattr(args, name) != getattr(base, name):
+            raise ValueError(
+                f"run {spec.name} has {name} = {getattr(args, name)}, the first run has "
+                f"{getattr(base, name)}: all runs of a profile share the layout"
+            )
+    args.padded_vocab_size = base.padded_vocab_size  # Megatron sets it with the tokenizer
+    return args
+
+
+def _as_flags(spec: RunSpec) -> list[str]:
+    from argparse import ArgumentParser
+
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_mone.pretrain import add_arguments
+    from megatron_mone.run_config import to_flags
+
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    return to_flags(spec.fields, parser, Path(f"--against {spec.name}"))

@@ -1,0 +1,126 @@
+"""Starts the ranks of a job on this machine and waits for them; the first that fails ends all.
+
+What ranks say goes to log files; rank 0 has `terminal()` for what a person is to see. May touch:
+child processes, the log folder.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TextIO
+
+TERMINAL = "MEGATRON_MONE_TERMINAL_FD"
+ERROR = "megatron-mone: error:"
+GRACE_SECONDS = 10.0
+_LAST_LINES = 15
+
+
+def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
+    """Run `command` once a rank, with the variables that torch.distributed reads.
+
+    Args:
+        command: program and arguments, the same for every rank.
+        ranks: how many.
+        logs: folder; rank-NNNNN.log of each rank is written anew.
+
+    Returns:
+        0, or the exit status of the first rank that failed; then stderr has the one line in which
+        a rank said why, or the end of the failed rank's log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as files:
+        processes = []
+        port, terminal_fd = _free_port(), os.dup(sys.stderr.fileno())
+        files.callback(os.close, terminal_fd)
+        for rank in range(ranks):
+            log = files.enter_context((logs / f"rank-{rank:05d}.log").open("w"))
+            environment = _environment(rank, ranks, port)
+            if rank == 0:
+                environment[TERMINAL] = str(terminal_fd)
+            processes.append(
+                subprocess.Popen(
+                    command, env=environment, stdout=log, stderr=log, pass_fds=(terminal_fd,)
+                )
+            )
+        try:
+            failed = _first_failure(processes)
+        finally:
+            _stop(processes)
+    if failed is None:
+        return 0
+    _explain([logs / f"rank-{rank:05d}.log" for rank in range(ranks)], failed)
+    status = processes[failed].returncode
+    return status if status > 0 else 128 - status  # ended by a signal, as a shell says it
+
+
+def terminal() -> TextIO:
+    """Where rank 0 writes what a person is to see: the starter's stderr, or its own."""
+    number = os.environ.get(TERMINAL)
+    return sys.stderr if number is None else os.fdopen(int(number), "w", closefd=False)
+
+
+def _explain(logs: Sequence[Path], failed: int) -> None:
+    """Why a rank failed, on stderr: the line in which a rank says so, or the end of its log."""
+    for log in logs:
+        lines = log.read_text(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith(ERROR)]
+        if said:
+            print(said[0], file=sys.stderr)
+            return
+    lines = logs[failed].read_text(errors="replace").splitlines()
+    print(f"rank {failed} failed; the end of {logs[failed]}:", file=sys.stderr)
+    print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr)
+
+
+def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    own = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+
+
+def _first_failure(processes: Sequence[subprocess.Popen]) -> int | None:
+    """The rank that ended with an error, as soon as one has; None when all ended well."""
+    while True:
+        statuses = [process.poll() for process in processes]
+        for rank, status in enumerate(statuses):
+            if status:
+                return rank
+        if all(status == 0 for status in statuses):
+            return None
+        time.sleep(0.05)
+
+
+def _stop(processes: Sequence[subprocess.Popen]) -> None:
+    """End what still runs: asked first, then killed."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in running:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
