@@ -1,0 +1,372 @@
+"""Operations of one optimizer step on one rank, phase by phase, and the bytes its experts move.
+
+Counted are the matrix products, two operations for a multiply-add; a product takes its forward
+operations twice again in the backward pass. Norms, softmax, embedding, selection and the balance
+loss have no products and count nothing. Conventions:
+- `executed` is what the modules and the backend run, recompute included; `active` is what the
+  model needs: kept neurons alone, nothing twice. num_floating_point_operations is neither.
+- Core attention counts all s x s scores, in both: Megatron's local core attention computes them and
+  masks half afterwards. Fused causal kernels skip most of that half, and the figure of Megatron
+  halves it; what it executes cannot be seen from outside, and the full count is the same for all.
+- A product counts in the phase that its time falls in. `gate GEMM` is the product of W_gate that
+  neurons are chosen by; the gate's gradients are made in one with up's, in `up/down GEMM`, and so
+  is the whole gate of the reference backend. Projections of multi-token prediction are in `loss`.
+- What is not known is left out rather than guessed: the attention phase of an experimental variant,
+  and latent projections around experts. A mask that is replayed (mone_replay_masks) saves the
+  native backend part of the gate, which is not taken off.
+`flop_counter.py` counts the same from what really ran. May touch: config, the backends' own rules.
+Symbols as in MONE.md: E_l experts and F_l neurons of this rank, H hidden, N rows, S kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from megatron_mone.config import chosen_by_rule, needs_all_gates
+from megatron_mone.profiling.phases import (
+    ATTENTION,
+    DENSE_MLP,
+    GATE_GEMM,
+    LOSS,
+    PHASES,
+    ROUTER,
+    SHARED_EXPERTS,
+    UP_DOWN_GEMM,
+)
+
+Kind = Literal["dense", "moe", "mone"]
+WHOLE_LAYER = frozenset(("attention", "mlp", "moe", "mtp"))
+"""What `repeats` holds where the whole layer is recomputed."""
+
+
+@dataclass(frozen=True)
+class LayerShare:
+    """This rank's part of one transformer layer in one step.
+
+    Attributes:
+        kind: dense MLP, stock experts, or experts that choose neurons.
+        rows: routed rows that this rank's experts took, over all micro-batches.
+        kept: neurons of this rank computed for those rows, summed; None: every one of them.
+        repeats: what runs forward again in the backward pass: Megatron's recompute_modules
+            (core_attn, mla_up_proj, mlp, moe, shared_experts), "attention" for all of it, "mtp".
+        mtp: whether it is the layer of a multi-token-prediction block, behind a projection of 2 H.
+    """
+
+    kind: Kind
+    rows: float = 0
+    kept: float | None = None
+    repeats: frozenset[str] = frozenset()
+    mtp: bool = False
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What of a step is computed on one rank.
+
+    Attributes:
+        layers: of this rank's pipeline stage, over its virtual stages.
+        output_uses: how often a micro-batch passes the output layer here: 1 and one for each
+            multi-token-prediction depth, 0 on earlier stages.
+        micro_batches: of a step.
+        tokens: micro-batches x micro-batch size x sequence length / CP.
+        sequence_length: whole, in tokens.
+        tp, etp: ranks that a layer's, and an expert's, products are split over.
+        vocabulary: padded, of all TP ranks.
+        local_experts: E_l.
+    """
+
+    layers: tuple[LayerShare, ...]
+    output_uses: int
+    micro_batches: int
+    tokens: int
+    sequence_length: int
+    tp: int
+    etp: int
+    vocabulary: int
+    local_experts: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations, executed and active."""
+
+    executed: float = 0.0
+    active: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.executed + other.executed, self.active + other.active)
+
+
+def module_flops(config: Any, share: RankShare) -> dict[str, dict[str, float]]:
+    """{phase: {"executed", "active"}} of one optimizer step on one rank, phases with products only.
+
+    Args:
+        config: the transformer config; with mone_* fields for a MoNE model.
+        share: this rank's part.
+    """
+    works: dict[str, Work] = defaultdict(Work)
+    for layer in share.layers:
+        for phase, work in _layer(config, share, layer).items():
+            works[phase] += work
+    if share.output_uses:
+        forward = 2.0 * share.tokens * config.hidden_size * share.vocabulary / share.tp
+        works[LOSS] += _product(forward * share.output_uses)
+    return {
+        phase: {"executed": works[phase].executed, "active": works[phase].active}
+        for phase in PHASES
+        if phase in works
+    }
+
+
+def total_flops(modules: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
+    """(executed, active) over all phases of `module_flops`."""
+    values = modules.values()
+    return sum(m["executed"] for m in values), sum(m["active"] for m in values)
+
+
+def _product(forward: float, times_again: int = 0) -> Work:
+    """Of products with `forward` operations: those, both gradients, and recomputed forwards."""
+    return Work((3.0 + times_again) * forward, 3.0 * forward)
+
+
+def _layer(config: Any, share: RankShare, layer: LayerShare) -> dict[str, Work]:
+    hidden, tokens, again = config.hidden_size, share.tokens, layer.repeats
+    works: dict[str, Work] = {}
+    if getattr(config, "experimental_attention_variant", None) is None:
+        works[ATTENTION] = _attention(config, share, again)
+    if layer.mtp:
+        forward = 2.0 * tokens * 2 * hidden * hidden / share.tp
+        works[LOSS] = _product(forward, "mtp" in again)  # where GPTModel._postprocess runs it
+    if layer.kind == "dense":
+        width = _matrices(config) * config.ffn_hidden_size
+        works[DENSE_MLP] = _product(2.0 * tokens * hidden * width / share.tp, "mlp" in again)
+        return works
+    own = tokens / share.tp if config.sequence_parallel else tokens
+    works[ROUTER] = _product(2.0 * own * hidden * config.num_moe_experts, "moe" in again)
+    if config.moe_shared_expert_intermediate_size:
+        width = _matrices(config) * config.moe_shared_expert_intermediate_size
+        forward = 2.0 * tokens * hidden * width / share.tp
+        if config.moe_shared_expert_gate:
+            forward += 2.0 * own * hidden
+        # a checkpoint inside a checkpoint runs forward a third time
+        works[SHARED_EXPERTS] = _product(forward, ("moe" in again) + ("shared_experts" in again))
+    return works | expert_work(config, share, layer)
+
+
+def _matrices(config: Any) -> int:
+    return 3 if config.gated_linear_unit else 2
+
+
+def _attention(config: Any, share: RankShare, again: frozenset[str]) -> Work:
+    """Projections, and the products of the core with whole s x s scores."""
+    heads, hidden, whole = config.num_attention_heads, config.hidden_size, "attention" in again
+    if config.multi_latent_attention:
+        key, value = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
+        rank = config.q_lora_rank
+        up = config.kv_lora_rank * heads * (config.qk_head_dim + value)
+        down = hidden * (config.kv_lora_rank + config.qk_pos_emb_head_dim)
+        up += (rank or 0) * heads * key
+        down += hidden * (rank or heads * key)
+    else:
+        key = value = config.kv_channels
+        queries = 2 * heads if config.attention_output_gate else heads
+        up, down = 0, hidden * key * (queries + 2 * config.num_query_groups)
+    core = share.sequence_length * heads * (key + value)
+    parts = (
+        (down + heads * value * hidden, whole),
+        (up, whole or "mla_up_proj" in again),
+        (core, whole or "core_attn" in again),
+    )
+    scale = 2.0 * share.tokens / share.tp
+    return sum((_product(scale * size, repeated) for size, repeated in parts), Work())
+
+
+def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, Work]:
+    """Routed experts of one layer: {phase: operations}.
+
+    In units of 2 H, by entries of [N, F_l]: a stock expert takes 3 of all entries forward (2
+    without a gated unit) and twice that backward; MoNE the gate of all and up and down of the kept,
+    then 6 of the kept.
+    """
+    dense, kept = _entries(config, share, layer)
+    unit, again = 2.0 * _expert_hidden(config), int("moe" in layer.repeats)
+    if layer.kind == "moe":
+        return {UP_DOWN_GEMM: _product(unit * _matrices(config) * dense, again)}
+    route = _route(config, share, layer)
+    computed = kept if route.sparse else dense
+    gates = dense * (1 + again * (route.mask_reader == GATE_GEMM))
+    products = (2 + again * (2 if route.mask_reader == GATE_GEMM else 3) + 6) * computed
+    # softmax, and a loss over all gates, have a gradient at every gate
+    all_learn = config.mone_activation == "softmax" or needs_all_gates(config)
+    gate = Work(unit * gates, unit * dense)
+    rest = Work(
+        unit * (products + route.gates_twice * computed),
+        unit * (6.0 * kept + 2.0 * (dense if all_learn else kept)),
+    )
+    return {UP_DOWN_GEMM: gate + rest} if route.one_gemm else {GATE_GEMM: gate, UP_DOWN_GEMM: rest}
+
+
+def _entries(config: Any, share: RankShare, layer: LayerShare) -> tuple[float, float]:
+    """(all, kept) neurons of this rank for the layer's rows."""
+    dense = layer.rows * config.moe_ffn_hidden_size / share.etp
+    return dense, dense if layer.kept is None else layer.kept
+
+
+def _expert_hidden(config: Any) -> int:
+    return config.moe_latent_size or config.hidden_size
+
+
+class _Route(NamedTuple):
+    """How a backend computes a MoNE layer."""
+
+    sparse: bool = False
+    """Products at kept neurons alone, but for the gate that they are chosen by."""
+    mask_reader: str = GATE_GEMM
+    """Phase that computes the gate when a recompute brings the mask: the dense gate product, or
+    one at kept neurons among up and down."""
+    one_gemm: bool = False
+    """Gate and up are one product."""
+    gates_twice: bool = False
+    """Kept gates are computed again, after the dense product that chooses."""
+
+
+def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
+    """By the rules of the backend that runs a mean micro-batch of training."""
+    import torch
+
+    from megatron_mone.kernels.cpu.route import computes_all
+    from megatron_mone.kernels.registry import Call, choose_backend
+    from megatron_mone.kernels.triton.backend import TILED_FROM
+    from megatron_mone.kernels.triton.blocks import BLOCK_SIZES
+
+    dense, kept = _entries(config, share, layer)
+    kept_share = kept / max(1.0, dense)
+    call = Call(
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        dtype=config.params_dtype,
+        activation=config.mone_activation,
+        all_gates=needs_all_gates(config),
+        by_rule=chosen_by_rule(config),
+        block=config.mone_neuron_block,
+        rows=round(layer.rows / share.micro_batches),
+        experts=share.local_experts,
+        neurons=config.moe_ffn_hidden_size // share.etp,
+        kept_share=kept_share,
+    )
+    name = choose_backend(config.mone_backend, call).backend.name
+    if name == "reference":
+        return _Route(one_gemm=True)
+    if name == "cpu":
+        sparse = not computes_all(kept_share, config.params_dtype)
+        return _Route(sparse, mask_reader=UP_DOWN_GEMM)
+    if name == "triton" and call.block in BLOCK_SIZES and call.block >= TILED_FROM:
+        return _Route(sparse=True, mask_reader=UP_DOWN_GEMM, gates_twice=True)
+    return _Route()
+
+
+def expert_bytes(config: Any, share: RankShare) -> dict[str, float]:
+    """{phase: bytes} that the routed experts' products move at least, in a step on this rank.
+
+    Each pass of a micro-batch reads the weights once (with enough rows every neuron is kept by
+    one), rows come in and go out, and what the backward pass needs of the kept neurons is written
+    and read: gate, up and index. A weight's gradient is written once a micro-batch. For the
+    roofline: of the algorithm, whatever the backend.
+    """
+    moved: dict[str, float] = defaultdict(float)
+    size = config.params_dtype.itemsize
+    index = 2 if config.moe_ffn_hidden_size <= 32767 else 4
+    weight = share.local_experts * config.moe_ffn_hidden_size / share.etp * _expert_hidden(config)
+    weight *= size * share.micro_batches
+    for layer in share.layers:
+        if not layer.rows:
+            continue
+        passes = 1 + ("moe" in layer.repeats)
+        rows = layer.rows * _expert_hidden(config) * size
+        _, kept = _entries(config, share, layer)
+        if layer.kind == "mone":
+            apart = UP_DOWN_GEMM if _route(config, share, layer).one_gemm else GATE_GEMM
+            entry = kept * (size + index)
+            moved[apart] += passes * (weight + rows + entry)
+            forward = 2 * weight + 2 * rows + entry + kept * size
+            backward = 6 * weight + 3 * rows + entry + kept * size
+        else:
+            matrices = _matrices(config)
+            saved = (matrices - 1) * kept * size
+            forward = matrices * weight + 2 * rows + saved
+            backward = 2 * matrices * weight + 3 * rows + saved
+        moved[UP_DOWN_GEMM] += passes * forward + backward
+    return dict(moved)
+
+
+def rank_share(
+    args: Any,
+    config: Any,
+    model_chunks: Sequence[Any],
+    *,
+    micro_batches: int,
+    rows: Mapping[int, float],
+    kept: Mapping[int, float] | None = None,
+) -> RankShare:
+    """This rank's part of a Megatron run's step.
+
+    Args:
+        args: Megatron's arguments, validated.
+        config: the transformer config.
+        model_chunks: of this rank, as setup_model_and_optimizer returns them.
+        micro_batches: of a step, get_num_microbatches().
+        rows: 1-based layer number, MTP layers after the decoder's -> routed rows that this rank's
+            experts took in the step.
+        kept: the same -> neurons of this rank kept for those rows; a layer that is missing keeps
+            every one.
+    """
+    from megatron.core.utils import unwrap_model
+
+    models = unwrap_model(list(model_chunks))
+    layers: list[LayerShare] = []
+    for module, number, repeats, mtp in (found for m in models for found in _modules(config, m)):
+        # one module may stand for every depth of multi-token prediction
+        uses = config.mtp_num_layers if mtp and config.mtp_use_repeated_layer else 1
+        of_kept = kept[number] / uses if kept is not None and number in kept else None
+        layer = LayerShare(_kind(module), rows.get(number, 0) / uses, of_kept, repeats, mtp)
+        layers += [layer] * uses
+    output = any(model.post_process for model in models)
+    tokens = micro_batches * args.micro_batch_size * args.seq_length
+    return RankShare(
+        layers=tuple(layers),
+        output_uses=1 + (config.mtp_num_layers or 0) if output else 0,
+        micro_batches=micro_batches,
+        tokens=tokens // config.context_parallel_size,
+        sequence_length=args.seq_length,
+        tp=config.tensor_model_parallel_size,
+        etp=config.expert_tensor_parallel_size or config.tensor_model_parallel_size,
+        vocabulary=args.padded_vocab_size,
+        local_experts=(config.num_moe_experts or 0) // config.expert_model_parallel_size,
+    )
+
+
+def _modules(config: Any, model: Any) -> Iterator[tuple[Any, int, frozenset[str], bool]]:
+    """(transformer layer, number, what is repeated, whether of MTP) in a model chunk."""
+    full, blocks = config.recompute_granularity == "full", config.recompute_method == "block"
+    selective = config.recompute_granularity == "selective"
+    selected = frozenset(config.recompute_modules or ()) if selective else frozenset()
+    for place, layer in enumerate(model.decoder.layers):
+        whole = full and (not blocks or place < config.recompute_num_layers)
+        yield layer, layer.layer_number, WHOLE_LAYER if whole else selected, False
+    prediction = getattr(model, "mtp", None)
+    for layer in () if prediction is None else prediction.layers:
+        # Megatron skips these where recompute_method is "block", and says so in a warning
+        repeats = WHOLE_LAYER if full and not blocks else selected
+        yield layer.mtp_model_layer, config.num_layers + layer.layer_number, repeats, True
+
+
+def _kind(layer: Any) -> Kind:
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    from megatron_mone.moe.layer import MoNELayer
+
+    if isinstance(layer.mlp, MoNELayer):
+        return "mone"
+    return "moe" if isinstance(layer.mlp, MoELayer) else "dense"

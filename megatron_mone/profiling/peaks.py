@@ -1,0 +1,94 @@
+"""What a rank's machine could do at most: operations a second, and bytes a second of memory.
+
+A GPU's published dense peak, by its name; a CPU's measured one, of this rank's threads while all
+ranks measure at once, since ranks of a host share its memory and its clock. None where unknown: a
+utilisation against a guess is worse than none. May touch: torch, the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from megatron_mone.benchmarking.cases import DTYPES
+from megatron_mone.benchmarking.roofline import measure_peaks
+from megatron_mone.kernels.triton import roofline as h100
+
+COPIED = 1 << 25  # float32 elements, more than caches hold when every rank copies
+COPIES = 10
+
+
+@dataclass(frozen=True)
+class RankPeaks:
+    """Of one rank's device.
+
+    Attributes:
+        flops: operations a second of dense products in the run's dtype, or None.
+        bytes_per_s: bytes a second read and written, or None.
+    """
+
+    flops: float | None
+    bytes_per_s: float | None
+
+
+# Dense rates (the data sheets' sparse ones are twice these) and memory bandwidth, from NVIDIA's
+# data sheets "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (SXM5, PCIe and NVL columns),
+# "H200 Tensor Core GPU" and "HGX B200" (an eighth of its 8 GPUs). Name as torch gives it ->
+# (bf16, fp32 by TF32 units, bytes a second); the first that is part of a device's name counts.
+PUBLISHED: dict[str, tuple[float, float, float]] = {
+    "A100-SXM4-80GB": (312e12, 156e12, 2.039e12),
+    "A100 80GB PCIe": (312e12, 156e12, 1.935e12),
+    "A100": (312e12, 156e12, 1.555e12),  # 40 GB
+    "H100 PCIe": (756e12, 378e12, 2.0e12),
+    "H100 NVL": (835e12, 417.5e12, 3.9e12),
+    "H100 80GB HBM3": (h100.TENSOR_PER_SECOND, 494.5e12, h100.BYTES_PER_SECOND),  # SXM
+    "H200": (989e12, 494.5e12, 4.8e12),
+    "B200": (2.25e15, 1.125e15, 8.0e12),
+}
+
+
+def published_peaks(name: str, dtype: torch.dtype) -> RankPeaks:
+    """Of a GPU; Nones for one that is not in PUBLISHED.
+
+    Args:
+        name: as torch.cuda.get_device_name gives it.
+        dtype: of the model's products. float32 counts TF32 units, whether torch uses them or not.
+    """
+    row = next((rates for part, rates in PUBLISHED.items() if part in name), None)
+    if row is None:
+        return RankPeaks(None, None)
+    flops = {torch.bfloat16: row[0], torch.float16: row[0], torch.float32: row[1]}
+    return RankPeaks(flops.get(dtype), row[2])
+
+
+def measured_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:
+    """Of this rank's threads on the CPU; some seconds, and 256 MiB for the last of them.
+
+    Args:
+        dtype: of the model's products. bfloat16 may also run in float32, which is the faster of
+            the two without bfloat16 units, so that the higher rate counts.
+        barrier: holds every rank until all have come. Every rank must call this function: products
+            are begun, and every copy is, by all ranks of a host at once.
+    """
+    barrier()
+    rates = measure_peaks(torch.device("cpu"), elements=1).flops
+    known = [rate for name, rate in rates.items() if DTYPES[name] in (dtype, torch.float32)]
+    source = torch.ones(COPIED)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(1 + COPIES):
+        barrier()
+        start = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - start)
+    return RankPeaks(max(known), 2 * source.nbytes / min(seconds[1:]))
+
+
+def rank_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:
+    """`published_peaks` of this rank's GPU where there is one, else `measured_peaks`."""
+    if torch.cuda.is_available():
+        return published_peaks(torch.cuda.get_device_name(), dtype)
+    return measured_peaks(dtype, barrier)

@@ -1,0 +1,78 @@
+"""Ranks of test_flop_count: each case trains one step under the counter and writes both counts.
+
+Run as `-m tests.integration.flop_ranks CASES.json FOLDER` by torchrun; see tests/training_cases.py.
+The counted step takes no number from module_flops: rows and kept neurons are read by hooks here.
+"""
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from megatron_mone import cpu_emulation
+
+cpu_emulation.install()
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
+from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
+from megatron.training import get_args, training  # noqa: E402
+
+from megatron_mone.profiling.flop_counter import FlopCounter  # noqa: E402
+from megatron_mone.profiling.module_flops import expert_bytes, module_flops, rank_share  # noqa: E402
+from tests import training_cases  # noqa: E402
+
+MODULES = ("self_attention", "experts", "shared_experts", "router", "output_layer", "eh_proj")
+
+
+def watch(model):
+    """({layer: rows}, {layer: kept}) that the hooks on the experts of `model` fill."""
+    rows, kept = {}, {}
+
+    def hook(number, _experts, inputs, output):
+        if not torch.is_grad_enabled():  # the first of two passes of a recomputed layer
+            return
+        rows[number] = rows.get(number, 0) + int(inputs[1].sum())
+        if hasattr(output, "mask"):
+            kept[number] = kept.get(number, 0) + output.mask.indices_K.numel()
+
+    for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, MoELayer)):
+        number = layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0)
+        layer.experts.register_forward_hook(functools.partial(hook, number))
+    return rows, kept
+
+
+def counted(train_step):
+    """`train_step` under the counter; what it found goes to FOLDER/CASE.RANK.json."""
+
+    @functools.wraps(train_step)
+    def step(*arguments, **keywords):
+        model, config = arguments[2], arguments[5]
+        rows, kept = watch(model)
+        with FlopCounter() as counter:
+            result = train_step(*arguments, **keywords)
+        args = get_args()
+        share = rank_share(
+            args, config, model, micro_batches=get_num_microbatches(), rows=rows, kept=kept
+        )
+        found = {
+            "counted": counter.total(),
+            "operations": counter.by_operation(),
+            "inside": {name: counter.of_modules(name) for name in MODULES},
+            "formula": module_flops(config, share),
+            "bytes": expert_bytes(config, share),
+            "rows": rows,
+            "kept": kept,
+            "megatron": training.num_floating_point_operations(args, args.global_batch_size),
+        }
+        path = Path(f"{args.tensorboard_dir}.{args.rank}.json")
+        path.write_text(json.dumps(found))
+        return result
+
+    return step
+
+
+if __name__ == "__main__":
+    training.train_step = counted(training.train_step)
+    training_cases._main(*sys.argv[1:])
