@@ -1,0 +1,125 @@
+"""Merge what the ranks of a profiling job wrote into its profile.json, and print the gist.
+
+    python tools/merge_profile.py out/profile [--skip-unreadable]
+
+Reads FOLDER/ranks/rank-*.json, also of a job that lost ranks. Exit status 2 for wrong input.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from rich.console import Console
+from rich.progress import Progress
+
+from megatron_mone.profiling.merge import PROFILE, OnFile, merge
+
+USER_ERROR = 2
+_PHASES_SHOWN = 6
+_STRAGGLERS_SHOWN = 5
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line per mistake; argparse would print the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the mistake and leave with 2."""
+        self.exit(USER_ERROR, f"megatron-mone: error: {message}; see --help\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds ranks/")
+    parser.add_argument(
+        "--skip-unreadable", action="store_true", help="count a rank whose file is cut as missing"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        with _progress_bar() as on_file:
+            profile = merge(
+                options.folder, skip_unreadable=options.skip_unreadable, on_file=on_file
+            )
+    except ValueError as error:
+        print(f"megatron-mone: error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except OSError as error:
+        print(f"megatron-mone: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
+    print(summary(profile))
+    print(f"written to {options.folder / PROFILE}")
+    return 0
+
+
+@contextmanager
+def _progress_bar() -> Iterator[OnFile]:
+    console = Console(stderr=True)
+    # In a log file a bar is one blank line and no news.
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("rank files", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def summary(profile: dict[str, Any]) -> str:
+    """The ranks there are, then a few lines a run."""
+    ranks = profile["ranks"]
+    lines = [
+        f"ranks          {ranks['present']} of {ranks['world_size']} "
+        f"on {len(ranks['hosts'])} host(s)"
+    ]
+    for what in ("missing", "incomplete"):
+        if ranks[what]:
+            lines.append(f"{what:15}{len(ranks[what])}: {number_ranges(ranks[what])}")
+    for run in profile["runs"]:
+        lines += ["", *_run_lines(run)]
+    return "\n".join(lines)
+
+
+def _run_lines(run: dict[str, Any]) -> list[str]:
+    step_ms = run["step_ms"]
+    spread = run["over_ranks"]["step_ms"]
+    lines = [
+        f"{run['name']} ({run['backend']})",
+        f"  step         {step_ms:.2f} ms, ranks {spread['min']:.2f} (rank {spread['min_rank']}) "
+        f"to {spread['max']:.2f} (rank {spread['max_rank']})",
+    ]
+    biggest = sorted(run["phases"].items(), key=lambda item: -item[1])[:_PHASES_SHOWN]
+    for phase, ms in biggest:
+        lines.append(f"    {phase:24}{ms:10.2f} ms {ms / step_ms:6.1%}")
+    if run["neurons"]:
+        lines.append(f"  kept neurons {run['neurons']['kept_ratio']:.1%}")
+    lines.append(f"  expert rows  {run['routing']['rows_max_over_mean']:.2f} max over mean")
+    if run["memory"]:
+        peak = run["memory"]
+        lines.append(
+            f"  peak memory  {peak['peak_bytes'] / 2**20:.1f} MiB on rank {peak['peak_rank']}, in "
+            f"{peak['peak_phase']} {peak['peak_pass']}"
+        )
+    for one in run["stragglers"][:_STRAGGLERS_SHOWN]:
+        lines.append(
+            f"  straggler    rank {one['rank']} on {one['host']}: computes {one['compute_ms']:.2f} "
+            f"ms, its stage's median is {one['median_ms']:.2f}; mostly {one['phase']}"
+        )
+    more = len(run["stragglers"]) - _STRAGGLERS_SHOWN
+    return lines + ([f"               and {more} more stragglers"] if more > 0 else [])
+
+
+def number_ranges(numbers: list[int]) -> str:
+    """[17, 40, 41, 42] -> "17, 40-42"; the numbers rise."""
+    starts = [b for a, b in pairwise([-2, *numbers]) if b != a + 1]
+    ends = [a for a, b in pairwise([*numbers, -2]) if b != a + 1]
+    return ", ".join(
+        str(first) if first == last else f"{first}-{last}"
+        for first, last in zip(starts, ends, strict=True)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
