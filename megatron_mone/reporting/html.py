@@ -18,11 +18,16 @@ figcaption { color: #555; font-size: .9rem; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; break-inside: avoid; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; white-space: nowrap; }
+table.wide { font-size: .82rem; }
+table.wide th, table.wide td { padding: .3rem .35rem; }
 thead th { border-bottom: 2px solid #888; font-weight: 600; vertical-align: bottom; }
 pre { background: #f5f5f5; padding: .7rem; font-size: .8rem; white-space: pre-wrap;
       overflow-wrap: anywhere; break-inside: avoid; }
 li { margin: .35rem 0; }
-@media print { body { max-width: none; margin: 0; font-size: 11pt; } }
+.warning { border-left: 4px solid #d55e00; background: #fdf1e7; padding: .5rem .8rem; }
+h2 { break-after: avoid; }
+@media print { body { max-width: none; margin: 0; font-size: 11pt; }
+               table { font-size: 9pt; } }
 """
 
 
@@ -41,19 +46,27 @@ class Page:
         """A paragraph of text."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
+    def warning(self, text: str) -> None:
+        """A paragraph that must not be overlooked."""
+        self._parts.append(f'<p class="warning">{escape(text)}</p>')
+
     def bullets(self, texts: Sequence[str]) -> None:
         """A list, one text an item."""
         items = "".join(f"<li>{escape(text)}</li>\n" for text in texts)
         self._parts.append(f"<ul>\n{items}</ul>")
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table; the first column is text, the others numbers (right-aligned)."""
+        """A table; the first column is text, the others numbers (right-aligned).
+
+        More than 7 columns are set smaller, to fit the page.
+        """
+        wide = ' class="wide"' if len(header) > 7 else ""
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         body = "".join(
             "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in rows
         )
         self._parts.append(
-            f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
+            f"<table{wide}>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody>\n</table>"
         )
 
     def figure(self, png: bytes, caption: str) -> None:

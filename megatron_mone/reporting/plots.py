@@ -37,7 +37,7 @@ NAMES = {
 STYLES = {"mone": "-", "moe_total": "--", "moe_active": "-."}
 LOAD_TICKS = ([1 / 32, 1 / 8, 1 / 2, 1, 2, 4], ["1/32", "1/8", "1/2", "1", "2", "4"])
 DPI = 150
-_SETTINGS = {
+SETTINGS = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -64,7 +64,7 @@ def save(figure: Figure, stem: Path) -> bytes:
 
 def validation_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
     """Validation loss (nats per token) against tokens, left, and active FLOPs, right."""
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.9), sharey=True)
         for run in runs:
             steps, losses = zip(*run.validation_loss, strict=True)
@@ -88,7 +88,7 @@ def validation_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
 
 def training_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
     """Training loss of every step (nats per token), faint, and its running mean."""
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(9, 3.9))
         for run in runs:
             steps, losses = zip(*run.training_loss, strict=True)
@@ -103,7 +103,7 @@ def training_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
 
 def step_time(runs: Sequence[RunResult]) -> Figure:
     """Milliseconds of a step over training, one point a logging window."""
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(9, 3.4))
         for run in runs:
             steps, seconds = zip(*run.step_seconds, strict=True)
@@ -123,7 +123,7 @@ def cost(runs: Sequence[RunResult]) -> Figure:
         "executed GFLOP/s per rank": [1e3 * median_after_first(r.executed_tflops) for r in runs],
         "active GFLOP/s per rank": [1e3 * median_after_first(r.active_tflops) for r in runs],
     }
-    with plt.rc_context({**_SETTINGS, "axes.grid": False, "font.size": 10}):
+    with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 10}):
         figure, axes = plt.subplots(2, 2, figsize=(9, 3.6))
         labels = [NAMES.get(run.name, run.name) for run in runs]
         colours = [COLOURS.get(run.name, "#666666") for run in runs]
@@ -152,7 +152,7 @@ def neuron_load(
         without_ng: the same layers without it.
     """
     layers = sorted(with_ng, key=int)
-    with plt.rc_context(_SETTINGS):
+    with plt.rc_context(SETTINGS):
         figure, panels = plt.subplots(1, len(layers), figsize=(9, 3.6), sharey=True, squeeze=False)
         for panel, layer in zip(panels[0], layers, strict=True):
             for load, name, style in (
