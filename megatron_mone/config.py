@@ -6,7 +6,6 @@ r = S / F, G neuron groups, g the gate activation of a neuron.
 """
 
 import dataclasses
-import difflib
 import os
 from argparse import ArgumentParser
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ from typing import Any, Literal, get_args
 import torch
 import yaml
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+from megatron_mone.spelling import nearest_name
 
 Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]
@@ -412,12 +413,6 @@ def _check_block(config: Any, kept: int) -> None:
         (kept // groups, f"the {kept // groups} neurons kept of a group"),
     ):
         _check(size % block == 0, "mone_neuron_block", block, f"a divisor of {what}")
-
-
-def nearest_name(name: str, known: list[str]) -> str:
-    """' (did you mean X?)' for the closest known name, or ''."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def attach_fields_from_env(config: Any) -> None:

@@ -61,6 +61,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron_mone.metrics import install_tracker
     from megatron_mone.moe.finite_check import NonFiniteExpertError
     from megatron_mone.moe.mask_trace import MaskTraceError
+    from megatron_mone.profiling.attach import attach, window_of
     from megatron_mone.profiling.flops import step_flops
 
     stop = signals.arm(args) if args.save else None
@@ -77,6 +78,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     if args.tensorboard_dir and args.rank == 0:
         _write_run_facts(Path(args.tensorboard_dir), args, tracker.step_flops())
     set_startup_timestamps(program_start=started, main_entry=time.time())
+    end_profile = attach(args, window_of(args))
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
@@ -92,6 +94,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
             raise
         raise SystemExit(signals.STOPPED) from None
     finally:
+        end_profile()
         if (
             stop is not None and not stop.stopped
         ):  # torchrun signals ranks that are on their way out
@@ -121,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     from megatron.training import arguments
 
     from megatron_mone.preflight import check_checkpoint, check_run
+    from megatron_mone.profiling.attach import window_of
 
     _expand_config()
     check_run(arguments.parse_args(add_arguments))
@@ -129,6 +133,7 @@ def parse_arguments() -> argparse.Namespace:
     except AssertionError as error:
         raise ValueError(f"Megatron refuses the arguments: {error}") from error
     check_checkpoint(args)  # compares widths that validation derives
+    window_of(args)  # refuses a wrong one
     return args
 
 
@@ -175,9 +180,12 @@ def build_model_config(args: argparse.Namespace):
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
     from megatron_mone.checkpoint import verify
-    from megatron_mone.config import add_mone_args, nearest_name
+    from megatron_mone.config import add_mone_args
+    from megatron_mone.profiling import attach
+    from megatron_mone.spelling import nearest_name
 
     add_mone_args(parser)
+    attach.add_arguments(parser)
     verify.add_arguments(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
 

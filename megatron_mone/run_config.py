@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from megatron_mone.config import nearest_name
+from megatron_mone.spelling import nearest_name
 
 PARTS = ("model", "parallel", "cluster", "train")
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"

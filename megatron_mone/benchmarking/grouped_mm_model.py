@@ -1,6 +1,6 @@
 """A stock Megatron MoE whose experts are torch's grouped_mm: a baseline for whole training steps.
 
-Everything but the experts is Megatron's; the experts compute what SequentialMLP does, in two grouped
+Everything but the experts is Megatron's; they compute what SequentialMLP does, in two grouped
 products and a fused SwiGLU. For comparison only: it has no checkpoint keys of its own. May touch:
 Megatron's layer specs. Shapes: N rows grouped by expert, E_l local experts, F_l neurons, H hidden.
 """
@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig

@@ -86,9 +86,7 @@ class MoNEExperts(MegatronModule):
             block=config.mone_neuron_block,
             etp_group=self.etp_group,
         )
-        self.linear_fc1, self.linear_fc2 = stock_weights(
-            config, num_local_experts, self.etp_group
-        )
+        self.linear_fc1, self.linear_fc2 = stock_weights(config, num_local_experts, self.etp_group)
         has_bias = config.mone_ng_loss_type == "bias"
         lagged = config.mone_ng_loss_scope == "global_batch" and config.mone_ng_loss_coeff > 0
         self.register_buffer("neuron_bias", self._per_neuron() if has_bias else None)

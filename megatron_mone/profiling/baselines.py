@@ -19,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from megatron_mone.config import nearest_name
+from megatron_mone.spelling import nearest_name
 
 MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors

@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags to a parser."""
     add = parser.add_argument
     add("--steps", type=int, default=20, help="measured steps of each run (20)")
-    add("--windows", type=int, default=5, help="turns that the steps are split into (5)")
+    add("--windows", type=int, help="turns that the steps are split into (5, or a step each)")
     add("--warm-up", type=int, default=3, help="steps of each run before the first window (3)")
     add("--against", default="", help="baselines, by comma: moe, moe-active, grouped_mm, or NAME:field=value")  # fmt: skip  # noqa: E501
     add("--routing", default="real", help="real, balanced, or replayed: all runs route as the first")  # fmt: skip  # noqa: E501
@@ -75,13 +75,14 @@ def read_options(parsed: Namespace) -> Options:
     Raises:
         ValueError: one line that names the flag, its value and what is allowed.
     """
-    for name, least in (("steps", 1), ("windows", 1), ("warm_up", 1)):
+    for name in ("steps", "windows", "warm_up"):
         value = getattr(parsed, name)
-        if value < least:
+        if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not allowed: give at least 1")
-    if parsed.windows > parsed.steps:
+    windows = parsed.windows or min(5, parsed.steps)
+    if windows > parsed.steps:
         raise ValueError(
-            f"--windows {parsed.windows} is more than --steps {parsed.steps}: a window needs a step"
+            f"--windows {windows} is more than --steps {parsed.steps}: a window needs a step"
         )
     if parsed.routing not in ROUTINGS:
         raise ValueError(f"--routing {parsed.routing!r} is not one of {', '.join(ROUTINGS)}")
@@ -91,7 +92,7 @@ def read_options(parsed: Namespace) -> Options:
         raise ValueError(f"--out {parsed.out} is a file: name a folder")
     return Options(
         steps=parsed.steps,
-        windows=parsed.windows,
+        windows=windows,
         warm_up=parsed.warm_up,
         against=against,
         routing=parsed.routing,

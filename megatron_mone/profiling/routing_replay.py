@@ -48,9 +48,7 @@ class RoutingTape:
             index, self._next_recompute = self._next_recompute, self._next_recompute + 1
         elif self.records:
             assert default_compute_topk is not None
-            found = default_compute_topk(
-                scores, topk, num_groups=num_groups, group_topk=group_topk
-            )
+            found = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)
             self.choices.append(found[1])
             return found
         else:
@@ -78,6 +76,7 @@ class SharedRouting:
             )
         self._tapes = [[RoutingTape(records=not i) for _ in run] for i, run in enumerate(runs)]
         self._steps: dict[int, list[list[Tensor]]] = {}
+        self._waiting: dict[int, int] = {}  # runs that have yet to take a step's choices
         for layers, tapes in zip(runs, self._tapes, strict=True):
             for layer, tape in zip(layers, tapes, strict=True):
                 layer.router.router_replay = tape
@@ -88,8 +87,10 @@ class SharedRouting:
             tape.begin_step([] if tape.records else self._steps[iteration][layer])
 
     def end_step(self, run: int, iteration: int) -> None:
-        """After it: keep the first run's choices until the last run has used them."""
+        """After it: keep the first run's choices until every other run has taken them."""
         if run == 0:
             self._steps[iteration] = [tape.choices for tape in self._tapes[0]]
-        if run == len(self._tapes) - 1:
-            self._steps.pop(iteration, None)
+            self._waiting[iteration] = len(self._tapes)
+        self._waiting[iteration] -= 1
+        if not self._waiting[iteration]:
+            del self._steps[iteration], self._waiting[iteration]

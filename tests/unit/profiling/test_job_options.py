@@ -28,6 +28,7 @@ def test_all_steps_of_a_run_are_counted():
     # warm-up, one to settle in each window, measured, two of memory
     assert given.steps_of_a_run == 3 + 5 + 20 + 2
     assert given.total_steps == 3 * 30
+    assert options("--steps", "2").window_steps == [1, 1]
     assert options("--no-memory", "--trace").steps_of_a_run == 3 + 5 + 20 + 1
 
 

@@ -67,6 +67,16 @@ def test_steps_do_not_mix(layers):
         assert torch.equal(route(layers[1][0], torch.rand(5, 4))[1], chosen[step])
 
 
+def test_choices_go_when_all_have_taken_them(layers):
+    shared = SharedRouting(layers)
+    for run in (0, 2, 1):  # the order turns from window to window
+        shared.begin_step(run, 3)
+        route(layers[run][0], torch.rand(5, 4))
+        assert run == 0 or list(shared._steps) == [3]
+        shared.end_step(run, 3)
+    assert shared._steps == shared._waiting == {}
+
+
 def test_runs_with_other_experts_are_refused():
     with pytest.raises(ValueError, match="--routing replayed needs the same MoE layers"):
         SharedRouting(([layer()], [layer(experts=8)]))

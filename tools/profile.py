@@ -1,0 +1,104 @@
+"""Profile the training step of a MoNE model against baselines, in one job, on the same tokens.
+
+    python tools/profile.py --config configs/demo-mone.yaml --ranks 2 --steps 20 --against moe
+    srun python tools/profile.py --config ... --steps 20 --against moe,grouped_mm --out DIR
+
+Started by torchrun or srun (WORLD_SIZE is set) it is one rank; else it starts --ranks of them here.
+Further flags are Megatron's. Writes DIR/ranks, profile.json, report.html and plots
+(docs/PROFILER.md). Exit status: 0; 2 after a wrong flag or file, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from megatron_mone.profiling.job_options import Options, add_options, read_options
+from megatron_mone.profiling.local_ranks import run_ranks, terminal
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="profile", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    parser.add_argument("--ranks", type=int, default=1, help="ranks to start on this machine (1)")
+    add_options(parser)
+    parsed, megatron_flags = parser.parse_known_args()
+    try:
+        options = read_options(parsed)
+        if parsed.ranks < 1:
+            raise ValueError(f"--ranks {parsed.ranks} is not allowed: give at least 1")
+    except ValueError as error:
+        return _fail(error)
+    if "WORLD_SIZE" not in os.environ:
+        return run_ranks([sys.executable, *sys.argv], parsed.ranks, options.out / "logs")
+    return _rank(options, megatron_flags)
+
+
+def _rank(options: Options, megatron_flags: list[str]) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        from megatron_mone import cpu_emulation
+
+        cpu_emulation.install()
+    sys.argv[1:] = megatron_flags
+    from megatron_mone.pretrain import fail
+    from megatron_mone.profiling.job import Job, build_runs
+
+    try:
+        runs = build_runs(options)
+        with _progress(options.total_steps) as on_step:
+            job = Job(runs, options, on_step)
+            job.measure()
+    except ValueError as error:
+        fail(str(error))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        _report(options.out)
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def _report(out: Path) -> None:
+    """Merge what lies in the folder, and draw it."""
+    from megatron_mone.profiling.merge import merge
+    from megatron_mone.reporting.profile_report import write_report
+    from megatron_mone.reporting.profile_tensorboard import write_tensorboard
+
+    profile = merge(out)
+    write_report(profile, out)
+    write_tensorboard(profile, out / "tensorboard")
+    print(f"wrote {out / 'profile.json'} and {out / 'report.html'}", file=terminal(), flush=True)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on rank 0, nothing on the others."""
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(file=terminal())) as bar:
+        task = bar.add_task("steps", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _fail(error: ValueError) -> int:
+    print(f"megatron-mone: error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
