@@ -1,6 +1,6 @@
 """Runs several training jobs one after another on ranks that are started once.
 
-`run_cases` launches torchrun on this file; inside, every case is one complete
+`run_cases` forks ranks that call `_main`; inside, every case is one complete
 `megatron_mone.pretrain` run, with Megatron's global state torn down in between. Results are the
 values Megatron wrote to TensorBoard, which hold every step's loss in full float32, and on request
 the gradients of the first step and the parameters after the third, each gathered whole.
@@ -12,15 +12,18 @@ import functools
 import gc
 import inspect
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+import numpy
+
+from tests import forked_ranks
+from tests.forked_ranks import ROOT as ROOT
 
 # A model small enough that a step takes milliseconds, with every part a real one has.
 TINY = [
@@ -59,25 +62,24 @@ class Case:
     tensors: bool = False
 
 
-def start(cases: list[Case], ranks: int, folder: Path) -> subprocess.Popen:
-    """Launch torchrun over the cases; results go to folder/NAME."""
+def start(cases: list[Case], ranks: int, folder: Path) -> forked_ranks.Launch:
+    """Start ranks over the cases; results go to folder/NAME, what they print to FIRST_NAME.log."""
     folder.mkdir(parents=True, exist_ok=True)
     todo = folder / f"cases-{ranks}-{time.monotonic_ns()}.json"
     todo.write_text(json.dumps([[c.name, list(c.flags), c.tensors] for c in cases]))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "-m", "tests.training_cases", str(todo), str(folder)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    log = (folder / f"{cases[0].name}.log").open("w")
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-    )
+    log = folder / f"{cases[0].name}.log"
+    return forked_ranks.start(ranks, _main, (str(todo), str(folder)), log)
 
 
 def run_cases(cases: list[Case], ranks: int, folder: Path) -> None:
     """Run the cases to the end; a failure shows the end of the log."""
-    if start(cases, ranks, folder).wait(timeout=900) != 0:
+    job = start(cases, ranks, folder)
+    try:
+        failed = job.wait(timeout=900) != 0
+    except subprocess.TimeoutExpired:
+        job.kill()
+        failed = True
+    if failed:
         text = (folder / f"{cases[0].name}.log").read_text(errors="replace")
         raise AssertionError(f"cases {[c.name for c in cases]} failed:\n{text[-6000:]}")
 
@@ -156,20 +158,132 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
     return models, set_folder
 
 
+@functools.cache
+def spare_repeated_work() -> None:
+    """Let a process that trains many models do once what is the same for each, and drop what no
+    test reads: the printed arguments, their copies in TensorBoard. No number depends on it."""
+    from megatron.core.datasets import gpt_dataset
+    from megatron.training import argument_utils, arguments
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Megatron reads its classes' sources for the help texts of their flags, anew for every parser.
+    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+    factory = argument_utils.ArgumentGroupFactory
+    read = functools.cache(lambda cls: texts(factory.__new__(factory), cls))
+    texts = factory._get_field_docstrings
+    factory._get_field_docstrings = lambda self, cls: read(cls)
+    arguments._print_args = lambda *ignored: None
+    SummaryWriter.add_text = lambda *ignored, **named: None
+
+    shuffle, shuffled = gpt_dataset._build_shuffle_index, {}
+
+    def shuffled_once(samples: int, size: int, generator: Any) -> Any:
+        """Six million numbers of the mock data; the generator is not used after them."""
+        kind, words, *place = generator.get_state()
+        key = (samples, size, kind, words.tobytes(), *place)
+        if key not in shuffled:
+            shuffled[key] = shuffle(samples, size, generator)
+        return shuffled[key]
+
+    gpt_dataset._build_shuffle_index = shuffled_once
+
+
+def fork_queue() -> None:
+    """Start the process that holds Megatron's results queue by fork, not spawn, which imports torch
+    there: 3 to 6 s at a run's first save."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    queue = filesystem_async.get_write_results_queue
+    filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")
+
+
+def prepare_ahead() -> None:
+    """Do that work before ranks are forked: read Megatron's sources, shuffle the mock data."""
+    from megatron.core.datasets.gpt_dataset import (
+        GPTDatasetConfig,
+        MockGPTDataset,
+        MockGPTLowLevelDataset,
+    )
+    from megatron.core.datasets.utils import Split
+    from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+    from megatron.training import arguments
+
+    from megatron_mone.pretrain import add_arguments
+
+    spare_repeated_work()
+    argv, sys.argv = sys.argv, ["pretrain", *TINY, *MOCK]
+    try:
+        args = arguments.parse_args(add_arguments)
+    finally:
+        sys.argv = argv
+    args.padded_vocab_size = args.vocab_size
+    config = GPTDatasetConfig(
+        random_seed=args.seed, sequence_length=args.seq_length, tokenizer=build_tokenizer(args),
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+    )  # fmt: skip
+    data = MockGPTLowLevelDataset(config.tokenizer)
+    for split, (first, last) in zip(Split, config.split_matrix, strict=True):
+        rows = numpy.arange(round(first * len(data)), round(last * len(data)), dtype=numpy.int32)
+        MockGPTDataset(data, None, rows, 1, split, config)
+
+
+class _Groups:
+    """Process groups that serve again in the next run.
+
+    A gloo group costs milliseconds to make, and while it lives a thread that wakes a hundred times
+    a second. Groups of one rank, which send nothing, are one; another is that of the run before
+    with the same ranks, name and place among its like.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self._new = torch.distributed.new_group
+        self._destroy = torch.distributed.destroy_process_group
+        self._kept: dict[tuple, Any] = {}
+        self._used: dict[tuple, int] = {}
+        torch.distributed.new_group = self._find
+        torch.distributed.destroy_process_group = lambda *a, **k: None
+
+    def _find(self, ranks=None, timeout=None, backend=None, *args, **kwargs):
+        kind = (tuple(ranks) if ranks is not None else None, str(backend), args)
+        if ranks is None or len(ranks) > 1:
+            kind = (*kind, str(timeout), str(sorted(kwargs.items(), key=str)))
+        place = self._used.get(kind, 0)
+        self._used[kind] = place + 1
+        key = (kind, place if len(kind) > 3 else 0)
+        if key not in self._kept:
+            self._kept[key] = self._new(ranks, timeout, backend, *args, **kwargs)
+        return self._kept[key]
+
+    def end_run(self) -> None:
+        """Destroy the groups that the run which ends did not ask for; all ranks agree on them."""
+        import torch
+
+        for kind, place in list(self._kept):
+            if place >= self._used.get(kind, 0):
+                group = self._kept.pop((kind, place))
+                if group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
+                    self._destroy(group)
+        self._used.clear()
+
+    def end(self) -> None:
+        """Destroy all."""
+        self._destroy()
+
+
 def _main(todo: str, folder: str) -> None:
     from megatron_mone import cpu_emulation, pretrain
 
     cpu_emulation.install()
     import torch
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.training import get_tensorboard_writer, training
 
-    # Megatron reads its classes' sources for the help texts of their flags, anew for every parser.
-    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
-    from megatron.training import training
-
+    spare_repeated_work()
+    fork_queue()
     models, keep_in = _watch_models()
-    destroy = torch.distributed.destroy_process_group
-    torch.distributed.destroy_process_group = lambda *a, **k: None
+    groups = _Groups()
     for name, flags, tensors in json.loads(Path(todo).read_text()):
         (Path(folder) / name).mkdir(parents=True, exist_ok=True)
         keep_in(Path(folder) / name if tensors else None)
@@ -181,19 +295,17 @@ def _main(todo: str, folder: str) -> None:
             if stop.code:
                 raise
         torch.distributed.barrier()
+        if writer := get_tensorboard_writer():
+            writer.close()
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
-        # Megatron's DDP hangs on itself by hooks that no collector sees, and holds its process
-        # groups, each of which keeps three gloo threads that poll.
+        # Megatron's DDP hangs on itself by hooks that no collector sees.
         for chunk in models:
             vars(chunk).clear()
         models.clear()
-        for group in list(torch.distributed.distributed_c10d._world.pg_map):
-            if group is not torch.distributed.group.WORLD:
-                destroy(group)
-        del group
+        groups.end_run()
         gc.collect()
-    destroy()
+    groups.end()
 
 
 if __name__ == "__main__":

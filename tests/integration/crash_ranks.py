@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.training_cases import MOCK, MONE, ROOT, TINY
+from tests.training_cases import MOCK, MONE, ROOT, TINY, fork_queue
 
 STEPS = 12
 RANKS = 2
@@ -135,21 +135,11 @@ def wait_for(condition, seconds: float = 60, pause: float = 0.001) -> bool:
 
 
 def _serve() -> None:
-    import torch
-
-    from megatron_mone import cpu_emulation, pretrain
-
-    cpu_emulation.install()
-    for late in (
-        *("megatron.core.tokenizers.text", "megatron.training.training"),
-        *("torch.utils.tensorboard", "megatron_mone.gpt_training"),
-        *("megatron_mone.checkpoint.safe_save", "megatron_mone.checkpoint.signals"),
-        *("megatron_mone.preflight", "megatron_mone.layer_spec", "megatron_mone.metrics"),
-    ):
-        importlib.import_module(late)  # what a run imports late, once for all ranks
-    assert not torch.distributed.is_initialized()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    os.dup2(2, 1)  # for what the imports print
+    importlib.import_module("tests.rank_imports")
+    from megatron_mone import pretrain
+
     print(json.dumps("ready"), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
@@ -196,7 +186,7 @@ def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
         sys.argv = ["pretrain", *command["argv"]]
         _record_losses(Path(f"{command['name']}.{rank}.loss"))
         if command["fork_queue"]:
-            _fork_queue()
+            fork_queue()
         who, _, function = command["trouble"].partition(" ")
         if function and int(who) == rank:
             globals()[function]()
@@ -275,13 +265,6 @@ def disk_full() -> None:
 
 def _die(*ignored: Any, **named: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _fork_queue() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    original = filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = functools.partial(original, mp_mode="fork")
 
 
 def _record_losses(path: Path) -> None:

@@ -40,12 +40,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         start = (*TRAIN, *flags, "--train-iters", "1", *save)
         cases[1].append(Case(f"start run {variant}", start))
         cases[1].append(resumed(f"one rank, {variant}", variant, TRAIN))
-    for name, layout in LAYOUTS.items():
+    # All runs of a layout one after another: they share their process groups.
+    for name, layout in sorted(LAYOUTS.items(), key=lambda item: sorted(item[1].flags)):
         cases[layout.ranks].append(resumed(name, layout.variant, TRAIN, *layout.flags))
-    for name, layout in KEEP_ALL_LAYOUTS.items():
-        for kind, base in (("keep-all", KEEP_ALL), ("stock", STOCK)):
-            case = resumed(f"{name}, {kind}", layout.variant, base, *layout.flags)
-            cases[layout.ranks].append(case)
+        if name in KEEP_ALL_LAYOUTS:
+            for kind, base in (("keep-all", KEEP_ALL), ("stock", STOCK)):
+                case = resumed(f"{name}, {kind}", layout.variant, base, *layout.flags)
+                cases[layout.ranks].append(case)
     for ranks, of_rank_count in cases.items():
         run_cases(of_rank_count, ranks, folder)
     return folder

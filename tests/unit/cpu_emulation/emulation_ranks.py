@@ -4,6 +4,7 @@ A case is a function of no arguments that asserts; it runs on every rank, after 
 Megatron's own start of its process groups and random states.
 """
 
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -11,15 +12,17 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
+
+from tests import forked_ranks
 
 Case = Callable[[], None]
 Layout = tuple[dict[str, int], Sequence[Case]]
 
 
-def _rank(rank: int, size: int, folder: str, layouts: Sequence[Layout]) -> None:
+def _rank(folder: str, layouts: Sequence[Layout]) -> None:
     from megatron_mone.cpu_emulation import install
 
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(1)
     install()
     from megatron.core import parallel_state, tensor_parallel
@@ -43,14 +46,17 @@ def _rank(rank: int, size: int, folder: str, layouts: Sequence[Layout]) -> None:
         parallel_state.destroy_model_parallel()
 
 
-def run_cases(size: int, layouts: Sequence[Layout]) -> dict[str, str]:
+def run_cases(size: int, layouts: Sequence[Layout], *, fresh: bool = False) -> dict[str, str]:
     """Run cases on `size` ranks; return the tracebacks of each case, "" where all passed.
 
     A layout is what `initialize_model_parallel` gets, e.g. `{"context_parallel_size": 2}`, and the
-    cases to run under it.
+    cases to run under it. `fresh`: the cases' modules are imported before Megatron is.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, args=(size, folder, list(layouts)), nprocs=size)
+        log = Path(folder) / "log"
+        job = forked_ranks.start(size, _rank, (folder, list(layouts)), log, fresh=fresh)
+        if job.wait(timeout=600) != 0:
+            raise AssertionError(f"a rank ended early:\n{log.read_text(errors='replace')[-6000:]}")
         return {
             case.__name__: "\n".join(
                 f"rank {file.suffix}: {file.read_text()}"

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mone.cpu_emulation import __main__ as emulation
+from tests import forked_ranks
+
 ROOT = Path(__file__).parents[3]
 SCRIPT = ROOT / "tests" / "integration" / "stock_pretrain_gpt.py"
 
@@ -30,20 +33,30 @@ LAYOUT = (
 )
 
 
-def train(folder, name, *flags):
-    """Train on two ranks; return {(iteration, rank): [loss of each micro-batch, in full]}."""
+def by_torchrun(arguments, log):
+    """In interpreters of their own, where the emulation is installed before Megatron is there."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    losses = folder / f"{name}.losses"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(port), "-m", "megatron_mone.cpu_emulation", str(SCRIPT)),
-        *(*MODEL.split(), *TRAINING.split(), *LAYOUT.split()),
-        *("--record-losses", str(losses), *map(str, flags)),
+        *("--master-port", str(port), "-m", "megatron_mone.cpu_emulation", *arguments),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with log.open("w") as file:
+        return subprocess.run(command, stdout=file, stderr=file, check=False, cwd=ROOT).returncode
+
+
+def by_forks(arguments, log):
+    """The same command on ranks that need not import Megatron again."""
+    return forked_ranks.start(2, emulation.main, (arguments,), log).wait(timeout=600)
+
+
+def train(start, folder, name, *flags):
+    """Train on two ranks; return {(iteration, rank): [loss of each micro-batch, in full]}."""
+    losses, log = folder / f"{name}.losses", folder / f"{name}.log"
+    arguments = [str(SCRIPT), *MODEL.split(), *TRAINING.split(), *LAYOUT.split()]
+    arguments += ["--record-losses", str(losses), *map(str, flags)]
+    assert start(arguments, log) == 0, log.read_text(errors="replace")[-4000:]
     found: dict[tuple[int, int], list[str]] = {}
     for line in losses.read_text().splitlines():
         iteration, rank, loss = line.split()
@@ -55,12 +68,12 @@ def train(folder, name, *flags):
 def test_resumed_run_is_bit_equal_to_the_run_that_never_stopped(tmp_path):
     """TP 2, sequence parallel, EP 2, distributed optimizer, dropout 0.1 in the default places."""
     checkpoint = tmp_path / "checkpoint"
-    whole = train(tmp_path, "whole", "--save", checkpoint)
+    whole = train(by_torchrun, tmp_path, "whole", "--save", checkpoint)
     assert {iteration for iteration, _ in whole} == set(range(6))
     assert len({loss for losses in whole.values() for loss in losses}) > 6
     # TP ranks see the same tokens, so a replicated part that drew otherwise would show here.
     assert all(whole[i, 0] == whole[i, 1] for i in range(6))
 
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = train(tmp_path, "resumed", "--load", checkpoint)
+    resumed = train(by_forks, tmp_path, "resumed", "--load", checkpoint)
     assert resumed == {key: losses for key, losses in whole.items() if key[0] >= 3}

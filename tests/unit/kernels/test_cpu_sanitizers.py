@@ -11,7 +11,7 @@ import pytest
 from megatron_mone.kernels.cpu import build, native
 
 SMOKE = Path(__file__).with_name("cpu_kernels_smoke.cpp")
-SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def compiler():
 
 @pytest.fixture(scope="module")
 def builds(compiler, tmp_path_factory):
-    """{lanes: (running compiler, its program)}, both started at once: each takes half a minute."""
+    """{lanes: (running compiler, its program)}, both started at once: 15 s each."""
     if native.load().mone_best_set() < 1:
         pytest.skip("this processor has no AVX2")
     flags = [flag for flag in build.FLAGS if flag not in ("-O3", "-fvisibility=hidden")]

@@ -23,7 +23,7 @@ from tests.unit.moe.test_mask_dispatch import (
     routing,
 )
 
-if multiprocessing.current_process().name != "MainProcess":  # a rank, before Megatron is there
+if multiprocessing.current_process().name != "MainProcess":  # the ranks' launcher, before Megatron
     stand_in_deep_ep.install()
 
 WORLD, HIDDEN, TOPK = 4, 16, 2  # a token's row has 32 bytes
@@ -384,6 +384,7 @@ def failures():
             (parallel, [InLayout(WithBackend(case, b), name) for b in BACKENDS for case in CASES])
             for name, parallel in LAYOUTS.items()
         ],
+        fresh=True,
     )
 
 
