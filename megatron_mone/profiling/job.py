@@ -27,7 +27,7 @@ from megatron_mone.profiling.peaks import rank_peaks
 from megatron_mone.profiling.process_memory import share_one_heap
 from megatron_mone.profiling.rank_record import write_record
 from megatron_mone.profiling.record_facts import counted_flops, job_id, rank_facts
-from megatron_mone.profiling.routing_replay import SharedRouting
+from megatron_mone.profiling.routing_replay import SharedRouting, repeated_routing
 from megatron_mone.profiling.run_meter import RunMeter
 from megatron_mone.profiling.watched_steps import measure_memory, write_trace
 
@@ -148,9 +148,14 @@ class Job:
                 run.step()
 
         if self.options.memory:
-            meter.memory = measure_memory(
-                self.options.out, run.run, step, lambda: self._held_by_others(number)
-            )
+            with repeated_routing(moe_layers(run.run.model)) as repeat:
+                meter.memory = measure_memory(
+                    self.options.out,
+                    run.run,
+                    step,
+                    before_second=repeat,
+                    others=lambda: self._held_by_others(number),
+                )
         if self.options.trace:
             write_trace(self.options.out, run.run, step)
 

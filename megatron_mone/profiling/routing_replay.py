@@ -8,7 +8,8 @@ Shapes: T tokens of a micro-batch on this rank, E experts, k chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
@@ -55,6 +56,36 @@ class RoutingTape:
             index, self._next = self._next, self._next + 1
         chosen = self.choices[index]
         return scores.gather(1, chosen), chosen
+
+
+@contextmanager
+def repeated_routing(layers: Sequence[MoELayer]) -> Iterator[Callable[[], None]]:
+    """Two steps that route alike, so that they allocate alike.
+
+    Args:
+        layers: of one run on this rank.
+
+    Yields:
+        What to call between the first step and the second.
+    """
+    before = [layer.router.router_replay for layer in layers]
+    first = [tape or RoutingTape(records=True) for tape in before]
+    second = [RoutingTape(records=False) for _ in layers]
+
+    def install(tapes: Sequence[RoutingTape | None]) -> None:
+        for layer, tape in zip(layers, tapes, strict=True):
+            layer.router.router_replay = tape
+
+    def repeat() -> None:
+        for done, tape in zip(first, second, strict=True):
+            tape.begin_step(done.choices)
+        install(second)
+
+    install(first)
+    try:
+        yield repeat
+    finally:
+        install(before)
 
 
 class SharedRouting:

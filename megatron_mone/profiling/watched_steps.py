@@ -30,7 +30,12 @@ _ANCHOR = "megatron-mone: step"
 
 
 def measure_memory(
-    folder: Path, run: Run, step: Callable[[], Any], others: Callable[[], Iterable[Tensor]]
+    folder: Path,
+    run: Run,
+    step: Callable[[], Any],
+    *,
+    before_second: Callable[[], None],
+    others: Callable[[], Iterable[Tensor]],
 ) -> dict[str, Any]:
     """The `memory` object of a rank record, from two steps of a run.
 
@@ -41,10 +46,12 @@ def measure_memory(
             pytorch.org/memory_viz (not run on a GPU yet).
         run: in training; its optimizer has its state.
         step: does one optimizer step.
+        before_second: called between the two, to make the second allocate as the first did.
         others: tensors of other runs in this process, which are not this run's.
     """
     with measure_growth() as growth:
         step()
+    before_second()
     snapshot = None
     if torch.cuda.is_available():
         snapshot = _rank_file(folder / SNAPSHOTS, run, "pickle")

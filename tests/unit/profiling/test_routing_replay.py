@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_mone.profiling import routing_replay
-from megatron_mone.profiling.routing_replay import SharedRouting
+from megatron_mone.profiling.routing_replay import SharedRouting, repeated_routing
 
 
 def layer(experts=4, topk=2):
@@ -75,6 +75,20 @@ def test_choices_go_when_all_have_taken_them(layers):
         assert run == 0 or list(shared._steps) == [3]
         shared.end_step(run, 3)
     assert shared._steps == shared._waiting == {}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_step_can_be_repeated(layers, shared):
+    if shared:
+        SharedRouting(layers).begin_step(0, 0)
+    one = layers[0][0]
+    before = one.router.router_replay
+    with repeated_routing([one]) as repeat:
+        first = [route(one, torch.rand(5, 4))[1] for _ in range(2)]
+        repeat()
+        again = [route(one, torch.rand(5, 4))[1] for _ in range(2)]
+    assert all(map(torch.equal, first, again))
+    assert one.router.router_replay is before
 
 
 def test_runs_with_other_experts_are_refused():
