@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
 
 import numpy as np
 
+from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.profiling.merge import rank_files
 from megatron_mone.profiling.phases import COMMUNICATION, PASSES, PHASES
 from megatron_mone.profiling.rank_record import (
@@ -48,9 +49,7 @@ _KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries", "co
 
 def main() -> int:
     """Make the files, merge them, print what it took; the status of the merge."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(__doc__)
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="FOLDER", help="a profiling job's (built-in ones)")
     add("--ranks", type=int, default=1024, help="of the job that is made up (1024)")
@@ -67,8 +66,7 @@ def main() -> int:
         small = [read_record(path) for path in files] or built_in_records()
         size = make_files(small, options)
     except ValueError as error:
-        print(f"megatron-mone: error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
     command = [sys.executable, "-m", "tools.merge_profile", str(options.out)]
     command += ["--skip-unreadable"] if options.truncated else []
     start = time.perf_counter()

@@ -22,6 +22,7 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone.command_line import OneLineParser
 from megatron_mone.files import write_json
 from megatron_mone.profiling.job_options import Options
 from megatron_mone.profiling.local_ranks import run_ranks, terminal
@@ -34,7 +35,7 @@ SCHEMA = "megatron-mone/profiler-cost/1"
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = OneLineParser(__doc__)
     parser.add_argument("--ranks", type=int, default=2, help="ranks to start here (2)")
     parser.add_argument("--steps", type=int, default=60, help="steps of each kind (60)")
     parser.add_argument("--window", type=int, default=3, help="steps in a turn (3)")

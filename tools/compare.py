@@ -15,11 +15,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.files import write_json
 from megatron_mone.profiling.compare import (
     PEAK_MEMORY,
@@ -33,21 +34,12 @@ from megatron_mone.profiling.compare import (
 )
 
 SCHEMA = "megatron-mone/profile-comparison/1"
-USER_ERROR = 2
 REGRESSION = 3
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line per mistake; argparse would print the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the mistake and leave with 2."""
-        self.exit(USER_ERROR, f"megatron-mone: error: {message}; see --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     add = parser.add_argument
     add("run_a", metavar="RUN_A[:NAME]", help="what is compared against")
     add("run_b", metavar="RUN_B[:NAME]", help="what may have got worse")
@@ -73,12 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.json, _document(options, found))
-    except ValueError as error:
-        print(f"megatron-mone: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        print(f"megatron-mone: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR
+    except (ValueError, OSError) as error:
+        return fail(error)
     for one in found:
         print(table(one))
     worse = [f"{what} of {one.b}" for one in found for what in one.regressions]

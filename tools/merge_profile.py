@@ -5,13 +5,12 @@
 Reads FOLDER/ranks/rank-*.json, also of a job that lost ranks. Exit status 2 for wrong input.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -19,24 +18,16 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.profiling.merge import PROFILE, OnFile, merge
 
-USER_ERROR = 2
 _PHASES_SHOWN = 6
 _STRAGGLERS_SHOWN = 5
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line per mistake; argparse would print the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the mistake and leave with 2."""
-        self.exit(USER_ERROR, f"megatron-mone: error: {message}; see --help\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds ranks/")
     parser.add_argument(
         "--skip-unreadable", action="store_true", help="count a rank whose file is cut as missing"
@@ -47,12 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             profile = merge(
                 options.folder, skip_unreadable=options.skip_unreadable, on_file=on_file
             )
-    except ValueError as error:
-        print(f"megatron-mone: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        print(f"megatron-mone: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR
+    except (ValueError, OSError) as error:
+        return fail(error)
     print(summary(profile))
     print(f"written to {options.folder / PROFILE}")
     return 0

@@ -10,7 +10,6 @@ Further flags are Megatron's. Writes DIR/ranks, profile.json, report.html and pl
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,15 +19,14 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.profiling.job_options import Options, add_options, read_options
 from megatron_mone.profiling.local_ranks import run_ranks, terminal
 
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="profile", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = OneLineParser(__doc__)
     parser.add_argument("--ranks", type=int, default=1, help="ranks to start on this machine (1)")
     add_options(parser)
     parsed, megatron_flags = parser.parse_known_args()
@@ -37,7 +35,7 @@ def main() -> int:
         if parsed.ranks < 1:
             raise ValueError(f"--ranks {parsed.ranks} is not allowed: give at least 1")
     except ValueError as error:
-        return _fail(error)
+        return fail(error)
     if "WORLD_SIZE" not in os.environ:
         return run_ranks([sys.executable, *sys.argv], parsed.ranks, options.out / "logs")
     return _rank(options, megatron_flags)
@@ -51,7 +49,7 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
 
         cpu_emulation.install()
     sys.argv[1:] = megatron_flags
-    from megatron_mone.pretrain import fail
+    from megatron_mone import pretrain
     from megatron_mone.profiling.job import Job, build_runs
 
     try:
@@ -60,7 +58,7 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
             job = Job(runs, options, on_step)
             job.measure()
     except ValueError as error:
-        fail(str(error))
+        pretrain.fail(str(error))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         _report(options.out)
@@ -93,11 +91,6 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(file=terminal())) as bar:
         task = bar.add_task("steps", total=total)
         yield lambda done: bar.update(task, completed=done)
-
-
-def _fail(error: ValueError) -> int:
-    print(f"megatron-mone: error: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -6,44 +6,29 @@ Reads FOLDER/profile.json of each; the report is the first one's, the others (th
 other numbers of ranks) add a scaling curve to it. Exit status 2 for wrong input.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.reporting.profile_check import check_one_model, read_profile
 from megatron_mone.reporting.profile_report import write_report
-
-USER_ERROR = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line per mistake; argparse would print the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the mistake and leave with 2."""
-        self.exit(USER_ERROR, f"megatron-mone: error: {message}; see --help\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a profile")
     folders = parser.parse_args(arguments).folders
     try:
         profiles = [read_profile(folder) for folder in folders]
         check_one_model(profiles, [str(folder) for folder in folders])
         path = write_report(profiles[0], folders[0], profiles[1:])
-    except ValueError as error:
-        print(f"megatron-mone: error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except OSError as error:
-        print(f"megatron-mone: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return USER_ERROR
+    except (ValueError, OSError) as error:
+        return fail(error)
     print(f"wrote {path}")
     return 0
 

@@ -17,8 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
+from megatron_mone.command_line import ERROR
+
 TERMINAL = "MEGATRON_MONE_TERMINAL_FD"
-ERROR = "megatron-mone: error:"
 GRACE_SECONDS = 10.0
 _LAST_LINES = 15
 
