@@ -2,9 +2,9 @@
 
     python tools/bench_profiler.py --config configs/demo-mone.yaml --ranks 2 --steps 60 [--json OUT]
 
-On: the ratio of paired windows, with a 95% confidence interval. Off: nothing is wrapped; what is
-left are the calls by which kernels name their phase, so their number a step is multiplied by the
-time of one. Further flags are Megatron's.
+On: the ratio of paired windows, with a 95% confidence interval; and, free of the machine's noise,
+the switches of phase in a step times the time of one. Off: nothing is wrapped; what is left are the
+calls by which kernels name their phase, counted alike. Further flags are Megatron's.
 """
 
 import argparse
@@ -95,8 +95,11 @@ def measure(options: argparse.Namespace) -> None:
             if on:
                 meter.detach()
     marks = marks_in_a_step(step, run)
+    meter.attach()
+    step(partial(_measured, meter, run, turns))
+    meter.detach()
     if torch.distributed.get_rank() == 0:
-        report(seconds, marks, options)
+        report(seconds, marks, switches_in_a_step(meter.clock), options)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -116,7 +119,21 @@ def marks_in_a_step(step: Any, run: Any) -> int:
     return len(heard)
 
 
-def report(seconds: dict[bool, list[list[float]]], marks: int, options: Any) -> None:
+def switches_in_a_step(clock: Any) -> tuple[int, float]:
+    """(switches of phase in the last step, nanoseconds of one)."""
+    from megatron_mone.profiling import phases
+
+    switches = len(clock.host_spans())
+    clock.begin()
+    calls = 20_000
+    seconds = timeit.timeit(lambda: clock.switch(phases.ROUTER, phases.FORWARD), number=calls)
+    clock.abandon()
+    return switches, seconds / calls * 1e9
+
+
+def report(
+    seconds: dict[bool, list[list[float]]], marks: int, switches: tuple[int, float], options: Any
+) -> None:
     """Print the cost, and write it where asked to."""
     from megatron_mone.profiling import phases
 
@@ -138,6 +155,9 @@ def report(seconds: dict[bool, list[list[float]]], marks: int, options: Any) -> 
         "step_ms_on": float(cost.b_K[0]),
         "on_percent": 100 * float(cost.b_K[0] / cost.a_K[0] - 1),
         "on_percent_95": [low, high],
+        "switches_a_step": switches[0],
+        "switch_ns": switches[1],
+        "on_counted_percent": 100 * switches[0] * switches[1] / 1e6 / step_ms,
         "marks_a_step": marks,
         "mark_ns": mark_ns,
         "off_percent": 100 * marks * mark_ns / 1e6 / step_ms,
@@ -146,7 +166,8 @@ def report(seconds: dict[bool, list[list[float]]], marks: int, options: Any) -> 
         f"off   {step_ms:9.2f} ms a step; {marks} marks of {mark_ns:.0f} ns in it: "
         f"{found['off_percent']:.4f}%\n"
         f"on    {found['step_ms_on']:9.2f} ms: {found['on_percent']:+.2f}% "
-        f"(95%: {low:+.2f} to {high:+.2f})",
+        f"(95%: {low:+.2f} to {high:+.2f}); {switches[0]} switches of {switches[1]:.0f} ns: "
+        f"{found['on_counted_percent']:.4f}%",
         file=terminal(),
         flush=True,
     )
