@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mone.benchmarking.cases import DTYPES
-from megatron_mone.benchmarking.roofline import measure_peaks
 from megatron_mone.kernels.triton import roofline as h100
 
+SIDES = (256, 512, 1024, 2048, 4096)  # of square products
+LONG_ENOUGH = 0.02  # seconds of a product; a larger one is taken while it takes less
 COPIED = 1 << 25  # float32 elements, more than caches hold when every rank copies
-COPIES = 10
+SUSTAINED = 0.5  # seconds
 
 
 @dataclass(frozen=True)
@@ -67,24 +67,41 @@ def published_peaks(name: str, dtype: torch.dtype) -> RankPeaks:
 def measured_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:
     """Of this rank's threads on the CPU; some seconds, and 256 MiB for the last of them.
 
+    Rates over a while in which every rank works, so that ranks that outnumber the cores have their
+    share of them and no more.
+
     Args:
         dtype: of the model's products. bfloat16 may also run in float32, which is the faster of
             the two without bfloat16 units, so that the higher rate counts.
-        barrier: holds every rank until all have come. Every rank must call this function: products
-            are begun, and every copy is, by all ranks of a host at once.
+        barrier: holds every rank until all have come. Every rank must call this function.
     """
-    barrier()
-    rates = measure_peaks(torch.device("cpu"), elements=1).flops
-    known = [rate for name, rate in rates.items() if DTYPES[name] in (dtype, torch.float32)]
+    rates = [_product_rate(kind, barrier) for kind in dict.fromkeys((torch.float32, dtype))]
     source = torch.ones(COPIED)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(1 + COPIES):
-        barrier()
+    copies = _calls_per_second(lambda: target.copy_(source), barrier)
+    return RankPeaks(max(rates), 2 * source.nbytes * copies)
+
+
+def _product_rate(dtype: torch.dtype, barrier: Callable[[], None]) -> float:
+    """Operations a second of the smallest square product that takes long enough."""
+    for side in SIDES:
+        a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+        torch.mm(a, b.t())  # allocates, starts threads
         start = time.perf_counter()
-        target.copy_(source)
-        seconds.append(time.perf_counter() - start)
-    return RankPeaks(max(known), 2 * source.nbytes / min(seconds[1:]))
+        torch.mm(a, b.t())
+        if time.perf_counter() - start > LONG_ENOUGH:
+            break
+    return 2 * side**3 * _calls_per_second(lambda: torch.mm(a, b.t()), barrier)
+
+
+def _calls_per_second(call: Callable[[], object], barrier: Callable[[], None]) -> float:
+    barrier()
+    start = time.perf_counter()
+    calls = 0
+    while time.perf_counter() - start < SUSTAINED:
+        call()
+        calls += 1
+    return calls / (time.perf_counter() - start)
 
 
 def rank_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:

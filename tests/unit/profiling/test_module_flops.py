@@ -353,19 +353,49 @@ def test_published_peaks_are_of_the_exact_card():
     assert rates("NVIDIA GeForce RTX 4090") == (None, None)
 
 
-def test_measured_peaks_are_taken_by_all_ranks_at_once(monkeypatch):
-    """A clock that says every copy takes a second: the rate follows from what was moved."""
-    events = []
-    rates = roofline.Peaks({"fp32": 90.0, "bf16": 10.0}, 1.0)
-    monkeypatch.setattr(peaks, "measure_peaks", lambda *_, **__: events.append("gemm") or rates)
-    ticks = iter(range(1000))
-    clock = SimpleNamespace(perf_counter=lambda: events.append("clock") or float(next(ticks)))
-    monkeypatch.setattr(peaks, "time", clock)
-    monkeypatch.setattr(peaks, "COPIED", 1000)
-    found = peaks.measured_peaks(torch.bfloat16, lambda: events.append("barrier"))
+class Machine:
+    """A clock on which products of a dtype and copies take the time that the test sets.
+
+    Args:
+        product: seconds of a product by dtype, whatever its size.
+        copy: seconds of a copy.
+    """
+
+    def __init__(self, product, copy):
+        self.now, self.product, self.copy = 0.0, product, copy
+
+    def perf_counter(self):
+        return self.now
+
+    def mm(self, a, b):
+        self.now += self.product[a.dtype]
+
+    def ones(self, elements):
+        def copy_(source):
+            self.now += self.copy
+
+        return SimpleNamespace(nbytes=4 * elements, copy_=copy_)
+
+    def install(self, monkeypatch):
+        names = {name: getattr(torch, name) for name in ("float32", "bfloat16", "randn", "dtype")}
+        own = {"mm": self.mm, "ones": self.ones, "empty_like": lambda other: other}
+        monkeypatch.setattr(peaks, "torch", SimpleNamespace(**names, **own))
+        monkeypatch.setattr(peaks, "time", self)
+
+
+def test_measured_peaks_are_rates_over_a_while(monkeypatch):
+    """Products of 256 take long enough, so none is larger: 2 x 256^3 operations in 0.125 s."""
+    Machine({torch.float32: 0.125, torch.bfloat16: 0.5}, 0.25).install(monkeypatch)
+    rounds = []
+    found = peaks.measured_peaks(torch.bfloat16, lambda: rounds.append(1))
     # units that multiply bfloat16 more slowly than float32 are not the limit
-    assert found == peaks.RankPeaks(90.0, 2 * 4 * 1000)
-    assert events == ["barrier", "gemm", *["barrier", "clock", "clock"] * (1 + peaks.COPIES)]
-    rates.flops["bf16"] = 200.0
-    assert peaks.measured_peaks(torch.bfloat16, lambda: None).flops == 200.0
-    assert peaks.measured_peaks(torch.float32, lambda: None).flops == 90.0
+    assert found == peaks.RankPeaks(2 * 256**3 / 0.125, 2 * 4 * peaks.COPIED / 0.25)
+    assert len(rounds) == 3  # two dtypes, and copies: begun by all ranks at once
+
+
+def test_faster_bfloat16_counts_and_short_products_grow(monkeypatch):
+    Machine({torch.float32: 0.125, torch.bfloat16: 0.0625}, 0.25).install(monkeypatch)
+    assert peaks.measured_peaks(torch.bfloat16, lambda: None).flops == 2 * 256**3 / 0.0625
+    assert peaks.measured_peaks(torch.float32, lambda: None).flops == 2 * 256**3 / 0.125
+    Machine({torch.float32: 2.0**-7}, 0.25).install(monkeypatch)
+    assert peaks.measured_peaks(torch.float32, lambda: None).flops == 2 * 4096**3 * 128
