@@ -31,7 +31,7 @@ def check_run(args: Namespace) -> None:
     check_data(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))
-    for flag in ("save", "tensorboard_dir", "mone_record_masks"):
+    for flag in ("save", "tensorboard_dir", "mone_record_masks", "mone_profile_dir"):
         if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             check_writable(flag, Path(getattr(args, flag)))
 

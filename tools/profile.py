@@ -34,10 +34,10 @@ def main() -> int:
         options = read_options(parsed)
         if parsed.ranks < 1:
             raise ValueError(f"--ranks {parsed.ranks} is not allowed: give at least 1")
-    except ValueError as error:
+        if "WORLD_SIZE" not in os.environ:
+            return run_ranks([sys.executable, *sys.argv], parsed.ranks, options.out / "logs")
+    except (ValueError, OSError) as error:
         return fail(error)
-    if "WORLD_SIZE" not in os.environ:
-        return run_ranks([sys.executable, *sys.argv], parsed.ranks, options.out / "logs")
     return _rank(options, megatron_flags)
 
 

@@ -133,12 +133,12 @@ class AttachedProfiler:
     def _begin(self, model: Any, optimizer: Any) -> None:
         from megatron_mone.profiling.clock import phase_clock
         from megatron_mone.profiling.live_run import experts_backend
-        from megatron_mone.profiling.record_facts import job_id, rank_facts
+        from megatron_mone.profiling.record_facts import begin_job, rank_facts
         from megatron_mone.profiling.run_meter import Run, RunMeter
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = Run(NAME, self.args, model, optimizer, experts_backend(model))
-        self._facts = rank_facts(self.args, job_id(), _routing(self.args))
+        self._facts = rank_facts(self.args, begin_job(self.folder), _routing(self.args))
         self._meter = RunMeter(run, phase_clock(device))
         self._meter.attach()
 

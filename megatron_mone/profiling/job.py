@@ -26,7 +26,7 @@ from megatron_mone.profiling.live_run import LiveRun, build_run, model_config_of
 from megatron_mone.profiling.peaks import rank_peaks
 from megatron_mone.profiling.process_memory import share_one_heap
 from megatron_mone.profiling.rank_record import write_record
-from megatron_mone.profiling.record_facts import counted_flops, job_id, rank_facts
+from megatron_mone.profiling.record_facts import begin_job, counted_flops, rank_facts
 from megatron_mone.profiling.routing_replay import SharedRouting, repeated_routing
 from megatron_mone.profiling.run_meter import RunMeter
 from megatron_mone.profiling.watched_steps import measure_memory, write_trace
@@ -83,7 +83,7 @@ class Job:
         self.meters = [RunMeter(run.run, clock) for run in runs]
         layers = [moe_layers(run.run.model) for run in runs]
         self.routing = SharedRouting(layers) if options.routing == "replayed" else None
-        self.facts = rank_facts(runs[0].run.args, job_id(), options.routing)
+        self.facts = rank_facts(runs[0].run.args, begin_job(options.out), options.routing)
         self.peaks = rank_peaks(runs[0].run.args.params_dtype, torch.distributed.barrier)
 
     def measure(self) -> Path:

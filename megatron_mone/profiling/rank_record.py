@@ -45,6 +45,12 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
     return path
 
 
+def clear_records(folder: Path) -> None:
+    """Remove the rank files of an earlier job, which would not merge with those of a new one."""
+    for path in (folder / FOLDER).glob("rank-*.json"):
+        path.unlink(missing_ok=True)
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The record in a file, all its fields checked.
 

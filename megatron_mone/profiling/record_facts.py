@@ -1,12 +1,14 @@
 """What a rank record holds beside measurements: who this rank is, and what it had to compute.
 
-May touch: Megatron's parallel state (read only), module_flops, peaks.
+May touch: Megatron's parallel state (read only), module_flops, the rank files of an older job.
 """
 
 from __future__ import annotations
 
 import socket
 import sys
+import uuid
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from megatron.core.utils import get_model_config
 from megatron_mone.profiling.load_facts import LoadFacts
 from megatron_mone.profiling.module_flops import expert_bytes, module_flops, rank_share
 from megatron_mone.profiling.peaks import RankPeaks
-from megatron_mone.profiling.rank_record import SCHEMA
+from megatron_mone.profiling.rank_record import SCHEMA, clear_records
 from megatron_mone.profiling.run_meter import Run
 from megatron_mone.reporting.machine import cores, cpu_model, facts
 
@@ -67,12 +69,12 @@ def rank_facts(args: Any, job: str, routing: str) -> dict[str, Any]:
     }
 
 
-def job_id() -> str:
-    """A random text that all ranks share; collective."""
-    import uuid
-
+def begin_job(folder: Path) -> str:
+    """A random name that all ranks share; the folder has no rank files after it. Collective."""
     name = [uuid.uuid4().hex]
-    torch.distributed.broadcast_object_list(name, src=0)
+    if torch.distributed.get_rank() == 0:
+        clear_records(folder)
+    torch.distributed.broadcast_object_list(name, src=0)  # no rank writes before rank 0 has cleared
     return name[0]
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_mone.profiling.clock import PhaseClock
+from megatron_mone.profiling.clock import PhaseClock, StepTimes
 from megatron_mone.profiling.instrument import Instruments, moe_layers
 from megatron_mone.profiling.load_facts import LoadFacts
 
@@ -54,7 +54,7 @@ class RunMeter:
         self.memory: dict[str, Any] | None = None
         self._instruments = Instruments(clock)
         self._steps: list[tuple[int, int]] = []  # (iteration, window)
-        self._times: list[Any] = []
+        self._times: list[StepTimes] = []
 
     def attach(self) -> None:
         """Instrument the run."""
@@ -115,7 +115,7 @@ class RunMeter:
         }
 
 
-def _communication(times: list[Any]) -> dict[str, dict[str, list[float]]]:
+def _communication(times: Sequence[StepTimes]) -> dict[str, dict[str, list[float]]]:
     kinds = dict.fromkeys(kind for step in times for kind in step.communication)
     return {
         kind: {

@@ -29,6 +29,8 @@ def profile(folder: Path, *flags: str, ranks: int = 2) -> subprocess.CompletedPr
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job") / "profile"
+    (folder / "ranks").mkdir(parents=True)
+    (folder / "ranks" / "rank-00007.json").write_text("of an earlier job")
     against = "moe,grouped_mm,blocks:mone_neuron_block=4"
     ended = profile(
         folder,
