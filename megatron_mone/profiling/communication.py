@@ -37,7 +37,7 @@ GROUP_NAMES = {
 }
 
 # Method -> (name, position of the inputs among its arguments). Names changed with torch 2.14.
-_METHODS = {
+METHODS = {
     "allreduce": ("all_reduce", 0),
     "allreduce_coalesced": ("all_reduce", 0),
     "allgather": ("all_gather", 1),
@@ -68,7 +68,7 @@ def sent_bytes(operation: str, size: int, ranks: int) -> float:
     """Bytes one rank sends in a collective, by the algorithm that sends least.
 
     Args:
-        operation: as in the second column of `_METHODS`.
+        operation: as in the second column of `METHODS`.
         size: bytes of this rank's inputs.
         ranks: in the group.
     """
@@ -96,7 +96,7 @@ def watch_communication(clock: PhaseClock) -> Callable[[], None]:
     launched: dict[int, tuple[str, str]] = {}  # id of the Work: its kind, its group
     undo = [
         _replace(dist.ProcessGroup, method, _launching(clock, launched, method))
-        for method in _METHODS
+        for method in METHODS
         if hasattr(dist.ProcessGroup, method)
     ]
     undo.append(_replace(dist.Work, "wait", _waiting(clock, launched)))
@@ -109,14 +109,14 @@ def watch_communication(clock: PhaseClock) -> Callable[[], None]:
 
 
 def _launching(clock: PhaseClock, launched: dict[int, tuple[str, str]], method: str) -> Callable:
-    operation, position = _METHODS[method]
+    operation, position = METHODS[method]
     original = getattr(dist.ProcessGroup, method)
 
     def launch(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
         if not clock.running or group.size() == 1:
             return original(group, *args, **kwargs)
         name = GROUP_NAMES.get(group.group_desc, group.group_desc.lower())
-        size = sum(t.nbytes for t in _tensors(args[position : position + 1]))
+        size = sum(t.nbytes for t in tensors_in(args[position : position + 1]))
         before = clock.phase, clock.pass_
         start = clock.switch(phase_of(clock.phase, name), clock.pass_)
         try:
@@ -158,9 +158,10 @@ def _replace(owner: Any, name: str, new: Callable) -> Callable[[], None]:
     return lambda: delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
+    """The tensors among a collective's arguments, in lists of any depth."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -18,6 +18,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -100,6 +101,9 @@ class Instruments:
                 self._wrap(module.mlp, "forward", phases.DENSE_MLP)
         elif isinstance(module, MoELayer):
             self._wrap_moe_layer(module)
+        elif isinstance(module, MultiTokenPredictionLayer):
+            # Forward it lies within the model's _postprocess; backward it follows on attention.
+            self._wrap(module.eh_proj, "forward", phases.LOSS)
 
     def _wrap_moe_layer(self, layer: MoELayer) -> None:
         self._wrap(layer, "route", phases.ROUTER)
@@ -124,8 +128,11 @@ class Instruments:
             finally:
                 clock.switch(*before)
             if clock.running and torch.is_grad_enabled():
+                # A tensor that is passed on as it is keeps the phase that made it.
+                given = {id(value) for value in (*args, *kwargs.values())}
                 for tensor in _with_gradient(output):
-                    tensor.register_hook(begins_backward)
+                    if id(tensor) not in given:
+                        tensor.register_hook(begins_backward)
             return output
 
         def begins_backward(_gradient: Tensor) -> None:

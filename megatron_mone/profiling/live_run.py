@@ -103,7 +103,7 @@ def build_run(spec: RunSpec, args: Namespace, model_config: Any) -> LiveRun:
     return LiveRun(
         run=Run(spec.name, args, model, optimizer, experts_backend(model)),
         scheduler=scheduler,
-        iterator=_iterator(args, len(model)),
+        iterator=training_data(args, len(model)),
         config=config,
         tracker=tracker,
         schedule=get_forward_backward_func(),
@@ -146,7 +146,7 @@ def _one_or_all(functions: list) -> Any:
     return functions[0] if len(functions) == 1 else functions
 
 
-def _iterator(args: Namespace, chunks: int) -> Any:
+def training_data(args: Namespace, chunks: int) -> Any:
     """The training data; a reader for each model chunk with interleaved pipelines."""
     if args.virtual_pipeline_model_parallel_size is None:
         return training.build_train_valid_test_data_iterators(datasets_provider)[0]

@@ -86,6 +86,13 @@ def test_layer_norm_stands_between_the_parts():
     assert after_router == ["layer norm", "attention", "embedding"]
 
 
+def test_a_tensor_that_is_passed_on_keeps_its_phase():
+    """The allgather dispatcher hands probabilities on; their backward is the router's."""
+    backward = of_pass(spans(build(moe_token_dispatcher_type="allgather")), "backward")
+    after_experts = without_callers(backward[backward.index("up/down GEMM") :])
+    assert after_experts[-3:] == ["router", "attention", "embedding"]
+
+
 def test_what_runs_again_in_the_backward_is_a_recompute():
     changes = {
         "recompute_granularity": "full",

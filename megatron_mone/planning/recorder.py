@@ -1,0 +1,144 @@
+"""Recorder: notes operators, collectives and tensors kept for backward, as they happen.
+
+May touch: a PhaseClock, which it asks for the phase and pass under way; torch's FLOP formulas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_mone.planning.trace import Collective, Op, StageMemory
+from megatron_mone.planning.unknown_values import tensors_in
+from megatron_mone.profiling.clock import PhaseClock
+from megatron_mone.profiling.communication import GROUP_NAMES
+from megatron_mone.profiling.flop_counter import FlopCounter
+from megatron_mone.profiling.ledger import GRADIENTS, OPTIMIZER, WEIGHTS
+
+aten = torch.ops.aten
+
+# New storage that nothing is written to.
+_UNWRITTEN = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
+              aten.new_empty_strided, aten.empty_permuted)  # fmt: skip
+
+
+class Recorder:
+    """Notes what happens while its clock runs.
+
+    Attributes:
+        clock: of the phases.
+        ops, collectives: in order, not merged.
+    """
+
+    def __init__(self, clock: PhaseClock) -> None:
+        self.clock = clock
+        self.ops: list[Op] = []
+        self.collectives: list[Collective] = []
+        self._formulas = FlopCounter().flop_registry
+        self._kept: dict[int, torch.UntypedStorage] = {}
+
+    def saw_operator(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        """An operator ran; views and unwritten memory are no work."""
+        if not self.clock.running or func.overloadpacket in _UNWRITTEN:
+            return
+        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(result))
+        if not outputs or _is_view(func):
+            return
+        formula = self._formulas.get(func.overloadpacket)
+        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        self.note(str(func.overloadpacket), inputs, outputs, flops)
+
+    def note(
+        self, name: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor], flops: int
+    ) -> None:
+        """Take down one operator in the phase under way.
+
+        Args:
+            name: of the operator.
+            inputs, outputs: its tensors.
+            flops: its operations.
+        """
+        if not self.clock.running:
+            return
+        inputs, outputs = list(inputs), list(outputs)
+        self.ops.append(
+            Op(
+                name=name,
+                inputs=tuple(tuple(tensor.shape) for tensor in inputs),
+                outputs=tuple(tuple(tensor.shape) for tensor in outputs),
+                dtype=str(outputs[0].dtype).removeprefix("torch."),
+                bytes_read=sum(tensor.nbytes for tensor in inputs),
+                bytes_written=sum(tensor.nbytes for tensor in outputs),
+                flops=flops,
+                phase=self.clock.phase,
+                pass_=self.clock.pass_,
+            )
+        )
+
+    def saw_collective(self, kind: str, size: int, group: dist.ProcessGroup) -> None:
+        """A collective of more than one rank was launched."""
+        if not self.clock.running:
+            return
+        ranks = dist.get_process_group_ranks(group)
+        self.collectives.append(
+            Collective(
+                kind=kind,
+                bytes=size,
+                group=GROUP_NAMES.get(group.group_desc, group.group_desc.lower()),
+                ranks=len(ranks),
+                stride=ranks[1] - ranks[0],
+                phase=self.clock.phase,
+                pass_=self.clock.pass_,
+            )
+        )
+
+    @contextmanager
+    def watch_kept(self) -> Iterator[None]:
+        """Note every tensor that autograd keeps, but not in a recompute inside a backward pass."""
+
+        def pack(tensor: Tensor) -> Tensor:
+            if torch._C._current_graph_task_id() == -1:
+                storage = tensor.untyped_storage()
+                self._kept[storage._cdata] = storage
+            return tensor.detach()
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            yield
+
+    def kept(self) -> dict[int, torch.UntypedStorage]:
+        """The storages kept, by identity."""
+        return dict(self._kept)
+
+
+def stage_memory(held: Mapping[str, Iterable[Tensor]], recorder: Recorder) -> StageMemory:
+    """Bytes by kind; a storage that two kinds share belongs to the first.
+
+    Args:
+        held: from step to step, by kind; of ledger.persistent_tensors.
+        recorder: of the step.
+    """
+    found = {kind: _storages(held[kind]) for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)}
+    found["activations"] = recorder.kept()
+    seen: set[int] = set()
+    sizes = {}
+    for kind, storages in found.items():
+        sizes[kind] = sum(s.nbytes() for key, s in storages.items() if key not in seen)
+        seen |= set(storages)
+    return StageMemory(**sizes)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """By identity: addresses of tensors without values are all 0."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage._cdata: storage for storage in found}
+
+
+def _is_view(func: Any) -> bool:
+    """Whether an operator returns its input seen otherwise, and writes nothing."""
+    aliases = [value.alias_info for value in func._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)

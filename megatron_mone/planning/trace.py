@@ -1,0 +1,194 @@
+"""What one rank of a job executes, sends and keeps: the record that the cost model reads.
+
+A trace is of one step, not the first of its run, with the fewest micro-batches that the schedule
+takes, forward to optimizer.
+Kept as JSON, schema "megatron-mone/trace/1". Touches the files it is given, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from megatron_mone.files import atomic_write
+from megatron_mone.profiling.checked_json import Field, check_schema, load
+from megatron_mone.profiling.communication import sent_bytes
+from megatron_mone.profiling.phases import PASSES, PHASES
+
+SCHEMA = "megatron-mone/trace/1"
+_FIX = "trace the rank again"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Op:
+    """Equal operators that ran one after another.
+
+    Attributes:
+        name: "aten.mm", or "mone.gate", "mone.up_down", "mone.up_down_backward" for the routed
+            experts of MoNE.
+        inputs, outputs: shapes of its tensors; of in-place operators the tensor is in both.
+        dtype: of the first output.
+        bytes_read, bytes_written: of one; its tensors once, whole.
+        flops: of one; products alone, two operations a multiply-add.
+        phase, pass_: of profiling.phases.
+        count: how many.
+    """
+
+    name: str
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    dtype: str
+    bytes_read: int
+    bytes_written: int
+    flops: int
+    phase: str
+    pass_: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Equal collectives that were launched one after another.
+
+    Attributes:
+        kind: all_reduce, all_gather, ...; as profiling.communication names them.
+        bytes: that this rank puts in, of one; of a recv, that arrive.
+        group: "tp", "ep", ... of communication.GROUP_NAMES.
+        ranks: in the group.
+        stride: from the group's first rank to its second, by number in the job.
+        phase, pass_: in which it was launched.
+        count: how many.
+    """
+
+    kind: str
+    bytes: int
+    group: str
+    ranks: int
+    stride: int
+    phase: str
+    pass_: str
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes that the rank holds.
+
+    Attributes:
+        weights, gradients, optimizer: from step to step, as profiling.ledger tells them apart.
+        activations: that autograd keeps for backward after the forward of all micro-batches of the
+            trace, every storage once, weights left out.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One step of one rank.
+
+    Attributes:
+        world_size, rank: of the job.
+        micro_batches: in the step traced: 1, or as many as an interleaved schedule needs.
+        backend: of the routed experts, whose products are counted; see live_run.experts_backend.
+        rows: {layer, 1-based: routed rows of this rank's experts}.
+        ops, collectives: in the order in which they ran.
+        memory: of the rank.
+    """
+
+    world_size: int
+    rank: int
+    micro_batches: int
+    backend: str
+    rows: dict[int, int]
+    ops: tuple[Op, ...]
+    collectives: tuple[Collective, ...]
+    memory: StageMemory
+
+    @property
+    def flops(self) -> int:
+        """Of all ops."""
+        return sum(op.flops * op.count for op in self.ops)
+
+    def traffic(self) -> dict[str, tuple[int, int]]:
+        """ "kind group" -> (calls, bytes sent), as the profiler adds them up."""
+        found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+        for one in self.collectives:
+            calls, sent = found[f"{one.kind} {one.group}"]
+            size = round(sent_bytes(one.kind, one.bytes, one.ranks))
+            found[f"{one.kind} {one.group}"] = calls + one.count, sent + size * one.count
+        return dict(found)
+
+    def write(self, path: Path) -> None:
+        """Write the trace as JSON."""
+        document = {"schema": SCHEMA, **asdict(self)}
+        atomic_write(path, (json.dumps(document, separators=(",", ":")) + "\n").encode())
+
+    @classmethod
+    def read(cls, path: Path) -> Trace:
+        """Read a trace.
+
+        Raises:
+            ValueError: one line that names the file, the place and what is wrong there.
+        """
+        document = Field(load(path, _FIX), path, _FIX)
+        check_schema(document, SCHEMA)
+        rows = {_layer(key, value): value.whole() for key, value in document["rows"].members()}
+        return cls(
+            world_size=document["world_size"].whole(),
+            rank=document["rank"].whole(),
+            micro_batches=document["micro_batches"].whole(),
+            backend=document["backend"].text(),
+            rows=rows,
+            ops=tuple(_record(Op, element) for element in document["ops"].elements()),
+            collectives=tuple(
+                _record(Collective, element) for element in document["collectives"].elements()
+            ),
+            memory=_record(StageMemory, document["memory"]),
+        )
+
+
+def merged[Record: (Op, Collective)](records: Iterable[Record]) -> tuple[Record, ...]:
+    """Equal neighbours as one, their counts added."""
+    found: list[Record] = []
+    for record in records:
+        if found and replace(found[-1], count=record.count) == record:
+            found[-1] = replace(record, count=found[-1].count + record.count)
+        else:
+            found.append(record)
+    return tuple(found)
+
+
+def _layer(key: str, value: Field) -> int:
+    if not key.isdecimal():
+        value.fail(f"{key!r} is not the number of a layer")
+    return int(key)
+
+
+def _record(kind: type, element: Field) -> Any:
+    """A dataclass of texts, whole numbers and lists of shapes from a JSON object."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):
+        member = element[field.name]
+        if field.name == "phase":
+            values[field.name] = member.text(tuple(PHASES))
+        elif field.name == "pass_":
+            values[field.name] = member.text(PASSES)
+        elif field.type == "str":
+            values[field.name] = member.text()
+        elif field.type == "int":
+            values[field.name] = member.whole()
+        else:
+            values[field.name] = tuple(
+                tuple(size.whole() for size in shape.elements()) for shape in member.elements()
+            )
+    return kind(**values)
