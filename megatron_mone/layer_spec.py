@@ -6,6 +6,7 @@ Transformer-Engine specs alike, because only the MoE module inside a layer is re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -54,14 +55,7 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
         attach_fields_from_env(transformer)
     check_packages(transformer)
     install_tracker()  # on every rank: stages without MoNE layers take part in its collectives
-    local = transformer.transformer_impl != "transformer_engine"
-    block = get_gpt_decoder_block_spec(
-        transformer,
-        use_transformer_engine=not local,
-        normalization=transformer.normalization,
-        qk_l2_norm=transformer.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
+    block = stock_block(transformer, vp_stage)
     whole = layer_pattern(transformer)
     pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
     block.layer_specs = [
@@ -69,6 +63,17 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
         for spec, kind in zip(block.layer_specs, pattern, strict=True)
     ]
     return block
+
+
+def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's own decoder block spec of this pipeline stage, of its TransformerConfig."""
+    return get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
 
 
 @dataclass(kw_only=True)
@@ -114,12 +119,22 @@ def _mtp_block_spec(
 
 def _with_mone(spec: ModuleSpec) -> ModuleSpec:
     """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
+    assert is_moe(spec), spec.submodules.mlp
+    return with_experts(spec, MoNELayer, MoNEExperts)
+
+
+def is_moe(spec: ModuleSpec) -> bool:
+    """Whether a stock layer's spec has experts."""
     mlp = spec.submodules.mlp
-    assert isinstance(mlp, partial), mlp
-    assert mlp.func is MoELayer, mlp
-    submodules = replace(mlp.keywords["submodules"], experts=MoNEExperts)
-    mone = partial(MoNELayer, **{**mlp.keywords, "submodules": submodules})
-    return replace(spec, submodules=replace(spec.submodules, mlp=mone))
+    return isinstance(mlp, partial) and mlp.func is MoELayer
+
+
+def with_experts(spec: ModuleSpec, layer: Callable[..., Any], experts: Any) -> ModuleSpec:
+    """A copy of an MoE layer's spec with another MoE layer class and other experts inside."""
+    keywords = spec.submodules.mlp.keywords
+    submodules = replace(keywords["submodules"], experts=experts)
+    mlp = partial(layer, **{**keywords, "submodules": submodules})
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
 
 
 def _stage_layers(config: Any, vp_stage: int | None) -> list[int]:

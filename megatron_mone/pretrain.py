@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from megatron_mone.files import write_json
+from megatron_mone.profiling.local_ranks import free_port
 
 USER_ERROR = 2
 NOT_FINITE = 3
@@ -32,7 +32,7 @@ def main() -> None:
 
         cpu_emulation.install()
     if "WORLD_SIZE" not in os.environ:
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     try:
         args = parse_arguments()
         model_config = build_model_config(args)
@@ -198,10 +198,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _expand_config() -> None:
-    """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
+def flag_parser() -> argparse.ArgumentParser:
+    """A parser of Megatron's flags and ours, for its actions."""
     from megatron.training.arguments import add_megatron_arguments
 
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def _expand_config() -> None:
+    """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
     from megatron_mone.run_config import load_run, to_flags
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -209,15 +214,8 @@ def _expand_config() -> None:
     known, rest = own.parse_known_args(sys.argv[1:])
     if known.config is None:
         return
-    parser = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    flags = to_flags(load_run(known.config), parser, known.config)
+    flags = to_flags(load_run(known.config), flag_parser(), known.config)
     sys.argv[1:] = flags + rest
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,14 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
+
+from megatron_mone.profiling.local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
@@ -109,7 +110,7 @@ def _launcher(
     os.environ.update({**SET_BY_IMPORTS, **environment})
     multiprocessing.set_start_method("fork", force=True)  # the default, as in a rank of torchrun
     os.environ.update(WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     launcher, left = os.getpid(), set()
     for rank in range(ranks):
         pid = os.fork()
@@ -158,9 +159,3 @@ def _die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

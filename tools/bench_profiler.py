@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> None:
     except ValueError as error:
         fail(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    meter = RunMeter(run.run, phase_clock(device))
+    meter = RunMeter(run.run, phase_clock())
 
     def step(call: Any) -> float:
         run.enter()

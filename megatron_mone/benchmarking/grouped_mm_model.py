@@ -7,21 +7,18 @@ Megatron's layer specs. Shapes: N rows grouped by expert, E_l local experts, F_l
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mone.benchmarking.adapters.torch_experts import WeightedSwiGLU
+from megatron_mone.layer_spec import is_moe, stock_block, with_experts
 from megatron_mone.moe.experts import stock_weights
 
 
@@ -70,14 +67,11 @@ def grouped_mm_layer_spec(config: Any, vp_stage: int | None = None) -> Transform
     """
     transformer = getattr(config, "transformer", config)
     check_grouped_mm(transformer)
-    block = get_gpt_decoder_block_spec(
-        transformer,
-        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
-        normalization=transformer.normalization,
-        qk_l2_norm=transformer.qk_l2_norm,
-        vp_stage=vp_stage,
-    )
-    block.layer_specs = [_with_grouped_mm(spec) for spec in block.layer_specs]
+    block = stock_block(transformer, vp_stage)
+    block.layer_specs = [
+        with_experts(spec, MoELayer, GroupedMMExperts) if is_moe(spec) else spec
+        for spec in block.layer_specs
+    ]
     return block
 
 
@@ -95,12 +89,3 @@ def check_grouped_mm(config: TransformerConfig) -> None:
             f"baseline grouped_mm has no multi-token prediction (mtp_num_layers = "
             f"{config.mtp_num_layers}): leave it out"
         )
-
-
-def _with_grouped_mm(spec: ModuleSpec) -> ModuleSpec:
-    mlp = spec.submodules.mlp
-    if not isinstance(mlp, partial) or mlp.func is not MoELayer:
-        return spec
-    submodules = replace(mlp.keywords["submodules"], experts=GroupedMMExperts)
-    moe = partial(MoELayer, **{**mlp.keywords, "submodules": submodules})
-    return replace(spec, submodules=replace(spec.submodules, mlp=moe))

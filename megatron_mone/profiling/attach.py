@@ -107,8 +107,7 @@ class AttachedProfiler:
         if self._meter is not None:
             meter, self._meter = self._meter, None
             meter.detach()
-            if meter.record()["steps"]:
-                self._write(meter)
+            self._write(meter)
 
     def _step(self, *args: Any, iteration: int, **kwargs: Any) -> Any:
         number = iteration + 1
@@ -136,10 +135,9 @@ class AttachedProfiler:
         from megatron_mone.profiling.record_facts import begin_job, rank_facts
         from megatron_mone.profiling.run_meter import Run, RunMeter
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         run = Run(NAME, self.args, model, optimizer, experts_backend(model))
         self._facts = rank_facts(self.args, begin_job(self.folder), _routing(self.args))
-        self._meter = RunMeter(run, phase_clock(device))
+        self._meter = RunMeter(run, phase_clock())
         self._meter.attach()
 
     def _write(self, meter: Any) -> None:
@@ -150,6 +148,8 @@ class AttachedProfiler:
         if torch.cuda.is_available():
             peaks = published_peaks(torch.cuda.get_device_name(), self.args.params_dtype)
         record = meter.record()
+        if not record["steps"]:
+            return
         # A run that resumed inside the window has fewer steps, and a checkpoint signal ends one.
         complete = record["steps"][-1] + 1 == self.last
         runs = [{**record, "flops": counted_flops(meter.run, meter.facts, peaks)}]

@@ -158,12 +158,7 @@ def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
 
 
 def _as_flags(spec: RunSpec) -> list[str]:
-    from argparse import ArgumentParser
-
-    from megatron.training.arguments import add_megatron_arguments
-
-    from megatron_mone.pretrain import add_arguments
+    from megatron_mone.pretrain import flag_parser
     from megatron_mone.run_config import to_flags
 
-    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
-    return to_flags(spec.fields, parser, Path(f"--against {spec.name}"))
+    return to_flags(spec.fields, flag_parser(), Path(f"--against {spec.name}"))

@@ -159,9 +159,11 @@ def _replace(owner: Any, name: str, new: Callable) -> Callable[[], None]:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
-    """The tensors among a collective's arguments, in lists of any depth."""
+    """The tensors among the values and in their lists, tuples and dictionaries, at any depth."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
             yield from tensors_in(value)
+        elif isinstance(value, dict):
+            yield from tensors_in(value.values())

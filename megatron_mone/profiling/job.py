@@ -79,7 +79,7 @@ class Job:
         self.options = options
         self._on_step = on_step
         self._done = 0
-        clock = phase_clock(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        clock = phase_clock()
         self.meters = [RunMeter(run.run, clock) for run in runs]
         layers = [moe_layers(run.run.model) for run in runs]
         self.routing = SharedRouting(layers) if options.routing == "replayed" else None

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.profiling import phases
+from megatron_mone.profiling.communication import tensors_in
 
 WEIGHTS = "weights"
 GRADIENTS = "gradients"
@@ -59,16 +60,16 @@ def persistent_tensors(model_chunks: Iterable[Any], optimizer: Any) -> dict[str,
     for chunk in model_chunks:
         # Megatron's wrapper has a list named `buffers` where a module has the method.
         for module in chunk.modules():
-            found[WEIGHTS] += _tensors([*module._parameters.values(), *module._buffers.values()])
+            found[WEIGHTS] += tensors_in([*module._parameters.values(), *module._buffers.values()])
         for name in ("buffers", "expert_parallel_buffers"):
             for buffer in vars(chunk).get(name, ()):
-                found[WEIGHTS] += _tensors([buffer.param_data])
-                found[GRADIENTS] += _tensors([buffer.grad_data])
+                found[WEIGHTS] += tensors_in([buffer.param_data])
+                found[GRADIENTS] += tensors_in([buffer.grad_data])
     for single in _single_optimizers(optimizer):
-        found[OPTIMIZER] += _tensors(list(vars(single).values()))
+        found[OPTIMIZER] += tensors_in(list(vars(single).values()))
     for parameter in found[WEIGHTS] + found[OPTIMIZER]:
         if parameter.is_leaf:  # torch warns about `.grad` of any other
-            found[GRADIENTS] += _tensors([getattr(parameter, "main_grad", None), parameter.grad])
+            found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])
     return found
 
 
@@ -246,19 +247,6 @@ def _single_optimizers(optimizer: Any) -> Iterator[Any]:
         inner.append(held["optimizer"])
     for other in inner:
         yield from _single_optimizers(other)
-
-
-def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """Tensors among the values and in their lists, tuples and dictionaries."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(value)
-        elif isinstance(value, dict):
-            found += _tensors(value.values())
-    return found
 
 
 def _storages(named: Mapping[str, Iterable[Tensor]], device: str) -> dict[str, Storages]:

@@ -39,7 +39,7 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
         processes = []
-        port, terminal_fd = _free_port(), os.dup(sys.stderr.fileno())
+        port, terminal_fd = free_port(), os.dup(sys.stderr.fileno())
         files.callback(os.close, terminal_fd)
         for rank in range(ranks):
             log = files.enter_context((logs / f"rank-{rank:05d}.log").open("w"))
@@ -121,7 +121,8 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
