@@ -13,6 +13,8 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -66,12 +68,13 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
 
     Returns:
         BATCH_KEYS -> [b, s / CP] tensors (attention mask [b, 1, s, s] or None); all None on a
-        middle pipeline stage.
+        pipeline stage without embedding, loss and multi-token prediction.
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
-    if not (first or last):
+    mtp = _has_mtp(vp_stage)
+    if not (first or last or mtp):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Tensor | None] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
@@ -89,7 +92,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
         tp_rank=mpu.get_tensor_model_parallel_rank(),
         micro_batch_size=args.micro_batch_size,
         seq_length=args.seq_length,
-        mtp_on_this_rank=_has_mtp(),
+        mtp_on_this_rank=mtp,
         pipeline_model_parallel_size=args.pipeline_model_parallel_size,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
@@ -138,8 +141,13 @@ def _reads_data() -> bool:
     return stage and mpu.get_tensor_model_parallel_rank() == 0
 
 
-def _has_mtp() -> bool:
-    return bool(get_args().mtp_num_layers) and mpu.is_pipeline_last_stage()
+def _has_mtp(vp_stage: int | None = None) -> bool:
+    """Whether this rank, or one chunk of it, predicts further tokens: a layout may place that."""
+    args = get_args()
+    layout = args.pipeline_model_parallel_layout
+    if isinstance(layout, str):
+        layout = PipelineParallelLayerLayout(layout, args.pipeline_model_parallel_size)
+    return mtp_on_this_rank(layout, args.mtp_num_layers, vp_stage is None, vp_stage)
 
 
 def _unwrap(model: torch.nn.Module) -> torch.nn.Module:

@@ -39,18 +39,42 @@ def load_run(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: one line naming the file, the key and the fix.
     """
-    run = _read(path)
-    merged: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for part, choice in run.items():
+    return merge_parts(read_run(path), path)
+
+
+def read_run(path: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a run file, each a mapping of Megatron arguments.
+
+    Raises:
+        ValueError: one line naming the file, the key and the fix.
+    """
+    parts = {}
+    for part, choice in _read(path).items():
         if part not in PARTS:
             raise ValueError(
                 f"{path}: unknown key {part!r}{nearest_name(str(part), list(PARTS))}; a run file "
                 f"holds {', '.join(PARTS)}"
             )
-        for name, value in _part(path, part, choice).items():
+        parts[part] = read_part(path, part, choice)
+    return parts
+
+
+def merge_parts(parts: dict[str, dict[str, Any]], source: Path) -> dict[str, Any]:
+    """All arguments of some parts.
+
+    Args:
+        parts: name -> arguments.
+        source: file named in errors.
+
+    Raises:
+        ValueError: one argument is set by two parts.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for part, values in parts.items():
+        for name, value in values.items():
             if name in merged:
-                raise ValueError(f"{path}: {name!r} is set by both {origin[name]} and {part}")
+                raise ValueError(f"{source}: {name!r} is set by both {origin[name]} and {part}")
             merged[name], origin[name] = value, part
     return merged
 
@@ -101,7 +125,17 @@ def _flags_of(name: str, value: Any, actions: list[argparse.Action], source: Pat
     return [flag, str(value)]
 
 
-def _part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
+def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
+    """The arguments of one part.
+
+    Args:
+        run_path: the run file, beside which a path may lie; named in errors.
+        part: of PARTS.
+        choice: a name under configs/, a path, or the arguments themselves.
+
+    Raises:
+        ValueError: one line naming the part and the nearest known name.
+    """
     if isinstance(choice, dict):
         return choice
     if not isinstance(choice, str):

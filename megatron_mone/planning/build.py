@@ -5,9 +5,10 @@
 Megatron keeps its state in globals, so every trace is a process of its own. There the model is
 built and `training.train_step` runs twice, of which the second is recorded: over loopback process
 groups (`loopback.py`), on tensors without values (`unknown_values.py`), with what follows from
-values supplied (`stand_ins.py`). What it shows is the model as these flags build it on CPU ranks:
-`transformer_impl local`, whose core attention keeps whole scores, and no fused kernels.
-May touch: that process, whole.
+values supplied (`stand_ins.py`). A GPU job is built of Transformer Engine's layers and fused
+kernels, each of which has a stand-in (`gpu_job.py`, `fused_*.py`); a job with `transformer_impl
+local` as its CPU ranks build it, whose core attention keeps whole scores, and without fused
+kernels. May touch: that process, whole.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,8 +37,8 @@ def trace_rank(
     """Trace one step of one rank, in a new process.
 
     Args:
-        flags: as `megatron_mone.pretrain` takes them, for CPU ranks; the batch size is replaced by
-            the smallest that the schedule takes.
+        flags: as `megatron_mone.pretrain` takes them, on GPUs or CPU ranks; the batch size is
+            replaced by the smallest that the schedule takes.
         world_size: W, ranks of the job.
         rank: 0 to W - 1.
         rows_per_expert: E rows that one micro-batch on one rank sends to each expert; balanced
@@ -68,20 +70,17 @@ def trace_rank(
 
 def main(job: str, result: str) -> None:
     """Trace what the file `job` asks for, in this process, and write it to `result`."""
-    from megatron_mone import cpu_emulation
+    from megatron_mone.planning.gpu_job import is_gpu_job, parse_gpu_job, prepare
 
-    cpu_emulation.install()
-    from megatron.training import global_vars
-
-    from megatron_mone.pretrain import build_model_config, parse_arguments
-
-    for writer in ("_set_tensorboard_writer", "_set_wandb_writer"):
-        setattr(global_vars, writer, lambda args: None)
     asked = json.loads(Path(job).read_text())
-    sys.argv = ["trace", *asked["flags"]]
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     try:
-        args = parse_arguments()
-        model_config = build_model_config(args)
+        prepare(is_gpu_job(asked["flags"]))
+        from megatron.training import global_vars
+
+        for writer in ("_set_tensorboard_writer", "_set_wandb_writer"):
+            setattr(global_vars, writer, lambda args: None)
+        args, model_config = parse_gpu_job(asked["flags"], world_size, rank)
         trace = _trace(args, model_config, asked["rows"])
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -93,7 +92,6 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_mone.planning import stand_ins
     from megatron_mone.planning.loopback import Loopback
     from megatron_mone.planning.recorder import Recorder
     from megatron_mone.planning.unknown_values import UnknownValues
@@ -106,6 +104,8 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     )
     args.load = args.pretrained_checkpoint = args.save = None
     args.train_iters, args.train_samples = 1, None
+    args.lr_warmup_iters = args.lr_warmup_samples = 0
+    args.lr_warmup_fraction = args.lr_decay_iters = args.lr_wsd_decay_iters = None
     # Megatron's flag of this name would also turn off the checks for NaN, which are work.
     args.fake_process_group = True
     recorder = Recorder(PhaseClock(HostStamps()))
@@ -113,11 +113,68 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     loopback.start()
     initialize_megatron()
     config = model_config.transformer
-    with (
-        stand_ins.installed(args, config, recorder, rows),
-        UnknownValues(recorder.saw_operator),
-    ):
+    _one_micro_batch_at_a_time(args, config)
+    with _stand_ins(args, config, recorder, rows), UnknownValues(recorder.saw_operator):
         return _step(args, model_config, recorder, micro_batches)
+
+
+@contextmanager
+def _stand_ins(
+    args: Namespace, config: Any, recorder: Any, rows: Sequence[int] | None
+) -> Iterator[None]:
+    """Everything that stands in for what values or a GPU would decide."""
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_mone.planning import fused_layers, fused_op, fused_weight, stand_ins
+    from megatron_mone.planning.stage_messages import known_shapes
+
+    l2_norm = clip_grads.l2_norm_impl
+    with ExitStack() as stack:
+        stack.enter_context(stand_ins.installed(args, config, recorder, rows))
+        stack.enter_context(known_shapes(args, config))
+        stack.enter_context(_recompute_is_told(recorder.clock))
+        if config.transformer_impl == "transformer_engine":
+            stack.enter_context(fused_op.recording(recorder))
+            stack.enter_context(fused_layers.installed())
+            stack.enter_context(fused_weight.buffers_without_values())
+            stack.enter_context(patch.object(clip_grads, "l2_norm_impl", l2_norm))
+        yield
+
+
+@contextmanager
+def _recompute_is_told(clock: Any) -> Iterator[None]:
+    """While it lasts a forward function that runs again in a backward pass is a recompute even
+    where it is less than a module, as modules alone tell the clock."""
+    from megatron.core.tensor_parallel import random
+
+    from megatron_mone.profiling.phases import RECOMPUTE
+
+    fork = random._fork_rng
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        before = clock.phase, clock.pass_
+        clock.switch(clock.phase, RECOMPUTE)
+        try:
+            with fork():
+                yield
+        finally:
+            clock.switch(*before)
+
+    with patch.object(random, "_fork_rng", told):
+        yield
+
+
+def _one_micro_batch_at_a_time(args: Namespace, config: Any) -> None:
+    """The same work without the order in which two micro-batches hide each other's exchanges, and
+    launched by modules, which the recorder follows, not from a CUDA graph."""
+    for name in (
+        "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
+        "overlap_dispatch_backward_with_experts_wgrad",
+    ):  # fmt: skip
+        setattr(args, name, False)
+        setattr(config, name, False)
+    args.cuda_graph_impl = config.cuda_graph_impl = "none"
 
 
 def _fewest_micro_batches(args: Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Fits an efficiency curve to measured times, and says how well it fits.
+"""Fits an efficiency curve to measured times, and says how well it fits; the method of all fits.
 
 Least squares on the logarithm of the seconds, so that a kernel of 10 us counts as much as one of
 10 ms, by Levenberg-Marquardt steps in numpy. What the measurements do not tell stays near the
@@ -19,8 +19,8 @@ from megatron_mone.planning.roofline import Curve, Operation
 
 SHARES = ("peak_share", "bandwidth_share")
 SCALES = ("half_rows", "half_depth", "half_bytes", "launch", "sparse_loss")
-# Weight, against one measurement's, of one parameter staying a factor e from its start.
-_PRIOR = 1e-3
+PRIOR = 1e-3
+"""Weight, against one measurement's, of one parameter staying a factor e from its start."""
 _STEPS = 200
 
 
@@ -62,22 +62,15 @@ def fit(measurements: Sequence[Measurement], device: Device, start: Curve) -> Cu
         ValueError: too few measurements, of several kinds, or a time that is not above 0.
     """
     _check(measurements)
-    names = [name for name in SHARES + SCALES if getattr(start, name) > 0]
-    origin = np.array([_free(name, getattr(start, name)) for name in names])
+    origin = free_parameters(start)
     measured = np.log([one.seconds for one in measurements])
 
-    def curve(free: NDArray[np.float64]) -> Curve:
-        changes: dict[str, Any] = {
-            name: _bound(name, value) for name, value in zip(names, free, strict=True)
-        }
-        return replace(start, **changes)
-
     def residuals(free: NDArray[np.float64]) -> NDArray[np.float64]:
-        now = curve(free)
+        now = with_parameters(start, free)
         predicted = np.log([now.seconds(one.operation, device) for one in measurements])
-        return np.concatenate([predicted - measured, np.sqrt(_PRIOR) * (free - origin)])
+        return np.concatenate([predicted - measured, np.sqrt(PRIOR) * (free - origin)])
 
-    fitted = curve(_least_squares(residuals, origin))
+    fitted = with_parameters(start, least_squares(residuals, origin))
     errors = np.abs(error_ratios(fitted, measurements, device))
     return CurveFit(fitted, len(measurements), float(np.median(errors)), float(errors.max()))
 
@@ -107,6 +100,23 @@ def _check(measurements: Sequence[Measurement]) -> None:
             )
 
 
+def free_parameters(start: Curve) -> NDArray[np.float64]:
+    """The parameters of a curve that a fit may move, those above 0, as any real numbers."""
+    return np.array([_free(name, getattr(start, name)) for name in _moving(start)])
+
+
+def with_parameters(start: Curve, free: NDArray[np.float64]) -> Curve:
+    """The curve with the parameters of `free_parameters`, the others as they are in `start`."""
+    changes: dict[str, Any] = {
+        name: _bound(name, value) for name, value in zip(_moving(start), free, strict=True)
+    }
+    return replace(start, **changes)
+
+
+def _moving(start: Curve) -> list[str]:
+    return [name for name in SHARES + SCALES if getattr(start, name) > 0]
+
+
 def _free(name: str, value: float) -> float:
     """A parameter as one that may take any real value."""
     if name in SHARES:
@@ -122,10 +132,19 @@ def _bound(name: str, free: float) -> float:
     return float(np.exp(free))
 
 
-def _least_squares(
+def least_squares(
     residuals: Callable[[NDArray[np.float64]], NDArray[np.float64]], start: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Levenberg-Marquardt with a numeric Jacobian, steps of at most a factor e^2."""
+    """Levenberg-Marquardt with a numeric Jacobian, steps of at most a factor e^2.
+
+    Args:
+        residuals: [parameters] -> [residuals], at least as many; with a prior on each parameter,
+            so that none is without effect.
+        start: [parameters].
+
+    Returns:
+        [parameters] of a local minimum of the sum of squares.
+    """
     here, damping = start.copy(), 1e-2
     now = residuals(here)
     for _ in range(_STEPS):

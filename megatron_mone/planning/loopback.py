@@ -114,6 +114,8 @@ def _all_gather(group: dist.ProcessGroup, args: tuple) -> None:
 
 def _reduce_scatter(group: dist.ProcessGroup, args: tuple) -> None:
     for output, value in _pairs(args[0], args[1]):
+        if output.is_meta:
+            continue  # a product here would be seen as the program's own
         if isinstance(value, Tensor):
             part = value.reshape(group.size(), -1)[group.rank()].view_as(output)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_mone.planning.hardware import Cluster
 
@@ -63,4 +64,12 @@ def place_stride(size: int, stride: int, cluster: Cluster) -> Placement:
     for name, value in (("size", size), ("stride", stride)):
         if value < 1:
             raise ValueError(f"{name} = {value} of a group must be 1 or more")
-    return place_ranks(range(0, size * stride, stride), cluster)
+    domain = _spread(size, stride, cluster.domain.devices)
+    return Placement(size, *domain, *_spread(size, stride, cluster.leaf_devices))
+
+
+@lru_cache(maxsize=1024)  # a step asks for the same few groups thousands of times
+def _spread(size: int, stride: int, devices: int) -> tuple[int, int]:
+    """(ranks in the unit that holds most, units with a rank) of ranks 0, stride, ...."""
+    units = Counter(rank // devices for rank in range(0, size * stride, stride))
+    return max(units.values()), len(units)

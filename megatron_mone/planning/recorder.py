@@ -13,12 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mone.planning.live_bytes import LiveBytes
 from megatron_mone.planning.trace import Collective, Op, StageMemory
 from megatron_mone.planning.unknown_values import tensors_in
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import GROUP_NAMES
 from megatron_mone.profiling.flop_counter import FlopCounter
 from megatron_mone.profiling.ledger import GRADIENTS, OPTIMIZER, WEIGHTS
+from megatron_mone.profiling.phases import BACKWARD, FORWARD, RECOMPUTE
+from megatron_mone.profiling.phases import OPTIMIZER as OPTIMIZER_PHASE
 
 aten = torch.ops.aten
 
@@ -33,6 +36,7 @@ class Recorder:
     Attributes:
         clock: of the phases.
         ops, collectives: in order, not merged.
+        live: bytes of what the step makes; its passes are those of the clock, and the optimizer.
     """
 
     def __init__(self, clock: PhaseClock) -> None:
@@ -41,13 +45,22 @@ class Recorder:
         self.collectives: list[Collective] = []
         self._formulas = FlopCounter().flop_registry
         self._kept: dict[int, torch.UntypedStorage] = {}
+        self.live = LiveBytes(self._pass)
+
+    def _pass(self) -> str:
+        return OPTIMIZER_PHASE if self.clock.phase == OPTIMIZER_PHASE else self.clock.pass_
 
     def saw_operator(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """An operator ran; views and unwritten memory are no work."""
-        if not self.clock.running or func.overloadpacket in _UNWRITTEN:
+        if not self.clock.running:
             return
         inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(result))
         if not outputs or _is_view(func):
+            return
+        if not _is_in_place(func):
+            for output in outputs:
+                self.live.note(output)
+        if func.overloadpacket in _UNWRITTEN:
             return
         formula = self._formulas.get(func.overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
@@ -107,7 +120,10 @@ class Recorder:
                 self._kept[storage._cdata] = storage
             return tensor.detach()
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            self.live.watching_sizes(),
+        ):
             yield
 
     def kept(self) -> dict[int, torch.UntypedStorage]:
@@ -129,13 +145,26 @@ def stage_memory(held: Mapping[str, Iterable[Tensor]], recorder: Recorder) -> St
     for kind, storages in found.items():
         sizes[kind] = sum(s.nbytes() for key, s in storages.items() if key not in seen)
         seen |= set(storages)
-    return StageMemory(**sizes)
+    peaks = recorder.live.peaks
+    return StageMemory(
+        **sizes,
+        forward_peak=peaks.get(FORWARD, 0),
+        backward_peak=max(peaks.get(BACKWARD, 0), peaks.get(RECOMPUTE, 0)),
+    )
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """By identity: addresses of tensors without values are all 0."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage for storage in found}
+
+
+def _is_in_place(func: Any) -> bool:
+    """Whether an operator returns an argument that it wrote to."""
+    return any(
+        alias is not None and alias.is_write
+        for alias in (v.alias_info for v in func._schema.returns)
+    )
 
 
 def _is_view(func: Any) -> bool:

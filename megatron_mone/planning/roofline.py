@@ -120,11 +120,15 @@ class Curve:
         """
         if not operation.flops and not operation.bytes:
             return 0.0
-        rate = device.peak(operation.dtype) * self.compute_efficiency(operation)
+        computing = 0.0
+        if operation.flops:
+            peak = device.peak(operation.dtype) * self.compute_efficiency(operation)
+            computing = operation.flops / peak
         moving = 0.0
-        if operation.bytes:
-            moving = operation.bytes / (device.memory_bandwidth * self.memory_efficiency(operation))
-        return max(operation.flops / rate, moving) + self.launch
+        if operation.bytes:  # bytes / (bandwidth x memory_efficiency)
+            share = device.memory_bandwidth * self.bandwidth_share
+            moving = (operation.bytes + self.half_bytes) / share
+        return max(computing, moving) + self.launch
 
 
 # Assumptions: a large product reaches 0.8 of a data sheet's peak and a large copy 0.9 of the

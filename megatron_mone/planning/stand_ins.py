@@ -5,6 +5,8 @@
 - Routed experts of MoNE: kernels read values. Their stand-in has the outputs and keeps for backward
   what the native CPU backend keeps (kernels/cpu/backend.py: x, p, the pre-activation a, u and index
   of each kept entry, row offsets), and counts the products of the backend that the layer asked for.
+  Of a GPU job (transformer_impl transformer_engine) fused_experts.py and fused_dispatch.py have
+  these experts, Megatron's own, and what moves rows.
 - The micro-batch that each peer holds: peers are copies of this rank, but not in that.
 May touch: the names in Megatron's and our modules that it replaces while `installed`.
 """
@@ -13,16 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial, partialmethod
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.registry import GroupedMLPOutput
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.planning import fused_dispatch, fused_experts
+from megatron_mone.planning.fused_experts import kept_entries
 from megatron_mone.planning.recorder import Recorder
 from megatron_mone.profiling.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.profiling.phases import GATE_GEMM, UP_DOWN_GEMM, enter
@@ -50,11 +55,23 @@ def routing_map(rows: Sequence[int], tokens: int, topk: int) -> Tensor:
             f"rows_per_expert = {list(rows)}: each must be 0 to the {tokens} tokens, and together "
             f"{tokens * topk} for {topk} experts a token"
         )
-    # Experts in order take tokens in order: at most `tokens` in a run, so never one twice.
-    expert_P = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
-    found_TE = torch.zeros(tokens, len(rows), dtype=torch.bool)
-    found_TE[torch.arange(len(expert_P)) % tokens, expert_P] = True
+    # Experts in order take tokens in order: at most `tokens` in a run, so never one twice. It is
+    # no work of the job's, so nobody sees it made.
+    with _disable_current_modes():
+        expert_P = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+        found_TE = torch.zeros(tokens, len(rows), dtype=torch.bool)
+        found_TE[torch.arange(len(expert_P)) % tokens, expert_P] = True
     return found_TE
+
+
+def _bias_rows(experts: Any, recorder: Recorder, tokens_per_expert: Tensor) -> Tensor | None:
+    """MoNEExperts._bias_rows: [N, F_l] of the bias without values, repeated as known counts say."""
+    bias_EF = experts.neuron_bias
+    if bias_EF is None:
+        return None
+    bias_NF = bias_EF.new_empty(int(tokens_per_expert.sum()), bias_EF.shape[1])
+    recorder.note("aten.repeat_interleave", [bias_EF], [bias_NF], 0)
+    return bias_NF
 
 
 @contextmanager
@@ -153,17 +170,16 @@ class Experts:
         if isinstance(choose, Selection):
             return rows * choose.kept
         choose(torch.empty(rows, w_gate.shape[1], dtype=w_gate.dtype, device=w_gate.device))
-        share = neurons_per_token(self._config) / self._config.moe_ffn_hidden_size
-        return round(rows * w_gate.shape[1] * share)
+        return kept_entries(self._config, rows, w_gate.shape[1])
 
-    def mask_of(self, mask_NF: Tensor, block: int = 1) -> NeuronMask:
-        """NeuronMask.from_bool of a mask without values: of a recompute, which unpacks its bits."""
-        rows, neurons = mask_NF.shape
-        share = neurons_per_token(self._config) / self._config.moe_ffn_hidden_size
-        kept = round(rows * neurons * share)
-        indices_K = torch.empty(kept, dtype=index_dtype(neurons), device=mask_NF.device)
-        offsets_N1 = torch.empty(rows + 1, dtype=torch.int64, device=mask_NF.device)
-        return NeuronMask.unchecked(indices_K, offsets_N1, neurons, block)
+
+def unpacked_mask(config: Any, mask_NF: Tensor, block: int = 1) -> NeuronMask:
+    """NeuronMask.from_bool of a mask without values: of a recompute, which unpacks its bits."""
+    rows, neurons = mask_NF.shape
+    kept = kept_entries(config, rows, neurons)
+    indices_K = torch.empty(kept, dtype=index_dtype(neurons), device=mask_NF.device)
+    offsets_N1 = torch.empty(rows + 1, dtype=torch.int64, device=mask_NF.device)
+    return NeuronMask.unchecked(indices_K, offsets_N1, neurons, block)
 
 
 def _products(config: Any, rows: int, kept: int, given: bool) -> tuple[int, int, int]:
@@ -263,17 +279,25 @@ def _type_of(original: Callable[..., Any]) -> Callable[..., Any]:
 _TYPE_NAMES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half"}
 
 
+def _leave_freed(_freed: Tensor, _again: Tensor) -> None:
+    """In place of share_storage of megatron/core/tensor_parallel/random.py."""
+
+
 @contextmanager
 def installed(args: Any, config: Any, recorder: Recorder, rows: Sequence[int] | None) -> Iterator:
     """All stand-ins, those of the optimizer too, which reads types and norms of gradients.
 
     Args:
         args: Megatron's, validated.
-        config: the transformer config.
+        config: the transformer config; transformer_impl says whether the job runs on GPUs.
         recorder: told of the experts' products.
         rows: of each expert for one router call; None: balanced.
+
+    Raises:
+        ValueError: a part of a GPU job that is not traced.
     """
     from megatron.core.optimizer import clip_grads
+    from megatron.core.tensor_parallel import random
 
     from megatron_mone.moe import experts
 
@@ -282,7 +306,17 @@ def installed(args: Any, config: Any, recorder: Recorder, rows: Sequence[int] | 
         stack.enter_context(patch.object(Tensor, "type", _type_of(Tensor.type)))
         stack.enter_context(known_routing(rows))
         stack.enter_context(peers_micro_batches(args))
-        stand_in = Experts(config, recorder)
-        stack.enter_context(patch.object(experts, "grouped_mlp_with_gates", stand_in))
-        stack.enter_context(patch.object(NeuronMask, "from_bool", stand_in.mask_of))
+        stack.enter_context(patch.object(NeuronMask, "from_bool", partial(unpacked_mask, config)))
+        stack.enter_context(
+            patch.object(experts.MoNEExperts, "_bias_rows", partialmethod(_bias_rows, recorder))
+        )
+        if config.transformer_impl == "transformer_engine":
+            # An output freed by CheckpointWithoutOutput stays so: nobody reads values, and what
+            # the backward pass makes again is counted there.
+            stack.enter_context(patch.object(random, "_get_share_storage", lambda: _leave_freed))
+            stack.enter_context(fused_experts.installed(config))
+            stack.enter_context(fused_dispatch.installed(config, recorder))
+        else:
+            stand_in = Experts(config, recorder)
+            stack.enter_context(patch.object(experts, "grouped_mlp_with_gates", stand_in))
         yield

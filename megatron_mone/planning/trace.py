@@ -17,10 +17,14 @@ from typing import Any
 from megatron_mone.files import atomic_write
 from megatron_mone.profiling.checked_json import Field, check_schema, load
 from megatron_mone.profiling.communication import sent_bytes
-from megatron_mone.profiling.phases import PASSES, PHASES
+from megatron_mone.profiling.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
 
 SCHEMA = "megatron-mone/trace/1"
 _FIX = "trace the rank again"
+
+# Groups whose ranks work on one micro-batch together.
+_PER_MICRO_BATCH = ("tp", "cp", "tp-cp", "ep", "etp", "tp-ep", "pp")
+_PER_STEP = (GRAD_REDUCE, OPTIMIZER)
 
 Shape = tuple[int, ...]
 
@@ -51,6 +55,11 @@ class Op:
     pass_: str
     count: int = 1
 
+    @property
+    def of_step(self) -> bool:
+        """Whether every step has it once, not every micro-batch."""
+        return self.phase in _PER_STEP
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -75,6 +84,11 @@ class Collective:
     pass_: str
     count: int = 1
 
+    @property
+    def of_micro_batch(self) -> bool:
+        """Whether every micro-batch has it, not every step once."""
+        return self.group in _PER_MICRO_BATCH and self.phase not in _PER_STEP
+
 
 @dataclass(frozen=True)
 class StageMemory:
@@ -84,12 +98,16 @@ class StageMemory:
         weights, gradients, optimizer: from step to step, as profiling.ledger tells them apart.
         activations: that autograd keeps for backward after the forward of all micro-batches of the
             trace, every storage once, weights left out.
+        forward_peak, backward_peak: the most that tensors made in the step hold at once in its
+            forward and backward passes, activations included.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    forward_peak: int = 0
+    backward_peak: int = 0
 
 
 @dataclass(frozen=True)

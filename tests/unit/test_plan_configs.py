@@ -25,7 +25,7 @@ MONE_MODELS = sorted(
 )
 REQUIRED = {"kind", "source", "second_hand", "gpus", "cluster", "routing", "model", "layout",
             "train", "published"}  # fmt: skip
-OPTIONAL = {"extra", "attention_flops", "assumed"}
+OPTIONAL = {"extra", "attention_flops", "assumed", "calibrates"}
 KINDS = {"step", "memory", "layer", "exposed"}
 FIGURES = {"step_ms", "layer_ms", "tflops_per_gpu", "tokens_per_s_per_gpu", "mfu", "memory",
            "exposed_expert_comm"}  # fmt: skip
@@ -167,6 +167,8 @@ def test_published_run_is_whole(path):
     assert row["source"].startswith("https://")
     assert isinstance(row["second_hand"], bool)
     assert row.get("extra") in (None, True)
+    assert row.get("calibrates") in (None, True)
+    assert not (row.get("extra") and row.get("calibrates"))
     assert row["published"]
     assert set(row["published"]) <= FIGURES
     assert row["published"].get("memory", {"unit": "GiB"})["unit"] in ("GiB", "GB")

@@ -1,0 +1,277 @@
+"""Search: layouts of one model on given devices, tried one after another; who is fast, who fits.
+
+Sizes are powers of two that the devices, layers and experts admit; whether a layout is allowed is
+Megatron's to say. What cannot fit even empty of activations is left out before it is traced.
+May touch: the tracer's processes and cache, by way of the Planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from megatron_mone.planning.job_facts import JobFacts
+from megatron_mone.planning.job_spec import SHORT, JobSpec, recompute_fields, short_layout
+from megatron_mone.planning.planner import Planned, Planner
+from megatron_mone.planning.trace import Trace
+
+RECOMPUTES = ("none", "layernorm+moe_act", "full")
+DENSE_RECOMPUTES = ("none", "layernorm+mlp", "full")
+LONG_SEQUENCE = 16384  # tokens above which context parallelism is tried
+_BYTES_PER_GRADIENT = 4
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that was planned.
+
+    Attributes:
+        layout: in short.
+        changes: Megatron arguments.
+        planned: what came of it.
+    """
+
+    layout: str
+    changes: dict[str, Any]
+    planned: Planned
+
+
+@dataclass
+class Found:
+    """What a search found.
+
+    Attributes:
+        candidates: planned, fastest first.
+        refused: (layout, reason) of those Megatron refuses.
+        hopeless: layouts whose weights, gradients and optimizer alone pass the device's memory.
+        not_tried: beyond the limit, or after an interrupt.
+    """
+
+    candidates: list[Candidate] = field(default_factory=list)
+    refused: list[tuple[str, str]] = field(default_factory=list)
+    hopeless: list[str] = field(default_factory=list)
+    not_tried: int = 0
+
+    @property
+    def fitting(self) -> list[Candidate]:
+        """Those that fit, fastest first."""
+        return [c for c in self.candidates if c.planned.prediction.fits]
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Bytes of gradients of a whole model, by what shards them.
+
+    Attributes:
+        dense: of what tensor parallelism shards.
+        expert: of what expert and expert tensor parallelism shard.
+        weights: bytes of weights over bytes of gradients.
+        optimizer: bytes of optimizer state over bytes of gradients, before replicas share it.
+    """
+
+    dense: float
+    expert: float
+    weights: float
+    optimizer: float
+
+    @classmethod
+    def of(cls, traces: Mapping[tuple[int, int], Trace], facts: JobFacts) -> Sharded:
+        """Read from the traces of any one layout of the model."""
+        expert = sum(_reduced(t, ("edp",)) for t in traces.values())
+        whole = sum(t.memory.gradients for t in traces.values())
+        weights = sum(t.memory.weights for t in traces.values())
+        dense = max(whole - expert, 0)
+        state = sum(t.memory.optimizer for t in traces.values())
+        replicas = facts.dp * facts.cp if facts.distributed_optimizer else 1
+        copies = facts.edp if facts.distributed_optimizer else 1
+        return cls(
+            dense * facts.tp,
+            expert * facts.ep * facts.etp,
+            weights / max(whole, 1),
+            state / max(dense / replicas + expert / copies, 1),
+        )
+
+    def least_bytes(self, sizes: Mapping[str, int], gpus: int, shared: bool) -> float:
+        """Of an average stage of a layout: weights, gradients, optimizer.
+
+        Args:
+            sizes: short names of SHORT -> size.
+            gpus: W.
+            shared: whether replicas share the optimizer's state.
+        """
+        dense = self.dense / (sizes["tp"] * sizes["pp"])
+        expert = self.expert / (sizes["ep"] * sizes["etp"] * sizes["pp"])
+        replicas = gpus // (sizes["tp"] * sizes["pp"]) if shared else 1
+        copies = gpus // (sizes["ep"] * sizes["etp"] * sizes["pp"]) if shared else 1
+        state = dense / max(replicas, 1) + expert / max(copies, 1)
+        return (dense + expert) * (1 + self.weights) + state * self.optimizer
+
+
+def _reduced(trace: Trace, groups: Sequence[str]) -> int:
+    kinds = ("reduce_scatter", "all_reduce")
+    found = (c for c in trace.collectives if c.group in groups and c.kind in kinds)
+    return sum(c.bytes * c.count for c in found)
+
+
+def layouts(facts: JobFacts, gpus: int, domain: int) -> Iterator[dict[str, Any]]:
+    """Sizes by short name, and `recompute`; those likely to be fast first.
+
+    Args:
+        facts: of any layout of the model: its layers, experts, sequence and batch.
+        gpus: W.
+        domain: devices of an NVLink domain, which tensor parallelism does not leave.
+    """
+    experts = max(facts.num_experts, 1)
+    context = _powers(8) if facts.seq_length >= LONG_SEQUENCE else [1]
+    choices = product(
+        _powers(min(domain, 8)), context, _powers(min(facts.num_layers, 32)), (1, 2, 4),
+        [ep for ep in _powers(gpus) if experts % ep == 0], (1, 2),
+    )  # fmt: skip
+    found = []
+    for tp, cp, pp, vpp, ep, mbs in choices:
+        for etp in {1, tp} if facts.num_experts else {1}:
+            sizes = dict(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, mbs=mbs)
+            if _divides(sizes, facts, gpus):
+                for recompute in RECOMPUTES if facts.num_experts else DENSE_RECOMPUTES:
+                    found.append({**sizes, "recompute": recompute})
+    yield from sorted(found, key=lambda sizes: _rank(sizes, facts, gpus, domain))
+
+
+def _powers(most: int) -> list[int]:
+    return [1 << exponent for exponent in range(most.bit_length())]
+
+
+def _divides(sizes: Mapping[str, int], facts: JobFacts, gpus: int) -> bool:
+    """Whether there are as many devices and samples as the sizes ask for."""
+    of_model = sizes["tp"] * sizes["cp"] * sizes["pp"]
+    of_experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
+    if gpus % of_model or gpus % of_experts or sizes["pp"] * sizes["vpp"] > facts.num_layers:
+        return False
+    samples = sizes["mbs"] * (gpus // of_model)
+    if (sizes["vpp"] > 1 and sizes["pp"] == 1) or facts.global_batch_size % samples:
+        return False
+    micro_batches = facts.global_batch_size // samples
+    return sizes["vpp"] == 1 or micro_batches % sizes["pp"] == 0
+
+
+def _rank(sizes: Mapping[str, Any], facts: JobFacts, gpus: int, domain: int) -> tuple[float, ...]:
+    """A rough guess of what costs time; only the order of trying depends on it."""
+    samples = sizes["mbs"] * (gpus // (sizes["tp"] * sizes["cp"] * sizes["pp"]))
+    bubble = (sizes["pp"] - 1) / (facts.global_batch_size / samples) / sizes["vpp"]
+    away = max(0, sizes["ep"] * sizes["etp"] // domain - 1) ** 0.5
+    recompute = (RECOMPUTES + DENSE_RECOMPUTES).index(sizes["recompute"]) % len(RECOMPUTES)
+    costs = (
+        0.1 * sizes["tp"].bit_length() + 0.15 * sizes["etp"].bit_length() + bubble
+        + 0.03 * away + 0.12 * recompute + 0.05 * sizes["cp"].bit_length()
+    )  # fmt: skip
+    return costs, *(float(sizes[name]) for name in ("pp", "vpp", "ep", "mbs"))
+
+
+def as_changes(sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron arguments of a layout of `layouts`."""
+    changes: dict[str, Any] = {SHORT[k]: v for k, v in sizes.items() if k in SHORT}
+    if sizes["vpp"] == 1:
+        changes[SHORT["vpp"]] = None
+    changes["sequence_parallel"] = True if sizes["tp"] > 1 else None
+    # A layout file may split layers over its own stages.
+    changes["pipeline_model_parallel_layout"] = None
+    return {**changes, **recompute_fields(sizes["recompute"])}
+
+
+def search(
+    planner: Planner,
+    job: JobSpec,
+    gpus: int,
+    limit: int,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Found:
+    """Plan up to `limit` layouts; an interrupt ends it with what there is.
+
+    Args:
+        planner: of the cluster.
+        job: whose layout is changed.
+        gpus: W.
+        limit: layouts to plan; refused and hopeless ones do not count.
+        progress: told (planned, limit, layout).
+
+    Raises:
+        ValueError: one line; Megatron refuses the model in every layout.
+    """
+    found = Found()
+    known: Sharded | None = None
+    facts = _facts(planner, job, gpus)
+    tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
+    left = iter(tried)
+    try:
+        while len(found.candidates) < limit:
+            sizes = next(left, None)
+            if sizes is None:
+                break
+            changes = as_changes(sizes)
+            candidate = job.with_layout(changes)
+            name = short_layout(candidate.values())
+            if known is not None and _is_hopeless(known, sizes, facts, planner, gpus):
+                found.hopeless.append(name)
+                continue
+            if progress is not None:
+                progress(len(found.candidates), limit, name)
+            try:
+                planned = planner.plan(candidate, gpus)
+            except ValueError as error:
+                found.refused.append((name, str(error)))
+                continue
+            known = known or Sharded.of(planned.traced.traces, planned.traced.facts)
+            found.candidates.append(Candidate(name, changes, planned))
+    except KeyboardInterrupt:
+        pass
+    found.not_tried = sum(1 for _ in left)
+    found.candidates.sort(key=lambda c: c.planned.prediction.seconds)
+    return found
+
+
+def _is_hopeless(
+    known: Sharded, sizes: Mapping[str, Any], facts: JobFacts, planner: Planner, gpus: int
+) -> bool:
+    least = known.least_bytes(sizes, gpus, facts.distributed_optimizer)
+    return least > planner.cluster.device.memory_bytes
+
+
+def _facts(planner: Planner, job: JobSpec, gpus: int) -> JobFacts:
+    """Of the model: any layout says them that Megatron accepts."""
+    smallest = dict(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, mbs=1, recompute="none")
+    plain = job.with_layout(as_changes(smallest))
+    return planner.tracer.describe(planner.flags(plain), gpus).facts
+
+
+def pareto(candidates: Sequence[Candidate]) -> set[str]:
+    """Layouts than which none is both faster and smaller; `candidates` fastest first."""
+    front, least = set(), float("inf")
+    for one in candidates:
+        prediction = one.planned.prediction
+        peak = prediction.memory_P[prediction.fullest].peak
+        if peak < least:
+            front.add(one.layout)
+            least = peak
+    return front
+
+
+def explain(one: Candidate, best: Candidate) -> str:
+    """Why a layout is as fast as it is, and what it loses to the fastest."""
+    prediction, first = one.planned.prediction, best.planned.prediction
+    shares = sorted(prediction.parts.items(), key=lambda part: -part[1])
+    spent = ", ".join(
+        f"{100 * seconds / prediction.seconds:.0f}% {name}"
+        for name, seconds in shares
+        if seconds > 0.01 * prediction.seconds
+    )
+    if one is best:
+        return spent
+    losses = {
+        name: prediction.parts.get(name, 0.0) - first.parts.get(name, 0.0)
+        for name in {**prediction.parts, **first.parts}
+    }
+    worst = max(losses, key=lambda name: losses[name])
+    slower = 100 * (prediction.seconds / first.seconds - 1)
+    return f"{spent}; {slower:.1f}% slower, most of it {worst} (+{1e3 * losses[worst]:.0f} ms)"

@@ -1,0 +1,142 @@
+"""What a plan compares beside its models: other numbers of devices, of neurons, of experts.
+
+May touch: the tracer's processes and cache, by way of the Planner.
+Shapes: K_E experts of a token, K_N kept neurons of F in each, r = K_N / F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron_mone.planning.job_spec import JobSpec
+from megatron_mone.planning.plan_document import GIB, figures
+from megatron_mone.planning.planner import Planned, Planner, Progress
+from megatron_mone.planning.prediction import Prediction, predict
+from megatron_mone.planning.scaling import scaled_facts, scaled_traces
+from megatron_mone.profiling.phases import COMBINE, DISPATCH, GATE_GEMM, SELECTION, UP_DOWN_GEMM
+
+SCALES = tuple(128 << k for k in range(8))  # 128 to 16,384
+RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+_EXPERT_PHASES = (GATE_GEMM, SELECTION, UP_DOWN_GEMM, DISPATCH, COMBINE)
+_MULTIPLE = 8  # of K_N, so that rows of kept neurons stay aligned
+
+
+def scaling_curve(models: Mapping[str, Planned], planner: Planner) -> list[dict[str, Any]]:
+    """Every model in its layout on 128 to 16,384 devices, as many samples on each.
+
+    Args:
+        models: name -> plan.
+        planner: of the cluster.
+    """
+    curve = []
+    for gpus in SCALES:
+        found = {}
+        for name, planned in models.items():
+            facts = scaled_facts(planned.traced.facts, gpus)
+            if facts is None:
+                continue
+            traces = scaled_traces(planned.traced.traces, planned.traced.facts, gpus)
+            found[name] = _point(predict(traces, facts, planner.cluster, planner.efficiency))
+        if found:
+            curve.append({"gpus": gpus, "models": found})
+    return curve
+
+
+def ratio_sweep(
+    job: JobSpec, gpus: int, planner: Planner, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """A MoNE model at each of RATIOS.
+
+    Args:
+        job: a MoNE model's.
+        gpus: W.
+        planner: of the cluster.
+        progress: told (done, of how many).
+    """
+    width = int(job.model["moe_ffn_hidden_size"])
+    kept = sorted({_aligned(ratio * width, width) for ratio in RATIOS}, reverse=True)
+    points = []
+    for done, neurons in enumerate(kept):
+        if progress is not None:
+            progress(done, len(kept))
+        planned = planner.plan(_with_neurons(job, neurons), gpus)
+        points.append({"r": neurons / width, "neurons": neurons, **_experts(planned.prediction)})
+    return points
+
+
+def expert_sweep(
+    job: JobSpec, gpus: int, planner: Planner, progress: Progress | None = None
+) -> list[dict[str, Any]]:
+    """K_E x K_N at equal operations of the active experts: fewer experts, more neurons of each.
+
+    A token's experts take 2 H K_E (F + 2 K_N) multiply-adds' operations forward, since the gate is
+    whole; K_N is what keeps that at what the job's own K_E and K_N take.
+
+    Args:
+        job, gpus, planner, progress: as in `ratio_sweep`.
+    """
+    width, chosen = int(job.model["moe_ffn_hidden_size"]), int(job.model["moe_router_topk"])
+    budget = chosen * (width + 2 * _neurons(job))
+    pairs = list(_equal_pairs(budget, width, int(job.model["num_experts"])))
+    points = []
+    for done, (topk, neurons) in enumerate(pairs):
+        if progress is not None:
+            progress(done, len(pairs))
+        planned = planner.plan(_with_neurons(job, neurons, moe_router_topk=topk), gpus)
+        prediction = planned.prediction
+        points.append(
+            {"topk": topk, "neurons": neurons, "r": neurons / width, **_experts(prediction),
+             "exposed_comm_ms": 1e3 * prediction.exposed}
+        )  # fmt: skip
+    return points
+
+
+def _equal_pairs(budget: int, width: int, experts: int) -> Iterator[tuple[int, int]]:
+    for topk in range(1, experts + 1):
+        neurons = (budget / topk - width) / 2
+        if neurons > width:
+            continue
+        if neurons < _MULTIPLE:
+            return
+        yield topk, _aligned(neurons, width)
+
+
+def _aligned(neurons: float, width: int) -> int:
+    return max(1, min(width, max(_MULTIPLE, _MULTIPLE * round(neurons / _MULTIPLE))))
+
+
+def _neurons(job: JobSpec) -> int:
+    given = job.model.get("mone_neurons_per_token")
+    if given is not None:
+        return int(given)
+    return round(float(job.model["mone_neuron_ratio"]) * int(job.model["moe_ffn_hidden_size"]))
+
+
+def _with_neurons(job: JobSpec, neurons: int, **changes: Any) -> JobSpec:
+    model = {k: v for k, v in job.model.items() if k != "mone_neuron_ratio"}
+    model = {**model, "mone_neurons_per_token": neurons, **changes}
+    return JobSpec(job.name, model, job.parallel, job.cluster, job.train)
+
+
+def _point(prediction: Prediction) -> dict[str, Any]:
+    names = ("step_ms", "tokens_per_s_per_gpu", "tflops_per_gpu")
+    rates = figures(prediction)
+    return {
+        **{name: rates[name] for name in names},
+        "fits": prediction.fits,
+        "peak_gib": prediction.memory_P[prediction.fullest].peak / GIB,
+    }
+
+
+def _experts(prediction: Prediction) -> dict[str, Any]:
+    point = _point(prediction)
+    phases = prediction.phases
+    spent = sum(phases.get(phase, 0.0) for phase in _EXPERT_PHASES)
+    return {
+        "step_ms": point["step_ms"],
+        "tokens_per_s_per_gpu": point["tokens_per_s_per_gpu"],
+        "peak_gib": point["peak_gib"],
+        "expert_ms": 1e3 * spent,
+        "active_flops": prediction.facts.active_flops_per_step,
+    }

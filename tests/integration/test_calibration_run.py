@@ -1,0 +1,44 @@
+"""Calibration on the recorded profile of 4 CPU ranks, with real traces."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_mone.planning.calibration import calibrate
+from megatron_mone.planning.hardware import load_cluster
+from megatron_mone.planning.measured_profile import read_profile
+from megatron_mone.planning.trace_cache import TraceCache
+from megatron_mone.planning.trace_server import Tracer
+from megatron_mone.profiling.phases import COMMUNICATION, GATE_GEMM
+
+PROFILE = (
+    Path(__file__).resolve().parents[2]
+    / "docs" / "profiles" / "2026-11-22-ep4-cpu-avx2" / "profile.json"
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    with Tracer(TraceCache(tmp_path_factory.mktemp("traces"))) as tracer:
+        return calibrate(read_profile(PROFILE), load_cluster("cpu-avx2"), tracer)
+
+
+def test_the_recorded_profile_fits(found):
+    """All compute of a step within a tenth of its time; the bounds are not results but demands."""
+    assert found.summary("fitted")["of_time"] < 0.1
+    assert all(0.7 < step.covered < 1 for step in found.steps)
+    assert {one.run for one in found.phases} == {"mone", "moe"}
+    assert any(words.startswith("run grouped_mm:") for words in found.left_out)
+    assert not {one.phase for one in found.phases} & set(COMMUNICATION)
+
+
+def test_a_run_that_was_held_out_is_predicted(found):
+    """Knowing only the other model, a step is predicted within a quarter."""
+    assert found.summary("without_run")["of_time"] < 0.25
+    for step in found.steps:
+        assert step.without_run == pytest.approx(step.measured, rel=0.25)
+
+
+def test_only_mone_has_a_gate_of_its_own(found):
+    assert {one.run for one in found.phases if one.phase == GATE_GEMM} == {"mone"}
+    assert "grouped_gemm" in found.fitted_kinds

@@ -1,0 +1,250 @@
+"""Predictions of steps worked out on paper, and what must hold of all of them."""
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_mone.planning.chunk_cost import chunk_cost, collective_seconds
+from megatron_mone.planning.plan_document import model_document
+from megatron_mone.planning.prediction import predict, schedule_of
+from megatron_mone.planning.rank_memory import rank_memory
+from megatron_mone.planning.scaling import scaled_facts, scaled_traces
+from megatron_mone.planning.step_cost import step_cost
+from megatron_mone.planning.trace import Collective
+from megatron_mone.profiling.phases import ATTENTION, BACKWARD, FORWARD, RECOMPUTE
+from tests.unit.planning.made_jobs import (
+    CLUSTER,
+    EXACT,
+    FACTS,
+    MEMORY,
+    STAGE,
+    TRACES,
+    exchange,
+    facts,
+    move,
+    product,
+    trace,
+)
+
+MS = 1e-3
+ALONE = facts(pp=1, dp=16, micro_batches=2)
+
+
+def predicted(traces=None, of=FACTS, cluster=CLUSTER, efficiency=EXACT):
+    return predict(traces or TRACES, of, cluster, efficiency)
+
+
+def test_a_pass_is_its_compute_and_its_exposed_communication():
+    cost = chunk_cost(STAGE, FACTS, CLUSTER, EXACT)
+    assert cost.forward.seconds == pytest.approx(11 * MS)
+    assert cost.backward.seconds == pytest.approx(22 * MS)
+    assert cost.backward.expert == pytest.approx(2 * MS)
+    assert cost.forward.by_phase == {ATTENTION: pytest.approx(10 * MS)}
+
+
+def test_recomputation_belongs_to_the_backward():
+    again = trace(product(10), product(20, BACKWARD), product(7, RECOMPUTE), exchange(1, RECOMPUTE))
+    cost = chunk_cost(again, FACTS, CLUSTER, EXACT)
+    assert cost.forward.seconds == pytest.approx(10 * MS)
+    assert cost.backward.seconds == pytest.approx(28 * MS)
+
+
+def test_launches_bound_a_pass_of_small_kernels():
+    slow_host = replace(EXACT, host_seconds=1 * MS)
+    small = trace(move(0.01, count=50), product(30, BACKWARD, count=2))
+    cost = chunk_cost(small, ALONE, CLUSTER, slow_host)
+    assert cost.forward.seconds == pytest.approx(50 * MS)
+    assert cost.backward.seconds == pytest.approx(60 * MS)
+    # A collective is launched, too, and in a pipeline a pass receives and sends.
+    more = trace(move(0.01, count=50), exchange(1))
+    assert chunk_cost(more, ALONE, CLUSTER, slow_host).forward.compute == pytest.approx(51 * MS)
+    assert chunk_cost(more, FACTS, CLUSTER, slow_host).forward.compute == pytest.approx(53 * MS)
+
+
+def gather(milliseconds, kind, pass_):
+    """A tensor-parallel collective of 2 ranks of a domain that takes so long."""
+    size = {"all_gather": 1e6, "reduce_scatter": 2e6, "all_reduce": 1e6}[kind] * milliseconds
+    return Collective(kind, round(size), "tp", 2, 1, ATTENTION, pass_)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pass_", "overlap", "left"),
+    [
+        ("all_gather", FORWARD, False, 4.0),  # nothing goes on beside a forward's
+        ("all_gather", BACKWARD, False, 2.0),  # of two, the column-parallel one's is hidden
+        ("reduce_scatter", BACKWARD, False, 0.0),
+        ("all_reduce", BACKWARD, False, 0.0),
+        ("all_reduce", RECOMPUTE, False, 4.0),
+        ("all_gather", FORWARD, True, 2.0),  # piece by piece, of which there are 2
+    ],
+)
+def test_tensor_parallel_communication_that_gemms_hide(kind, pass_, overlap, left):
+    one = trace(product(10), product(20, BACKWARD), gather(4, kind, pass_))
+    cost = chunk_cost(one, facts(overlap_tp=overlap, tp=2), CLUSTER, EXACT)
+    exposed = cost.forward.exposed if pass_ == FORWARD else cost.backward.exposed
+    assert exposed["tp"] == pytest.approx(left * MS)
+
+
+def test_short_gemms_hide_less_and_hiding_costs_compute():
+    one = trace(product(1, BACKWARD), gather(4, "all_reduce", BACKWARD))
+    cost = chunk_cost(one, FACTS, CLUSTER, replace(EXACT, overlap_tax=0.5))
+    assert cost.backward.hidden == pytest.approx(1 * MS)
+    assert cost.backward.compute == pytest.approx(1.5 * MS)
+    assert cost.backward.exposed["tp"] == pytest.approx(3 * MS)
+
+
+def test_a_step_without_pipeline_adds_up():
+    one = predicted({(0, 0): STAGE}, ALONE)
+    # 2 micro-batches of 33 ms; 8 MB over a card of 100 MB/s: 7 of 8 parts leave through 8 ranks of
+    # one domain at 1 GB/s; 7 MB gathered likewise; 3 ms of optimizer.
+    assert one.seconds == pytest.approx((2 * 33 + 7 + 7 + 3) * MS)
+    assert one.parts == {
+        "compute": pytest.approx(60 * MS), "expert parallel": pytest.approx(6 * MS),
+        "bubble": pytest.approx(0.0), "data parallel": pytest.approx(14 * MS),
+        "optimizer": pytest.approx(3 * MS),
+    }  # fmt: skip
+    assert one.exposed == pytest.approx(20 * MS)
+    assert one.flops_per_second == pytest.approx(3e15 / one.seconds / 16)
+    assert one.utilisation == pytest.approx(3e15 / one.seconds / 16 / 1e12)
+
+
+def test_two_stages_wait_for_each_other_and_all_parts_add_up():
+    one = predicted()
+    # 1F1B of 4 micro-batches on 2 stages: (4 + 1) of 33 ms, without transfers.
+    assert one.run.end_P.max() == pytest.approx(5 * 33 * MS)
+    assert sum(one.parts.values()) == pytest.approx(one.seconds)
+    assert one.parts["bubble"] == pytest.approx(33 * MS)
+    assert one.last == 0
+
+
+def test_transfers_between_stages_delay_the_next():
+    send = Collective("send", 2_000_000, "pp", 2, 8, "pipeline bubble", FORWARD)
+    slow = {place: trace(*STAGE.ops, *STAGE.collectives, send) for place in TRACES}
+    assert collective_seconds(send, FACTS, CLUSTER) == pytest.approx(20 * MS)
+    assert predicted(slow).run.end_P.max() > predicted().run.end_P.max() + 0.02
+
+
+def test_gradient_reduction_hides_in_the_last_backward():
+    plain = predicted({(0, 0): STAGE}, ALONE)
+    buckets = [c for c in STAGE.collectives if c.group != "dp-cp"] + [
+        Collective("reduce_scatter", 2_000_000, "dp-cp", 8, 1, "grad reduce", FORWARD, count=4)
+    ]
+    hidden = predicted(
+        {(0, 0): trace(*STAGE.ops, *buckets)}, replace(ALONE, overlap_grad_reduce=True)
+    )
+    # 7 ms in 4 buckets beside a backward of 22 ms: the last bucket is left.
+    assert plain.parts["data parallel"] == pytest.approx(14 * MS)
+    assert hidden.parts["data parallel"] == pytest.approx(7 / 4 * MS)
+
+
+def test_parameters_gather_beside_the_first_forward():
+    gathers = [c for c in STAGE.collectives if c.kind != "all_gather"] + [
+        Collective("all_gather", 250_000, "dp-cp", 8, 1, "other", FORWARD, count=4)
+    ]
+    one = predicted(
+        {(0, 0): trace(*STAGE.ops, *gathers)}, replace(ALONE, overlap_param_gather=True)
+    )
+    assert one.gathering == pytest.approx(7 / 4 * MS)
+
+
+def test_expert_communication_hides_behind_the_other_micro_batch():
+    overlapped = predicted({(0, 0): STAGE}, replace(ALONE, overlap_expert_parallel=True))
+    assert overlapped.parts["expert parallel"] == pytest.approx(0.0, abs=1e-12)
+    taxed = predicted(
+        {(0, 0): STAGE},
+        replace(ALONE, overlap_expert_parallel=True),
+        efficiency=replace(EXACT, hidden_share=0.5),
+    )
+    assert taxed.parts["expert parallel"] == pytest.approx(3 * MS)
+
+
+def test_in_a_pipeline_only_the_1f1b_phase_hides_expert_communication():
+    plain = predicted().parts["expert parallel"]
+    left = predicted(of=facts(overlap_expert_parallel=True)).parts["expert parallel"]
+    # Stage 0 of 2: one of 4 forwards is warm-up, one of 4 backwards cool-down.
+    assert left == pytest.approx(plain / 4)
+
+
+def test_interleaving_sums_its_chunks():
+    half = trace(product(5), product(10, BACKWARD))
+    of = facts(vp=2)
+    one = predicted({(p, v): half for p in range(2) for v in range(2)}, of)
+    assert one.parts["compute"] == pytest.approx(4 * 30 * MS)
+    assert one.parts["bubble"] == pytest.approx(15 * MS)  # half of what two stages have without
+    assert schedule_of(of).chunks == 2
+
+
+def test_memory_is_the_trace_times_the_micro_batches_in_flight():
+    first, last = rank_memory([[STAGE], [STAGE]], schedule_of(FACTS), FACTS)
+    assert (first.weights, first.gradients, first.optimizer) == (10e6, 20e6, 15e6)
+    assert first.activations == 2 * MEMORY.activations
+    assert last.activations == MEMORY.activations
+    assert last.transient == MEMORY.backward_peak - MEMORY.activations
+    assert first.peak == first.allocated + first.buffers + first.context + first.fragmentation
+
+
+def test_what_does_not_fit_is_named():
+    one = rank_memory([[STAGE], [STAGE]], schedule_of(FACTS), FACTS)[0]
+    assert one.first_that_does_not_fit(replace(CLUSTER.device, memory_bytes=5e6)) == "weights"
+    assert one.first_that_does_not_fit(replace(CLUSTER.device, memory_bytes=29e6)) == "gradients"
+    assert one.first_that_does_not_fit(replace(CLUSTER.device, memory_bytes=50e6)) == "activations"
+    assert one.first_that_does_not_fit(replace(CLUSTER.device, memory_bytes=1e13)) is None
+
+
+def test_more_memory_never_fits_less():
+    verdicts = [
+        predicted(cluster=replace(CLUSTER, device=replace(CLUSTER.device, memory_bytes=size))).fits
+        for size in (1e7, 1e8, 1e9, 3e9, 1e10)
+    ]
+    assert verdicts == sorted(verdicts)
+    assert verdicts[0] is False
+    assert verdicts[-1] is True
+
+
+@pytest.mark.parametrize("part", ["device", "domain", "network"])
+def test_more_bandwidth_is_never_slower(part):
+    field = "memory_bandwidth" if part == "device" else "bandwidth"
+    seconds = []
+    for factor in (1, 2, 4, 8):
+        faster = replace(
+            getattr(CLUSTER, part), **{field: factor * getattr(getattr(CLUSTER, part), field)}
+        )
+        seconds.append(predicted(cluster=replace(CLUSTER, **{part: faster})).seconds)
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_the_same_twice():
+    first, second = predicted(), predicted()
+    names = dict.fromkeys(TRACES, "moe*2")
+    assert model_document("moe", first, names) == model_document("moe", second, names)
+
+
+def test_more_replicas_share_the_optimizer_and_lengthen_the_ring():
+    wide = scaled_facts(FACTS, 64)
+    assert (wide.dp, wide.edp, wide.global_batch_size) == (32, 8, 128)
+    assert wide.micro_batches == FACTS.micro_batches
+    scaled = scaled_traces(TRACES, FACTS, 64)
+    assert scaled[0, 0].memory.optimizer == MEMORY.optimizer / 4
+    sizes = {c.kind: (c.ranks, c.bytes) for c in scaled[0, 0].collectives if c.group == "dp-cp"}
+    assert sizes == {"reduce_scatter": (32, 8_000_000), "all_gather": (32, 250_000)}
+    assert scaled[0, 0].ops is scaled[1, 0].ops
+    assert step_cost([scaled[0, 0]], wide, CLUSTER, EXACT).optimizer == pytest.approx(0.75 * MS)
+
+
+def test_a_layout_that_does_not_divide_is_no_point_of_a_curve():
+    assert scaled_facts(FACTS, 24) is not None  # dp 12, edp 3
+    assert scaled_facts(FACTS, 8) is not None
+    assert scaled_facts(FACTS, 4) is None
+
+
+def test_a_document_holds_what_the_prediction_does():
+    one = predicted()
+    document = model_document("mone", one, {(0, 0): "embedding, mone*2", (1, 0): "mone*2, head"})
+    assert document["step_ms"] == pytest.approx(1e3 * one.seconds)
+    assert sum(document["parts_ms"].values()) == pytest.approx(document["step_ms"])
+    assert document["first_unfit"] == "buffers"
+    assert document["stages"][1]["layers"] == "mone*2, head"
+    assert [len(events) for events in document["timeline"]["stages"]] == [8, 8]
+    rows = {(c["kind"], c["group"], c["bytes"]): c["calls"] for c in document["collectives"]}
+    assert rows["all_to_all", "ep", 1_333_333] == 4  # forward, one of each micro-batch
+    assert rows["reduce_scatter", "dp-cp", 8_000_000] == 1

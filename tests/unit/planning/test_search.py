@@ -1,0 +1,218 @@
+"""Searching layouts: what is tried, refused, hopeless; fronts, reasons and cheapest fixes."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_mone.planning.fixes import changes, cheapest_fix
+from megatron_mone.planning.job_spec import SHORT, JobSpec
+from megatron_mone.planning.plan_tables import nothing_fits, nothing_planned, search_table, table
+from megatron_mone.planning.planner import Planned, rows_of
+from megatron_mone.planning.prediction import predict
+from megatron_mone.planning.routing_skew import ZIPF, Skew
+from megatron_mone.planning.search import Found, Sharded, explain, layouts, pareto, search
+from megatron_mone.planning.trace import Collective
+from megatron_mone.planning.trace_server import TracedJob
+from tests.unit.planning.made_jobs import CLUSTER, EXACT, MEMORY, STAGE, facts, trace
+
+GPUS = 16
+JOB = JobSpec("tiny", {"num_experts": 8}, {}, {}, {"micro_batch_size": 1, "global_batch_size": 32})
+GIB = 2**30
+
+
+class PaperPlanner:
+    """Plans without Megatron: every layout's stage is STAGE, its memory given by a rule.
+
+    Args:
+        memory_of: layout values -> bytes that a micro-batch keeps.
+        refuses: layout values -> reason or None.
+    """
+
+    def __init__(self, memory_of=lambda values: MEMORY.activations, refuses=lambda values: None):
+        self.cluster = replace(CLUSTER, device=replace(CLUSTER.device, memory_bytes=3 * GIB))
+        self.tracer = SimpleNamespace(
+            describe=lambda flags, gpus: SimpleNamespace(facts=self.facts({}))
+        )
+        self.memory_of, self.refuses = memory_of, refuses
+        self.planned = []
+
+    def flags(self, job):
+        return []
+
+    def facts(self, values):
+        sizes = {k: values.get(name) or 1 for k, name in SHORT.items()}
+        pp, tp = sizes["pp"], sizes["tp"]
+        dp = max(1, GPUS // (pp * tp))
+        return facts(
+            world_size=GPUS, tp=tp, pp=pp, vp=sizes["vpp"], ep=sizes["ep"], etp=sizes["etp"], dp=dp,
+            edp=max(1, GPUS // (pp * sizes["ep"] * sizes["etp"])), micro_batches=32 // dp,
+            micro_batch_size=sizes["mbs"],
+            recompute_granularity=values.get("recompute_granularity") or "",
+            recompute_modules=tuple(values.get("recompute_modules") or ()),
+            microbatch_group_size_per_vp_stage=pp,
+        )  # fmt: skip
+
+    def plan(self, job, gpus):
+        values = job.values()
+        reason = self.refuses(values)
+        if reason is not None:
+            raise ValueError(reason)
+        self.planned.append(values)
+        of = self.facts(values)
+        memory = replace(MEMORY, activations=self.memory_of(values))
+        stage = trace(*STAGE.ops, *STAGE.collectives, memory=memory)
+        traces = {(p, v): stage for p in range(of.pp) for v in range(of.vp)}
+        prediction = predict(traces, of, self.cluster, EXACT)
+        return Planned(job, TracedJob(of, traces, 0.0, 1), {}, prediction, 1.0)
+
+
+def sizes(**given):
+    return dict(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, mbs=1, recompute="none") | given
+
+
+def test_layouts_use_all_devices_and_divide_the_batch():
+    found = list(layouts(facts(global_batch_size=64), GPUS, domain=8))
+    assert found
+    assert len({tuple(one.items()) for one in found}) == len(found)
+    for one in found:
+        assert GPUS % (one["tp"] * one["pp"] * one["cp"]) == 0
+        assert GPUS % (one["ep"] * one["etp"] * one["pp"]) == 0
+        assert one["etp"] in (1, one["tp"])
+        assert one["pp"] * one["vpp"] <= 4  # layers
+        assert one["cp"] == 1  # a short sequence
+    assert {one["recompute"] for one in found} == {"none", "layernorm+moe_act", "full"}
+    long = layouts(facts(global_batch_size=64, seq_length=32768), GPUS, domain=8)
+    assert {one["cp"] for one in long} == {1, 2, 4, 8}
+
+
+def test_a_search_sorts_by_time_and_keeps_reasons():
+    refuses = lambda v: "Megatron refuses tp" if v[SHORT["tp"]] == 2 else None  # noqa: E731
+    planner = PaperPlanner(refuses=refuses)
+    found = search(planner, JOB, GPUS, limit=12)
+    assert len(found.candidates) == 12
+    seconds = [one.planned.prediction.seconds for one in found.candidates]
+    assert seconds == sorted(seconds)
+    assert found.not_tried > 0
+    everything = search(planner, JOB, GPUS, limit=10_000)
+    assert everything.not_tried == 0
+    assert all("tp=2" in layout for layout, _ in everything.refused)
+    assert {reason for _, reason in everything.refused} == {"Megatron refuses tp"}
+
+
+def test_an_interrupt_keeps_what_there_is():
+    planner = PaperPlanner()
+
+    def stop(done, limit, layout):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    found = search(planner, JOB, GPUS, 100, stop)
+    assert len(found.candidates) == 3
+    assert found.not_tried > 0
+
+
+def test_sharded_bytes_of_one_layout_tell_those_of_others():
+    expert = Collective("reduce_scatter", 8_000_000, "edp", 2, 4, "grad reduce", "forward")
+    traces = {(p, 0): trace(expert) for p in range(2)}
+    known = Sharded.of(traces, facts(tp=2, ep=4, etp=1, dp=4, edp=2))
+    # Of 20 MB of gradients a stage, 8 are of experts, in 4 parts; the rest is in 2 parts.
+    assert known.expert == 2 * 8e6 * 4
+    assert known.dense == 2 * 12e6 * 2
+    assert known.weights == pytest.approx(0.5)
+    assert known.optimizer == pytest.approx(30e6 / (24e6 / 4 + 16e6 / 2))
+    same = known.least_bytes(sizes(tp=2, ep=4, pp=2), 16, shared=True)
+    assert same == pytest.approx(45e6)  # 10 + 20 + 15 of the stage it was read from
+    assert known.least_bytes(sizes(tp=2, ep=8, pp=2), 16, True) < same
+    assert known.least_bytes(sizes(tp=2, ep=4, pp=2), 16, shared=False) > same
+
+
+def test_what_cannot_fit_is_not_planned():
+    planner = PaperPlanner()
+    planner.cluster = replace(planner.cluster, device=replace(CLUSTER.device, memory_bytes=2e7))
+    found = search(planner, JOB, GPUS, limit=1000)
+    assert found.hopeless
+    assert len(planner.planned) + len(found.hopeless) == len(
+        list(layouts(planner.facts({}), GPUS, 8))
+    )
+
+
+def test_the_front_has_who_is_not_both_slower_and_larger():
+    smaller_if_full = lambda v: 10**6 if v.get("recompute_granularity") == "full" else 10**8  # noqa: E731
+    found = search(PaperPlanner(memory_of=smaller_if_full), JOB, GPUS, limit=40)
+    front = pareto(found.candidates)
+    assert found.candidates[0].layout in front
+    peaks = [
+        max(m.peak for m in one.planned.prediction.memory_P)
+        for one in found.candidates
+        if one.layout in front
+    ]
+    assert peaks == sorted(peaks, reverse=True)
+    assert len(set(peaks)) == len(peaks)
+    assert "compute" in explain(found.candidates[0], found.candidates[0])
+    assert "slower, most of it" in explain(found.candidates[-1], found.candidates[0])
+
+
+def test_the_cheapest_fix_is_the_fastest_change_that_fits():
+    def kept(values):
+        return 10**7 if values.get("recompute_granularity") else 2 * GIB
+
+    planner = PaperPlanner(memory_of=kept)
+    planned = planner.plan(JOB.with_layout({SHORT["pp"]: 2, SHORT["ep"]: 4}), GPUS)
+    assert not planned.prediction.fits
+    words, fitting = cheapest_fix(planner, planned, GPUS)
+    assert words == "recompute layernorm+moe_act"
+    assert fitting.prediction.fits
+    hopeless = PaperPlanner(memory_of=lambda values: 100 * GIB)
+    assert cheapest_fix(hopeless, planned, GPUS) is None
+
+
+def test_fixes_do_not_repeat_what_is_done():
+    words = [text for text, _ in changes(facts(recompute_granularity="full", micro_batch_size=2))]
+    assert "micro batch 1" in words
+    assert "recompute full" not in words
+    assert "recompute layernorm+moe_act" not in words
+
+
+def test_why_nothing_fits_is_one_line():
+    found = search(PaperPlanner(memory_of=lambda values: 100 * GIB), JOB, GPUS, limit=5)
+    assert found.fitting == []
+    line = nothing_fits(found, "tiny", GPUS, CLUSTER.device)
+    assert "none of 5 layouts of tiny fits 16 x" in line
+    refused = Found(refused=[("tp=1", "Megatron refuses that")])
+    assert "Megatron refuses that" in nothing_planned(refused, "tiny", GPUS, CLUSTER.device)
+    assert "in any of 2 layouts" in nothing_planned(
+        Found(hopeless=["a", "b"]), "tiny", GPUS, CLUSTER.device
+    )
+    assert "\n" not in line
+
+
+def test_tables_say_what_fits_and_what_would():
+    model = {
+        "name": "mone", "step_ms": 1234.0, "tokens_per_s_per_gpu": 10.0, "tflops_per_gpu": 5.0,
+        "mfu": 0.25, "exposed_comm_ms": 123.4, "bubble_ms": 0.0, "memory_gib": {"peak": 90.0},
+        "fits": False, "first_unfit": "activations",
+        "cheapest_fix": {"change": "recompute full", "step_ms": 2000.0},
+    }  # fmt: skip
+    plan = {
+        "model": "tiny", "gpus": 16, "cluster": {"device": "GPU", "memory_gib": 80.0},
+        "routing": {"kind": "balanced"}, "efficiency": "assumed", "models": [model],
+    }  # fmt: skip
+    text = table(plan)
+    assert "no, by activations; cheapest fix: recompute full (2,000 ms)" in text
+    assert "10.0%" in text
+    assert "try --search" in table({**plan, "models": [{**model, "cheapest_fix": None}]})
+    search_text = search_table({
+        **plan, "candidates": [{"name": "tp=1", "step_ms": 10.0, "peak_gib": 5.0}], "refused": [],
+        "hopeless": [], "not_tried": 7, "best": [{"layout": "tp=1", "why": "90% compute"}],
+    })  # fmt: skip
+    assert "7 not tried" in search_text
+    assert "1. tp=1: 10 ms, 5.0 GiB" in search_text
+
+
+def test_skewed_rows_are_of_one_router_call():
+    of = facts(tp=2, cp=2, micro_batch_size=4, seq_length=128)
+    rows = rows_of(Skew(ZIPF, 0.5), of)
+    assert sum(rows) == 4 * 128 // 4 * of.topk
+    assert rows_of(Skew(), of) is None
+    assert rows_of(Skew(ZIPF, 0.5), facts(num_experts=0)) is None
