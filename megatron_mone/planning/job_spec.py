@@ -31,6 +31,7 @@ SHORT = {
     "mbs": "micro_batch_size",
     "gbs": "global_batch_size",
 }
+_DISPATCHER = "moe_token_dispatcher_type"
 RECOMPUTE = "recompute"
 NO_RECOMPUTE = "none"
 FULL_RECOMPUTE = "full"
@@ -82,6 +83,9 @@ class JobSpec:
         if (parts["parallel"].get(SHORT["tp"]) or 1) > 1 and self.model.get("num_experts"):
             # Megatron trains experts under tensor parallelism with sequence parallelism alone.
             parts["parallel"].setdefault("sequence_parallel", True)
+        if self.model.get("num_experts") and not any(_DISPATCHER in parts[part] for part in PARTS):
+            # Megatron's default gathers every token on every rank.
+            parts["parallel"][_DISPATCHER] = "alltoall"
         return JobSpec(self.name, **{part: _present(values) for part, values in parts.items()})
 
     def with_text_layout(self, text: str) -> JobSpec:

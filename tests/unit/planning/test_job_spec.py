@@ -49,6 +49,9 @@ def test_a_change_goes_where_the_argument_stands():
     assert changed.parallel["tensor_model_parallel_size"] == 2
     assert changed.parallel["sequence_parallel"] is True  # experts under TP need it
     assert changed.parallel["expert_model_parallel_size"] == 2
+    assert changed.parallel["moe_token_dispatcher_type"] == "alltoall"
+    flex = JOB.with_layout({"moe_token_dispatcher_type": "flex"}).with_layout({"x": 1})
+    assert flex.parallel["moe_token_dispatcher_type"] == "flex"
 
 
 @pytest.mark.parametrize("layout", ["tp=2,ep=4", "tp=1,pp=4,vpp=2,ep=8,mbs=2,recompute=full",
