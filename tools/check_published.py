@@ -74,7 +74,7 @@ def _fit(rows: list) -> None:
 
     by_cluster = defaultdict(list)
     for run, planned in rows:
-        if run.calibrates:
+        if run.calibrates and run.routing == "balanced":
             by_cluster[run.cluster].append((run, planned))
     FITTED_ROOT.mkdir(parents=True, exist_ok=True)
     for cluster, chosen in sorted(by_cluster.items()):

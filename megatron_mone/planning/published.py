@@ -17,11 +17,13 @@ from megatron_mone.planning.hardware import load_cluster
 from megatron_mone.planning.job_spec import JobSpec
 from megatron_mone.planning.plan_document import GIB
 from megatron_mone.planning.planner import Planned, Planner
+from megatron_mone.planning.routing_skew import ZIPF, Skew
 from megatron_mone.planning.trace_server import Tracer
 from megatron_mone.profiling.phases import COMBINE, DISPATCH, PERMUTE, ROUTER, UP_DOWN_GEMM
 from megatron_mone.run_config import read_part
 
 STEP, MEMORY, EXPOSED, LAYER = "step", "memory", "exposed", "layer"
+STEP_MS = "step ms"
 _PARTS = (("model", "model"), ("layout", "parallel"), ("train", "train"))
 _LAYER_PHASES = (ROUTER, PERMUTE, DISPATCH, UP_DOWN_GEMM, COMBINE)
 
@@ -39,7 +41,9 @@ class PublishedRun:
         job: model, layout and flags.
         figures: what was published.
         full_attention: whether the operations published count attention's whole square.
-        calibrates: whether efficiencies are fitted to it, so that it proves nothing.
+        calibrates: whether efficiencies, or the spread of its routing, are fitted to it, so that it
+            proves nothing.
+        skew: how tokens are taken to spread over experts.
     """
 
     name: str
@@ -52,6 +56,7 @@ class PublishedRun:
     figures: dict[str, Any]
     full_attention: bool
     calibrates: bool
+    skew: Skew
 
 
 @dataclass(frozen=True)
@@ -99,19 +104,21 @@ def read_published(path: Path) -> PublishedRun:
         figures=values["published"],
         full_attention=values.get("attention_flops") == "full",
         calibrates=bool(values.get("calibrates", False)),
+        skew=Skew(ZIPF, file.number("zipf")) if "zipf" in values else Skew(),
     )
 
 
 def plan_published(run: PublishedRun, tracer: Tracer, efficiency: Efficiency) -> Planned:
-    """Plan a run as it was published; skewed routing as balanced, since no one said how skewed."""
-    return Planner(tracer, load_cluster(run.cluster), efficiency).plan(run.job, run.gpus)
+    """Plan a run as it was published."""
+    planner = Planner(tracer, load_cluster(run.cluster), efficiency, run.skew)
+    return planner.plan(run.job, run.gpus)
 
 
 def compare(run: PublishedRun, planned: Planned) -> Iterator[Comparison]:
     """Every figure of the run that a plan predicts."""
     prediction, figures = planned.prediction, run.figures
     if run.kind == STEP:
-        yield Comparison(run, "step ms", 1e3 * prediction.seconds, published_step_ms(run, planned))
+        yield Comparison(run, STEP_MS, 1e3 * prediction.seconds, published_step_ms(run, planned))
     if run.kind == LAYER:
         layer = sum(prediction.phases.get(phase, 0.0) for phase in _LAYER_PHASES)
         yield Comparison(run, "layer ms", 1e3 * layer, figures["layer_ms"])
@@ -142,7 +149,7 @@ def _memory(
 
 
 CALIBRATION, HELD_OUT, FURTHER = "calibration", "held out", "further runs"
-SKEWED, BYTES, SHARES = "skewed routing, planned balanced", "memory", "exposed communication"
+SKEWED, BYTES, SHARES = "skewed routing", "memory", "exposed communication"
 
 
 def grouped(comparisons: Iterable[Comparison]) -> dict[str, list[Comparison]]:
@@ -175,7 +182,7 @@ def table(title: str, comparisons: list[Comparison]) -> str:
     ]
     lines += [
         f"  {one.run.name:38} {one.figure:22} {one.predicted:10,.2f} {one.published:10,.2f} "
-        f"{one.error:+7.1%}"
+        f"{one.error:+7.1%}{'  (fitted)' if one.run.calibrates and one.figure == STEP_MS else ''}"
         for one in comparisons
     ]
     return "\n".join(lines)

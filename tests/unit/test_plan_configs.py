@@ -25,7 +25,7 @@ MONE_MODELS = sorted(
 )
 REQUIRED = {"kind", "source", "second_hand", "gpus", "cluster", "routing", "model", "layout",
             "train", "published"}  # fmt: skip
-OPTIONAL = {"extra", "attention_flops", "assumed", "calibrates"}
+OPTIONAL = {"extra", "attention_flops", "assumed", "calibrates", "zipf"}
 KINDS = {"step", "memory", "layer", "exposed"}
 FIGURES = {"step_ms", "layer_ms", "tflops_per_gpu", "tokens_per_s_per_gpu", "mfu", "memory",
            "exposed_expert_comm"}  # fmt: skip
@@ -168,6 +168,7 @@ def test_published_run_is_whole(path):
     assert isinstance(row["second_hand"], bool)
     assert row.get("extra") in (None, True)
     assert row.get("calibrates") in (None, True)
+    assert ("zipf" in row) == (row["routing"] == "skewed")
     assert not (row.get("extra") and row.get("calibrates"))
     assert row["published"]
     assert set(row["published"]) <= FIGURES
