@@ -174,7 +174,7 @@ def _about(say: Say, what: str) -> Progress:
 
 
 def _search(planner: Planner, question: Question, limit: int, say: Say) -> bool:
-    found = search(planner, question.job, question.gpus, limit, say)
+    found = search(planner, question.job, question.gpus, limit, BEST, say)
     asked = question.job.name, question.gpus, question.cluster.device
     if not found.candidates:
         raise ValueError(nothing_planned(found, *asked))

@@ -28,6 +28,8 @@ aten = torch.ops.aten
 # New storage that nothing is written to.
 _UNWRITTEN = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
               aten.new_empty_strided, aten.empty_permuted)  # fmt: skip
+# What reads of its first input the entries that another one names.
+_PICKING = (aten.embedding, aten.index, aten.index_select, aten.gather, aten.masked_select)
 
 
 class Recorder:
@@ -64,10 +66,19 @@ class Recorder:
             return
         formula = self._formulas.get(func.overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-        self.note(str(func.overloadpacket), inputs, outputs, flops)
+        read = None
+        if func.overloadpacket in _PICKING:
+            picked = sum(tensor.nbytes for tensor in outputs)
+            read = picked + sum(t.nbytes for t in inputs if not t.is_floating_point())
+        self.note(str(func.overloadpacket), inputs, outputs, flops, read)
 
     def note(
-        self, name: str, inputs: Iterable[Tensor], outputs: Iterable[Tensor], flops: int
+        self,
+        name: str,
+        inputs: Iterable[Tensor],
+        outputs: Iterable[Tensor],
+        flops: int,
+        read: int | None = None,
     ) -> None:
         """Take down one operator in the phase under way.
 
@@ -75,17 +86,19 @@ class Recorder:
             name: of the operator.
             inputs, outputs: its tensors.
             flops: its operations.
+            read: bytes; of all inputs when None.
         """
         if not self.clock.running:
             return
         inputs, outputs = list(inputs), list(outputs)
+        whole = sum(tensor.nbytes for tensor in inputs)
         self.ops.append(
             Op(
                 name=name,
                 inputs=tuple(tuple(tensor.shape) for tensor in inputs),
                 outputs=tuple(tuple(tensor.shape) for tensor in outputs),
                 dtype=str(outputs[0].dtype).removeprefix("torch."),
-                bytes_read=sum(tensor.nbytes for tensor in inputs),
+                bytes_read=whole if read is None else min(read, whole),
                 bytes_written=sum(tensor.nbytes for tensor in outputs),
                 flops=flops,
                 phase=self.clock.phase,
@@ -169,5 +182,7 @@ def _is_in_place(func: Any) -> bool:
 
 def _is_view(func: Any) -> bool:
     """Whether an operator returns its input seen otherwise, and writes nothing."""
+    if func.overloadpacket is aten._unsafe_view:  # its schema says copy; it is none
+        return True
     aliases = [value.alias_info for value in func._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)

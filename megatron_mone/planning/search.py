@@ -1,17 +1,19 @@
 """Search: layouts of one model on given devices, tried one after another; who is fast, who fits.
 
 Sizes are powers of two that the devices, layers and experts admit; whether a layout is allowed is
-Megatron's to say. What cannot fit even empty of activations is left out before it is traced.
+Megatron's to say. What cannot fit even empty of activations is left out before it is traced. All
+are planned from composed traces (composed.py), the fastest few then from whole ones.
 May touch: the tracer's processes and cache, by way of the Planner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
+from megatron_mone.planning.composed import Composer
 from megatron_mone.planning.job_facts import JobFacts
 from megatron_mone.planning.job_spec import SHORT, JobSpec, recompute_fields, short_layout
 from megatron_mone.planning.planner import Planned, Planner
@@ -57,7 +59,7 @@ class Found:
     @property
     def fitting(self) -> list[Candidate]:
         """Those that fit, fastest first."""
-        return [c for c in self.candidates if c.planned.prediction.fits]
+        return sorted((c for c in self.candidates if c.planned.prediction.fits), key=_seconds)
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,7 @@ def search(
     job: JobSpec,
     gpus: int,
     limit: int,
+    whole: int,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Found:
     """Plan up to `limit` layouts; an interrupt ends it with what there is.
@@ -194,6 +197,7 @@ def search(
         job: whose layout is changed.
         gpus: W.
         limit: layouts to plan; refused and hopeless ones do not count.
+        whole: of the fastest that fit, how many are planned from whole traces in the end.
         progress: told (planned, limit, layout).
 
     Raises:
@@ -204,6 +208,7 @@ def search(
     facts = _facts(planner, job, gpus)
     tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
     left = iter(tried)
+    composer = Composer(planner)
     try:
         while len(found.candidates) < limit:
             sizes = next(left, None)
@@ -218,17 +223,25 @@ def search(
             if progress is not None:
                 progress(len(found.candidates), limit, name)
             try:
-                planned = planner.plan(candidate, gpus)
+                planned = composer.plan(candidate, gpus)
             except ValueError as error:
                 found.refused.append((name, str(error)))
                 continue
             known = known or Sharded.of(planned.traced.traces, planned.traced.facts)
             found.candidates.append(Candidate(name, changes, planned))
+        for one in found.fitting[:whole]:
+            place = found.candidates.index(one)
+            again = planner.plan(one.planned.job, gpus)
+            found.candidates[place] = replace(one, planned=again)
     except KeyboardInterrupt:
         pass
     found.not_tried = sum(1 for _ in left)
-    found.candidates.sort(key=lambda c: c.planned.prediction.seconds)
+    found.candidates.sort(key=_seconds)
     return found
+
+
+def _seconds(candidate: Candidate) -> float:
+    return candidate.planned.prediction.seconds
 
 
 def _is_hopeless(

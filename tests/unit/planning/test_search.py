@@ -16,6 +16,13 @@ from megatron_mone.planning.trace import Collective
 from megatron_mone.planning.trace_server import TracedJob
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, MEMORY, STAGE, facts, trace
 
+
+@pytest.fixture(autouse=True)
+def _plans_on_paper(monkeypatch):
+    """Composing needs traces of Megatron's; test_composed.py holds it to whole ones."""
+    monkeypatch.setattr("megatron_mone.planning.search.Composer", lambda planner: planner)
+
+
 GPUS = 16
 JOB = JobSpec("tiny", {"num_experts": 8}, {}, {}, {"micro_batch_size": 1, "global_batch_size": 32})
 GIB = 2**30
@@ -89,12 +96,13 @@ def test_layouts_use_all_devices_and_divide_the_batch():
 def test_a_search_sorts_by_time_and_keeps_reasons():
     refuses = lambda v: "Megatron refuses tp" if v[SHORT["tp"]] == 2 else None  # noqa: E731
     planner = PaperPlanner(refuses=refuses)
-    found = search(planner, JOB, GPUS, limit=12)
+    found = search(planner, JOB, GPUS, 12, 3)
     assert len(found.candidates) == 12
+    assert len(planner.planned) == 12 + 3  # the fastest again, whole
     seconds = [one.planned.prediction.seconds for one in found.candidates]
     assert seconds == sorted(seconds)
     assert found.not_tried > 0
-    everything = search(planner, JOB, GPUS, limit=10_000)
+    everything = search(planner, JOB, GPUS, 10_000, 3)
     assert everything.not_tried == 0
     assert all("tp=2" in layout for layout, _ in everything.refused)
     assert {reason for _, reason in everything.refused} == {"Megatron refuses tp"}
@@ -107,7 +115,7 @@ def test_an_interrupt_keeps_what_there_is():
         if done == 3:
             raise KeyboardInterrupt
 
-    found = search(planner, JOB, GPUS, 100, stop)
+    found = search(planner, JOB, GPUS, 100, 3, stop)
     assert len(found.candidates) == 3
     assert found.not_tried > 0
 
@@ -130,7 +138,7 @@ def test_sharded_bytes_of_one_layout_tell_those_of_others():
 def test_what_cannot_fit_is_not_planned():
     planner = PaperPlanner()
     planner.cluster = replace(planner.cluster, device=replace(CLUSTER.device, memory_bytes=2e7))
-    found = search(planner, JOB, GPUS, limit=1000)
+    found = search(planner, JOB, GPUS, 1000, 0)
     assert found.hopeless
     assert len(planner.planned) + len(found.hopeless) == len(
         list(layouts(planner.facts({}), GPUS, 8))
@@ -139,7 +147,7 @@ def test_what_cannot_fit_is_not_planned():
 
 def test_the_front_has_who_is_not_both_slower_and_larger():
     smaller_if_full = lambda v: 10**6 if v.get("recompute_granularity") == "full" else 10**8  # noqa: E731
-    found = search(PaperPlanner(memory_of=smaller_if_full), JOB, GPUS, limit=40)
+    found = search(PaperPlanner(memory_of=smaller_if_full), JOB, GPUS, 40, 3)
     front = pareto(found.candidates)
     assert found.candidates[0].layout in front
     peaks = [
@@ -175,7 +183,7 @@ def test_fixes_do_not_repeat_what_is_done():
 
 
 def test_why_nothing_fits_is_one_line():
-    found = search(PaperPlanner(memory_of=lambda values: 100 * GIB), JOB, GPUS, limit=5)
+    found = search(PaperPlanner(memory_of=lambda values: 100 * GIB), JOB, GPUS, 5, 3)
     assert found.fitting == []
     line = nothing_fits(found, "tiny", GPUS, CLUSTER.device)
     assert "none of 5 layouts of tiny fits 16 x" in line

@@ -217,3 +217,15 @@ def test_what_two_kinds_share_is_the_first_ones(recorder):
     held = {"weights": [weight, weight[:3]], "gradients": [gradient, weight], "optimizer": []}
     found = stage_memory(held, recorder)
     assert found == StageMemory(weights=40, gradients=24, optimizer=0, activations=40)
+
+
+def test_what_picks_entries_reads_those_alone(recorder):
+    with UnknownValues(recorder.saw_operator):
+        table = torch.ones(1000, 4)
+        table[torch.tensor([3, 5])]
+        table.index_select(0, torch.tensor([3, 5, 7]))
+        table.mm(torch.ones(4, 2))
+    read = {op.name: op.bytes_read for op in recorder.ops}
+    assert read["aten.index"] == 2 * 4 * 4 + 2 * 8
+    assert read["aten.index_select"] == 3 * 4 * 4 + 3 * 8
+    assert read["aten.mm"] == 1000 * 4 * 4 + 4 * 2 * 4

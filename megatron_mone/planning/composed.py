@@ -1,0 +1,231 @@
+"""Traces of whole stages put together from a few small ones, for a search over many layouts.
+
+What a layer executes, sends and keeps does not depend on the pipeline it stands in. So one small
+job of a few stages (UNIT) is traced for each shape of a layer, and a stage of any pipeline is
+
+    stage = rest + embedding (if first) + head (if last) + n x layer, for each kind of layer
+
+where layer, embedding, head and rest are differences of traces: of three layers and two, and so on.
+Counts of operators and collectives, and bytes, are added as those differences say, so that some
+counts are negative: sums are right, lists are not to be read. What is once a step is scaled to the
+job's replicas (scaling.py). A plan that is shown is traced whole.
+May touch: the tracer's processes and cache, by way of the Planner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from megatron_mone.planning.job_facts import JobFacts
+from megatron_mone.planning.job_spec import JobSpec
+from megatron_mone.planning.planner import Planned, Planner, rows_of
+from megatron_mone.planning.prediction import predict
+from megatron_mone.planning.routing_skew import hottest
+from megatron_mone.planning.scaling import scaled_traces
+from megatron_mone.planning.trace import Collective, Op, StageMemory, Trace
+from megatron_mone.planning.trace_server import TracedJob
+
+UNIT_LAYERS = 2  # of a unit stage; one more tells a layer from the rest
+_THROUGH_STAGES = ("mp", "tp-ep-pp")
+_PLAIN = ("embedding", "norm", "head", "no layer")
+
+
+@dataclass(frozen=True)
+class StageContents:
+    """What a virtual stage holds, as its key says.
+
+    Attributes:
+        layers: kind -> how many.
+        embedding, head: whether it is the first, and the last.
+    """
+
+    layers: Mapping[str, int]
+    embedding: bool
+    head: bool
+
+
+def stage_contents(key: str) -> StageContents | None:
+    """Read from the key of a stage (stages.VirtualStage); None where it cannot be put together."""
+    layers: dict[str, int] = {}
+    parts = key.split(", ")
+    for part in parts:
+        kind, times, count = part.partition("*")
+        if kind == "mtp":
+            if "head" not in parts:
+                return None  # on a stage of its own
+        elif times:
+            layers[kind] = layers.get(kind, 0) + int(count)
+        elif part not in _PLAIN:
+            return None  # layers that differ by their number
+    return StageContents(layers, "embedding" in parts, "head" in parts)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A trace that can be added, subtracted and multiplied."""
+
+    ops: Counter[Op]
+    collectives: Counter[Collective]
+    memory: dict[str, float]
+
+    @classmethod
+    def of(cls, trace: Trace) -> _Sum:
+        ops: Counter[Op] = Counter()
+        collectives: Counter[Collective] = Counter()
+        for op in trace.ops:
+            ops[replace(op, count=1)] += op.count
+        for one in trace.collectives:
+            collectives[replace(one, count=1)] += one.count
+        memory = {f.name: float(getattr(trace.memory, f.name)) for f in fields(StageMemory)}
+        return cls(ops, collectives, memory)
+
+    def plus(self, other: _Sum, times: int = 1) -> _Sum:
+        ops, collectives = Counter(self.ops), Counter(self.collectives)
+        for op, count in other.ops.items():
+            ops[op] += times * count
+        for one, count in other.collectives.items():
+            collectives[one] += times * count
+        memory = {name: size + times * other.memory[name] for name, size in self.memory.items()}
+        return _Sum(ops, collectives, memory)
+
+    def trace(self, like: Trace, gpus: int, stages: int, unit_stages: int) -> Trace:
+        """As a trace of a job of `stages` stages; the parts are of one of `unit_stages`."""
+        moved: Counter[tuple[str, str]] = Counter()
+        for one, count in self.collectives.items():
+            moved[one.kind, one.group] += count * one.bytes
+        collectives = []
+        for one, count in self.collectives.items():
+            if one.group == "pp":
+                count = max(count, 0)
+                one = replace(one, stride=gpus // stages, ranks=stages)
+            elif one.group in _THROUGH_STAGES:
+                one = replace(one, ranks=one.ranks * stages // unit_stages)
+            # What adds up to nothing belongs to layers that this stage has not.
+            if count and one.ranks > 1 and moved[one.kind, one.group] > 0:
+                collectives.append(replace(one, count=count))
+        return replace(
+            like,
+            world_size=gpus,
+            ops=tuple(replace(op, count=count) for op, count in self.ops.items() if count),
+            collectives=tuple(collectives),
+            memory=StageMemory(**{name: round(size) for name, size in self.memory.items()}),
+        )
+
+
+class Composer:
+    """Plans jobs from unit traces; jobs that cannot be, as the Planner does.
+
+    Args:
+        planner: of the cluster.
+    """
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+        self._units: dict[str, dict[str, _Sum]] = {}
+
+    def plan(self, job: JobSpec, gpus: int) -> Planned:
+        """As Planner.plan, with composed traces.
+
+        Raises:
+            ValueError: one line; Megatron refuses the layout.
+            RuntimeError: one line; a trace failed.
+        """
+        planner = self._planner
+        description = planner.tracer.describe(planner.flags(job), gpus)
+        facts, keys = description.facts, description.stages
+        # In the order in which a micro-batch goes through them.
+        places = sorted(keys, key=lambda place: (place[1], place[0]))
+        contents = {key: stage_contents(key) for key in keys.values()}
+        if "mone_layer_freq" in job.model or None in contents.values():
+            return planner.plan(job, gpus)
+        rows = rows_of(planner.skew, facts)
+        kinds = [kind for place in places for kind in _layers(contents[keys[place]])]
+        first, last = kinds[0], kinds[-1]
+        parts, like, unit_facts = self._parts(job, facts, rows, sorted(set(kinds)), first, last)
+        known = {
+            key: _stage(held, parts).trace(like, gpus, facts.pp, unit_facts.pp)
+            for key, held in contents.items()
+        }
+        traces = {place: known[key] for place, key in keys.items()}
+        # As if the unit's replicas of a stage were the job's: what is once a step follows them.
+        ranks = gpus // facts.pp
+        of_unit = replace(unit_facts, world_size=_unit_ranks(facts))
+        traces = {**scaled_traces(traces, of_unit, ranks)}
+        traced = TracedJob(facts, traces, 0.0, 0)
+        prediction = predict(traces, facts, planner.cluster, planner.efficiency)
+        return Planned(job, traced, dict(keys), prediction, hottest(rows, max(1, facts.ep)))
+
+    def _parts(
+        self, job: JobSpec, facts: JobFacts, rows: Any, kinds: list[str], first: str, last: str
+    ) -> tuple[dict[str, _Sum], Trace, JobFacts]:
+        unit, stages = _unit_job(job, facts, kinds, first, last)
+        planner = self._planner
+        flags = planner.flags(unit)
+        traced = planner.tracer.trace(flags, _unit_ranks(facts) * len(stages), rows)
+        name = " ".join(flags)
+        if name not in self._units:
+            sums = [_Sum.of(traced.traces[p, 0]) for p in range(len(stages))]
+            at = {stage: number for number, stage in enumerate(stages)}
+            layers = {kind: sums[at[f"{kind} more"]].plus(sums[at[kind]], -1) for kind in kinds}
+            self._units[name] = {
+                **layers,
+                "rest": sums[at[last]].plus(layers[last], -UNIT_LAYERS),
+                "embedding": sums[0].plus(sums[at[first]], -1),
+                "head": sums[-1].plus(sums[at[last]], -1),
+            }
+        return self._units[name], traced.traces[0, 0], traced.facts
+
+
+def _layers(contents: StageContents | None) -> list[str]:
+    return [] if contents is None else list(contents.layers)
+
+
+def _stage(contents: StageContents | None, parts: Mapping[str, _Sum]) -> _Sum:
+    assert contents is not None
+    whole = parts["rest"]
+    if contents.embedding:
+        whole = whole.plus(parts["embedding"])
+    if contents.head:
+        whole = whole.plus(parts["head"])
+    for kind, count in contents.layers.items():
+        whole = whole.plus(parts[kind], count)
+    return whole
+
+
+def _unit_ranks(facts: JobFacts) -> int:
+    """Ranks of one stage of the unit job: two copies at least of everything."""
+    return 2 * math.lcm(facts.tp * facts.cp, facts.ep * facts.etp)
+
+
+def _unit_job(
+    job: JobSpec, facts: JobFacts, kinds: list[str], first: str, last: str
+) -> tuple[JobSpec, list[str]]:
+    """The unit job, and its stages by name: two layers of each kind, and three."""
+    stages = [(f"first {first}", first, UNIT_LAYERS)]
+    for kind in kinds:
+        stages += [(kind, kind, UNIT_LAYERS), (f"{kind} more", kind, UNIT_LAYERS + 1)]
+    stages.append((f"last {last}", last, UNIT_LAYERS))
+    layout = [f"t*{count}" for _, _, count in stages]
+    layout[0] = "E" + layout[0]
+    layout[-1] += "m" * int(job.values().get("mtp_num_layers") or 0) + "L"
+    pattern = "+".join(f"[{int(kind != 'dense')}]*{count}" for _, kind, count in stages)
+    replicas = _unit_ranks(facts) // (facts.tp * facts.cp)
+    changes = {
+        "num_layers": sum(count for _, _, count in stages),
+        "pipeline_model_parallel_size": len(stages),
+        "pipeline_model_parallel_layout": "|".join(layout),
+        "num_virtual_stages_per_pipeline_rank": None,
+        "overlap_moe_expert_parallel_comm": None,
+        "delay_wgrad_compute": None,
+        "account_for_embedding_in_pipeline_split": None,
+        "account_for_loss_in_pipeline_split": None,
+        "decoder_first_pipeline_num_layers": None,
+        "decoder_last_pipeline_num_layers": None,
+        "moe_layer_freq": f"({pattern})" if facts.num_experts else None,
+        "global_batch_size": replicas * facts.micro_batch_size,
+    }
+    return job.with_layout(changes), [name for name, _, _ in stages]
