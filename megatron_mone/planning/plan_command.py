@@ -5,6 +5,7 @@ May touch: the files asked for, beside which reports and run files go; the termi
 
 from __future__ import annotations
 
+import logging
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -106,6 +107,8 @@ def read_question(parsed: Namespace) -> Question:
         job = run_job(parsed.config)
         if parsed.layout is not None:
             job = job.with_text_layout(parsed.layout)
+    if parsed.sweep and not _is_mone(job):
+        raise ValueError("--sweep needs a MoNE model: choose one with mone_neuron_ratio")
     specs = run_specs([name for name in parsed.against.split(",") if name])[1:]
     for spec in specs:
         if spec.grouped_mm:
@@ -118,6 +121,10 @@ def read_question(parsed: Namespace) -> Question:
         else Efficiency.read(parsed.efficiency),
         parse_skew(parsed.routing), tuple(specs), parsed.json,
     )  # fmt: skip
+
+
+def _is_mone(job: JobSpec) -> bool:
+    return any(name.startswith("mone_") for name in job.model)
 
 
 @contextmanager
@@ -138,7 +145,7 @@ def progress_bar() -> Iterator[Say]:
 
 def _plan(planner: Planner, question: Question, sweep: bool, say: Say) -> bool:
     job, gpus = question.job, question.gpus
-    main = MAIN if any(name.startswith("mone_") for name in job.model) else "moe"
+    main = MAIN if _is_mone(job) else "moe"
     jobs = {main: job, **{spec.name: job.against(spec) for spec in question.baselines}}
     planned = {name: planner.plan(one, gpus, _about(say, name)) for name, one in jobs.items()}
     models = []
@@ -157,8 +164,6 @@ def _plan(planner: Planner, question: Question, sweep: bool, say: Say) -> bool:
         "expert_sweep": [],
     }
     if sweep:
-        if main != MAIN:
-            raise ValueError("--sweep needs a MoNE model: choose one with mone_neuron_ratio")
         plan["ratio_sweep"] = sweeps.ratio_sweep(job, gpus, planner, _about(say, "r"))
         plan["expert_sweep"] = sweeps.expert_sweep(job, gpus, planner, _about(say, "K_E x K_N"))
     _write(plan, question.json)
@@ -261,6 +266,7 @@ def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> dict[str, A
 def _write(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of fonts
     from megatron_mone.reporting.plan_report import write_plan_files
 
     write_plan_files(document, path.parent)

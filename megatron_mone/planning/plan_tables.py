@@ -17,7 +17,7 @@ def table(plan: dict[str, Any]) -> str:
     limit = plan["cluster"]["memory_gib"]
     lines = [
         f"{plan['model']} on {plan['gpus']} x {plan['cluster']['device']}, "
-        f"{plan['routing']['kind']} routing; efficiencies {plan['efficiency']}",
+        f"{plan['routing']['kind']} routing; efficiencies {plan['efficiency'].partition(':')[0]}",
         f"{'':12} {'step ms':>10} {'tok/s/GPU':>10} {'TFLOP/s':>8} {'MFU':>6} {'exposed':>8} "
         f"{'bubble':>7} {'peak GiB':>9}  fits {limit:.1f} GiB",
     ]
