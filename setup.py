@@ -32,8 +32,11 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_mone*", "tools"]),
-    package_data={"megatron_mone": ["py.typed", "kernels/cpu/src/*", "kernels/measured.json"]},
+    packages=find_packages(include=["megatron_mone*", "launch", "tools"]),
+    package_data={
+        "megatron_mone": ["py.typed", "kernels/cpu/src/*", "kernels/measured.json"],
+        "launch": ["templates/*"],
+    },
     cmdclass={"build_kernels": BuildKernels},
     install_requires=[
         "megatron-core>=0.19,<0.20",
@@ -44,6 +47,7 @@ setup(
         "tokenizers",
         "omegaconf>=2.3",
         "pyyaml",
+        "jinja2",
         "rich",
         "matplotlib",
         "psutil",

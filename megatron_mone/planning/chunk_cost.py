@@ -119,11 +119,12 @@ def _pass_cost(
     products: dict[str, float] = defaultdict(float)
     # A pass of a pipeline also receives from one stage and sends to another.
     launches = sum(one.count for one in collectives) + (2 if facts.pp > 1 else 0)
+    host = launches * efficiency.host_seconds
     for op in ops:
         one = operation(op)
         seconds = op_seconds(one, cluster, efficiency) * op.count
         by_phase[op.phase] += seconds
-        launches += op.count
+        host += op.count * launch_seconds(op, efficiency)
         if one.flops:
             products[op.phase] += seconds
     exposed: dict[str, float] = defaultdict(float)
@@ -137,13 +138,19 @@ def _pass_cost(
         exposed[group] += seconds - behind
         hidden += behind
     device = sum(by_phase.values())
-    compute = max(device, launches * efficiency.host_seconds) + efficiency.overlap_tax * hidden
+    compute = max(device, host) + efficiency.overlap_tax * hidden
     return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden)
 
 
 def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> float:
     """Of one operation on the cluster's device."""
     return efficiency.curves[one.kind].seconds(one, cluster.device)
+
+
+def launch_seconds(op: Op, efficiency: Efficiency) -> float:
+    """Of the host, for one operator: a plain one of torch, or a fused kernel and its module."""
+    plain = op.name.startswith("aten.")
+    return efficiency.operator_seconds if plain else efficiency.host_seconds
 
 
 def _communication(

@@ -27,8 +27,9 @@ class Efficiency:
 
     Attributes:
         curves: kind of operation -> its curve; all of roofline.DEFAULTS.
-        host_seconds: from one launch of a kernel or collective to the next, of the Python process
-            that makes them: modules, autograd, dispatch. Compute is never faster than its launches.
+        host_seconds: of the Python process, for one fused kernel or collective: its module,
+            autograd, the launch. Compute is never faster than its launches.
+        operator_seconds: likewise for a plain operator of torch.
         overlap_tax: compute is longer by this share of the communication that goes on beside it,
             for the multiprocessors and bandwidth that collectives take.
         hidden_share: of communication for which there is enough compute, what is hidden in it.
@@ -37,6 +38,7 @@ class Efficiency:
 
     curves: Mapping[str, Curve] = field(default_factory=lambda: dict(DEFAULTS))
     host_seconds: float = 5e-6
+    operator_seconds: float = 5e-6
     overlap_tax: float = 0.15
     hidden_share: float = 0.9
     source: str = ASSUMED
@@ -45,10 +47,10 @@ class Efficiency:
         missing = sorted(set(DEFAULTS) - set(self.curves))
         if missing:
             raise ValueError(f"efficiency has no curve for {', '.join(missing)}: {_FIX}")
-        for name, most in (("host_seconds", 1.0), ("overlap_tax", 1.0), ("hidden_share", 1.0)):
+        for name in ("host_seconds", "operator_seconds", "overlap_tax", "hidden_share"):
             value = getattr(self, name)
-            if not 0 <= value <= most:
-                raise ValueError(f"{name} = {value} of an efficiency must be 0 to {most:g}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value} of an efficiency must be 0 to 1")
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
@@ -74,11 +76,12 @@ class Efficiency:
             }  # fmt: skip
             curves[kind] = Curve(**values)  # type: ignore[arg-type]
         return cls(
-            curves,
-            document["host_seconds"].number(),
-            document["overlap_tax"].number(),
-            document["hidden_share"].number(),
-            document["source"].text(),
+            curves=curves,
+            host_seconds=document["host_seconds"].number(),
+            operator_seconds=document["operator_seconds"].number(),
+            overlap_tax=document["overlap_tax"].number(),
+            hidden_share=document["hidden_share"].number(),
+            source=document["source"].text(),
         )
 
 

@@ -112,7 +112,10 @@ def fit_phases(phases: Sequence[PhaseTime], device: Device, start: Efficiency) -
             for kind, piece in zip(model.kinds, pieces, strict=False)
         }
         host = float(np.exp(pieces[len(model.kinds)][0])) if start.host_seconds else 0.0
-        return replace(start, curves={**start.curves, **curves}, host_seconds=min(1.0, host))
+        host = min(1.0, host)  # a phase does not tell plain operators from fused ones
+        return replace(
+            start, curves={**start.curves, **curves}, host_seconds=host, operator_seconds=host
+        )
 
     def residuals(free: NDArray[np.float64]) -> NDArray[np.float64]:
         off = np.log(model.seconds(efficiency(free)) / measured)

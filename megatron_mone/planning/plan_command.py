@@ -165,7 +165,9 @@ def _plan(planner: Planner, question: Question, sweep: bool, say: Say) -> bool:
     }
     if sweep:
         plan["ratio_sweep"] = sweeps.ratio_sweep(job, gpus, planner, _about(say, "r"))
-        plan["expert_sweep"] = sweeps.expert_sweep(job, gpus, planner, _about(say, "K_E x K_N"))
+        plan["expert_sweep"] = sweeps.expert_sweep(
+            job, gpus, planner, plan["warnings"], _about(say, "K_E x K_N")
+        )
     _write(plan, question.json)
     for name, plan_of in planned.items():
         plan_of.job.write(question.json.parent / f"{_file_name(name)}.run.yaml")

@@ -160,7 +160,12 @@ def predict(
         costs_PV=costs_PV,
         steps_P=steps_P,
         memory_P=rank_memory(traces_PV, schedule, facts),
-        collectives=[c for trace in traces_PV[last] for c in trace.collectives],
+        collectives=[
+            c
+            for chunk, trace in enumerate(traces_PV[last])
+            for c in trace.collectives
+            if not (chunk and c.of_rank)
+        ],
         executed_flops=facts.micro_batches
         * float(np.mean([sum(t.flops for t in row) for row in traces_PV])),
         gathering=before,
@@ -258,7 +263,7 @@ def _parts(chunks: Sequence[ChunkCost], micro_batches: int, passes: float) -> di
 
 _GROUPS = {
     "tp": "tensor", "tp-cp": "tensor", "cp": "context", "ep": "expert", "etp": "expert tensor",
-    "tp-ep": "expert tensor",
+    "tp-ep": "expert tensor", "edp": "expert data",
 }  # fmt: skip
 
 

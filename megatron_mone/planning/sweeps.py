@@ -66,24 +66,34 @@ def ratio_sweep(
 
 
 def expert_sweep(
-    job: JobSpec, gpus: int, planner: Planner, progress: Progress | None = None
+    job: JobSpec,
+    gpus: int,
+    planner: Planner,
+    skipped: list[str],
+    progress: Progress | None = None,
 ) -> list[dict[str, Any]]:
     """K_E x K_N at equal operations of the active experts: fewer experts, more neurons of each.
 
-    A token's experts take 2 H K_E (F + 2 K_N) multiply-adds' operations forward, since the gate is
-    whole; K_N is what keeps that at what the job's own K_E and K_N take.
+    A token's experts take 2 H K_E (F + 8 K_N) operations forward and backward: the gate is whole,
+    up, down and all gradients are of the kept neurons. K_N is what keeps that at what the job's own
+    K_E and K_N take.
 
     Args:
         job, gpus, planner, progress: as in `ratio_sweep`.
+        skipped: gets a line for each pair that Megatron refuses.
     """
     width, chosen = int(job.model["moe_ffn_hidden_size"]), int(job.model["moe_router_topk"])
-    budget = chosen * (width + 2 * _neurons(job))
+    budget = chosen * (width + 8 * _neurons(job))
     pairs = list(_equal_pairs(budget, width, int(job.model["num_experts"])))
     points = []
     for done, (topk, neurons) in enumerate(pairs):
         if progress is not None:
             progress(done, len(pairs))
-        planned = planner.plan(_with_neurons(job, neurons, moe_router_topk=topk), gpus)
+        try:
+            planned = planner.plan(_with_neurons(job, neurons, moe_router_topk=topk), gpus)
+        except ValueError as error:
+            skipped.append(f"K_E = {topk}, K_N = {neurons} is left out of the sweep: {error}")
+            continue
         prediction = planned.prediction
         points.append(
             {"topk": topk, "neurons": neurons, "r": neurons / width, **_experts(prediction),
@@ -94,7 +104,7 @@ def expert_sweep(
 
 def _equal_pairs(budget: int, width: int, experts: int) -> Iterator[tuple[int, int]]:
     for topk in range(1, experts + 1):
-        neurons = (budget / topk - width) / 2
+        neurons = (budget / topk - width) / 8
         if neurons > width:
             continue
         if neurons < _MULTIPLE:

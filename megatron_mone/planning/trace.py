@@ -24,6 +24,8 @@ _FIX = "trace the rank again"
 
 # Groups whose ranks work on one micro-batch together.
 _PER_MICRO_BATCH = ("tp", "cp", "tp-cp", "ep", "etp", "tp-ep", "pp")
+# Groups of several stages, over which a rank agrees on norms, faults and losses.
+_PER_RANK = ("mp", "world", "intra_distributed_optimizer_instance_group")
 _PER_STEP = (GRAD_REDUCE, OPTIMIZER)
 
 Shape = tuple[int, ...]
@@ -87,7 +89,15 @@ class Collective:
     @property
     def of_micro_batch(self) -> bool:
         """Whether every micro-batch has it, not every step once."""
-        return self.group in _PER_MICRO_BATCH and self.phase not in _PER_STEP
+        if self.phase in _PER_STEP:
+            return False
+        # Replicas of experts add up loads for the balance loss; their gradients have a phase.
+        return self.group in _PER_MICRO_BATCH or (self.group, self.kind) == ("edp", "all_reduce")
+
+    @property
+    def of_rank(self) -> bool:
+        """Whether a rank has it once a step, however many chunks it holds: norms and flags."""
+        return self.group in _PER_RANK
 
 
 @dataclass(frozen=True)

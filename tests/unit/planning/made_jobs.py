@@ -31,7 +31,7 @@ CLUSTER = Cluster(
     sources={},
 )
 PERFECT = Curve(1.0, 0.0, 0.0, 1, 0.0, 1.0, 0.0, 0.0)
-EXACT = Efficiency(dict.fromkeys(DEFAULTS, PERFECT), 0.0, 0.0, 1.0, "perfect")
+EXACT = Efficiency(dict.fromkeys(DEFAULTS, PERFECT), 0.0, 0.0, 0.0, 1.0, "perfect")
 MEMORY = StageMemory(10_000_000, 20_000_000, 15_000_000, 5_000_000, 6_000_000, 9_000_000)
 
 

@@ -50,13 +50,15 @@ def test_recomputation_belongs_to_the_backward():
 
 
 def test_launches_bound_a_pass_of_small_kernels():
-    slow_host = replace(EXACT, host_seconds=1 * MS)
-    small = trace(move(0.01, count=50), product(30, BACKWARD, count=2))
+    slow_host = replace(EXACT, host_seconds=1 * MS, operator_seconds=0.1 * MS)
+    small = trace(move(0.01, name="fused.swiglu", count=50), product(30, BACKWARD, count=2))
     cost = chunk_cost(small, ALONE, CLUSTER, slow_host)
     assert cost.forward.seconds == pytest.approx(50 * MS)
     assert cost.backward.seconds == pytest.approx(60 * MS)
     # A collective is launched, too, and in a pipeline a pass receives and sends.
-    more = trace(move(0.01, count=50), exchange(1))
+    more = trace(move(0.01, name="fused.swiglu", count=50), exchange(1))
+    plain = trace(move(0.01, count=50), exchange(1))
+    assert chunk_cost(plain, ALONE, CLUSTER, slow_host).forward.compute == pytest.approx(6 * MS)
     assert chunk_cost(more, ALONE, CLUSTER, slow_host).forward.compute == pytest.approx(51 * MS)
     assert chunk_cost(more, FACTS, CLUSTER, slow_host).forward.compute == pytest.approx(53 * MS)
 
@@ -248,3 +250,28 @@ def test_a_document_holds_what_the_prediction_does():
     rows = {(c["kind"], c["group"], c["bytes"]): c["calls"] for c in document["collectives"]}
     assert rows["all_to_all", "ep", 1_333_333] == 4  # forward, one of each micro-batch
     assert rows["reduce_scatter", "dp-cp", 8_000_000] == 1
+
+
+def test_what_a_rank_agrees_on_once_is_not_counted_for_each_chunk():
+    norm = Collective("all_reduce", 4, "mp", 2, 8, "exposed communication", FORWARD)
+    half = trace(product(5), product(10, BACKWARD), exchange(1), norm)
+    of = facts(vp=2)
+    one = predicted({(p, v): half for p in range(2) for v in range(2)}, of)
+    document = model_document(
+        "moe", one, dict.fromkeys(((p, v) for p in range(2) for v in range(2)), "moe")
+    )
+    calls = {(c["kind"], c["group"]): c["calls"] for c in document["collectives"]}
+    assert calls == {("all_reduce", "mp"): 1, ("all_to_all", "ep"): 2 * of.micro_batches}
+
+
+def test_loads_of_expert_replicas_are_added_for_every_micro_batch():
+    loads = Collective("all_reduce", 1552, "edp", 2, 4, "exposed communication", FORWARD)
+    gradients = replace(loads, phase="grad reduce")
+    assert loads.of_micro_batch
+    assert not gradients.of_micro_batch
+    with_loads = chunk_cost(trace(product(1), loads), FACTS, CLUSTER, EXACT)
+    assert with_loads.forward.exposed["edp"] > 0
+    assert (
+        "expert data parallel"
+        in predicted({place: trace(*STAGE.ops, loads) for place in TRACES}).parts
+    )
