@@ -1,0 +1,158 @@
+"""status, logs, cancel and resume of runs that were started or submitted.
+
+A run is named by its folder's name or by the id of a job. May touch: the manifests of runs, Slurm
+through slurm_commands.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.local import running
+from launch.manifest import MANIFEST, gather, record_start
+from launch.slurm_commands import SlurmUnavailable, cancel, submit
+from launch.slurm_state import job_states, why_waiting
+from megatron_mone.spelling import nearest_name
+
+SCRIPT = "job.sbatch"
+_TAIL_LINES = "40"
+
+
+def find_run(runs: Path, text: str) -> tuple[Path, str | None]:
+    """The folder of a run and the job meant; None where it never was a job.
+
+    Args:
+        runs: folder of run folders.
+        text: a run's name (its last job is meant) or a job's id.
+
+    Raises:
+        ValueError: no such run, with the nearest known name.
+    """
+    folders = _folders(runs)
+    for folder in folders:
+        jobs = _jobs(gather(folder))
+        if folder.name == text:
+            return folder, jobs[-1] if jobs else None
+        if text.partition("_")[0] in jobs:
+            return folder, text
+    known = [folder.name for folder in folders]
+    raise ValueError(
+        f"{text!r} is neither a run nor a job of {runs}{nearest_name(text, known)}: give --runs, "
+        "or a name that `python -m launch status` lists"
+    )
+
+
+def status_lines(runs: Path, names: Sequence[str]) -> list[str]:
+    """A line for each run: what it does now, how often it was started, how the last start ended.
+
+    Args:
+        runs: folder of run folders.
+        names: runs or jobs; none: all runs.
+
+    Raises:
+        ValueError: no such run.
+    """
+    folders = [find_run(runs, name)[0] for name in names] or _folders(runs)
+    return [line for folder in folders for line in _lines(folder)]
+
+
+def show_logs(runs: Path, name: str, follow: bool) -> int:
+    """The end of a job's log and of the logs of its last attempt's first and last rank.
+
+    Args:
+        runs: folder of run folders.
+        name: a run or a job.
+        follow: go on with what is written, until interrupted.
+
+    Returns:
+        The status of tail(1).
+
+    Raises:
+        ValueError: no such run, or nothing was written yet.
+    """
+    folder, job = find_run(runs, name)
+    files = sorted(folder.glob(f"logs/{job}.log")) + sorted(folder.glob(f"logs/{job}_*.log"))
+    # Of a job array all elements, 42_0 and so on, or the one that was named.
+    found = gather(folder)["attempts"]
+    attempts = [a for a in found if not job or job in (a["job_id"], a["job_id"].split("_")[0])]
+    if attempts:
+        case = f"cases/{attempts[-1]['case']}" if "case" in attempts[-1] else "."
+        ranks = sorted((folder / case / "logs" / attempts[-1]["attempt"]).glob("rank-*.log"))
+        files += [*ranks[:1], *ranks[1:][-1:]]  # Megatron prints losses on the last rank
+    if not files:
+        raise ValueError(f"{name}: nothing was written to {folder / 'logs'} yet")
+    flags = ["-F"] if follow else []
+    return subprocess.run(["tail", "-n", _TAIL_LINES, *flags, "--", *files], check=False).returncode
+
+
+def cancel_run(runs: Path, name: str) -> str:
+    """End the job of a run; returns its id.
+
+    Raises:
+        ValueError: no such run, or one that Slurm does not run.
+    """
+    folder, job = find_run(runs, name)
+    if job is None:
+        raise ValueError(
+            f"{folder.name} is no job of Slurm: end its process on the machine it is on"
+        )
+    cancel(job)
+    return job
+
+
+def resume_run(runs: Path, name: str) -> str:
+    """Submit a run's script once more; it goes on from its last checkpoint. Returns the job's id.
+
+    Raises:
+        ValueError: no such run, it was never submitted, or its job has not ended.
+    """
+    folder, job = find_run(runs, name)
+    if job is None or not (folder / SCRIPT).exists():
+        raise ValueError(f"{folder.name} was never submitted: start it again as it was started")
+    unfinished = [state for state in job_states([job]) if not state.finished]
+    if unfinished:
+        raise ValueError(
+            f"job {job} of {folder.name} is {unfinished[0].state}: wait for it, or cancel it first"
+        )
+    manifest = gather(folder)
+    new = submit(folder / SCRIPT)
+    start = {"job_id": new, "ranks": manifest["starts"][-1]["ranks"]}
+    record_start(folder, manifest["name"], manifest["config"], (), start)
+    return new
+
+
+def _folders(runs: Path) -> list[Path]:
+    return sorted(path.parent for path in runs.glob(f"*/{MANIFEST}"))
+
+
+def _jobs(manifest: dict[str, Any]) -> list[str]:
+    return [start["job_id"] for start in manifest["starts"] if "job_id" in start]
+
+
+def _lines(folder: Path) -> list[str]:
+    manifest = gather(folder)
+    jobs, attempts = _jobs(manifest), manifest["attempts"]
+    times = f"{len(attempts)} attempt{'s' if len(attempts) != 1 else ''}"
+    ended = [attempt["reason"] for attempt in attempts if attempt["end"] is not None]
+    last = f", the last to end: {ended[-1]}" if ended else ""
+    if "job_id" not in manifest["starts"][-1]:
+        return [f"{folder.name}: {_local_state(folder)}; {times}{last}"]
+    try:
+        states = job_states(jobs[-1:])
+    except SlurmUnavailable as error:
+        return [f"{folder.name}: job {jobs[-1]}, state unknown; {times}{last}; {error}"]
+    if not states:
+        return [f"{folder.name}: job {jobs[-1]}, no longer known to Slurm; {times}{last}"]
+    lines = [f"{folder.name}: job {state.label} {state.state}; {times}{last}" for state in states]
+    return lines + [why for state in states if (why := why_waiting(state))]
+
+
+def _local_state(folder: Path) -> str:
+    try:
+        with running(folder):
+            return "not running here"
+    except ValueError:
+        return "running here"

@@ -1,0 +1,106 @@
+"""run and submit: a command line -> a job -> ranks here, or a batch script in Slurm's queue.
+
+May touch: the run folder, child processes, Slurm through slurm_commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.job_spec import LaunchSpec
+from launch.local import STOPPED, check_local, run_local, running
+from launch.manifest import check_config, gather, locked, record_start
+from launch.run_commands import SCRIPT
+from launch.script import sbatch_script
+from launch.slurm_commands import submit
+from launch.spec_file import flag_fields, read_fields
+from launch.training_job import Job, program_job, training_job
+from megatron_mone.files import atomic_write
+
+
+def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
+    """The job that a command line asks for.
+
+    Args:
+        options: before `--`.
+        rest: after it.
+
+    Raises:
+        ValueError: one line naming the file or field, the value and the fix.
+    """
+    default = "local" if options.action == "run" else "slurm"
+    below = read_fields(options.launch or default)
+    site: dict[str, Any] = {**below, **flag_fields(options, below)}
+    if options.config is not None:
+        return training_job(options.config, options.name, options.runs, rest, options.grid, site)
+    if options.grid:
+        raise ValueError(f"--grid {options.grid[0]} needs --config: it names arguments of training")
+    return program_job(options.name, options.runs, rest, site)
+
+
+def start_run(job: Job, options: argparse.Namespace) -> int:
+    """Run a job's ranks here to their end; returns their status.
+
+    Raises:
+        ValueError: it needs a cluster, runs already, or its folder holds another run.
+    """
+    if options.dry_run or options.test_only:
+        raise ValueError("--dry-run and --test-only are for submit: run has no batch script")
+    check_local(job.spec)
+    folder = Path(job.spec.folder)
+    ranks = job.spec.ranks_per_node
+    with running(folder):
+        record_start(folder, job.spec.name, job.config, job.data, {"ranks": ranks})
+        print(f"{job.spec.name}: {ranks} ranks here, logs in {folder}", flush=True)
+        try:
+            status = run_local(job.spec)
+        finally:
+            gather(folder)
+    if status == STOPPED:
+        print(f"{job.spec.name}: stopped after a checkpoint; the same command goes on")
+    return status
+
+
+def submit_run(job: Job, options: argparse.Namespace) -> None:
+    """Hand a job to Slurm and print its id and log; or print the script, or Slurm's judgement.
+
+    Raises:
+        ValueError: Slurm refuses it, or its folder holds another run.
+        SlurmUnavailable: Slurm does not answer.
+    """
+    script = sbatch_script(job.spec)
+    if options.dry_run:
+        print(script, end="")
+        return
+    if options.test_only:
+        with tempfile.TemporaryDirectory() as place:
+            path = Path(place) / SCRIPT
+            path.write_text(script, encoding="utf-8")
+            print(submit(path, test_only=True))
+        return
+    folder = Path(job.spec.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / ".submit.lock"):  # sbatch reads the script that this process wrote
+        job_id = submit(prepare_folder(job.spec, job.config, script))
+        star = "_*" if job.spec.array or job.spec.cases else ""
+        print(f"job {job_id}, log {folder}/logs/{job_id}{star}.log", flush=True)
+        start = {"job_id": job_id, "ranks": job.spec.nodes * job.spec.ranks_per_node}
+        record_start(folder, job.spec.name, job.config, job.data, start)
+
+
+def prepare_folder(spec: LaunchSpec, config: Any, script: str) -> Path:
+    """Make the run folder with what Slurm opens before the script runs; returns the script's path.
+
+    Raises:
+        ValueError: the folder holds a run of another config.
+    """
+    folder = Path(spec.folder)
+    check_config(folder, config)
+    for place in (folder, *(Path(case.folder) for case in spec.cases)):
+        (place / "logs").mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / SCRIPT, script.encode())
+    return folder / SCRIPT

@@ -1,0 +1,45 @@
+"""What the tests on a real Slurm share: a script to submit, and waiting for a job's state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch import slurm_commands
+from launch.slurm_state import FINISHED, JobState, job_states
+
+PATIENCE_SECONDS = 120.0
+
+
+def submit(folder: Path, body: str, *options: str) -> str:
+    """Submit `body` as a bash script, its output in `folder`; returns the job id."""
+    script = folder / "job.sh"
+    script.write_text(f"#!/bin/bash\n{body}\n")
+    output = f"--output={folder}/%j.out"
+    return slurm_commands.submit(script, options=[f"--chdir={folder}", output, *options])
+
+
+def one(job_id: str) -> JobState:
+    """The state of a job that is no array, or of one task of an array."""
+    (state,) = job_states([job_id])
+    return state
+
+
+def wait_until(job_id: str, ready: Callable[[JobState], bool]) -> JobState:
+    """The job's state once `ready` says so of it; AssertionError with its last state if never."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not ready(state := one(job_id)):
+        assert time.monotonic() < deadline, f"in vain: {state}"
+        time.sleep(0.2)
+    return state
+
+
+def wait_end(job_id: str) -> JobState:
+    """The job's state once it ended."""
+    return wait_until(job_id, lambda job: job.state in FINISHED)
+
+
+def wait_state(job_id: str, state: str) -> JobState:
+    """The job's state once it is `state`."""
+    return wait_until(job_id, lambda job: job.state == state)

@@ -1,0 +1,131 @@
+"""The run manifest: what was run, one config a folder, all attempts, safe for two at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from launch import manifest
+
+CONFIG = {"values": {"lr": 1e-3}, "arguments": ["--seed", "1"]}
+
+
+def _start(folder: Path, config=CONFIG, **facts) -> None:
+    manifest.record_start(folder, "run", config, (), facts)
+
+
+def _written(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_a_start_is_recorded_with_code_and_config(tmp_path):
+    _start(tmp_path, job_id="5")
+    written = _written(tmp_path)
+    assert written["schema"] == "megatron-mone/launch/1"
+    assert written["config"] == CONFIG
+    assert written["starts"][0]["job_id"] == "5"
+    pins = manifest.sha256_of(Path(manifest.__file__).parents[1] / "constraints.txt")
+    assert written["starts"][0]["constraints_sha256"] == pins
+
+
+def test_starts_add_up(tmp_path):
+    _start(tmp_path, job_id="5")
+    _start(tmp_path, job_id="6")
+    assert [start["job_id"] for start in _written(tmp_path)["starts"]] == ["5", "6"]
+
+
+def test_the_digest_is_of_the_values_not_of_their_order():
+    one = manifest.digest({"a": 1, "b": [1, 2]})
+    assert one == manifest.digest({"b": [1, 2], "a": 1})
+    assert one != manifest.digest({"a": 1, "b": [2, 1]})
+
+
+def test_a_folder_holds_one_config(tmp_path):
+    _start(tmp_path)
+    other = {**CONFIG, "arguments": ["--seed", "2"]}
+    for refused in (
+        lambda: _start(tmp_path, other),
+        lambda: manifest.check_config(tmp_path, other),
+    ):
+        with pytest.raises(ValueError, match="run of another config: choose another --name"):
+            refused()
+    assert len(_written(tmp_path)["starts"]) == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": "other/1"}', '{"starts": 3}'])
+def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=r"manifest\.json") as refusal:
+        _start(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_data_has_the_checksums_of_its_manifest(tmp_path, monkeypatch):
+    from megatron_mone.data.manifest import FileFacts, Manifest, TokenizerFacts
+
+    facts = {field: "" for field in Manifest.__dataclass_fields__}
+    facts |= {"documents": 1, "schema": 1, "inputs": [], "bad_lines_named": []}
+    facts["tokenizer"] = TokenizerFacts("bpe", "bpe:9", "t", "sha-of-tokenizer", 9, 0, "e")
+    facts["bin"] = FileFacts("d.bin", 1, "sha-of-bin")
+    facts["idx"] = FileFacts("d.idx", 1, "sha-of-idx")
+    (tmp_path / "d.manifest.json").write_bytes(Manifest(**facts).to_json())
+    prefix, unknown = str(tmp_path / "d_text_document"), str(tmp_path / "other")
+    assert manifest.data_facts([prefix, unknown]) == {
+        prefix: {
+            "bin_sha256": "sha-of-bin",
+            "idx_sha256": "sha-of-idx",
+            "tokenizer_sha256": "sha-of-tokenizer",
+        },
+        unknown: None,
+    }
+
+
+def test_attempts_are_gathered_oldest_first(tmp_path):
+    _start(tmp_path)
+    manifest.begin_attempt(tmp_path, "9", "9.0", "n[0-1]")
+    manifest.end_attempt(tmp_path, "9.0", 75, "requeued after a checkpoint")
+    manifest.begin_attempt(tmp_path, "9", "9.1", "n[2-3]")
+    manifest.begin_attempt(tmp_path / "cases/000-a", "10", "10.0", "n4")
+    for number, path in enumerate(("attempts/9.1", "cases/000-a/attempts/10.0", "attempts/9.0")):
+        start = tmp_path / f"{path}.start.json"
+        start.write_text(json.dumps({**json.loads(start.read_text()), "start": 100 - number}))
+    found = manifest.gather(tmp_path)["attempts"]
+    assert [attempt["attempt"] for attempt in found] == ["9.0", "10.0", "9.1"]
+    assert (found[0]["status"], found[0]["reason"]) == (75, "requeued after a checkpoint")
+    assert found[0]["node_list"] == "n[0-1]"
+    assert found[1]["case"] == "000-a"
+    assert found[2]["end"] is None
+    assert _written(tmp_path)["attempts"] == found
+
+
+def test_gathering_where_nothing_was_started_says_so(tmp_path):
+    with pytest.raises(ValueError, match="no run was started there"):
+        manifest.gather(tmp_path)
+
+
+def _start_often(folder: Path, who: int) -> None:
+    for number in range(20):
+        _start(folder, who=who, number=number)
+
+
+def test_two_users_at_once_lose_nothing(tmp_path):
+    spawn = multiprocessing.get_context("fork")
+    users = [spawn.Process(target=_start_often, args=(tmp_path, who)) for who in range(3)]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    starts = {(start["who"], start["number"]) for start in _written(tmp_path)["starts"]}
+    assert starts == {(who, number) for who in range(3) for number in range(20)}
+
+
+def test_a_lock_that_is_held_refuses_who_does_not_wait(tmp_path):
+    with manifest.locked(tmp_path / "lock"):
+        with pytest.raises(ValueError, match="busy"):
+            with manifest.locked(tmp_path / "lock", "busy"):
+                pass
+    with manifest.locked(tmp_path / "lock", "busy"):
+        pass
