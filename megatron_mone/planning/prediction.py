@@ -25,6 +25,7 @@ from megatron_mone.planning.pipeline_order import Schedule
 from megatron_mone.planning.rank_memory import RankMemory, rank_memory
 from megatron_mone.planning.step_cost import StepCost, step_cost
 from megatron_mone.planning.trace import Collective, Trace
+from megatron_mone.profiling.phases import OTHER
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Prediction:
         seconds: of one step.
         parts: name -> seconds of the stage that ends last: "compute", "expert parallel", other
             groups, "bubble", "data parallel", "optimizer"; they add up to `seconds`.
-        phases: phase -> seconds of compute in a step of that stage.
+        phases: phase -> seconds of compute in a step of that stage; they add up to that part.
+            What kernels do not fill, since the host is late, is in `other`.
         hidden: seconds of communication that goes on beside compute there.
         last: the stage that ends last.
         run: the simulated pipeline.
@@ -273,4 +275,7 @@ def _phases(chunks: Sequence[ChunkCost], micro_batches: int) -> dict[str, float]
         for one in (chunk.forward, chunk.backward):
             for phase, seconds in one.by_phase.items():
                 found[phase] = found.get(phase, 0.0) + micro_batches * seconds
+            # What no kernel takes: waiting for launches, and what overlap costs.
+            rest = one.compute - sum(one.by_phase.values())
+            found[OTHER] = found.get(OTHER, 0.0) + micro_batches * rest
     return found

@@ -275,3 +275,10 @@ def test_loads_of_expert_replicas_are_added_for_every_micro_batch():
         "expert data parallel"
         in predicted({place: trace(*STAGE.ops, loads) for place in TRACES}).parts
     )
+
+
+def test_phases_add_up_to_compute_and_a_late_host_is_in_other():
+    late = predicted(efficiency=replace(EXACT, operator_seconds=30 * MS))
+    assert sum(late.phases.values()) == pytest.approx(late.parts["compute"])
+    assert late.phases["other"] == pytest.approx(4 * (20 + 10) * MS)  # 30 ms each of 10 and 20
+    assert predicted().phases["other"] == pytest.approx(0.0, abs=1e-12)
