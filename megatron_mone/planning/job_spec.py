@@ -31,6 +31,12 @@ SHORT = {
     "mbs": "micro_batch_size",
     "gbs": "global_batch_size",
 }
+_NO_TOKENIZER = "NullTokenizer"
+_ON_THE_CLUSTER = (
+    "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
+    "per_split_data_args_path", "data_cache_path", "split", "load", "save", "pretrained_checkpoint",
+    "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir",
+)  # fmt: skip
 _DISPATCHER = "moe_token_dispatcher_type"
 RECOMPUTE = "recompute"
 NO_RECOMPUTE = "none"
@@ -62,6 +68,26 @@ class JobSpec:
             ValueError: one is set by two parts.
         """
         return merge_parts(self.parts(), Path(self.name))
+
+    def planned_values(self) -> dict[str, Any]:
+        """All arguments but what lies on the cluster: data, checkpoints, a tokenizer's files.
+
+        Raises:
+            ValueError: one is set by two parts, or the vocabulary's size is not to be known here.
+        """
+        values = {k: v for k, v in self.values().items() if k not in _ON_THE_CLUSTER}
+        values["mock_data"] = True
+        files = values.get("tokenizer_model")
+        is_here = files is not None and Path(files).exists()
+        if is_here or values.get("tokenizer_type") == _NO_TOKENIZER:
+            return values
+        if values.get("vocab_size") is None:
+            raise ValueError(
+                f"{self.name}: tokenizer_model = {files!r} is not here: to plan without it give "
+                "the vocabulary's vocab_size"
+            )
+        values.pop("tokenizer_model", None)
+        return {**values, "tokenizer_type": _NO_TOKENIZER}
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The parts as a run file holds them."""

@@ -25,7 +25,7 @@ def table(plan: dict[str, Any]) -> str:
         step = one["step_ms"]
         lines.append(
             f"{one['name']:12} {step:10,.0f} {one['tokens_per_s_per_gpu']:10,.0f} "
-            f"{one['tflops_per_gpu']:8.0f} {one['mfu']:6.1%} {one['exposed_comm_ms'] / step:8.1%} "
+            f"{one['tflops_per_gpu']:8.3g} {one['mfu']:6.1%} {one['exposed_comm_ms'] / step:8.1%} "
             f"{one['bubble_ms'] / step:7.1%} {one['memory_gib']['peak']:9.1f}  {_verdict(one)}"
         )
     return "\n".join(lines)

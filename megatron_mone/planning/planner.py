@@ -81,12 +81,12 @@ class Planner:
             return flag_parser()
 
     def flags(self, job: JobSpec) -> list[str]:
-        """Command-line flags of a job.
+        """Command-line flags of a job, as it is planned: without data and checkpoints.
 
         Raises:
-            ValueError: one line; an unknown argument, or one that two parts set.
+            ValueError: one line; an unknown argument, one that two parts set, or no vocab_size.
         """
-        return to_flags(job.values(), self._parser, Path(job.name))
+        return to_flags(job.planned_values(), self._parser, Path(job.name))
 
     def plan(self, job: JobSpec, gpus: int, progress: Progress | None = None) -> Planned:
         """Plan one job.

@@ -118,3 +118,25 @@ def test_named_parts_and_wrong_names():
         job_spec("moe-30b-a3")
     with pytest.raises(ValueError, match="configs/parallel"):
         job_spec("moe-30b-a3b", "no-such-layout")
+
+
+def with_train(**train):
+    return JobSpec("far", {"num_layers": 2}, {}, {}, train)
+
+
+def test_a_job_is_planned_without_what_lies_on_the_cluster(tmp_path):
+    far = with_train(data_path=["/data/a"], save="/ckpt", load="/ckpt", vocab_size=50_000,
+                     tokenizer_type="Llama2Tokenizer", tokenizer_model="/data/tok")  # fmt: skip
+    assert far.planned_values() == {
+        "num_layers": 2, "vocab_size": 50_000, "mock_data": True, "tokenizer_type": "NullTokenizer",
+    }  # fmt: skip
+    assert far.values()["data_path"] == ["/data/a"]  # the run file keeps it
+    here = with_train(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path))
+    assert here.planned_values()["tokenizer_model"] == str(tmp_path)
+
+
+def test_a_vocabulary_of_unknown_size_is_refused():
+    with pytest.raises(
+        ValueError, match=r"tokenizer_model = '/data/tok' is not here: .*vocab_size"
+    ):
+        with_train(tokenizer_type="Llama2Tokenizer", tokenizer_model="/data/tok").planned_values()
