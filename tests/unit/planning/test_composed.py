@@ -49,9 +49,8 @@ def planner(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    ["tp=1,pp=1,ep=4", "tp=1,pp=4,ep=4", "tp=1,pp=2,vpp=2,ep=4", "tp=2,pp=2,ep=8,etp=1",
-     "tp=1,pp=8,ep=2,recompute=layernorm+moe_act"],
-)  # fmt: skip
+    ["tp=1,pp=1,ep=4", "tp=1,pp=2,vpp=2,ep=4", "tp=1,pp=8,ep=2,recompute=layernorm+moe_act"],
+)
 def test_a_composed_plan_is_the_whole_one(planner, layout):
     plain = job_spec("moe-30b-a3b-mone")
     train = {**plain.train, "global_batch_size": 64, "vocab_size": None, "seq_length": 512}
