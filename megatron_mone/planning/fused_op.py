@@ -50,23 +50,8 @@ def note(
         read: bytes; of all inputs when None.
         phase: another one than that under way.
     """
-    if _recorder is None or not _recorder.clock.running:
-        return
-    given, made = list(inputs), list(outputs)
-    kind = made[0].dtype if dtype is None else dtype
-    _recorder.ops.append(
-        Op(
-            name=name,
-            inputs=tuple(tuple(tensor.shape) for tensor in given),
-            outputs=tuple(tuple(tensor.shape) for tensor in made),
-            dtype=str(kind).removeprefix("torch."),
-            bytes_read=sum(tensor.nbytes for tensor in given) if read is None else read,
-            bytes_written=sum(tensor.nbytes for tensor in made),
-            flops=flops,
-            phase=_recorder.clock.phase if phase is None else phase,
-            pass_=_recorder.clock.pass_,
-        )
-    )
+    if _recorder is not None:
+        _recorder.note(name, inputs, outputs, flops, dtype=dtype, read=read, phase=phase)
 
 
 def note_flat(name: str, elements: int, read: int, written: int, dtype: torch.dtype) -> None:

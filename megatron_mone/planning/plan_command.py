@@ -222,7 +222,7 @@ def _candidate(one: Candidate, on_front: bool) -> dict[str, Any]:
         "fits": prediction.fits,
         "step_ms": 1e3 * prediction.seconds,
         "tokens_per_s_per_gpu": prediction.tokens_per_second,
-        "peak_gib": prediction.memory_P[prediction.fullest].peak / GIB,
+        "peak_gib": prediction.peak / GIB,
         "parts_ms": {name: 1e3 * value for name, value in prediction.parts.items()},
         "pareto": on_front,
     }
@@ -261,7 +261,7 @@ def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> dict[str, A
         "change": words,
         "layout": short_layout(fitting.job.values()),
         "step_ms": 1e3 * prediction.seconds,
-        "peak_gib": prediction.memory_P[prediction.fullest].peak / GIB,
+        "peak_gib": prediction.peak / GIB,
     }
 
 

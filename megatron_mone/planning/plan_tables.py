@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_mone.planning.hardware import Device
 from megatron_mone.planning.plan_document import GIB
-from megatron_mone.planning.search import Candidate, Found
+from megatron_mone.planning.search import Found
 
 
 def table(plan: dict[str, Any]) -> str:
@@ -73,12 +73,7 @@ def nothing_planned(found: Found, name: str, gpus: int, device: Device) -> str:
 
 def nothing_fits(found: Found, name: str, gpus: int, device: Device) -> str:
     """Why no layout that was planned fits, in one line."""
-
-    def peak(one: Candidate) -> float:
-        prediction = one.planned.prediction
-        return prediction.memory_P[prediction.fullest].peak
-
-    least = min(found.candidates, key=peak)
+    least = min(found.candidates, key=lambda one: one.planned.prediction.peak)
     prediction = least.planned.prediction
     memory = prediction.memory_P[prediction.fullest]
     part = memory.first_that_does_not_fit(device)

@@ -74,9 +74,14 @@ class Prediction:
         return max(range(len(self.memory_P)), key=lambda stage: self.memory_P[stage].peak)
 
     @property
+    def peak(self) -> float:
+        """Bytes of the fullest stage's rank."""
+        return self.memory_P[self.fullest].peak
+
+    @property
     def fits(self) -> bool:
         """Whether every stage fits its device."""
-        return self.memory_P[self.fullest].peak <= self.cluster.device.memory_bytes
+        return self.peak <= self.cluster.device.memory_bytes
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -69,8 +70,9 @@ class Recorder:
         read = None
         if func.overloadpacket in _PICKING:
             picked = sum(tensor.nbytes for tensor in outputs)
-            read = picked + sum(t.nbytes for t in inputs if not t.is_floating_point())
-        self.note(str(func.overloadpacket), inputs, outputs, flops, read)
+            picked += sum(t.nbytes for t in inputs if not t.is_floating_point())
+            read = min(picked, sum(tensor.nbytes for tensor in inputs))
+        self.note(str(func.overloadpacket), inputs, outputs, flops, read=read)
 
     def note(
         self,
@@ -78,7 +80,10 @@ class Recorder:
         inputs: Iterable[Tensor],
         outputs: Iterable[Tensor],
         flops: int,
+        *,
+        dtype: torch.dtype | None = None,
         read: int | None = None,
+        phase: str | None = None,
     ) -> None:
         """Take down one operator in the phase under way.
 
@@ -86,22 +91,24 @@ class Recorder:
             name: of the operator.
             inputs, outputs: its tensors.
             flops: its operations.
+            dtype: in which it multiplies; of the first output when None.
             read: bytes; of all inputs when None.
+            phase: another one than that under way.
         """
         if not self.clock.running:
             return
         inputs, outputs = list(inputs), list(outputs)
-        whole = sum(tensor.nbytes for tensor in inputs)
+        kind = outputs[0].dtype if dtype is None else dtype
         self.ops.append(
             Op(
                 name=name,
                 inputs=tuple(tuple(tensor.shape) for tensor in inputs),
                 outputs=tuple(tuple(tensor.shape) for tensor in outputs),
-                dtype=str(outputs[0].dtype).removeprefix("torch."),
-                bytes_read=whole if read is None else min(read, whole),
+                dtype=str(kind).removeprefix("torch."),
+                bytes_read=sum(tensor.nbytes for tensor in inputs) if read is None else read,
                 bytes_written=sum(tensor.nbytes for tensor in outputs),
                 flops=flops,
-                phase=self.clock.phase,
+                phase=self.clock.phase if phase is None else phase,
                 pass_=self.clock.pass_,
             )
         )
@@ -172,6 +179,7 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
+@cache  # of a few hundred operators, asked tens of thousands of times
 def _is_in_place(func: Any) -> bool:
     """Whether an operator returns an argument that it wrote to."""
     return any(
@@ -180,6 +188,7 @@ def _is_in_place(func: Any) -> bool:
     )
 
 
+@cache
 def _is_view(func: Any) -> bool:
     """Whether an operator returns its input seen otherwise, and writes nothing."""
     if func.overloadpacket is aten._unsafe_view:  # its schema says copy; it is none

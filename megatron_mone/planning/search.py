@@ -262,8 +262,7 @@ def pareto(candidates: Sequence[Candidate]) -> set[str]:
     """Layouts than which none is both faster and smaller; `candidates` fastest first."""
     front, least = set(), float("inf")
     for one in candidates:
-        prediction = one.planned.prediction
-        peak = prediction.memory_P[prediction.fullest].peak
+        peak = one.planned.prediction.peak
         if peak < least:
             front.add(one.layout)
             least = peak

@@ -135,7 +135,7 @@ def _point(prediction: Prediction) -> dict[str, Any]:
     return {
         **{name: rates[name] for name in names},
         "fits": prediction.fits,
-        "peak_gib": prediction.memory_P[prediction.fullest].peak / GIB,
+        "peak_gib": prediction.peak / GIB,
     }
 
 
