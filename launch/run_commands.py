@@ -14,7 +14,8 @@ from typing import Any
 from launch.local import running
 from launch.manifest import MANIFEST, gather, record_start
 from launch.slurm_commands import SlurmUnavailable, cancel, submit
-from launch.slurm_state import job_states, why_waiting
+from launch.slurm_reasons import why_waiting
+from launch.slurm_state import job_states
 from megatron_mone.spelling import nearest_name
 
 SCRIPT = "job.sbatch"

@@ -9,7 +9,8 @@ import pytest
 
 from launch import slurm_commands, slurm_state
 from launch.slurm_commands import SlurmRefused
-from launch.slurm_state import job_states, why_waiting
+from launch.slurm_reasons import why_waiting
+from launch.slurm_state import job_states
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import submit, wait_end, wait_state, wait_until

@@ -15,7 +15,8 @@ import pytest
 
 from launch import slurm_commands, slurm_state
 from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import JobState, job_states, why_waiting
+from launch.slurm_reasons import why_waiting
+from launch.slurm_state import JobState, job_states
 
 RECORDED = Path(__file__).with_name("recorded")
 BY_JSON = json.loads((RECORDED / "squeue-22.05.json").read_text())["jobs"]
