@@ -12,7 +12,7 @@ demo: setup
 	@$(PY) -m tools.demo $(if $(STEPS),--steps $(STEPS))
 
 test: setup
-	@$(PY) -m pytest $(TESTS)
+	@sh tools/run_tests.sh $(TESTS)
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

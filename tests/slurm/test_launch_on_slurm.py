@@ -1,0 +1,140 @@
+"""The launch command on a real Slurm, with programs that take no time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch import manifest, slurm_commands
+from launch.__main__ import main
+from tests.slurm.cluster import Cluster, processes_with
+from tests.slurm.conftest import Boot
+from tests.slurm.jobs import wait_end, wait_state, wait_until
+from tests.slurm.training import launch
+from tests.unit.launch.hostile_text import CANARY, HOSTILE
+
+
+@pytest.fixture
+def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
+    with slurm_cluster(4).selected() as selected:
+        yield selected
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """The folder of runs, with a launch file of two tasks on one node."""
+    (tmp_path / "site.yaml").write_text("tasks_per_node: 2\n")
+    return tmp_path
+
+
+def submit(runs: Path, *words: str) -> str:
+    """Submit a program; returns the job's id."""
+    said = launch("submit", "--runs", str(runs), "--launch", str(runs / "site.yaml"), *words)
+    found = re.search(r"^job (\d+), log ", said, re.MULTILINE)
+    assert found, said
+    return found[1]
+
+
+def test_a_program_gets_its_ranks_and_its_end_is_in_the_manifest(
+    cluster: Cluster, runs: Path
+) -> None:
+    program = ["sh", "-c", "echo $RANK of $WORLD_SIZE, $LOCAL_RANK of $LOCAL_WORLD_SIZE"]
+    job = submit(runs, "--name", "ranks", "--nodes", "2", "--", *program)
+    assert wait_end(job).state == "COMPLETED"
+    logs = sorted((runs / "ranks" / "logs" / f"{job}.0").glob("rank-*.log"))
+    assert [log.read_text().strip() for log in logs] == [
+        f"{rank} of 4, {rank % 2} of 2" for rank in range(4)
+    ]
+    launch("status", "--runs", str(runs))
+    (attempt,) = json.loads((runs / "ranks" / "manifest.json").read_text())["attempts"]
+    assert (attempt["status"], attempt["reason"]) == (0, "finished")
+    assert attempt["node_list"] == "n[0-1]"
+
+
+def test_a_chain_runs_in_order(cluster: Cluster, runs: Path) -> None:
+    out, program = runs / "order", ["sh", "-c", 'sleep 1; echo "$1" >>"$2"', "sh"]
+    jobs: list[str] = []
+    for name in ("first", "second", "third"):
+        after = [f"--dependency=afterok:{jobs[-1]}"] if jobs else []
+        own = ["--name", name, "--tasks-per-node", "1", *after]
+        jobs.append(submit(runs, *own, "--", *program, name, str(out)))
+    assert [wait_end(job).state for job in jobs] == ["COMPLETED"] * 3
+    assert out.read_text().split() == ["first", "second", "third"]
+
+
+def test_after_a_failure_the_chain_is_removed(cluster: Cluster, runs: Path) -> None:
+    first = submit(runs, "--name", "fails", "--", "sh", "-c", "sleep 1; exit 3")
+    second = submit(runs, "--name", "never", f"--dependency=afterok:{first}", "--", "true")
+    assert wait_end(first).state == "FAILED"
+    assert wait_end(second).state == "CANCELLED"
+    assert not list((runs / "never").glob("attempts/*"))
+
+
+def test_status_says_in_one_line_why_a_job_does_not_start(cluster: Cluster, runs: Path) -> None:
+    job = submit(runs, "--name", "late", "--sbatch", "begin=now+3600", "--", "true")
+    wait_until(job, lambda state: state.reason == "BeginTime")
+    lines = launch("status", "--runs", str(runs), "late").splitlines()
+    assert f"job {job} PENDING" in lines[0]
+    assert lines[1].startswith(f"{job} does not start: its start time has not come")
+    launch("cancel", "--runs", str(runs), "late")
+    assert wait_end(job).state == "CANCELLED"
+
+
+def test_cancel_ends_every_process(cluster: Cluster, runs: Path) -> None:
+    marker = str(runs / "no-such-file")
+    command = ["sh", "-c", 'tail -F "$1" & setsid tail -F "$1" & wait', "sh", marker]
+    job = submit(runs, "--name", "tails", "--nodes", "2", "--", *command)
+    wait_until(job, lambda _: len(processes_with(marker)) >= 12)
+    launch("cancel", "--runs", str(runs), job)
+    assert wait_end(job).state == "CANCELLED"
+    assert not processes_with(marker)
+
+
+def test_hostile_names_and_arguments_are_data(cluster: Cluster, runs: Path) -> None:
+    """Every text of the injection table at once, through sbatch, the script, srun and the rank."""
+    texts = list(HOSTILE.values())
+    name = f"a b'c\"d$(touch {CANARY})`touch {CANARY}`; ü"
+    words = ["python3", "-c", "import sys, json; print(json.dumps(sys.argv[1:]))", *texts]
+    job = submit(runs, "--name", name, "--tasks-per-node", "1", "--environment", f"A={texts[0]}",
+                 "--", *words)  # fmt: skip
+    assert wait_end(job).state == "COMPLETED"
+    (log,) = (runs / name / "logs" / f"{job}.0").glob("rank-*.log")
+    assert json.loads(log.read_text()) == texts
+    assert not list(runs.rglob(CANARY))
+    assert not Path(CANARY).exists()
+
+
+def test_resume_waits_for_the_end_and_then_runs_the_same_script(
+    cluster: Cluster, runs: Path
+) -> None:
+    gate = runs / "gate"
+    program = ["sh", "-c", 'until [ -e "$1" ]; do sleep .1; done', "sh", str(gate)]
+    job = submit(runs, "--name", "once", "--", *program)
+    wait_state(job, "RUNNING")
+    manifest.gather(runs / "once")
+    assert main(["resume", "--runs", str(runs), "once"]) == 2
+    gate.touch()
+    assert wait_end(job).state == "COMPLETED"
+    again = re.search(r"\d+", launch("resume", "--runs", str(runs), "once"))
+    assert again
+    assert wait_end(again[0]).state == "COMPLETED"
+    assert len(manifest.gather(runs / "once")["attempts"]) == 2
+
+
+def test_slurm_accepts_1024_gpus_and_refuses_what_cannot_be(
+    validation_cluster: Boot, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """configs/launch/slurm.yaml on 128 nodes with 8 GPUs each, of which only slurmctld runs."""
+    own = ["submit", "--test-only", "--runs", str(runs), "--launch", "slurm", "--name", "large"]
+    with validation_cluster(128).selected():
+        assert "on nodes n[0-127]" in launch(*own, "--nodes", "128", "--", "true")
+        assert main([*own, "--nodes", "129", "--", "true"]) == 2
+        assert slurm_commands.queue(["1"]) == []
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "sinfo" in said
+    assert not (runs / "large").exists()

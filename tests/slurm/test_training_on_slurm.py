@@ -1,0 +1,129 @@
+"""Training of the demo's model as jobs of a real Slurm, two nodes over gloo, to the same losses.
+
+One run goes through undisturbed; the others are stopped by their time limit, lose a node or lose
+their controller's trust (split-brain), are started again by Slurm, and must end with the losses of
+the first.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import manifest, slurm_commands
+from launch.slurm_state import JobState
+from tests.slurm.cluster import Cluster, processes_with
+from tests.slurm.conftest import Boot
+from tests.slurm.jobs import wait_end, wait_until
+from tests.slurm.training import (
+    FLAGS,
+    STEPS,
+    freeze_at,
+    launch,
+    losses,
+    submit_training,
+    thaw,
+    wait_for_signal,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
+    with slurm_cluster(6, owner="training").selected() as selected:
+        yield selected
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all runs of this file."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm_cluster: Boot, runs: Path) -> dict[int, float]:
+    """The losses of two nodes that nobody disturbs."""
+    with slurm_cluster(6, owner="training").selected():
+        state = wait_end(submit_training(runs, "whole"))
+    assert state.state == "COMPLETED", _said(runs / "whole")
+    found = losses(runs / "whole")
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found
+
+
+def test_two_nodes_give_the_losses_of_two_ranks_here(
+    undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    flags = [*FLAGS, "--expert-model-parallel-size", "2"]
+    where = ["--runs", str(tmp_path), "--name", "here", "--tasks-per-node", "2"]
+    curve = ["--tensorboard-dir", str(tmp_path / "here" / "curve")]
+    launch("run", "--config", "configs/demo-mone.yaml", *where, "--", *flags, *curve)
+    assert losses(tmp_path / "here") == undisturbed
+
+
+def test_stopped_by_its_time_limit_a_run_goes_on_as_if_it_never_was(
+    cluster: Cluster, undisturbed: dict[int, float], runs: Path
+) -> None:
+    job = submit_training(runs, "timed", "--time-limit", "1", "--signal-lead-seconds", "50")
+    ranks = freeze_at(runs / "timed", f"{job}.0", 5)
+    wait_for_signal(ranks, signal.SIGUSR1)
+    thaw(ranks)
+    assert _wait_second_start(job).state == "COMPLETED", _said(runs / "timed")
+    first, second = _attempts(runs / "timed")
+    assert (first["status"], first["reason"]) == (75, "requeued after a checkpoint")
+    assert (second["status"], second["reason"]) == (0, "finished")
+    # The step at which it was stopped was saved: nothing is done twice.
+    assert losses(runs / "timed") == undisturbed
+
+
+def test_a_run_that_lost_a_node_is_requeued_and_completes(
+    cluster: Cluster, undisturbed: dict[int, float], runs: Path
+) -> None:
+    job = submit_training(runs, "lost")
+    ranks = freeze_at(runs / "lost", f"{job}.0", 5)
+    nodes = _names(_attempts(runs / "lost")[0]["node_list"])
+    cluster.kill(nodes[-1])
+    thaw(ranks)
+    assert _wait_second_start(job).state == "COMPLETED", _said(runs / "lost")
+    second = _attempts(runs / "lost")[-1]
+    assert second["reason"] == "finished"
+    assert nodes[-1] not in _names(second["node_list"])
+    assert losses(runs / "lost") == undisturbed
+
+
+def test_cancel_leaves_no_process(cluster: Cluster, runs: Path) -> None:
+    job = submit_training(runs, "cancelled")
+    thaw(freeze_at(runs / "cancelled", f"{job}.0", 1))
+    assert f"job {job} is cancelled" in launch("cancel", "--runs", str(runs), "cancelled")
+    assert wait_end(job).state == "CANCELLED"
+    assert not processes_with(str(runs / "cancelled"))
+
+
+def _wait_second_start(job: str) -> JobState:
+    """Let a job that is requeued start at once, where Slurm would wait two minutes; its end."""
+    again = wait_until(job, lambda state: state.restarts == 1 and state.state != "COMPLETING")
+    if again.state == "PENDING":
+        slurm_commands.update(job, StartTime="now+2")
+    return wait_end(job)
+
+
+def _attempts(run: Path) -> list[dict[str, Any]]:
+    return manifest.attempts(run)
+
+
+def _names(node_list: str) -> list[str]:
+    done = slurm_commands._run("scontrol", ["show", "hostnames", node_list], 10)
+    return done.stdout.split()
+
+
+def _said(run: Path) -> str:
+    """What a run that failed said, and the ends of its attempts."""
+    logs = [*run.glob("logs/*.log"), *run.glob("logs/*/*.log")]
+    said = [f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs]
+    return "\n".join([json.dumps(_attempts(run), indent=1), *said])
