@@ -22,6 +22,8 @@ from megatron_mone.profiling.local_ranks import run_ranks
 
 STOPPED = 75
 """Exit status of ranks that saved and stopped on a signal (megatron_mone/checkpoint/signals.py)."""
+LEASE_LOST = 76
+"""That of ranks whose checkpoint folder was taken over (megatron_mone/checkpoint/lease.py)."""
 INTERRUPTED = 130
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
@@ -77,7 +79,7 @@ def run_local(spec: LaunchSpec) -> int:
     return 0
 
 
-def rank_command(spec: LaunchSpec, case: Case) -> list[str]:
+def rank_command(spec: LaunchSpec, case: Case, attempt: str) -> list[str]:
     """What each rank runs: the program in its folder and with its environment, set by env(1)."""
     variables = {variable.name: variable.value for variable in spec.variables}
     variables |= spec.environment
@@ -85,6 +87,10 @@ def rank_command(spec: LaunchSpec, case: Case) -> list[str]:
         variables["VIRTUAL_ENV"] = spec.virtual_environment
         path = variables.get("PATH", os.environ.get("PATH", os.defpath))
         variables["PATH"] = f"{spec.virtual_environment}/bin:{path}"
+    variables["MEGATRON_MONE_ATTEMPT"] = attempt
+    variables["MEGATRON_MONE_PROGRESS"] = str(
+        Path(case.folder).absolute() / "attempts" / f"{attempt}.progress"
+    )
     settings = [f"{name}={value}" for name, value in variables.items()]
     # env takes what holds a = for a variable, also a program whose path does; the shell does not.
     start = ("sh", "-c", 'exec "$@"', "sh")
@@ -100,7 +106,7 @@ def _run_case(spec: LaunchSpec, case: Case) -> int:
     try:
         with _forwarding():
             logs = folder / "logs" / attempt
-            status = run_ranks(rank_command(spec, case), spec.ranks_per_node, logs)
+            status = run_ranks(rank_command(spec, case, attempt), spec.ranks_per_node, logs)
     finally:
         end_attempt(folder, attempt, status, _reason(status))
     return status
@@ -111,6 +117,7 @@ def _reason(status: int) -> str:
     known = {
         0: "finished",
         STOPPED: "stopped after a checkpoint",
+        LEASE_LOST: "another attempt took over",
         INTERRUPTED: "interrupted",
     }
     return known.get(status, f"failed with status {status}")

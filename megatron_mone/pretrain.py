@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from megatron_mone import liveness
 from megatron_mone.files import write_json
 from megatron_mone.profiling.local_ranks import free_port
 
@@ -27,6 +28,7 @@ NOT_FINITE = 3
 def main() -> None:
     """Run one training job; a user's mistake is one line on stderr and exit status 2."""
     started = time.time()
+    liveness.dump_stacks_on_signal()
     if not torch.cuda.is_available():
         from megatron_mone import cpu_emulation
 
@@ -55,8 +57,8 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
-    from megatron_mone.checkpoint import optimizer_layout, safe_save, signals, verify
-    from megatron_mone.checkpoint.manifest import write_manifest
+    from megatron_mone.checkpoint import optimizer_layout, ownership, safe_save, signals, verify
+    from megatron_mone.checkpoint.lease import LEASE_LOST, LeaseLostError
     from megatron_mone.gpt_training import datasets_provider, forward_step
     from megatron_mone.metrics import install_tracker
     from megatron_mone.moe.finite_check import NonFiniteExpertError
@@ -66,11 +68,10 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
 
     stop = signals.arm(args) if args.save else None
     safe_save.install()
+    ownership.install(args, fail)  # before `verify`, lest that reads what is still written
     verify.install(fail)
     optimizer_layout.install()
     container = pretrain_cfg_container_from_args(args, model_config)
-    if args.save and args.rank == 0:
-        write_manifest(Path(args.save), args)
     tracker = install_tracker()
     tracker.log_interval = args.log_interval
     tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
@@ -79,10 +80,13 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
         _write_run_facts(Path(args.tensorboard_dir), args, tracker.step_flops())
     set_startup_timestamps(program_start=started, main_entry=time.time())
     end_profile = attach(args, window_of(args))
+    end_progress = liveness.report_progress()
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
         fail(f"checkpoint {args.load}: {error}")
+    except LeaseLostError as error:
+        fail(str(error), LEASE_LOST)
     except safe_save.SaveFailedError as error:
         fail(str(error), safe_save.SAVE_FAILED)
     except (NonFiniteExpertError, MaskTraceError) as error:
@@ -95,6 +99,8 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
         raise SystemExit(signals.STOPPED) from None
     finally:
         end_profile()
+        end_progress()
+        ownership.release()
         if (
             stop is not None and not stop.stopped
         ):  # torchrun signals ranks that are on their way out
@@ -179,7 +185,7 @@ def build_model_config(args: argparse.Namespace):
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
-    from megatron_mone.checkpoint import verify
+    from megatron_mone.checkpoint import ownership, verify
     from megatron_mone.config import add_mone_args
     from megatron_mone.profiling import attach
     from megatron_mone.spelling import nearest_name
@@ -187,6 +193,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add_mone_args(parser)
     attach.add_arguments(parser)
     verify.add_arguments(parser)
+    ownership.add_arguments(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
 
     def one_line(message: str) -> NoReturn:

@@ -1,6 +1,6 @@
 """A save that is complete, summed and named by the tracker, or that never happened.
 
-Wraps Megatron's torch_dist save at these places of `save_checkpoint`, in this order:
+Wraps Megatron's `save_checkpoint` and, in its torch_dist save, these places, in this order:
 
 1. before: what a killed save left in the folder is removed, and a tracker that names this very
    folder goes back to the iteration the run came from;
@@ -10,8 +10,10 @@ Wraps Megatron's torch_dist save at these places of `save_checkpoint`, in this o
    an error of any rank is raised on all of them;
 4. only then does Megatron advance the tracker, in one rename.
 
-With async save, 3 is one of the request's finalize functions. May touch: Megatron's modules, the
-folder being saved.
+With async save, 3 is one of the request's finalize functions. Before 1, with the others' results in
+each exchange of 2 and 3, and before 4, rank 0 looks whether this run still holds the folder
+(lease.py): if not, LeaseLostError on all ranks, and nothing more is written or removed. May touch:
+Megatron's modules, the folder being saved.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.msc_utils import MultiStorageClientFeature
-from megatron.training import checkpointing, get_args
+from megatron.training import checkpointing, get_args, training
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.integrity import SUMS_NAME, Entry, own_files, sum_files, write_sums
+from megatron_mone.checkpoint.lease import LeaseLostError
 from megatron_mone.checkpoint.tracker import (
     ITERATION_FORMAT,
     TRACKER_NAME,
+    TrackerFile,
     TrackerStorage,
     commit,
     iteration_of,
@@ -57,7 +62,8 @@ def install() -> None:
     """Put the wrappers in place, once per process."""
     if isinstance(checkpointing.maybe_msc, TrackerStorage):
         return
-    checkpointing.maybe_msc = TrackerStorage(checkpointing.maybe_msc)
+    checkpointing.maybe_msc = _HeldTrackerStorage(checkpointing.maybe_msc)
+    training.save_checkpoint = _held(training.save_checkpoint)
     dist_checkpointing.save = _sealed(dist_checkpointing.save)
     checkpointing.ensure_directory_exists = _kept(checkpointing.ensure_directory_exists)
     serialization.save_config = _kept(serialization.save_config)
@@ -66,6 +72,50 @@ def install() -> None:
     FileSystemWriterAsync.write_preloaded_data = staticmethod(
         _noted(FileSystemWriterAsync.write_preloaded_data)
     )
+
+
+class _HeldTracker(TrackerFile):
+    """The tracker, moved by rank 0 after a last look at the lease; a background save ends here.
+
+    Leaving the block raises LeaseLostError on this rank alone, which ends the others: another run
+    took the folder while the ranks went from their last agreement to here.
+    """
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        if kind is None:
+            ownership.check()
+        super().__exit__(kind, value, trace)
+        if get_args().async_save:
+            ownership.end_save()
+
+
+class _HeldTrackerStorage(TrackerStorage):
+    """Megatron's storage, with that tracker."""
+
+    def open(self, path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        """As `TrackerStorage.open`."""
+        file = super().open(path, mode, *args, **kwargs)
+        return _HeldTracker(path) if isinstance(file, TrackerFile) else file
+
+
+def _held(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Any kind of save begins only in a folder that the run holds; it keeps it meanwhile."""
+
+    @functools.wraps(save_checkpoint)
+    def held(*args: Any, **kwargs: Any) -> Any:
+        try:
+            ownership.begin_save(get_args())
+        except OSError as error:
+            raise SaveFailedError(
+                f"checkpoint folder {get_args().save} cannot be reached ({error.strerror}): start "
+                "the same command again when it can"
+            ) from error
+        try:
+            return save_checkpoint(*args, **kwargs)
+        finally:
+            ownership.end_save()
+
+    return held
 
 
 def _sealed(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,6 +134,7 @@ def _sealed(save: Callable[..., Any]) -> Callable[..., Any]:
             raise AssertionError("unreachable") from error
         if request is not None:
             request.add_finalize_fn(functools.partial(_seal, folder))
+            ownership.extend_save()
             return request
         _seal(folder)
         return None
@@ -200,7 +251,7 @@ def _on_rank_0(function: Callable[[Path], None], folder: Path) -> None:
 
 
 def _agree(folder: Path, error: str | None = None, share: Any = None) -> list[Any]:
-    """Exchange errors and shares; every rank raises if any rank has an error.
+    """Exchange errors and shares; every rank raises if any has an error, or the folder is lost.
 
     Args:
         folder: being saved.
@@ -211,25 +262,34 @@ def _agree(folder: Path, error: str | None = None, share: Any = None) -> list[An
         All ranks' shares, in rank order.
 
     Raises:
+        LeaseLostError: another run took the folder; whatever is in it stays.
         SaveFailedError: one line, the same on all ranks, naming folder, cause and fix.
     """
-    mine = (list(_errors), error, share)
+    lost = None
+    try:
+        lost = ownership.look()
+    except OSError as failure:
+        _errors.append(_reason(failure))
+    mine = (list(_errors), error, share, lost)
     _errors.clear()
     everyone: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(everyone, mine)
-    for rank, (errors, _, _) in enumerate(everyone):
+    for *_, lost in everyone:
+        if lost is not None:
+            raise LeaseLostError(lost)
+    for rank, (errors, *_) in enumerate(everyone):
         if errors:
             _give_up(folder, f"{errors[0]} on rank {rank}")
-    for _, known, _ in everyone:
+    for _, known, *_ in everyone:
         if known is not None:
             _give_up(folder, known)
-    return [part for _, _, part in everyone]
+    return [part for _, _, part, _ in everyone]
 
 
 def _give_up(folder: Path, cause: str) -> NoReturn:
     """Free the space that the failed save took, and raise."""
     text = read_tracker(folder.parent)
-    if torch.distributed.get_rank() == 0:
+    if torch.distributed.get_rank() == 0 and _still_ours():
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.is_file():
                 path.unlink(missing_ok=True)
@@ -239,3 +299,11 @@ def _give_up(folder: Path, cause: str) -> NoReturn:
         name = ITERATION_FORMAT.format(int(text)) if text.isdigit() else text
         before = f"{name} is still there and will be resumed from"
     raise SaveFailedError(f"checkpoint {folder} could not be written ({cause}): {fix}; {before}")
+
+
+def _still_ours() -> bool:
+    """Whether what is in the folder is this run's to remove."""
+    try:
+        return ownership.look() is None
+    except OSError:
+        return False

@@ -2,8 +2,9 @@
 
 Megatron's `--exit-signal-handler` gathers a flag over the ranks once a step, saves, and exits with
 status 0, which a scheduler cannot tell from a finished run; and it knows one signal. Here it gets
-two signals and a status, and a signal during start-up is kept until the first step. May touch: this
-process's signal handlers, Megatron's global handler.
+two signals and a status, and a signal during start-up is kept until the first step. The same flag
+tells all ranks that rank 0 lost the checkpoint folder (ownership.py): they stop there, with no
+save. May touch: this process's signal handlers, Megatron's global handler.
 """
 
 from __future__ import annotations
@@ -18,9 +19,14 @@ from typing import Any
 from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+from megatron_mone.checkpoint import ownership
+from megatron_mone.checkpoint.lease import LeaseLostError
+
 STOPPED = 75
 """Exit status after a signal and a save: EX_TEMPFAIL of sysexits.h, start me again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOST = 2
+"""What a rank's flag says in place of 0 or 1 when the checkpoint folder is lost."""
 
 
 class StopHandler(DistributedSignalHandler):
@@ -30,7 +36,7 @@ class StopHandler(DistributedSignalHandler):
         super().__init__(signals[0])
         self.released = False
         self.stopped = False
-        self._signal_received = False
+        self._signal_received: int = False
         self._originals = {number: signal.getsignal(number) for number in signals}
         for number in signals:
             signal.signal(number, self._receive)
@@ -39,8 +45,17 @@ class StopHandler(DistributedSignalHandler):
         self._signal_received = True
 
     def signals_received(self) -> list[int]:
-        """One flag a rank; collective over all ranks, called by Megatron at a step's end."""
+        """One flag a rank; collective over all ranks, called by Megatron at a step's end.
+
+        Raises:
+            LeaseLostError: on every rank: the checkpoint folder is another run's.
+        """
+        lost = ownership.lost()
+        if lost is not None:
+            self._signal_received = _LOST
         received = super().signals_received()
+        if _LOST in received:
+            raise LeaseLostError(lost or "rank 0 lost the checkpoint folder")
         self.stopped = self.stopped or any(received)
         return received
 
@@ -68,7 +83,7 @@ def arm(args: Namespace) -> StopHandler:
 
 
 def _shield_writer() -> None:
-    """Keep the stop signals from the process that carries write results during a save.
+    """Keep the signals to ranks from the process that carries write results during a save.
 
     Slurm signals every process of a job step. Megatron's results queue lives in a process of its
     own (filesystem_async.get_write_results_queue), which SIGTERM would end before the save that
@@ -83,7 +98,7 @@ def _shield_writer() -> None:
     @functools.wraps(original)
     def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
         resource_tracker.ensure_running()  # its own start would unblock SIGTERM
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR2))
         try:
             return original(*args, **kwargs)
         finally:

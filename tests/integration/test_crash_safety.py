@@ -244,7 +244,7 @@ def test_real_full_disk(server, whole, small_disk, tmp_path):
     save = tmp_path / "save"
     for number, room in enumerate((shards - 3, shards + 3, one - 1, one)):
         name = f"full{number}"
-        small_disk(one + 2 + room)  # the first checkpoint, mone_model.json and the tracker fit
+        small_disk(one + 3 + room)  # the first checkpoint, its tracker, two small files fit
         statuses = server.run(name, flags(save), ends_others=False)
         assert statuses == [74, 74], server.log(name)[-3000:]
         (line,) = server.errors(name)

@@ -136,3 +136,14 @@ def test_what_needs_a_cluster_is_refused(fields, said):
     with pytest.raises(ValueError) as refusal:
         check_local(job(**fields))
     assert said in str(refusal.value)
+
+
+def test_the_ranks_know_their_attempt_and_where_to_show_progress(tmp_path):
+    code = 'echo "$MEGATRON_MONE_ATTEMPT $MEGATRON_MONE_PROGRESS"; touch "$MEGATRON_MONE_PROGRESS"'
+    spec = _local(tmp_path, code + "; exit 76")
+    assert run_local(spec) == 76
+    (path,) = (tmp_path / "run/attempts").glob("*.progress")
+    attempt = path.name.removesuffix(".progress")
+    assert (tmp_path / f"run/attempts/{attempt}.start.json").exists()
+    assert _logs(tmp_path / "run") == [f"{attempt} {path}\n"]
+    assert _end(tmp_path / "run")["reason"] == "another attempt took over"

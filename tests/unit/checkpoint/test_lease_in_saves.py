@@ -1,0 +1,152 @@
+"""A save of a run that lost its folder ends without a trace, whatever else went wrong."""
+
+from __future__ import annotations
+
+import signal
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from megatron_mone.checkpoint import ownership
+from megatron_mone.checkpoint.lease import LeaseLostError
+from megatron_mone.checkpoint.signals import StopHandler
+from megatron_mone.checkpoint.tracker import TRACKER_NAME, read_tracker
+
+LOST = "checkpoint folder X was taken over"
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+class LostKeeper:
+    """Stands in for a Keeper whose lease is gone, from look `after` + 1 on."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.looks_left, self.saves = after, 0
+
+    @property
+    def lost(self) -> str | None:
+        return None if self.looks_left > 0 else LOST
+
+    def look(self) -> str | None:
+        lost, self.looks_left = self.lost, self.looks_left - 1
+        return lost
+
+    def begin_save(self) -> None:
+        if self.look():
+            raise LeaseLostError(LOST)
+        self.saves += 1
+
+    def extend_save(self) -> None:
+        self.saves += 1
+
+    def end_save(self) -> None:
+        self.saves -= 1
+
+
+@pytest.fixture
+def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of iteration 4 that the tracker names, and Megatron's arguments of the run."""
+    from megatron_mone.checkpoint import safe_save
+
+    folder = tmp_path / "iter_0000004"
+    folder.mkdir()
+    (folder / "__0_0.distcp").write_text("the new owner's")
+    (tmp_path / TRACKER_NAME).write_text("4")
+    args = Namespace(save=str(tmp_path), load=None, checkpoint_lease_seconds=60.0, async_save=False)
+    monkeypatch.setattr(safe_save, "get_args", lambda: args)
+    return tmp_path
+
+
+def untouched(save: Path) -> bool:
+    shard = save / "iter_0000004" / "__0_0.distcp"
+    return shard.read_text() == "the new owner's" and read_tracker(save) == "4"
+
+
+def test_lost_before_a_save_nothing_is_emptied(save, monkeypatch):
+    from megatron_mone.checkpoint import safe_save
+
+    monkeypatch.setattr(ownership, "_keeper", LostKeeper())
+    held = safe_save._held(lambda *args: pytest.fail("the save began"))
+    with pytest.raises(LeaseLostError, match=LOST):
+        held(4)
+    assert untouched(save)
+
+
+def test_lost_while_the_shards_are_written_nothing_is_sealed(save, monkeypatch):
+    from megatron_mone.checkpoint import safe_save
+
+    keeper = LostKeeper(after=1)
+    monkeypatch.setattr(ownership, "_keeper", keeper)
+    held = safe_save._held(lambda *args: safe_save._seal(save / "iter_0000004"))
+    with pytest.raises(LeaseLostError, match=LOST):
+        held(4)
+    assert untouched(save)
+    assert [path.name for path in (save / "iter_0000004").iterdir()] == ["__0_0.distcp"]
+    assert keeper.saves == 0
+
+
+def test_a_failed_save_frees_no_space_in_a_lost_folder(save, monkeypatch):
+    from megatron_mone.checkpoint import safe_save
+
+    monkeypatch.setattr(ownership, "_keeper", LostKeeper())
+    with pytest.raises(LeaseLostError, match=LOST):
+        safe_save._agree(save / "iter_0000004", "a disk was full")
+    monkeypatch.setattr(ownership, "_keeper", LostKeeper(after=1))
+    with pytest.raises(safe_save.SaveFailedError):
+        safe_save._agree(save / "iter_0000004", "a disk was full")
+    assert untouched(save)
+
+
+def test_lost_at_the_last_moment_the_tracker_stays(save, monkeypatch):
+    from megatron_mone.checkpoint import safe_save
+
+    storage = safe_save._HeldTrackerStorage(None)
+    for keeper, text in ((LostKeeper(), "4"), (LostKeeper(after=1), "8")):
+        monkeypatch.setattr(ownership, "_keeper", keeper)
+        try:
+            with storage.open(save / TRACKER_NAME, "w") as file:
+                file.write("8")
+        except LeaseLostError:
+            assert text == "4"
+        assert read_tracker(save) == text
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_a_background_save_ends_with_the_tracker(save, monkeypatch, in_background):
+    from megatron_mone.checkpoint import safe_save
+
+    keeper = LostKeeper(after=9)
+    monkeypatch.setattr(ownership, "_keeper", keeper)
+    safe_save.get_args().async_save = in_background
+    held = safe_save._held(lambda *args: keeper.extend_save() if in_background else None)
+    held(8)
+    assert keeper.saves == int(in_background)
+    with safe_save._HeldTrackerStorage(None).open(save / TRACKER_NAME, "w") as file:
+        file.write("8")
+    assert (keeper.saves, read_tracker(save)) == (0, "8")
+
+
+def test_a_save_that_cannot_look_fails(save, monkeypatch):
+    from megatron_mone.checkpoint import safe_save
+
+    class Unreachable(LostKeeper):
+        def begin_save(self) -> None:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(ownership, "_keeper", Unreachable())
+    held = safe_save._held(lambda *args: pytest.fail("the save began"))
+    with pytest.raises(safe_save.SaveFailedError, match=r"cannot be reached \(Input/output error"):
+        held(4)
+
+
+def test_the_run_stops_at_the_end_of_the_step(monkeypatch):
+    """In place of the save that a stop signal asks for, though one came as well."""
+    handler = StopHandler((signal.SIGUSR1,))
+    handler.release()  # of the process's own signals
+    monkeypatch.setattr(ownership, "_keeper", LostKeeper(after=1))
+    assert handler.signals_received() == [0]
+    handler._receive(0, None)
+    monkeypatch.setattr(ownership, "_keeper", LostKeeper())
+    with pytest.raises(LeaseLostError, match=LOST):
+        handler.signals_received()
+    assert not handler.stopped
