@@ -32,7 +32,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.12",
-    packages=find_packages(include=["megatron_mone*", "launch", "tools"]),
+    packages=find_packages(include=["megatron_mone*", "launch*", "tools"]),
     package_data={
         "megatron_mone": ["py.typed", "kernels/cpu/src/*", "kernels/measured.json"],
         "launch": ["templates/*"],
