@@ -2,9 +2,11 @@
 
     python -m launch run    --config configs/demo-mone.yaml [FLAGS] [-- MEGATRON FLAGS]
     python -m launch submit --config configs/plan/moe-30b-a3b-mone-128.yaml --nodes 16
+    python -m launch submit --config configs/plan/moe-30b-a3b-mone-128.yaml --nodes 16 --profile
     python -m launch submit --launch my-cluster.yaml --nodes 2 -- PROGRAM ARGUMENTS
+    python -m launch sweep  --config configs/demo-mone.yaml --grid r=1/2,1/4,1/8 [--here]
     python -m launch status [RUN ...]
-    python -m launch logs RUN [-f]      and: cancel RUN, resume RUN
+    python -m launch logs RUN [-f]      and: results RUN, cancel RUN, resume RUN
 
 RUN is a run's name or a job's id. docs/LAUNCH.md has the fields of a launch file.
 """
@@ -17,17 +19,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.local import INTERRUPTED
-from launch.run_commands import cancel_run, resume_run, show_logs, status_lines
+from launch.profile_jobs import add_profile_flags, refuse_profile_flags, submit_profile
+from launch.run_commands import cancel_run, find_run, resume_run, show_logs, status_lines
 from launch.slurm_commands import SlurmUnavailable
 from launch.spec_file import add_flags
-from launch.start_commands import job_of, start_run, submit_run
+from launch.start_commands import is_local, job_of, site_of, start_run, submit_run
+from launch.sweep import start_sweep
+from launch.sweep_results import show_results
+from launch.verdict import judge_job
 from megatron_mone.command_line import ERROR, OneLineParser, fail
 from megatron_mone.spelling import nearest_name
 
 NO_ANSWER = 75
 """Exit status where Slurm did not answer: EX_TEMPFAIL of sysexits.h, try again later."""
-START = ("run", "submit")
-LOOK_AFTER = ("status", "logs", "cancel", "resume")
+START = ("run", "submit", "sweep")
+LOOK_AFTER = ("status", "logs", "results", "cancel", "resume")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,9 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if own[:1] and own[0] in LOOK_AFTER:
             return _look_after(parse(run_parser(), own))
         options = parse(start_parser(), own)
+        if options.profile:
+            submit_profile(options, rest, site_of(options))
+            return 0
+        refuse_profile_flags(options)
         job = job_of(options, rest)
-        if options.action == "run":
+        if job.points:
+            return start_sweep(job, options, lambda cases: judge_job(cases, options.force))
+        if is_local(options):
             return start_run(job, options)
+        if not options.dry_run:
+            judge_job(job, options.force)
         submit_run(job, options)
         return 0
     except (ValueError, OSError) as error:
@@ -67,9 +81,11 @@ def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Nam
 
 
 def start_parser() -> argparse.ArgumentParser:
-    """The command line of run and submit, before `--`."""
+    """The command line of run, submit and sweep, before `--`."""
     parser = _parser()
-    parser.add_argument("action", choices=(*START, *LOOK_AFTER), help="ranks here, a Slurm job")
+    parser.add_argument(
+        "action", choices=(*START, *LOOK_AFTER), help="ranks here, a Slurm job, all of a grid"
+    )
     parser.add_argument("--config", type=Path, help="run file of configs/")
     parser.add_argument("--name", help="of the run and its folder (the run file's)")
     _add_runs(parser)
@@ -78,15 +94,20 @@ def start_parser() -> argparse.ArgumentParser:
         "--grid", action="append", default=[], metavar="ARGUMENT=VALUE,VALUE",
         help="a run for each value; may be repeated",
     )  # fmt: skip
+    parser.add_argument("--here", action="store_true", help="sweep: on this machine, no Slurm")
     judge = parser.add_mutually_exclusive_group()
     judge.add_argument("--dry-run", action="store_true", help="print the batch script only")
     judge.add_argument("--test-only", action="store_true", help="let Slurm judge, submit nothing")
+    parser.add_argument(
+        "--force", action="store_true", help="submit also what Megatron or the planner refuses"
+    )
+    add_profile_flags(parser)
     add_flags(parser)
     return parser
 
 
 def run_parser() -> argparse.ArgumentParser:
-    """The command line of status, logs, cancel and resume."""
+    """The command line of status, logs, results, cancel and resume."""
     parser = _parser()
     parser.add_argument("action", choices=LOOK_AFTER)
     parser.add_argument("names", nargs="*", metavar="RUN", help="a run's name or a job's id")
@@ -115,10 +136,15 @@ def _look_after(options: argparse.Namespace) -> int:
     (name,) = options.names
     if options.action == "logs":
         return show_logs(options.runs, name, options.follow)
-    if options.action == "cancel":
-        print(f"job {cancel_run(options.runs, name)} is cancelled")
+    if options.action == "results":
+        show_results(find_run(options.runs, name)[0])
+    elif options.action == "cancel":
+        jobs = cancel_run(options.runs, name)
+        said = [f"job {job} is cancelled" for job in jobs] or [f"{name} has no job under way"]
+        print("\n".join(said))
     else:
-        print(f"job {resume_run(options.runs, name)}")
+        job_id = resume_run(options.runs, name)
+        print(f"job {job_id}" if job_id else f"{name}: no case is missing")
     return 0
 
 

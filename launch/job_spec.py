@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
@@ -84,13 +85,32 @@ class LaunchSpec:
     signal_lead_seconds: int = 0
     """USR1 to all ranks so long before the time limit; 0: no signal."""
     requeue: bool = False
-    """Start again after a lost node, and after a stop by that signal that got further."""
+    """Start again after a lost node, a failure, and a stop by that signal that got further."""
     max_requeues: int = 20
+    """How often a job may start again after a stop by that signal."""
+    max_failures: int = 3
+    """Failed attempts in a row without a new saved step, after which the job gives up."""
+    backoff_seconds: int = 60
+    """Wait before the attempt after a first failure, doubled with each further one. Slurm holds a
+    requeued job back two minutes by itself; the longer wait counts."""
+    backoff_limit_seconds: int = 3600
+    """The longest such wait."""
+    hang_seconds: int = 0
+    """End ranks that show no progress for so long, as a failure; 0: never. Longer than the
+    longest step, save and start-up."""
+    preflight: bool = False
+    """Check every node before the ranks start, and leave bad ones out (launch/preflight)."""
+    spare_nodes: int = 0
+    """Nodes to ask for beyond `nodes`, taken in place of bad ones. 0 or more."""
+    preflight_limits: Mapping[str, str] = field(default_factory=dict)
+    """What a good node must reach: name -> value (launch/preflight/limits.py)."""
     container: Container | None = None
     virtual_environment: str | None = None
     """Folder of a Python virtual environment; its bin/ comes first in PATH. Not with container."""
     modules: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    planner_cluster: str | None = None
+    """Hardware of configs/cluster/hardware, or a YAML file: for the verdict on memory."""
     sbatch: Mapping[str, str] = field(default_factory=dict)
     """Any other option of sbatch: name without dashes -> value, "" for an option without one."""
 
@@ -98,6 +118,12 @@ class LaunchSpec:
     def ranks_per_node(self) -> int:
         """Tasks that srun starts on a node."""
         return self.tasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def python(self) -> str:
+        """The interpreter of the ranks: this one, unless the job brings another."""
+        brings = self.container is not None or self.virtual_environment or self.modules
+        return "python" if brings else sys.executable
 
 
 RUN_FIELDS = (

@@ -30,6 +30,25 @@ SCHEMA = "megatron-mone/launch/1"
 LOCK = ".manifest.lock"
 
 
+def open_run(folder: Path, name: str, config: Any, data: Sequence[str]) -> None:
+    """Write the manifest of a run that has not begun, so that a job is never without one.
+
+    A submission that was refused leaves a manifest without a start; it stands in nobody's way.
+
+    Args:
+        folder: run folder; made where it is not there.
+        name: of the run.
+        config: JSON value with all that decides the result.
+        data: prefixes of the datasets.
+
+    Raises:
+        ValueError: the folder holds a run of another config, or its manifest cannot be read.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK):
+        write_json(folder / MANIFEST, _opened(folder, name, config, data))
+
+
 def record_start(folder: Path, name: str, config: Any, data: Sequence[str], start: Any) -> None:
     """Note that a run was started or submitted, in a manifest that is new or of the same run.
 
@@ -41,19 +60,11 @@ def record_start(folder: Path, name: str, config: Any, data: Sequence[str], star
         start: JSON mapping about this start; the time and the code are added.
 
     Raises:
-        ValueError: the folder holds a run of another config, or its manifest cannot be read.
+        ValueError: as `open_run`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        manifest = _read(folder) or {
-            "schema": SCHEMA,
-            "name": name,
-            "config": config,
-            "config_sha256": digest(config),
-            "data": data_facts(data),
-            "starts": [],
-        }
-        _check_config(folder, manifest, config)
+        manifest = _opened(folder, name, config, data)
         manifest["starts"].append({"time": int(time.time()), **code_facts(), **start})
         manifest["attempts"] = attempts(folder)
         write_json(folder / MANIFEST, manifest)
@@ -63,15 +74,18 @@ def check_config(folder: Path, config: Any) -> None:
     """Refuse to start in the folder of another run.
 
     Raises:
-        ValueError: as `record_start`.
+        ValueError: as `open_run`.
     """
     manifest = _read(folder)
-    if manifest is not None:
+    if manifest is not None and _has_begun(folder, manifest):
         _check_config(folder, manifest, config)
 
 
 def gather(folder: Path) -> dict[str, Any]:
     """The manifest of a run with all attempts so far, written back.
+
+    A job whose submission was cut short before it was noted (its launcher's machine died) is known
+    by its attempts, and becomes a start like others.
 
     Raises:
         ValueError: no manifest there, or one that cannot be read.
@@ -83,6 +97,7 @@ def gather(folder: Path) -> dict[str, Any]:
         found = attempts(folder)
         if found != manifest.get("attempts"):
             manifest["attempts"] = found
+            manifest["starts"] += _unnoted_starts(folder, manifest)
             write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -91,7 +106,8 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
     """Every attempt, oldest first: job_id, attempt, node_list, start, and end, status, reason.
 
     Times are seconds since 1970; `end`, `status` and `reason` are None while it runs, and for ever
-    where it was lost with its node. `case` names the element of a grid.
+    where it was lost with its node. `case` names the element of a grid, `left_out` the nodes, with
+    commas between, that its pre-flight found bad; without a pre-flight it is not there.
     """
     found = []
     for path in sorted(folder.glob("attempts/*.start.json")) + sorted(
@@ -180,6 +196,40 @@ def data_facts(prefixes: Sequence[str]) -> dict[str, Mapping[str, str] | None]:
                 "tokenizer_sha256": found.tokenizer.sha256,
             }
     return facts
+
+
+def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> dict[str, Any]:
+    """The manifest in a folder, or a new one where no run has begun there."""
+    manifest = _read(folder)
+    if manifest is not None and _has_begun(folder, manifest):
+        _check_config(folder, manifest, config)
+        return manifest
+    return {
+        "schema": SCHEMA,
+        "name": name,
+        "config": config,
+        "config_sha256": digest(config),
+        "data": data_facts(data),
+        "starts": [],
+        "attempts": [],
+    }
+
+
+def _has_begun(folder: Path, manifest: Mapping[str, Any]) -> bool:
+    return bool(manifest["starts"] or attempts(folder))
+
+
+def _unnoted_starts(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    noted = {start.get("job_id") for start in manifest["starts"]}
+    found: dict[str, dict[str, Any]] = {}
+    for attempt in manifest["attempts"]:
+        job_id = str(attempt["job_id"]).partition("_")[0]
+        if job_id.isdigit() and job_id not in noted and job_id not in found:
+            # Which cases of a sweep it has is Slurm's to say.
+            cases = sorted(int(path.name[:3]) for path in folder.glob("cases/[0-9][0-9][0-9]-*"))
+            found[job_id] = {"time": attempt["start"], "job_id": job_id, "ranks": None}
+            found[job_id] |= {"cases": cases} if cases else {}
+    return list(found.values())
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -7,15 +7,17 @@ through slurm_commands.
 from __future__ import annotations
 
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.local import running
 from launch.manifest import MANIFEST, gather, record_start
 from launch.slurm_commands import SlurmUnavailable, cancel, submit
 from launch.slurm_reasons import why_waiting
 from launch.slurm_state import job_states
+from launch.sweep_cases import case_states, read_cases, runs_here
+from launch.sweep_plan import is_sweep, resume_sweep
 from megatron_mone.spelling import nearest_name
 
 SCRIPT = "job.sbatch"
@@ -89,23 +91,34 @@ def show_logs(runs: Path, name: str, follow: bool) -> int:
     return subprocess.run(["tail", "-n", _TAIL_LINES, *flags, "--", *files], check=False).returncode
 
 
-def cancel_run(runs: Path, name: str) -> str:
-    """End the job of a run; returns its id.
+def cancel_run(runs: Path, name: str) -> list[str]:
+    """End the job that was named, or all jobs of a run that Slurm still has; returns their ids.
 
     Raises:
         ValueError: no such run, or one that Slurm does not run.
+        SlurmUnavailable: Slurm does not answer.
     """
     folder, job = find_run(runs, name)
     if job is None:
         raise ValueError(
             f"{folder.name} is no job of Slurm: end its process on the machine it is on"
         )
-    cancel(job)
-    return job
+    jobs = [job]
+    if name == folder.name:  # a sweep that has grown, or was resumed, has several
+        states = job_states(_jobs(gather(folder)))
+        jobs = list(dict.fromkeys(state.job_id for state in states if not state.finished))
+    for one in jobs:
+        cancel(one)
+    return jobs
 
 
-def resume_run(runs: Path, name: str) -> str:
-    """Submit a run's script once more; it goes on from its last checkpoint. Returns the job's id.
+def resume_run(runs: Path, name: str) -> str | None:
+    """Submit a run's script once more; it goes on from its last checkpoint.
+
+    Of a sweep the missing cases alone, or the one that was named.
+
+    Returns:
+        The job's id; None where no case of a sweep is missing.
 
     Raises:
         ValueError: no such run, it was never submitted, or its job has not ended.
@@ -113,6 +126,8 @@ def resume_run(runs: Path, name: str) -> str:
     folder, job = find_run(runs, name)
     if job is None or not (folder / SCRIPT).exists():
         raise ValueError(f"{folder.name} was never submitted: start it again as it was started")
+    if is_sweep(folder):
+        return resume_sweep(folder, folder / SCRIPT, name if name != folder.name else None)
     unfinished = [state for state in job_states([job]) if not state.finished]
     if unfinished:
         raise ValueError(
@@ -139,21 +154,31 @@ def _lines(folder: Path) -> list[str]:
     times = f"{len(attempts)} attempt{'s' if len(attempts) != 1 else ''}"
     ended = [attempt["reason"] for attempt in attempts if attempt["end"] is not None]
     last = f", the last to end: {ended[-1]}" if ended else ""
+    head = _sweep_line(folder, manifest) if is_sweep(folder) else []
+    if not manifest["starts"]:
+        lost = "no job is known: its submission was refused or cut short (`squeue --me`)"
+        return [*head, f"{folder.name}: {lost}"]
     if "job_id" not in manifest["starts"][-1]:
-        return [f"{folder.name}: {_local_state(folder)}; {times}{last}"]
+        here = "running here" if runs_here(folder) else "not running here"
+        return [*head, f"{folder.name}: {here}; {times}{last}"]
     try:
-        states = job_states(jobs[-1:])
+        states = job_states(jobs)
     except SlurmUnavailable as error:
-        return [f"{folder.name}: job {jobs[-1]}, state unknown; {times}{last}; {error}"]
-    if not states:
-        return [f"{folder.name}: job {jobs[-1]}, no longer known to Slurm; {times}{last}"]
-    lines = [f"{folder.name}: job {state.label} {state.state}; {times}{last}" for state in states]
-    return lines + [why for state in states if (why := why_waiting(state))]
+        return [*head, f"{folder.name}: job {jobs[-1]}, state unknown; {times}{last}; {error}"]
+    # Of the jobs before the last only those that still run: a sweep that has grown has several.
+    shown = [state for state in states if not state.finished or state.job_id == jobs[-1]]
+    if not shown:
+        return [*head, f"{folder.name}: job {jobs[-1]}, no longer known to Slurm; {times}{last}"]
+    lines = [f"{folder.name}: job {state.label} {state.state}; {times}{last}" for state in shown]
+    return [*head, *lines, *(why for state in shown if (why := why_waiting(state)))]
 
 
-def _local_state(folder: Path) -> str:
-    try:
-        with running(folder):
-            return "not running here"
-    except ValueError:
-        return "running here"
+def _sweep_line(folder: Path, manifest: dict[str, Any]) -> list[str]:
+    """How many cases of a sweep are in each state."""
+    cases = read_cases(folder)
+    states = case_states(folder, cases, manifest["starts"], here=runs_here(folder), sure=False)
+    counts = Counter(state.state for state in states)
+    return [
+        f"{folder.name}: {len(cases)} cases: "
+        + ", ".join(f"{number} {state}" for state, number in counts.items())
+    ]

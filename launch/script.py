@@ -6,6 +6,7 @@ Every value goes through a filter that quotes it, for the shell or for sbatch's 
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,8 +15,18 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.job_spec import LaunchSpec, Variable
+from launch.preflight.limits import read_limits
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+PREFLIGHT_SECONDS = 600
+"""So long, and three times the limit `seconds`, the pre-flight may take; then nodes that did not
+answer are bad. Its checks end by themselves sooner, unless a node no longer runs anything."""
+HUNG = 124
+"""Status of an attempt whose ranks showed no progress: timeout(1)'s."""
+STACK_SECONDS = 5
+"""Hung ranks have so long to write their stacks."""
+END_SECONDS = 60
+"""srun has so long to end them; more than a site's KillWait."""
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.,:/@+=%-")
 
 
@@ -29,8 +40,9 @@ def sbatch_script(spec: LaunchSpec) -> str:
     """The script of a job.
 
     Args:
-        spec: as `job_spec.checked` returned it.
+        spec: as `spec_checks.checked` returned it.
     """
+    limits = read_limits(spec.preflight_limits)
     return (
         _environment()
         .get_template("job.sbatch.j2")
@@ -39,6 +51,10 @@ def sbatch_script(spec: LaunchSpec) -> str:
             options=sbatch_options(spec),
             variables=_variables(spec),
             mounts=_mounts(spec),
+            preflight_seconds=PREFLIGHT_SECONDS + 3 * math.ceil(limits.seconds),
+            hung_status=HUNG,
+            stack_seconds=STACK_SECONDS,
+            end_seconds=END_SECONDS,
         )
     )
 
@@ -48,7 +64,7 @@ def sbatch_options(spec: LaunchSpec) -> list[tuple[str, str]]:
     array = spec.array if not spec.cases else f"0-{len(spec.cases) - 1}"
     mapped: list[tuple[str, Any]] = [
         ("job-name", spec.name),
-        ("nodes", spec.nodes),
+        ("nodes", spec.nodes + spec.spare_nodes),
         ("ntasks-per-node", spec.ranks_per_node),
         ("gpus-per-node", spec.gpus_per_node or None),
         ("cpus-per-task", spec.cpus_per_task),

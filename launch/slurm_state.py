@@ -137,10 +137,12 @@ def _asked(job: JobState, job_id: str) -> bool:
     base, _, task = job_id.partition("_")
     if base != job.job_id:
         return False
-    return task in ("", job.array_task) or (task.isdigit() and int(task) in _tasks(job.array_task))
+    return task in ("", job.array_task) or (
+        task.isdigit() and int(task) in array_tasks(job.array_task)
+    )
 
 
-def _tasks(listed: str) -> Iterator[int]:
+def array_tasks(listed: str) -> Iterator[int]:
     """The numbers of "0,4-6,10-20:5%2", as tasks that wait are listed."""
     for part in listed.partition("%")[0].split(","):
         if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):

@@ -12,13 +12,15 @@ from dataclasses import fields, replace
 from typing import Any
 
 from launch.job_spec import Case, Container, LaunchSpec, Variable
+from launch.preflight.limits import read_limits
 from megatron_mone.spelling import nearest_name
 
 SECONDS_OF_NO_LIMIT = float("inf")
 OWN_VARIABLES = frozenset(
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-)
-"""What the launcher itself sets for torch.distributed."""
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+     "MEGATRON_MONE_ATTEMPT", "MEGATRON_MONE_PROGRESS")
+)  # fmt: skip
+"""What the launcher itself sets, for torch.distributed and for megatron_mone.pretrain."""
 _READ_ONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"))
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _OPTION = re.compile(r"[a-z][a-z0-9-]*", re.ASCII)
@@ -28,7 +30,7 @@ _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", re.ASCII)
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 OPTION_FIELDS = {
     "job-name": "name",
-    "nodes": "nodes",
+    "nodes": "nodes and spare_nodes",
     "ntasks": "nodes and tasks_per_node",
     "ntasks-per-node": "tasks_per_node",
     "gpus-per-node": "gpus_per_node",
@@ -68,6 +70,7 @@ def checked(spec: LaunchSpec) -> LaunchSpec:
         _check_text(name, text)
     _check_run(spec)
     _check_sizes(spec)
+    _check_attempts(spec)
     _check_forms(spec)
     _check_software(spec)
     _check_passed_on(spec)
@@ -167,6 +170,29 @@ def _check_sizes(spec: LaunchSpec) -> None:
             f"tasks_per_node = {spec.tasks_per_node} with gpus_per_node = {spec.gpus_per_node}: "
             "a GPU has one rank; leave tasks_per_node out"
         )
+
+
+def _check_attempts(spec: LaunchSpec) -> None:
+    """What decides when ranks start, end and start again."""
+    if spec.max_failures < 1:
+        raise ValueError(
+            f"max_failures = {spec.max_failures} must be at least 1, which gives up after the "
+            "first failure"
+        )
+    for name in ("backoff_seconds", "hang_seconds", "spare_nodes"):
+        if getattr(spec, name) < 0:
+            raise ValueError(f"{name} = {getattr(spec, name)} must be at least 0")
+    if spec.backoff_limit_seconds < spec.backoff_seconds:
+        raise ValueError(
+            f"backoff_limit_seconds = {spec.backoff_limit_seconds} is below backoff_seconds = "
+            f"{spec.backoff_seconds}: lower the one or raise the other"
+        )
+    if spec.spare_nodes and not spec.preflight:
+        raise ValueError(
+            f"spare_nodes = {spec.spare_nodes} without preflight: nothing would tell which nodes "
+            "to replace; give preflight too, or spare_nodes = 0"
+        )
+    read_limits(spec.preflight_limits)
 
 
 def _check_forms(spec: LaunchSpec) -> None:

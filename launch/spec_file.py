@@ -24,6 +24,12 @@ _HELP = {
     "gpus_per_node": "GPUs of a node, one rank each; 0: ranks without a GPU",
     "time_limit": "HOURS:MINUTES:SECONDS or DAYS-HOURS",
     "signal_lead_seconds": "checkpoint so long before the time limit",
+    "max_failures": "give up after so many failures in a row without a new saved step",
+    "backoff_seconds": "wait after a first failure, doubled with each further one",
+    "backoff_limit_seconds": "the longest such wait",
+    "hang_seconds": "end ranks that show no progress for so long; 0: never",
+    "spare_nodes": "nodes to ask for beyond --nodes, taken in place of bad ones",
+    "preflight_limits": "NAME=VALUE: what a good node must reach; may be repeated",
     "array": "task numbers, like 0-7%%2",
     "modules": "MODULE to load; may be repeated",
     "environment": "NAME=VALUE; may be repeated",
@@ -95,8 +101,9 @@ def flag_fields(options: argparse.Namespace, below: Mapping[str, Any]) -> dict[s
 
 def _pair(name: str, text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if name == "environment" and not equals:
-        raise ValueError(f"environment: {text!r} must be NAME=VALUE")
+    # Only an option of sbatch can do without a value.
+    if name != "sbatch" and not equals:
+        raise ValueError(f"{name}: {text!r} must be NAME=VALUE")
     return key, value
 
 

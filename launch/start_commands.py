@@ -13,11 +13,12 @@ from typing import Any
 
 from launch.job_spec import LaunchSpec
 from launch.local import STOPPED, check_local, run_local, running
-from launch.manifest import check_config, gather, locked, record_start
+from launch.manifest import gather, locked, open_run, record_start
 from launch.run_commands import SCRIPT
 from launch.script import sbatch_script
 from launch.slurm_commands import submit
 from launch.spec_file import flag_fields, read_fields
+from launch.sweep_cases import SUBMIT_LOCK
 from launch.training_job import Job, program_job, training_job
 from megatron_mone.files import atomic_write
 
@@ -32,14 +33,28 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     Raises:
         ValueError: one line naming the file or field, the value and the fix.
     """
-    default = "local" if options.action == "run" else "slurm"
-    below = read_fields(options.launch or default)
-    site: dict[str, Any] = {**below, **flag_fields(options, below)}
+    _check_sweep(options)
+    site = site_of(options)
     if options.config is not None:
         return training_job(options.config, options.name, options.runs, rest, options.grid, site)
     if options.grid:
         raise ValueError(f"--grid {options.grid[0]} needs --config: it names arguments of training")
     return program_job(options.name, options.runs, rest, site)
+
+
+def site_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The fields that the launch file sets, and flags over them.
+
+    Raises:
+        ValueError: one line naming the file or field, the value and the fix.
+    """
+    below = read_fields(options.launch or ("local" if is_local(options) else "slurm"))
+    return {**below, **flag_fields(options, below)}
+
+
+def is_local(options: argparse.Namespace) -> bool:
+    """Whether the ranks start on this machine."""
+    return options.action == "run" or options.here
 
 
 def start_run(job: Job, options: argparse.Namespace) -> int:
@@ -48,8 +63,7 @@ def start_run(job: Job, options: argparse.Namespace) -> int:
     Raises:
         ValueError: it needs a cluster, runs already, or its folder holds another run.
     """
-    if options.dry_run or options.test_only:
-        raise ValueError("--dry-run and --test-only are for submit: run has no batch script")
+    refuse_judgement(options)
     check_local(job.spec)
     folder = Path(job.spec.folder)
     ranks = job.spec.ranks_per_node
@@ -63,6 +77,16 @@ def start_run(job: Job, options: argparse.Namespace) -> int:
     if status == STOPPED:
         print(f"{job.spec.name}: stopped after a checkpoint; the same command goes on")
     return status
+
+
+def refuse_judgement(options: argparse.Namespace) -> None:
+    """Refuse what asks for a batch script where there is none.
+
+    Raises:
+        ValueError: --dry-run or --test-only.
+    """
+    if options.dry_run or options.test_only:
+        raise ValueError("--dry-run and --test-only are for submit: run has no batch script")
 
 
 def submit_run(job: Job, options: argparse.Namespace) -> None:
@@ -84,23 +108,35 @@ def submit_run(job: Job, options: argparse.Namespace) -> None:
         return
     folder = Path(job.spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".submit.lock"):  # sbatch reads the script that this process wrote
-        job_id = submit(prepare_folder(job.spec, job.config, script))
+    with locked(folder / SUBMIT_LOCK):  # sbatch reads the script that this process wrote
+        job_id = submit(prepare_folder(job, job.spec, script))
         star = "_*" if job.spec.array or job.spec.cases else ""
         print(f"job {job_id}, log {folder}/logs/{job_id}{star}.log", flush=True)
         start = {"job_id": job_id, "ranks": job.spec.nodes * job.spec.ranks_per_node}
         record_start(folder, job.spec.name, job.config, job.data, start)
 
 
-def prepare_folder(spec: LaunchSpec, config: Any, script: str) -> Path:
+def prepare_folder(job: Job, spec: LaunchSpec, script: str) -> Path:
     """Make the run folder with what Slurm opens before the script runs; returns the script's path.
+
+    Args:
+        job: to be submitted.
+        spec: of it, with all cases of its folder.
+        script: of `spec`.
 
     Raises:
         ValueError: the folder holds a run of another config.
     """
     folder = Path(spec.folder)
-    check_config(folder, config)
+    open_run(folder, spec.name, job.config, job.data)
     for place in (folder, *(Path(case.folder) for case in spec.cases)):
         (place / "logs").mkdir(parents=True, exist_ok=True)
     atomic_write(folder / SCRIPT, script.encode())
     return folder / SCRIPT
+
+
+def _check_sweep(options: argparse.Namespace) -> None:
+    if options.here and options.action != "sweep":
+        raise ValueError(f"--here is for sweep; {options.action} has its own place")
+    if options.action == "sweep" and not options.grid:
+        raise ValueError("--grid is missing: a sweep needs one, such as --grid r=1/2,1/4")

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from launch.environment import gpu_variables, job_variables
+from launch.grid import Point, read_grid
 from launch.job_spec import Case, LaunchSpec, Variable
 from launch.spec_checks import checked
+from launch.sweep_cases import SINGLE, SweepCase, grown, read_cases
 from megatron_mone.run_config import load_run
 
 CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
 _DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _OWN_FLAGS = ("--save", "--load")
+# What the curves of a run want beside losses: times, throughput, memory.
+_RECORDED = ("log_timers_to_tensorboard", "log_throughput", "log_memory_to_tensorboard")
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,13 @@ class Job:
         spec: checked.
         config: JSON value with all that decides the result; equal for the same run.
         data: prefixes of the datasets it reads.
+        points: of the grid; none for a single run.
     """
 
     spec: LaunchSpec
     config: Any
     data: tuple[str, ...]
+    points: tuple[Point, ...] = ()
 
 
 def training_job(
@@ -64,21 +70,56 @@ def training_job(
             )
     values = load_run(config)
     folder = runs.resolve() / (name or config.stem)
-    command = [_python(site), "-m", "megatron_mone.pretrain", "--config", str(config.resolve())]
-    cases = _cases(folder, grid)
-    own = () if cases else _checkpoint_flags(str(folder))
+    points = read_grid(grid, values, words)
+    identity = {"values": values, "arguments": list(words), "sweep": bool(points)}
+    cases = grid_cases(folder, grown(read_cases(folder), points), identity) if points else ()
+    own = () if cases else _own_flags(folder, SINGLE, identity)
     spec = LaunchSpec(
         name=name or config.stem,
-        command=(*command, *own, *words),
+        command=("-m", "megatron_mone.pretrain", "--config", str(config.resolve()), *own, *words),
         workdir=str(Path.cwd()),
         folder=str(folder),
         saves_checkpoints=True,
-        variables=_variables(values, words, site),
+        variables=training_variables(values, words, site),
         cases=cases,
         **site,
     )
-    identity = {"values": values, "arguments": list(words), "grid": list(grid)}
-    return Job(checked(spec), identity, data_prefixes(values, words))
+    spec = replace(spec, command=(spec.python, *spec.command))
+    return Job(checked(spec), identity, data_prefixes(values, words), points)
+
+
+def grid_cases(
+    folder: Path, cases: Sequence[SweepCase], config: Mapping[str, Any]
+) -> tuple[Case, ...]:
+    """The elements of a sweep's job array.
+
+    Args:
+        folder: of the sweep.
+        cases: all of them, in the order of their numbers.
+        config: of the job.
+    """
+    return tuple(
+        Case(str(folder / case.folder), (*_own_flags(folder, case, config), *case.flags))
+        for case in cases
+    )
+
+
+def tensorboard_folder(folder: Path, case: SweepCase, config: Mapping[str, Any]) -> Path:
+    """Where a case writes its curves: where the user said (in a folder for each of a sweep).
+
+    Args:
+        folder: of the run.
+        case: of it, or SINGLE.
+        config: of the job.
+    """
+    given = config["values"].get("tensorboard_dir")
+    for word, following in itertools.pairwise([*config["arguments"], ""]):
+        flag, equals, value = word.partition("=")
+        if flag == "--tensorboard-dir":
+            given = value if equals else following
+    if given is None:
+        return folder / case.folder / TENSORBOARD
+    return Path(given, Path(case.folder).name)
 
 
 def program_job(name: str | None, runs: Path, words: Sequence[str], site: Mapping[str, Any]) -> Job:
@@ -107,6 +148,20 @@ def program_job(name: str | None, runs: Path, words: Sequence[str], site: Mappin
     return Job(checked(spec), {"command": list(words)}, ())
 
 
+def training_variables(
+    values: Mapping[str, Any], words: Sequence[str], site: Mapping[str, Any]
+) -> tuple[Variable, ...]:
+    """What the ranks of a training program need in their environment, on GPUs or without.
+
+    Args:
+        values: Megatron arguments of the run file.
+        words: Megatron flags after them.
+        site: fields of the launch file and of flags.
+    """
+    variables = job_variables(site.get("cpus_per_task"))
+    return variables + gpu_variables(values, words) if site.get("gpus_per_node") else variables
+
+
 def data_prefixes(values: Mapping[str, Any], words: Sequence[str]) -> tuple[str, ...]:
     """The datasets of a run, without the weights of a blend."""
     found: list[str] = []
@@ -120,40 +175,11 @@ def data_prefixes(values: Mapping[str, Any], words: Sequence[str]) -> tuple[str,
     return tuple(dict.fromkeys(word for word in found if not re.fullmatch(r"[\d.]+", word)))
 
 
-def _python(site: Mapping[str, Any]) -> str:
-    """This interpreter, unless the job brings another."""
-    brings = any(site.get(name) for name in ("container", "virtual_environment", "modules"))
-    return "python" if brings else sys.executable
-
-
-def _variables(
-    values: Mapping[str, Any], words: Sequence[str], site: Mapping[str, Any]
-) -> tuple[Variable, ...]:
-    variables = job_variables(site.get("cpus_per_task"))
-    return variables + gpu_variables(values, words) if site.get("gpus_per_node") else variables
-
-
-def _checkpoint_flags(folder: str) -> tuple[str, ...]:
-    checkpoints = f"{folder}/{CHECKPOINTS}"
-    return ("--save", checkpoints, "--load", checkpoints)
-
-
-def _cases(folder: Path, grid: Sequence[str]) -> tuple[Case, ...]:
-    axes = [_axis(text) for text in grid]
-    cases = []
-    for number, point in enumerate(itertools.product(*axes) if axes else ()):
-        label = ",".join(f"{name}={value}" for name, value in point)
-        # The number keeps cases apart whose values differ in letters that a folder should not have.
-        own = folder / "cases" / f"{number:03d}-{re.sub(r'[^A-Za-z0-9._=,+-]', '_', label)}"
-        flags = [word for name, value in point for word in (f"--{name.replace('_', '-')}", value)]
-        cases.append(Case(str(own), (*_checkpoint_flags(str(own)), *flags)))
-    return tuple(cases)
-
-
-def _axis(text: str) -> list[tuple[str, str]]:
-    name, equals, values = text.partition("=")
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or not equals or "" in values.split(","):
-        raise ValueError(
-            f"--grid {text!r} must be ARGUMENT=VALUE,VALUE, like mone_neuron_ratio=1,0.5"
-        )
-    return [(name, value) for value in values.split(",")]
+def _own_flags(folder: Path, case: SweepCase, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Where a run keeps its curves and checkpoints, and what is recorded."""
+    values = config["values"]
+    # Flags without a value: one given twice is as good as once.
+    recorded = [f"--{name.replace('_', '-')}" for name in _RECORDED if not values.get(name)]
+    curves = str(tensorboard_folder(folder, case, config))
+    checkpoints = str(folder / case.folder / CHECKPOINTS)
+    return ("--tensorboard-dir", curves, *recorded, "--save", checkpoints, "--load", checkpoints)

@@ -106,13 +106,17 @@ class Cluster:
         box.kill()
         box.wait()
 
-    def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to a daemon and all that runs in its box, not to the box itself."""
+    def signal(self, name: str, number: signal.Signals, *, daemon_only: bool = False) -> None:
+        """Send a signal to a daemon and all that runs in its box, not to the box itself.
+
+        With `daemon_only` the jobs on a node notice nothing: Slurm alone loses the node.
+        """
         below = [self.boxes[name].pid]
         for parent in below:
             children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
             below += [int(child) for child in children]
-        for pid in below[1:]:
+        # Breadth first: the box, its shell, the daemon, then what that started.
+        for pid in below[2:3] if daemon_only else below[1:]:
             os.kill(pid, number)
 
     def stop(self) -> None:

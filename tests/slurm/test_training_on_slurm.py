@@ -7,16 +7,19 @@ the first.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from launch import manifest, slurm_commands
 from launch.slurm_state import JobState
+from megatron_mone.command_line import ERROR
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_until
@@ -26,6 +29,7 @@ from tests.slurm.training import (
     freeze_at,
     launch,
     losses,
+    ranks_of,
     submit_training,
     thaw,
     wait_for_signal,
@@ -97,6 +101,35 @@ def test_a_run_that_lost_a_node_is_requeued_and_completes(
     assert losses(runs / "lost") == undisturbed
 
 
+def test_a_rank_on_a_node_that_slurm_gave_up_never_writes_again(
+    cluster: Cluster, runs: Path
+) -> None:
+    """Split-brain: the node lives on, its rank wakes up when the next attempt has the folder."""
+    run = runs / "split"
+    job = submit_training(runs, "split", "--", "--checkpoint-lease-seconds", "12", ranks=1)
+    old = freeze_at(run, f"{job}.0", 5)
+    (node,) = _names(_attempts(run)[0]["node_list"])
+    cluster.signal(node, signal.SIGSTOP, daemon_only=True)
+    assert _wait_second_start(job).state == "COMPLETED", _said(run)
+    first, second = _attempts(run)
+    # Its srun ends with status 0 when Slurm takes the job away.
+    assert first["reason"] == "ended by Slurm: a node was lost, or the job cancelled"
+    assert second["reason"] == "finished"
+    assert second["node_list"] != node
+    written = _contents(run / "checkpoints")
+    assert ranks_of(run) == old
+    thaw(old)
+    psutil.wait_procs([psutil.Process(pid) for pid in old], timeout=60)
+    assert not ranks_of(run)
+    assert _contents(run / "checkpoints") == written
+    (log,) = (run / "logs" / f"{job}.0").glob("rank-*.log")
+    said = [line for line in log.read_text().splitlines() if line.startswith(ERROR)]
+    assert len(said) == 1, _said(run)
+    assert f"{job}.1" in said[0]
+    cluster.kill(node)
+    cluster.boot(node)
+
+
 def test_cancel_leaves_no_process(cluster: Cluster, runs: Path) -> None:
     job = submit_training(runs, "cancelled")
     thaw(freeze_at(runs / "cancelled", f"{job}.0", 1))
@@ -115,6 +148,15 @@ def _wait_second_start(job: str) -> JobState:
 
 def _attempts(run: Path) -> list[dict[str, Any]]:
     return manifest.attempts(run)
+
+
+def _contents(folder: Path) -> dict[str, tuple[int, str]]:
+    """Every file of a folder: when it was last written, and its sum."""
+    return {
+        str(path): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def _names(node_list: str) -> list[str]:

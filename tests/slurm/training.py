@@ -39,16 +39,16 @@ def launch(*words: str) -> str:
 
 
 def submit_training(runs: Path, name: str, *words: str, ranks: int = 2) -> str:
-    """Submit the demo model, one rank a node; returns the job's id."""
+    """Submit the demo model, one rank a node; returns the job's id. After -- in `words`: flags."""
     site = runs / "site.yaml"
     site.parent.mkdir(parents=True, exist_ok=True)
     site.write_text("tasks_per_node: 1\ncpus_per_task: 1\nrequeue: true\n")
     own = ["--runs", str(runs), "--name", name, "--launch", str(site), "--nodes", str(ranks)]
-    flags = [*FLAGS, "--expert-model-parallel-size", str(ranks)]
+    cut = words.index("--") if "--" in words else len(words)
+    flags = [*FLAGS, "--expert-model-parallel-size", str(ranks), *words[cut + 1 :]]
     curve = ["--tensorboard-dir", str(runs / name / "curve")]
-    said = launch(
-        "submit", "--config", "configs/demo-mone.yaml", *own, *words, "--", *flags, *curve
-    )
+    demo = ["--config", "configs/demo-mone.yaml", *own]
+    said = launch("submit", *demo, *words[:cut], "--", *flags, *curve)
     found = re.search(r"^job (\d+), log ", said, re.MULTILINE)
     assert found, said
     return found[1]

@@ -37,6 +37,33 @@ def test_starts_add_up(tmp_path):
     assert [start["job_id"] for start in _written(tmp_path)["starts"]] == ["5", "6"]
 
 
+def test_a_run_that_never_began_stands_in_nobodys_way(tmp_path):
+    manifest.open_run(tmp_path, "run", CONFIG, ())
+    assert manifest.gather(tmp_path)["starts"] == []
+    other = {**CONFIG, "arguments": ["--seed", "2"]}
+    _start(tmp_path, other, job_id="5")
+    with pytest.raises(ValueError, match="another config"):
+        manifest.open_run(tmp_path, "run", CONFIG, ())
+    manifest.open_run(tmp_path, "run", other, ())
+    assert len(_written(tmp_path)["starts"]) == 1
+
+
+def test_a_job_that_nobody_noted_is_known_by_its_attempts(tmp_path):
+    """The launcher's machine died between sbatch's answer and the note of it."""
+    manifest.open_run(tmp_path, "run", CONFIG, ())
+    manifest.begin_attempt(tmp_path, "7", "7.0", "n0")
+    manifest.begin_attempt(tmp_path, "local-1-2", "local-1-2.0", "here")
+    for number in (0, 1):
+        case = tmp_path / "cases" / f"00{number}-r={number}"
+        case.mkdir(parents=True)
+    manifest.begin_attempt(case, "8_1", "8_1.0", "n1")
+    for _ in range(2):
+        starts = manifest.gather(tmp_path)["starts"]
+        assert {start["job_id"]: start["cases"] for start in starts} == {"7": [0, 1], "8": [0, 1]}
+    with pytest.raises(ValueError, match="another config"):
+        _start(tmp_path, {**CONFIG, "arguments": []})
+
+
 def test_the_digest_is_of_the_values_not_of_their_order():
     one = manifest.digest({"a": 1, "b": [1, 2]})
     assert one == manifest.digest({"b": [1, 2], "a": 1})

@@ -33,7 +33,7 @@ def test_every_snapshot_has_a_job():
 def test_sbatch_reads_the_options_that_the_spec_names():
     words = sbatch_words(sbatch_script(SPECS["pyxis-16-nodes"]()))
     for word in (
-        "--nodes=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--mem=0", "--account=physics",
+        "--nodes=17", "--ntasks-per-node=8", "--gpus-per-node=8", "--mem=0", "--account=physics",
         "--constraint=h100&ib", "--reservation=maintenance test", "--exclusive", "--contiguous",
         "--signal=B:USR1@600", "--requeue", "--comment=first light", "--mail-type=END,FAIL",
     ):  # fmt: skip

@@ -161,6 +161,8 @@ def _places(text: str, slurm: FakeSlurm) -> dict[str, dict[str, Any]]:
         "array": {"array": text},
         "memory": {"memory": text},
         "time_limit": {"time_limit": text},
+        "limit": {"preflight_limits": {"tmp_disk_gib": text}},
+        "limit's name": {"preflight_limits": {text: "1"}},
         "variable's name": {"environment": {text: "1"}},
         "option's name": {"sbatch": {text: "1"}},
         "container's kind": {"container": Container(text, "x")},
@@ -187,11 +189,39 @@ def test_names_that_are_not_data_are_refused(kind, tmp_path, slurm):
     places = _places(HOSTILE[kind], slurm)
     for place in (
         "variable's name", "option's name", "modules", "array", "memory", "time_limit",
-        "container's kind",
+        "container's kind", "limit", "limit's name",
     ):  # fmt: skip
         with pytest.raises(ValueError) as refusal:
             _job(tmp_path, slurm, **places[place])
         assert len(str(refusal.value).splitlines()) == 1, place
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in HOSTILE if not set(HOSTILE[kind]) & set("\\\\%")]
+)
+def test_all_that_a_job_does_about_its_nodes_takes_any_path(kind, tmp_path):
+    """A pre-flight that finds a node bad, ranks that hang, and starting again."""
+    place = tmp_path / f"work{HOSTILE[kind]}"
+    place.mkdir()
+    (tmp_path / "slurm").mkdir()
+    slurm = FakeSlurm(tmp_path / "slurm", python=BAD_N1, squeue="echo RUNNING", sleep=":")
+    spec = _job(
+        place, slurm, name=f"x{HOSTILE[kind]}", command=("bash", "-c", "exit 5"), preflight=True,
+        spare_nodes=1, requeue=True, hang_seconds=600, virtual_environment="/venv",
+    )  # fmt: skip
+    done = slurm.run(sbatch_script(spec))
+    assert done.returncode == 5, done.stderr
+    run = place / "run"
+    assert '"left_out": "n1"' in (run / "attempts/70000.0.start.json").read_text()
+    assert (run / "preflight/excluded").read_text() == "n1\n"
+    assert (run / "attempts/70000.failures").read_text() == "1 none\n"
+    assert not list(tmp_path.rglob(CANARY))
+
+
+# Names that are none are left out, whatever the judge writes.
+BAD_N1 = f"""[ "$3" = judge ] || exit 0
+printf 'n0\\n' >"${{4%.jsonl}}.nodes"
+printf 'n1\\n$(touch {CANARY})\\n"; touch {CANARY}; "\\n-n2,\\n' >"${{4%.jsonl}}.bad\""""
 
 
 def test_the_stand_ins_would_show_an_injection(tmp_path, slurm):

@@ -1,5 +1,7 @@
 """A wrong field is refused in one line that names it, its value and the fix."""
 
+import sys
+
 import pytest
 
 from launch.job_spec import Case, Container
@@ -28,6 +30,27 @@ WRONG = {
     "an array over one checkpoint": ({"array": "0-1", "saves_checkpoints": True}, "--grid"),
     "an array and a grid": ({"array": "0-1", "cases": (Case("/x", ()),)}, "leave one out"),
     "a variable of the launcher": ({"environment": {"RANK": "0"}}, "RANK is set by"),
+    "a variable of the attempt": (
+        {"environment": {"MEGATRON_MONE_ATTEMPT": "1"}},
+        "MEGATRON_MONE_ATTEMPT is set by",
+    ),
+    "no failure": ({"max_failures": 0}, "max_failures = 0 must be at least 1"),
+    "a negative wait": ({"backoff_seconds": -1}, "backoff_seconds = -1 must be at least 0"),
+    "a limit below the first wait": (
+        {"backoff_seconds": 100, "backoff_limit_seconds": 99},
+        "backoff_limit_seconds = 99 is below backoff_seconds = 100",
+    ),
+    "a negative watchdog": ({"hang_seconds": -1}, "hang_seconds = -1"),
+    "negative spare nodes": ({"preflight": True, "spare_nodes": -1}, "spare_nodes = -1"),
+    "spare nodes for nothing": ({"spare_nodes": 2}, "spare_nodes = 2 without preflight"),
+    "an unknown limit": (
+        {"preflight_limits": {"tmp_disk_gb": "1"}},
+        "preflight_limits: 'tmp_disk_gb' = '1'",
+    ),
+    "a limit in words": (
+        {"preflight_limits": {"tmp_disk_gib": "much"}},
+        "preflight_limits: tmp_disk_gib = 'much'",
+    ),
     "a variable of bash": ({"environment": {"UID": "0"}}, "UID is set by"),
     "a variable of Slurm": ({"environment": {"SLURM_JOB_ID": "1"}}, "SLURM_JOB_ID is set by"),
     "an option with a field": ({"sbatch": {"time": "5"}}, "give time_limit"),
@@ -81,6 +104,13 @@ def test_other_times_are_refused(text):
 def test_a_gpu_has_a_rank():
     assert job(gpus_per_node=8).tasks_per_node == 8
     assert job().tasks_per_node == 1
+
+
+def test_the_ranks_interpreter_is_the_one_they_bring():
+    assert job().python == sys.executable
+    assert job(virtual_environment="/venv").python == "python"
+    assert job(modules=("python",)).python == "python"
+    assert job(container=Container("pyxis", "x")).python == "python"
 
 
 @pytest.mark.parametrize("name", SPECS)

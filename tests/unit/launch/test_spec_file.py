@@ -31,6 +31,9 @@ def test_a_file_holds_every_kind_of_field(tmp_path):
     nodes: 2
     cpus_per_task: 4
     exclusive: true
+    preflight: true
+    preflight_limits: {run_disk_gib: 500}
+    hang_seconds: 1800
     partition:            # empty: Slurm chooses
     modules: [cuda, apptainer/1.3]
     environment: {NCCL_DEBUG: INFO, EMPTY: ""}
@@ -40,6 +43,9 @@ def test_a_file_holds_every_kind_of_field(tmp_path):
         "nodes": 2,
         "cpus_per_task": 4,
         "exclusive": True,
+        "preflight": True,
+        "preflight_limits": {"run_disk_gib": "500"},
+        "hang_seconds": 1800,
         "partition": None,
         "modules": ("cuda", "apptainer/1.3"),
         "environment": {"NCCL_DEBUG": "INFO", "EMPTY": ""},
@@ -122,9 +128,10 @@ def test_variables_and_options_are_added_to_the_file_s():
     }
 
 
-def test_a_variable_needs_a_value():
+@pytest.mark.parametrize("flag", ["--environment", "--preflight-limits"])
+def test_a_variable_or_a_limit_needs_a_value(flag):
     with pytest.raises(ValueError, match="'A' must be NAME=VALUE"):
-        _flags("--environment", "A")
+        _flags(flag, "A")
 
 
 def test_a_wrong_flag_names_its_field():

@@ -179,7 +179,7 @@ def test_only_the_jobs_asked_for_in_their_order(slurm: dict[str, Any]) -> None:
     [("3", {3}), ("0-2%1", {0, 1, 2}), ("1,4-5,10-20:5%4", {1, 4, 5, 10, 15, 20}), ("", set())],
 )
 def test_lists_of_array_tasks(listed: str, numbers: set[int]) -> None:
-    assert set(slurm_state._tasks(listed)) == numbers
+    assert set(slurm_state.array_tasks(listed)) == numbers
 
 
 def test_accounting_knows_what_the_queue_forgot(slurm: dict[str, Any]) -> None:

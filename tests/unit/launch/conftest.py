@@ -1,0 +1,13 @@
+"""Commands under test submit nothing real: Megatron and the planner are not asked either."""
+
+from __future__ import annotations
+
+import pytest
+
+from launch import __main__ as command
+
+
+@pytest.fixture(autouse=True)
+def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submit without the verdict, which costs ten seconds: tests/unit/launch_profile has it."""
+    monkeypatch.setattr(command, "judge_job", lambda job, force: None)

@@ -1,0 +1,80 @@
+"""The report over a profile's sizes: what is there is drawn, what is missing is explained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.manifest import begin_attempt, end_attempt
+from tools import gather_profiles
+from tools.gather_profiles import main, why_missing
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """Ranks of the profiles that the report would be drawn of, the subject first."""
+    calls: list = []
+
+    def write_report(profile, folder, others):
+        calls.append([p["ranks"]["world_size"] for p in (profile, *others)])
+        return folder / "report.html"
+
+    def merge(folder, *, skip_unreadable):
+        world = (folder / "ranks" / "world").read_text()
+        ranks = {"world_size": int(world), "present": int(world) - 1, "incomplete": [1]}
+        return {"ranks": ranks, "runs": [{"name": "mone", "model": {}}]}
+
+    monkeypatch.setattr(gather_profiles, "write_report", write_report)
+    monkeypatch.setattr(gather_profiles, "merge", merge)
+    return calls
+
+
+def size(run: Path, nodes: int) -> None:
+    ranks = run / "profiles" / f"{nodes:03d}-nodes" / "ranks"
+    ranks.mkdir(parents=True)
+    (ranks / "world").write_text(str(8 * nodes))
+
+
+def test_the_largest_is_the_subject_and_the_missing_are_named(tmp_path, drawn, capsys):
+    for nodes in (1, 16, 4):
+        size(tmp_path, nodes)
+    case = tmp_path / "cases" / "002-nodes"
+    begin_attempt(case, "42", "42.0", "n[0-1]")
+    end_attempt(case, "42.0", 2, "failed with status 2")
+    log = case / "logs" / "42.0" / "rank-00001.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("warning\nmegatron-mone: error: no data\nmore\n")
+    assert main([str(tmp_path), "--nodes", "1,2,8,16"]) == 0
+    assert drawn == [[128, 32, 8]]
+    assert capsys.readouterr().out.splitlines() == [
+        "001-nodes: 8 ranks, 2 of them missing or incomplete",
+        "002-nodes: missing: failed with status 2: no data",
+        "004-nodes: 32 ranks, 2 of them missing or incomplete",
+        "008-nodes: missing: its job never began",
+        "016-nodes: 128 ranks, 2 of them missing or incomplete",
+        f"wrote {tmp_path}/profiles/report/report.html",
+    ]
+
+
+def test_a_job_without_an_end_was_killed(tmp_path):
+    begin_attempt(tmp_path, "42", "42.0", "n0")
+    assert why_missing(tmp_path) == "its job was killed"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"), [([], "has no profile"), (["--nodes", "1,x"], "must be numbers of nodes")]
+)
+def test_a_mistake_is_one_line(tmp_path, capsys, words, said):
+    assert main([str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_rank_files_that_are_none_count_as_missing(tmp_path, capsys):
+    ranks = tmp_path / "profiles" / "001-nodes" / "ranks"
+    ranks.mkdir(parents=True)
+    (ranks / "rank-00000.json").write_text("{")
+    assert main([str(tmp_path)]) == 2
+    assert "001-nodes: missing: its job never began" in capsys.readouterr().out

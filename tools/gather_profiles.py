@@ -1,0 +1,106 @@
+"""Report over the profiles of several numbers of nodes, as `launch submit --profile` leaves them.
+
+    python tools/gather_profiles.py runs/NAME [--nodes 1,2,4]
+
+Merges the rank files of each RUN/profiles/NNN-nodes that has any, also where ranks are missing, and
+writes RUN/profiles/report/report.html: the report of the largest with the scaling curve over all.
+A number of nodes without a profile is named with the reason that its job left. Exit status: 0; 2
+where there is nothing to report, said in one line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.manifest import attempts
+from megatron_mone.command_line import ERROR, OneLineParser, fail
+from megatron_mone.profiling.merge import merge
+from megatron_mone.reporting.profile_check import check_one_model
+from megatron_mone.reporting.profile_report import write_report
+
+_LOGS_READ = 16
+_LOG_BYTES = 1 << 20
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    parser = OneLineParser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    parser.add_argument("--nodes", default="", help="numbers of nodes that are expected: 1,2,4")
+    parsed = parser.parse_args(arguments)
+    try:
+        print(f"wrote {gather(parsed.run, _names(parsed.nodes))}")
+    except (ValueError, OSError) as error:
+        return fail(error)
+    return 0
+
+
+def gather(run: Path, expected: Sequence[str] = ()) -> Path:
+    """Merge the profiles of a run and write the report over them; what is missing goes to stdout.
+
+    Args:
+        run: its folder.
+        expected: names of folders of RUN/profiles; others that are there count too.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: there is no profile, or they are of different models; one line.
+    """
+    here = [path.name for path in (run / "profiles").glob("*-nodes")]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name in sorted({*expected, *here}):
+        try:
+            profile = merge(run / "profiles" / name, skip_unreadable=True)
+        except (ValueError, OSError):
+            print(f"{name}: missing: {why_missing(run / 'cases' / name)}")
+            continue
+        ranks = profile["ranks"]
+        gone = ranks["world_size"] - ranks["present"] + len(ranks["incomplete"])
+        note = f", {gone} of them missing or incomplete" if gone else ""
+        print(f"{name}: {ranks['world_size']} ranks{note}")
+        found.append((name, profile))
+    if not found:
+        raise ValueError(f"{run / 'profiles'} has no profile: no job left a rank's file")
+    found.sort(key=lambda one: -one[1]["ranks"]["world_size"])
+    names, profiles = zip(*found, strict=True)
+    check_one_model(profiles, names)
+    return write_report(profiles[0], run / "profiles" / "report", profiles[1:])
+
+
+def why_missing(case: Path) -> str:
+    """How the job of one number of nodes ended, from what it left in its folder."""
+    tried = attempts(case)
+    if not tried:
+        return "its job never began"
+    last = tried[-1]
+    said = _error_of(case / "logs" / last["attempt"])
+    return f"{last['reason'] or 'its job was killed'}{said and f': {said}'}"
+
+
+def _error_of(logs: Path) -> str:
+    """The line in which a rank said what was wrong, or nothing."""
+    for path in sorted(logs.glob("rank-*.log"))[:_LOGS_READ]:
+        with path.open(errors="replace") as stream:
+            for line in stream.read(_LOG_BYTES).splitlines():
+                if line.startswith(ERROR):
+                    return line.removeprefix(ERROR).strip()
+    return ""
+
+
+def _names(text: str) -> list[str]:
+    words = [word for word in text.split(",") if word]
+    if not all(word.isascii() and word.isdecimal() for word in words):
+        raise ValueError(f"--nodes {text!r} must be numbers of nodes, like 1,2,4")
+    return [f"{int(word):03d}-nodes" for word in words]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
