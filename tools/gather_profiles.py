@@ -59,8 +59,8 @@ def gather(run: Path, expected: Sequence[str] = ()) -> Path:
     for name in sorted({*expected, *here}):
         try:
             profile = merge(run / "profiles" / name, skip_unreadable=True)
-        except (ValueError, OSError):
-            print(f"{name}: missing: {why_missing(run / 'cases' / name)}")
+        except (ValueError, OSError) as error:
+            print(f"{name}: missing: {why_missing(run / 'cases' / name, error)}")
             continue
         ranks = profile["ranks"]
         gone = ranks["world_size"] - ranks["present"] + len(ranks["incomplete"])
@@ -75,12 +75,19 @@ def gather(run: Path, expected: Sequence[str] = ()) -> Path:
     return write_report(profiles[0], run / "profiles" / "report", profiles[1:])
 
 
-def why_missing(case: Path) -> str:
-    """How the job of one number of nodes ended, from what it left in its folder."""
+def why_missing(case: Path, error: ValueError | OSError) -> str:
+    """How the job of one number of nodes ended, from what it left in its folder.
+
+    Args:
+        case: that folder.
+        error: what is wrong with its profile, which tells where the job ended well.
+    """
     tried = attempts(case)
     if not tried:
         return "its job never began"
     last = tried[-1]
+    if last["status"] == 0:
+        return str(error)
     said = _error_of(case / "logs" / last["attempt"])
     return f"{last['reason'] or 'its job was killed'}{said and f': {said}'}"
 

@@ -1,21 +1,23 @@
 #!/bin/sh
 # The whole test suite, or the tests named. Called by `make test`.
-# Tests on a real Slurm wait for Slurm's clocks most of their time, so they run beside the others and
-# their report comes last; without Slurm each of them is skipped by name.
+# Three parts run beside each other: unit tests mostly use one core, and tests on a real Slurm wait for
+# Slurm's clocks. What the first part prints is seen at once, the reports of the others come behind it.
 set -u
 python=.venv/bin/python
 [ $# = 0 ] || exec "$python" -m pytest "$@"
 
-report=$(mktemp)
-"$python" -m pytest tests/slurm >"$report" 2>&1 &
-on_slurm=$!
-trap 'kill "$on_slurm" 2>/dev/null; rm -f "$report"' EXIT
+reports=$(mktemp -d)
+"$python" -m pytest tests/slurm >"$reports/slurm" 2>&1 &
+slurm=$!
+"$python" -m pytest tests/unit >"$reports/unit" 2>&1 &
+unit=$!
+trap 'kill "$slurm" "$unit" 2>/dev/null; rm -rf "$reports"' EXIT
 trap 'exit 130' INT TERM
-"$python" -m pytest --ignore=tests/slurm
-others=$?
-wait "$on_slurm"
-slurm=$?
-cat "$report"
-[ "$others" = 0 ] && [ "$slurm" = 0 ] && echo "make test: all parts passed" && exit 0
-echo "make test: failed (status $others; on Slurm $slurm)"
-exit 1
+"$python" -m pytest --ignore=tests/slurm --ignore=tests/unit
+failed=$?
+for part in slurm unit; do
+    eval "wait \"\$$part\"" || failed=1
+    cat "$reports/$part"
+done
+[ "$failed" = 0 ] || { echo "make test: failed" && exit 1; }
+echo "make test: all three parts passed"

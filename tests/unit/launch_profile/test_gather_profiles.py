@@ -59,7 +59,13 @@ def test_the_largest_is_the_subject_and_the_missing_are_named(tmp_path, drawn, c
 
 def test_a_job_without_an_end_was_killed(tmp_path):
     begin_attempt(tmp_path, "42", "42.0", "n0")
-    assert why_missing(tmp_path) == "its job was killed"
+    assert why_missing(tmp_path, ValueError("no rank files")) == "its job was killed"
+
+
+def test_a_job_that_ended_well_without_a_profile_says_what_is_wrong_with_it(tmp_path):
+    begin_attempt(tmp_path, "42", "42.0", "n0")
+    end_attempt(tmp_path, "42.0", 0, "finished")
+    assert why_missing(tmp_path, ValueError("no rank files")) == "no rank files"
 
 
 @pytest.mark.parametrize(
