@@ -18,6 +18,7 @@ import psutil
 
 from launch.job_spec import Case, LaunchSpec
 from launch.manifest import begin_attempt, end_attempt, locked
+from launch.progress import step_bar
 from megatron_mone.profiling.local_ranks import run_ranks
 
 STOPPED = 75
@@ -104,8 +105,9 @@ def _run_case(spec: LaunchSpec, case: Case) -> int:
     begin_attempt(folder, job, attempt, socket.gethostname())
     status = INTERRUPTED
     try:
-        with _forwarding():
-            logs = folder / "logs" / attempt
+        logs = folder / "logs" / attempt
+        last = logs / f"rank-{spec.ranks_per_node - 1:05d}.log"
+        with _forwarding(), step_bar(last):
             status = run_ranks(rank_command(spec, case, attempt), spec.ranks_per_node, logs)
     finally:
         end_attempt(folder, attempt, status, _reason(status))

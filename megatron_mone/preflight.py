@@ -27,13 +27,39 @@ def check_run(args: Namespace) -> None:
     """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
     check_async_save(args)
     check_table()
-    check_tokenizer(args)
+    check_values(args)
     check_data(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))
     for flag in ("save", "tensorboard_dir", "mone_record_masks", "mone_profile_dir"):
         if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
             check_writable(flag, Path(getattr(args, flag)))
+
+
+def check_values(args: Namespace) -> None:
+    """What can be judged away from the run's machine: no dataset or folder is looked for."""
+    check_tokenizer(args)
+    check_schedule(args)
+
+
+def check_schedule(args: Namespace) -> None:
+    """Megatron asserts this without words, after it has built the model.
+
+    Raises:
+        ValueError: the learning rate would still rise when its decay, or training, ends.
+    """
+    for unit in ("iters", "samples"):
+        name = f"lr_decay_{unit}"
+        end = getattr(args, name)
+        if end is None:
+            name = f"train_{unit}"
+            end = getattr(args, name)
+        warm_up = getattr(args, f"lr_warmup_{unit}")
+        if end and args.lr_warmup_fraction is None and warm_up >= end:
+            raise ValueError(
+                f"lr_warmup_{unit} = {warm_up} must be fewer than {name} = {end}: lower it "
+                f"(--lr-warmup-{unit} 0), or train longer"
+            )
 
 
 def check_async_save(args: Namespace) -> None:

@@ -139,7 +139,7 @@ def _as_on_the_cluster() -> Iterator[None]:
 
     answers: list[tuple[Any, str, Any]] = [
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        (preflight, "check_run", preflight.check_tokenizer),
+        (preflight, "check_run", preflight.check_values),
         (preflight, "check_checkpoint", lambda args: None),
         (config, "backend_of", _backend_of),
         *((fused_a2a, name, True) for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP")),

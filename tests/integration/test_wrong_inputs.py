@@ -124,6 +124,10 @@ CASES = {
         lambda data, tmp: [*MOCK, "--mone-neuron-ration", "0.1"],
         r"--mone-neuron-ration 0.1 \(did you mean '--mone-neuron-ratio'\?\)",
     ),
+    "warm-up as long as training": (
+        lambda data, tmp: [*TINY, *MOCK, "--lr-decay-iters", "4", "--lr-warmup-iters", "4"],
+        r"lr_warmup_iters = 4 must be fewer than lr_decay_iters = 4: lower it \(--lr-warmup",
+    ),
     "S over F": (
         lambda data, tmp: [*TINY, *MOCK, "--mone-neurons-per-token", "49"],
         "mone_neurons_per_token = 49 .* 1 to moe_ffn_hidden_size = 48",
