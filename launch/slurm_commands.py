@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -247,6 +248,9 @@ def _run(
             errors="replace",
             timeout=seconds,
             env=os.environ | told,
+            # 22.05's clients die of SIGPIPE where a busy controller closes the connection; with it
+            # ignored, as Python has it, they try again or say what happened.
+            restore_signals=False,
             check=False,
         )
     except FileNotFoundError:
@@ -256,6 +260,9 @@ def _run(
         if seconds == CHANGE_SECONDS:
             fix = "it may still be done: look with `squeue --me` before you send it again"
         raise SlurmUnavailable(f"{program}: no answer from Slurm in {seconds:g} s; {fix}") from None
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise SlurmUnavailable(f"{program}: ended by {name}; try again later")
     if done.returncode:
         words = _one_line(done.stderr) or _one_line(done.stdout)
         raise _explained(program, words or f"ended with status {done.returncode}")

@@ -1,23 +1,19 @@
 #!/bin/sh
 # The whole test suite, or the tests named. Called by `make test`.
-# Three parts run beside each other: unit tests mostly use one core, and tests on a real Slurm wait for
-# Slurm's clocks. What the first part prints is seen at once, the reports of the others come behind it.
+# Two parts run beside each other: tests on a real Slurm, which wait for Slurm's clocks, then unit tests,
+# which mostly use one core; and all that start ranks. The first part's report comes at the end.
 set -u
 python=.venv/bin/python
 [ $# = 0 ] || exec "$python" -m pytest "$@"
 
-reports=$(mktemp -d)
-"$python" -m pytest tests/slurm >"$reports/slurm" 2>&1 &
-slurm=$!
-"$python" -m pytest tests/unit >"$reports/unit" 2>&1 &
-unit=$!
-trap 'kill "$slurm" "$unit" 2>/dev/null; rm -rf "$reports"' EXIT
+report=$(mktemp)
+"$python" -m pytest tests/slurm tests/unit >"$report" 2>&1 &
+beside=$!
+trap 'kill "$beside" 2>/dev/null; rm -f "$report"' EXIT
 trap 'exit 130' INT TERM
 "$python" -m pytest --ignore=tests/slurm --ignore=tests/unit
 failed=$?
-for part in slurm unit; do
-    eval "wait \"\$$part\"" || failed=1
-    cat "$reports/$part"
-done
+wait "$beside" || failed=1
+cat "$report"
 [ "$failed" = 0 ] || { echo "make test: failed" && exit 1; }
-echo "make test: all three parts passed"
+echo "make test: both parts passed"

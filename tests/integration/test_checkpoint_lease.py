@@ -110,7 +110,7 @@ class Run:
 
     def waits_for(self, condition) -> None:
         """Until `condition()`; fails when the run ends before."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not condition():
             assert self._launch.poll() is None, self.text()[-3000:]
             assert time.monotonic() < deadline, self.text()[-3000:]
@@ -122,7 +122,7 @@ class Run:
 
     def status(self) -> int:
         """The rank's exit status, once it has ended."""
-        if self._launch.wait(120) == 0:
+        if self._launch.wait(300) == 0:
             return 0
         ended = re.search(r"^rank \d+ ended with (-?\d+)$", self.text(), re.MULTILINE)
         assert ended is not None, self.text()[-3000:]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch import slurm_commands
+from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_state import FINISHED, JobState, job_states
 
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 
 
 def submit(folder: Path, body: str, *options: str) -> str:
@@ -29,9 +31,12 @@ def one(job_id: str) -> JobState:
 def wait_until(job_id: str, ready: Callable[[JobState], bool]) -> JobState:
     """The job's state once `ready` says so of it; AssertionError with its last state if never."""
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not ready(state := one(job_id)):
+    state: JobState | None = None
+    while state is None or not ready(state):
         assert time.monotonic() < deadline, f"in vain: {state}"
-        time.sleep(0.2)
+        time.sleep(0.2 if state else 0)
+        with contextlib.suppress(SlurmUnavailable):  # a busy machine: asked again
+            state = one(job_id)
     return state
 
 

@@ -18,7 +18,16 @@ from tests.slurm.training import FLAGS, launch
 
 DEMO = ["--config", "configs/demo-mone.yaml"]
 SITE = ["--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1"]
-SITE += ["--no-exclusive", "--memory", "0", "--time-limit", "10", "--signal-lead-seconds", "0"]
+SITE += [
+    "--no-preflight",
+    "--no-exclusive",
+    "--memory",
+    "0",
+    "--time-limit",
+    "10",
+    "--signal-lead-seconds",
+    "0",
+]
 RANK = ["--", *FLAGS, "--expert-model-parallel-size", "1"]
 STEPS = 3
 

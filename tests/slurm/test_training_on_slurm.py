@@ -74,7 +74,7 @@ def test_two_nodes_give_the_losses_of_two_ranks_here(
 def test_stopped_by_its_time_limit_a_run_goes_on_as_if_it_never_was(
     cluster: Cluster, undisturbed: dict[int, float], runs: Path
 ) -> None:
-    job = submit_training(runs, "timed", "--time-limit", "1", "--signal-lead-seconds", "50")
+    job = submit_training(runs, "timed", "--time-limit", "3", "--signal-lead-seconds", "70")
     ranks = freeze_at(runs / "timed", f"{job}.0", 5)
     wait_for_signal(ranks, signal.SIGUSR1)
     thaw(ranks)
@@ -119,7 +119,7 @@ def test_a_rank_on_a_node_that_slurm_gave_up_never_writes_again(
     written = _contents(run / "checkpoints")
     assert ranks_of(run) == old
     thaw(old)
-    psutil.wait_procs([psutil.Process(pid) for pid in old], timeout=60)
+    psutil.wait_procs([psutil.Process(pid) for pid in old], timeout=120)
     assert not ranks_of(run)
     assert _contents(run / "checkpoints") == written
     (log,) = (run / "logs" / f"{job}.0").glob("rank-*.log")

@@ -95,7 +95,7 @@ print("went on")
         line = process.stderr.readline()
         assert line, stacks
         stacks += line
-    out, _ = process.communicate("go\n", timeout=30)
+    out, _ = process.communicate("go\n", timeout=120)
     assert (process.returncode, out) == (0, "went on\n")
     assert stacks.startswith("Thread 0x")
     assert "in waits_in_a_collective" in stacks

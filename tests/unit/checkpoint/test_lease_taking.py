@@ -265,14 +265,14 @@ def test_of_many_contenders_one_wins(tmp_path):
     """Eight processes, thirty times: each number has one owner, and the file names it."""
     rounds, count = 30, 8
     context = multiprocessing.get_context("fork")
-    barrier, winners = context.Barrier(count, timeout=60), context.Queue()
+    barrier, winners = context.Barrier(count, timeout=300), context.Queue()
     processes = [
         context.Process(target=_contend, args=(tmp_path, rounds, barrier, winners))
         for _ in range(count)
     ]
     for process in processes:
         process.start()
-    won = sorted(winners.get(timeout=60) for _ in range(rounds))
+    won = sorted(winners.get(timeout=300) for _ in range(rounds))
     for process in processes:
         process.join(60)
         assert process.exitcode == 0

@@ -48,7 +48,7 @@ class FakeSlurm:
         path.write_text(script, encoding="utf-8")
         return subprocess.run(
             ["bash", str(path)], env=environment, cwd=self.folder, capture_output=True, text=True,
-            check=False, timeout=60,
+            check=False, timeout=300,
         )  # fmt: skip
 
     def words(self, program: str) -> list[str]:

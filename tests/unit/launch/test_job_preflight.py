@@ -45,6 +45,16 @@ def test_the_ranks_run_on_the_nodes_that_were_chosen(tmp_path):
     assert (tmp_path / "run/preflight/excluded").read_text() == "n4\n"
 
 
+@pytest.mark.parametrize("good", ["", "n0"])
+def test_a_judge_that_names_too_few_nodes_is_not_believed(tmp_path, good):
+    checked = _job(tmp_path)
+    assert checked.run(GOOD=good, BAD="").returncode == 1
+    status, reason = checked.end()
+    assert status == 1
+    assert f"pre-flight: it named {len(good.split())} of 2 nodes; " in reason
+    assert "bash" not in checked.slurm.words("srun")[-1]
+
+
 def test_check_and_judge_are_given_the_files_and_limits(tmp_path):
     checked = _job(tmp_path, preflight_limits={"run_disk_gib": "5", "relative": "0"})
     checked.run(GOOD="n0 n1", BAD="", CHECK="1")

@@ -201,3 +201,17 @@ def test_a_command_that_hangs_is_ended(slurm: StandIns, monkeypatch: pytest.Monk
     program.chmod(0o755)
     with pytest.raises(SlurmUnavailable, match=r"no answer from Slurm in 0.2 s; try again later"):
         slurm_commands.queue(["1"])
+
+
+def test_a_client_that_a_signal_ended_gave_no_answer(slurm: StandIns) -> None:
+    slurm.say("squeue")
+    (slurm.folder / "squeue").write_text("#!/bin/bash\nkill -9 $$\n")
+    with pytest.raises(SlurmUnavailable, match="squeue: ended by SIGKILL; try again later"):
+        slurm_commands.queue(["1"])
+
+
+def test_a_connection_that_the_controller_closes_does_not_end_a_client(slurm: StandIns) -> None:
+    slurm.say("squeue")
+    answer = """#!/bin/bash\nkill -PIPE $$\necho '{"jobs": []}'\n"""
+    (slurm.folder / "squeue").write_text(answer)
+    assert slurm_commands.queue(["1"]) == []
