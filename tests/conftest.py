@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-# Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck.
-settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    settings.load_profile("ci")
+# Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck; and no
+# deadline on either, for a busy machine is slow.
+settings.register_profile("ci", derandomize=True, deadline=None)
+settings.register_profile("own", deadline=None)
+settings.load_profile("ci" if os.environ.get("CI") else "own")
 
 
 @pytest.fixture(scope="session")

@@ -60,9 +60,10 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks and not too long."""
+    """What an exception says, without line breaks and not too long; our own say it in words."""
     lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {' '.join(lines[0].split())}"[:_LONGEST_ERROR]
+    kind = "" if type(error).__module__.startswith("launch.") else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(lines[0].split())}"[:_LONGEST_ERROR]
 
 
 def _answer(call: Callable[[], Any], writing: int, seconds: float) -> NoReturn:

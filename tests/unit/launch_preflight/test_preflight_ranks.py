@@ -211,7 +211,7 @@ def test_gpus_without_nvidia_smi_are_a_fault(alone: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setenv("PATH", str(alone.parent))
     (fault,) = said(alone)
-    assert fault.startswith("GPUs: NoAnswer: nvidia-smi cannot be started: No such file")
+    assert fault.startswith("GPUs: nvidia-smi cannot be started: No such file")
 
 
 def test_a_gpu_s_fault_is_in_the_line(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
