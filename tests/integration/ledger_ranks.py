@@ -1,15 +1,14 @@
 """Training runs whose later steps are measured, each in another way.
 
 All steps see the same batch and the learning rate is 0, so that they are the same step. After the
-first, two tell what torch's allocator took (its own count), one the growth of the process, and two
-are the ledger's. Of two the least counts: on a busy machine a buffer of a collective that has ended
-may live on for a while. A rank writes what it measured to CASE/memory-RANK.json.
+first, two tell what torch's allocator took (its own count; the lesser, for on a busy machine the
+buffer of a collective that has ended may live on for a while), one the growth of the process, one
+is the ledger's. A rank writes what it measured to CASE/memory-RANK.json.
 """
 
 import ctypes
 import functools
 import itertools
-import math
 import sys
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from megatron_mone.profiling import process_memory
 from megatron_mone.profiling.ledger import MemoryLedger, persistent_tensors
 from tests import training_cases
 
-ALLOCATOR_STEPS, GROWTH_STEP, LEDGER_STEPS = (2, 3), 4, (5, 6)
+ALLOCATOR_STEPS, GROWTH_STEP, LEDGER_STEP = (2, 3), 4, 5
 
 
 def _repeating(data_iterator, micro_batches):
@@ -77,16 +76,13 @@ def watch(train_step):
             with process_memory.measure_growth() as growth:
                 result = step()
             found["growth"] = growth.peak_bytes
-        elif run["step"] in LEDGER_STEPS:
+        elif run["step"] == LEDGER_STEP:
             with MemoryLedger(lambda: persistent_tensors(model, optimizer)) as ledger:
                 result = step()
-            record = ledger.record()
-            if record["peak_bytes"] < found.get("record", {}).get("peak_bytes", math.inf):
-                found.update(base=ledger.base_bytes, record=record)
-            if run["step"] == LEDGER_STEPS[-1]:
-                folder = Path(get_args().tensorboard_dir)
-                write_json(folder / f"memory-{torch.distributed.get_rank()}.json", found)
-                run["model"] = None
+            found.update(base=ledger.base_bytes, record=ledger.record())
+            folder = Path(get_args().tensorboard_dir)
+            write_json(folder / f"memory-{torch.distributed.get_rank()}.json", found)
+            run["model"] = None
         else:
             result = step()
         return result

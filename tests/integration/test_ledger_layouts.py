@@ -24,7 +24,7 @@ TOLERANCE = 0.02
 MODEL = (
     *(*TINY, *MONE, *MOCK, "--hidden-size", "256", "--num-attention-heads", "8"),
     *("--num-experts", "8", "--moe-ffn-hidden-size", "512", "--seq-length", "512"),
-    *("--max-position-embeddings", "512", "--train-iters", "6", "--lr", "0", "--min-lr", "0"),
+    *("--max-position-embeddings", "512", "--train-iters", "5", "--lr", "0", "--min-lr", "0"),
 )
 BATCH_4, BATCH_8 = ("--global-batch-size", "4"), ("--global-batch-size", "8")
 LAYOUTS = {
