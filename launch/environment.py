@@ -7,11 +7,11 @@ variable deprecated.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.job_spec import Variable
+from launch.megatron_flags import whole_number
 
 _SIZES = ("tensor_model_parallel_size", "context_parallel_size")
 _SWITCHES = ("overlap_moe_expert_parallel_comm", "use_torch_fsdp2", "use_megatron_fsdp")
@@ -67,7 +67,7 @@ def _connections(values: Mapping[str, Any], arguments: Sequence[str]) -> tuple[V
         return (
             Variable(name, "32", "the overlapped all-to-all of the experts needs its own queues"),
         )
-    if any(_size(size, values, arguments) > 1 for size in _SIZES):
+    if any((whole_number(size, values, arguments) or 1) > 1 for size in _SIZES):
         return (
             Variable(
                 name,
@@ -77,19 +77,6 @@ def _connections(values: Mapping[str, Any], arguments: Sequence[str]) -> tuple[V
             ),
         )
     return ()
-
-
-def _size(name: str, values: Mapping[str, Any], arguments: Sequence[str]) -> int:
-    flag = f"--{name.replace('_', '-')}"
-    found = values.get(name)
-    for word, following in itertools.pairwise([*arguments, ""]):
-        if word == flag:
-            found = following
-        elif word.startswith(f"{flag}="):
-            found = word.removeprefix(f"{flag}=")
-    if found is not None and not str(found).isdigit():
-        raise ValueError(f"{name} = {found!r} must be a whole number")
-    return int(found or 1)
 
 
 def _is_on(name: str, values: Mapping[str, Any], arguments: Sequence[str]) -> bool:

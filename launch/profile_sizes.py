@@ -6,10 +6,11 @@ data-parallel size. Strong scaling: the global batch stays. Reads and starts not
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from launch.megatron_flags import whole_number
 
 _SPLIT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 _BATCH = "global_batch_size"
@@ -158,13 +159,4 @@ class Sizes:
 
     def _whole(self, name: str) -> int | None:
         """A whole number that the run file or a flag sets."""
-        flag = f"--{name.replace('_', '-')}"
-        found = self._values.get(name)
-        for word, following in itertools.pairwise([*self._words, ""]):
-            if word == flag:
-                found = following
-            elif word.startswith(f"{flag}="):
-                found = word.removeprefix(f"{flag}=")
-        if found is not None and not (str(found).isascii() and str(found).isdecimal()):
-            raise ValueError(f"{name} = {found!r} must be a whole number")
-        return None if found is None else int(found)
+        return whole_number(name, self._values, self._words)

@@ -14,8 +14,8 @@ from pathlib import Path
 from launch.manifest import attempts, gather
 from launch.sweep_cases import FAILED, SINGLE, case_states, read_cases, runs_here
 from launch.training_job import tensorboard_folder
-from megatron_mone.command_line import ERROR
 from megatron_mone.files import atomic_write, write_json
+from megatron_mone.profiling.local_ranks import error_line
 from megatron_mone.reporting.sweep_table import Row, csv_bytes, json_value, measure, text_lines
 
 RESULTS = "results"
@@ -81,9 +81,4 @@ def _last_error(case: Path) -> str:
     tried = attempts(case)
     if not tried:
         return ""
-    for log in sorted((case / "logs" / tried[-1]["attempt"]).glob("rank-*.log")):
-        with log.open(errors="replace") as lines:
-            for line in lines:
-                if line.startswith(ERROR):
-                    return line.rstrip()
-    return ""
+    return error_line(sorted((case / "logs" / tried[-1]["attempt"]).glob("rank-*.log")))

@@ -16,6 +16,7 @@ from typing import Any
 from launch.environment import gpu_variables, job_variables
 from launch.grid import Point, read_grid
 from launch.job_spec import Case, LaunchSpec, Variable
+from launch.megatron_flags import stated
 from launch.spec_checks import checked
 from launch.sweep_cases import SINGLE, SweepCase, grown, read_cases
 from megatron_mone.run_config import load_run
@@ -112,11 +113,7 @@ def tensorboard_folder(folder: Path, case: SweepCase, config: Mapping[str, Any])
         case: of it, or SINGLE.
         config: of the job.
     """
-    given = config["values"].get("tensorboard_dir")
-    for word, following in itertools.pairwise([*config["arguments"], ""]):
-        flag, equals, value = word.partition("=")
-        if flag == "--tensorboard-dir":
-            given = value if equals else following
+    given = stated("tensorboard_dir", config["values"], config["arguments"])
     if given is None:
         return folder / case.folder / TENSORBOARD
     return Path(given, Path(case.folder).name)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -68,14 +68,21 @@ def terminal() -> TextIO:
     return sys.stderr if number is None else os.fdopen(int(number), "w", closefd=False)
 
 
+def error_line(logs: Iterable[Path]) -> str:
+    """The first line of some logs in which a rank says what is wrong; empty where none does."""
+    for log in logs:
+        with log.open(errors="replace") as lines:
+            for line in lines:
+                if line.startswith(ERROR):
+                    return line.rstrip()
+    return ""
+
+
 def _explain(logs: Sequence[Path], failed: int) -> None:
     """Why a rank failed, on stderr: the line in which a rank says so, or the end of its log."""
-    for log in logs:
-        lines = log.read_text(errors="replace").splitlines()
-        said = [line for line in lines if line.startswith(ERROR)]
-        if said:
-            print(said[0], file=sys.stderr)
-            return
+    if said := error_line(logs):
+        print(said, file=sys.stderr)
+        return
     lines = logs[failed].read_text(errors="replace").splitlines()
     print(f"rank {failed} failed; the end of {logs[failed]}:", file=sys.stderr)
     print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr)
