@@ -1,10 +1,12 @@
 """Ranks that start in a second: a server imports Megatron once and forks each rank.
 
 `python -m tests.integration.crash_ranks` reads one JSON command a line from stdin, forks the ranks
-of one `megatron_mone.pretrain` run, answers with their process ids, waits for them and answers
-with their exit statuses (-9: killed by SIGKILL). No launcher stands between: the statuses are the
-ranks' own. Every rank writes `iteration loss` in hex, one unbuffered line a step, to
-NAME.RANK.loss, so that a killed rank's losses are known up to its last step.
+of one `megatron_mone.pretrain` run, answers {"pids": [...]}, waits for them and answers
+{"statuses": [...]} (-9: killed by SIGKILL). No launcher stands between: the statuses are the
+ranks' own. Every answer names its kind, for a status taken for a process id would signal the
+driver's own group (0) or every process there is (1). Every rank writes `iteration loss` in hex,
+one unbuffered line a step, to NAME.RANK.loss, so that a killed rank's losses are known up to its
+last step.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class RankServer:
             cwd=ROOT, env=environment, text=True, start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        assert self._answer() == "ready"
+        self._running: list[int] = []
+        self._answer("ready")
 
     def start(
         self,
@@ -61,7 +64,9 @@ class RankServer:
         trouble: str = "",
         fork_queue: bool = True,
     ) -> list[int]:
-        """Fork the ranks; their output goes to NAME.RANK.log.
+        """Fork the ranks; their output goes to NAME.RANK.log, there from the start.
+
+        A run that nobody waited for, since its test failed, is ended first.
 
         Args:
             name: of the run's files in this server's folder.
@@ -78,14 +83,25 @@ class RankServer:
             **{"name": str(self.folder / name), "argv": argv, "ends_others": ends_others},
             **{"trouble": trouble, "fork_queue": fork_queue},
         }
+        self.end()
         assert self._server.stdin is not None
         self._server.stdin.write(json.dumps(command) + "\n")
         self._server.stdin.flush()
-        return self._answer()
+        self._running = self._answer("pids")
+        return list(self._running)
 
     def wait(self) -> list[int]:
         """Exit statuses by rank, once all have ended."""
-        return self._answer()
+        statuses = self._answer("statuses")
+        self._running = []
+        return statuses
+
+    def end(self) -> None:
+        """Kill the run that nobody has waited for, if there is one."""
+        for pid in self._running:
+            _kill_rank(pid)
+        if self._running:
+            self.wait()
 
     def run(self, name: str, argv: list[str], **options: Any) -> list[int]:
         """`start` and `wait`."""
@@ -112,16 +128,19 @@ class RankServer:
         return [line for line in lines if line.startswith("megatron-mone: error:")]
 
     def close(self) -> None:
-        """End the server; its ranks have ended."""
+        """End the server and what it still runs."""
+        self.end()
         assert self._server.stdin is not None
         self._server.stdin.close()
         self._server.wait(timeout=30)
 
-    def _answer(self) -> Any:
+    def _answer(self, kind: str) -> list[int]:
         assert self._server.stdout is not None
         line = self._server.stdout.readline()
         assert line, "the rank server ended"
-        return json.loads(line)
+        ((found, numbers),) = json.loads(line).items()
+        assert found == kind, f"the rank server answered {line.strip()}, not with {kind}"
+        return numbers
 
 
 def wait_for(condition, seconds: float = 60, pause: float = 0.001) -> bool:
@@ -140,7 +159,7 @@ def _serve() -> None:
     importlib.import_module("tests.rank_imports")
     from megatron_mone import pretrain
 
-    print(json.dumps("ready"), file=answers)
+    print(json.dumps({"ready": []}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)
         with socket.socket() as s:
@@ -148,13 +167,14 @@ def _serve() -> None:
             port = s.getsockname()[1]
         ranks = []
         for rank in range(RANKS):
+            Path(f"{command['name']}.{rank}.log").touch()
             pid = os.fork()
             if pid == 0:
                 answers.close()
                 _rank(rank, port, command, pretrain)
             ranks.append(pid)
-        print(json.dumps(ranks), file=answers)
-        print(json.dumps(_reap(ranks, command["ends_others"])), file=answers)
+        print(json.dumps({"pids": ranks}), file=answers)
+        print(json.dumps({"statuses": _reap(ranks, command["ends_others"])}), file=answers)
 
 
 def _reap(ranks: list[int], ends_others: bool) -> list[int]:
@@ -169,13 +189,23 @@ def _reap(ranks: list[int], ends_others: bool) -> list[int]:
             os.killpg(pid, signal.SIGKILL)  # the rank's own helper processes
         if statuses[pid] != 0 and ends_others:
             for other in left:
-                os.killpg(other, signal.SIGKILL)
+                _kill_rank(other)
     return [statuses[pid] for pid in ranks]
+
+
+def _kill_rank(pid: int) -> None:
+    """A rank and its helpers; one that does not lead a group of its own yet has no helpers."""
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
 
 
 def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
     status: Any = 1
     try:
+        who, _, function = command["trouble"].partition(" ")
+        if function and int(who) == rank:
+            globals()[function]()
         os.setsid()
         log = os.open(f"{command['name']}.{rank}.log", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(log, 1)
@@ -187,9 +217,6 @@ def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
         _record_losses(Path(f"{command['name']}.{rank}.loss"))
         if command["fork_queue"]:
             fork_queue()
-        who, _, function = command["trouble"].partition(" ")
-        if function and int(who) == rank:
-            globals()[function]()
         pretrain.main()
         status = 0
     except SystemExit as ended:
@@ -202,6 +229,11 @@ def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
+
+
+def starts_late() -> None:
+    """Leads no group yet and has no file open when the driver has its process id."""
+    time.sleep(1)
 
 
 def dies_in_shard() -> None:

@@ -110,6 +110,18 @@ def has_begun(log: Path, saves: int, pids: list[int]) -> bool:
     return log.read_text().count("] saving") >= saves or ended(pids)
 
 
+def test_a_run_nobody_waited_for_is_ended_before_the_next(server):
+    """Left behind, it would answer in the next one's place, statuses where pids are expected."""
+    left = server.start("left", flags(server.folder / "left-save"), trouble="0 starts_late")
+    assert (server.folder / "left.0.log").is_file()
+    pids = server.start("next", flags(server.folder / "next-save"))
+    assert all(ended([pid]) for pid in left)
+    assert not ended(pids)
+    server.end()
+    assert all(ended([pid]) for pid in pids)
+    server.end()
+
+
 def test_twenty_kills(server, whole):
     """A rank killed at 20 random moments, most of them in a save, leaves nothing unresumable."""
     chance = random.Random(SEED)
