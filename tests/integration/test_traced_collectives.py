@@ -9,7 +9,6 @@ Real jobs of four CPU ranks over gloo, profiled; their routers send tokens as th
 import json
 import resource
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -158,7 +157,7 @@ def test_products_of_the_experts_by_pass(folder):
     }
 
 
-def test_a_rank_of_1024_takes_seconds_and_little_memory():
+def test_a_rank_of_1024_takes_little_memory():
     """In a process of its own; the memory is the largest of this process' children so far."""
     layout = (
         *("--expert-model-parallel-size", "8", "--tensor-model-parallel-size", "8"),
@@ -166,12 +165,10 @@ def test_a_rank_of_1024_takes_seconds_and_little_memory():
         *("--num-attention-heads", "8", "--num-experts", "16", "--hidden-size", "64", *ETP1),
         *("--global-batch-size", "16"),
     )
-    started = time.monotonic()
     flags = [*TINY, *MOCK, *MONE, "--mone-backend", "cpu", *layout]
     # 8 tokens a rank, 2 experts each; the first 2 of the 16 experts are this rank's.
     rows = [8, 3, 5, *[0] * 13]
     trace = trace_rank(flags, 1024, 512, rows)
-    assert time.monotonic() - started < 60
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20  # KiB
     assert trace.world_size == 1024
     assert trace.rows == {17: 8 * 11, 18: 8 * 11}  # from the 8 ranks of its expert group

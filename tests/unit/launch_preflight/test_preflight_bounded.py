@@ -56,8 +56,8 @@ def test_a_call_that_hangs_is_killed(tmp_path: Path) -> None:
         note.write_text(str(os.getpid()))
         time.sleep(600)
 
-    with pytest.raises(CallFailed, match=r"^no answer in 0.5 s$"):
-        bounded(hang, 0.5)
+    with pytest.raises(CallFailed, match=r"^no answer in 2 s$"):
+        bounded(hang, 2)
     assert is_gone(int(note.read_text()))
 
 
@@ -92,7 +92,7 @@ def test_the_child_of_a_killed_parent_ends_by_itself(tmp_path: Path) -> None:
         f"note = pathlib.Path({str(tmp_path / 'pid')!r})\n"
         "def hang():\n"
         "    note.write_text(str(os.getpid())); os.kill(os.getppid(), 9); time.sleep(600)\n"
-        "bounded(hang, 0.5)\n"
+        "bounded(hang, 2)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     deadline = time.monotonic() + 120

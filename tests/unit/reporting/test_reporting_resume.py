@@ -137,9 +137,9 @@ def test_an_interrupt_stops_the_ranks_too(tmp_path):
     """The launcher's ranks live in sessions of their own, as torchrun's do."""
     script = (
         "import subprocess, sys, time\n"
-        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],"
+        "rank = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'],"
         " start_new_session=True)\n"
-        "print('iteration 1/ 2 | lm loss:', float(rank.pid), flush=True)\ntime.sleep(60)"
+        "print('iteration 1/ 2 | lm loss:', float(rank.pid), flush=True)\ntime.sleep(600)"
     )
     ranks = []
 
@@ -149,7 +149,7 @@ def test_an_interrupt_stops_the_ranks_too(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run_child(child(script), tmp_path / "log", interrupt)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 120
     while psutil.pid_exists(ranks[0]) and time.monotonic() < deadline:
         if psutil.Process(ranks[0]).status() == psutil.STATUS_ZOMBIE:
             break
