@@ -19,13 +19,9 @@ import psutil
 from launch.job_spec import Case, LaunchSpec
 from launch.manifest import begin_attempt, end_attempt, locked
 from launch.progress import step_bar
+from megatron_mone.exit_status import INTERRUPTED, LEASE_LOST, STOPPED
 from megatron_mone.profiling.local_ranks import run_ranks
 
-STOPPED = 75
-"""Exit status of ranks that saved and stopped on a signal (megatron_mone/checkpoint/signals.py)."""
-LEASE_LOST = 76
-"""That of ranks whose checkpoint folder was taken over (megatron_mone/checkpoint/lease.py)."""
-INTERRUPTED = 130
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.job_spec import LaunchSpec
-from launch.local import STOPPED, check_local, run_local, running
+from launch.local import check_local, run_local, running
 from launch.manifest import gather, locked, open_run, record_start
 from launch.run_commands import SCRIPT
 from launch.script import sbatch_script
@@ -20,6 +20,7 @@ from launch.slurm_commands import submit
 from launch.spec_file import flag_fields, read_fields
 from launch.sweep_cases import SUBMIT_LOCK
 from launch.training_job import Job, program_job, training_job
+from megatron_mone.exit_status import STOPPED
 from megatron_mone.files import atomic_write
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.job_spec import LaunchSpec
-from launch.local import INTERRUPTED, STOPPED, check_local, run_local, running
+from launch.local import check_local, run_local, running
 from launch.manifest import check_config, gather, locked, record_start
 from launch.script import sbatch_script
 from launch.slurm_commands import SlurmRefused
@@ -20,6 +20,7 @@ from launch.sweep_cases import SUBMIT_LOCK, grown, numbers_of, read_cases, write
 from launch.sweep_plan import Plan, plan_of, submit_elements
 from launch.sweep_results import show_results
 from launch.training_job import Job, grid_cases
+from megatron_mone.exit_status import INTERRUPTED, STOPPED
 
 
 def start_sweep(job: Job, options: argparse.Namespace, judge: Callable[[Job], None]) -> int:

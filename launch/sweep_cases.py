@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.grid import Point
-from launch.local import STOPPED, running
+from launch.local import running
 from launch.manifest import attempts
 from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_reasons import WAITING
 from launch.slurm_state import JobState, array_tasks, job_states
+from megatron_mone.exit_status import STOPPED
 from megatron_mone.files import write_json
 
 RECORD = "sweep.json"

@@ -9,7 +9,8 @@ import argparse
 import sys
 from typing import NoReturn
 
-USER_ERROR = 2
+from megatron_mone.exit_status import USER_ERROR
+
 ERROR = "megatron-mone: error:"
 
 

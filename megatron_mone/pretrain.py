@@ -18,11 +18,9 @@ from typing import Any, NoReturn
 import torch
 
 from megatron_mone import liveness
+from megatron_mone.exit_status import LEASE_LOST, NOT_FINITE, SAVE_FAILED, STOPPED, USER_ERROR
 from megatron_mone.files import write_json
 from megatron_mone.profiling.local_ranks import free_port
-
-USER_ERROR = 2
-NOT_FINITE = 3
 
 
 def main() -> None:
@@ -58,7 +56,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron.training.training import set_startup_timestamps
 
     from megatron_mone.checkpoint import optimizer_layout, ownership, safe_save, signals, verify
-    from megatron_mone.checkpoint.lease import LEASE_LOST, LeaseLostError
+    from megatron_mone.checkpoint.lease import LeaseLostError
     from megatron_mone.gpt_training import datasets_provider, forward_step
     from megatron_mone.metrics import install_tracker
     from megatron_mone.moe.finite_check import NonFiniteExpertError
@@ -88,7 +86,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     except LeaseLostError as error:
         fail(str(error), LEASE_LOST)
     except safe_save.SaveFailedError as error:
-        fail(str(error), safe_save.SAVE_FAILED)
+        fail(str(error), SAVE_FAILED)
     except (NonFiniteExpertError, MaskTraceError) as error:
         print(f"megatron-mone: error: {error}", file=sys.stderr, flush=True)  # from its own rank
         is_user_error = isinstance(error, MaskTraceError)
@@ -96,7 +94,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     except SystemExit:
         if stop is None or not stop.stopped:
             raise
-        raise SystemExit(signals.STOPPED) from None
+        raise SystemExit(STOPPED) from None
     finally:
         end_profile()
         end_progress()

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_mone.exit_status import INTERRUPTED
 from megatron_mone.reporting.demo_report import table_rows, write_report
 from megatron_mone.reporting.results import ResultError, RunResult
 from megatron_mone.reporting.training_run import (
@@ -57,7 +58,7 @@ def main() -> int:
         return 1
     except KeyboardInterrupt:
         print("demo: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -30,6 +30,7 @@ from megatron_mone.data.manifest import Manifest
 from megatron_mone.data.merge import OutputPaths
 from megatron_mone.data.plan import PrepareConfig, Progress
 from megatron_mone.data.prepare import prepare
+from megatron_mone.exit_status import INTERRUPTED, USER_ERROR
 
 _BAD_LINES_SHOWN = 20
 _INPUT_HELP = ".txt or .jsonl (.gz, .zst) files, or directories of them"
@@ -43,7 +44,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the mistake and leave with 2."""
-        self.exit(2, f"error: {message}; see --help\n")
+        self.exit(USER_ERROR, f"error: {message}; see --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -77,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             manifest = prepare(config, report)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except OSError as error:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     _print_summary(manifest, OutputPaths(config.output_prefix))
     return 0
 

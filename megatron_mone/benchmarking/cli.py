@@ -18,8 +18,8 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-USER_ERROR = 2
-INTERRUPTED = 130
+from megatron_mone.exit_status import INTERRUPTED, USER_ERROR
+
 CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0.25,
         "dtype": "fp32", "routing": "balanced"}  # fmt: skip
 """What one cell is where an option is not given."""

@@ -35,8 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEASE_LOST = 76
-"""Exit status of an attempt whose checkpoint folder another one took over."""
 DEFAULT_SECONDS = 60.0
 SHORTEST_SECONDS, LONGEST_SECONDS = 3.0, 3600.0
 ATTEMPT_VARIABLE = "MEGATRON_MONE_ATTEMPT"

@@ -47,9 +47,6 @@ from megatron_mone.checkpoint.tracker import (
     stage,
 )
 
-SAVE_FAILED = 74
-"""Exit status when a checkpoint could not be written: EX_IOERR of sysexits.h."""
-
 _errors: list[str] = []
 """What went wrong on this rank during the save under way."""
 

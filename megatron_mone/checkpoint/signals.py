@@ -22,8 +22,6 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.lease import LeaseLostError
 
-STOPPED = 75
-"""Exit status after a signal and a save: EX_TEMPFAIL of sysexits.h, start me again."""
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOST = 2
 """What a rank's flag says in place of 0 or 1 when the checkpoint folder is lost."""

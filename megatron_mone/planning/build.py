@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from megatron_mone.exit_status import USER_ERROR
 from megatron_mone.planning.trace import Trace, merged
 
-USER_ERROR = 2
 TIMEOUT_SECONDS = 600
 
 

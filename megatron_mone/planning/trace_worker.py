@@ -24,8 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mone.exit_status import USER_ERROR
 from megatron_mone.files import write_json
-from megatron_mone.planning.build import USER_ERROR
 from megatron_mone.planning.gpu_job import parse_gpu_job, prepare
 
 LONGEST_MESSAGE = 1 << 20

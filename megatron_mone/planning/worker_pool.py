@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone.planning.build import USER_ERROR
+from megatron_mone.exit_status import USER_ERROR
 from megatron_mone.planning.trace_worker import LONGEST_MESSAGE
 
 _ROOT = Path(__file__).resolve().parents[2]

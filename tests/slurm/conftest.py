@@ -43,6 +43,13 @@ def slurm_cluster() -> Iterator[Boot]:
     yield from _clusters(real=True)
 
 
+@pytest.fixture
+def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
+    """The shared cluster of four nodes; Slurm's commands of this process speak to it."""
+    with slurm_cluster(4).selected() as selected:
+        yield selected
+
+
 @pytest.fixture(scope="session")
 def validation_cluster() -> Iterator[Boot]:
     """`validation_cluster(nodes, gpus_per_node=8)`: judges jobs (`--test-only`), runs none."""

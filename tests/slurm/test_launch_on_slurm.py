@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_state, wait_until
 from tests.slurm.training import launch
 from tests.unit.launch.hostile_text import CANARY, HOSTILE
-
-
-@pytest.fixture
-def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
-    with slurm_cluster(4).selected() as selected:
-        yield selected
 
 
 @pytest.fixture

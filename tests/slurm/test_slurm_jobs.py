@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,9 @@ from launch.slurm_commands import SlurmRefused
 from launch.slurm_reasons import why_waiting
 from launch.slurm_state import job_states
 from tests.slurm.cluster import Cluster, processes_with
-from tests.slurm.conftest import Boot
 from tests.slurm.jobs import submit, wait_end, wait_state, wait_until
 
 pytestmark = pytest.mark.usefixtures("early_jobs")
-
-
-@pytest.fixture
-def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
-    with slurm_cluster(4).selected() as selected:
-        yield selected
 
 
 def test_a_job_runs_and_completes(cluster: Cluster, tmp_path: Path) -> None:

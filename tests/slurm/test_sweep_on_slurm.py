@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,30 +11,15 @@ import pytest
 from launch import slurm_commands
 from launch.slurm_state import job_states
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_until
-from tests.slurm.training import FLAGS, launch
+from tests.slurm.training import FLAGS, ends_of_logs, launch
 
 DEMO = ["--config", "configs/demo-mone.yaml"]
 SITE = ["--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1", "--cpus-per-task", "1"]
-SITE += [
-    "--no-preflight",
-    "--no-exclusive",
-    "--memory",
-    "0",
-    "--time-limit",
-    "10",
-    "--signal-lead-seconds",
-    "0",
-]
+SITE += ["--no-preflight", "--no-exclusive", "--memory", "0"]
+SITE += ["--time-limit", "10", "--signal-lead-seconds", "0"]
 RANK = ["--", *FLAGS, "--expert-model-parallel-size", "1"]
 STEPS = 3
-
-
-@pytest.fixture
-def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
-    with slurm_cluster(4).selected() as selected:
-        yield selected
 
 
 def _results(folder: Path) -> list[dict]:
@@ -56,7 +40,7 @@ def test_an_array_of_three_trains_and_is_one_table(cluster: Cluster, tmp_path: P
     again = launch(*command)
     assert "none is missing" in again
     for number in range(3):
-        assert wait_end(f"{found[1]}_{number}").state == "COMPLETED", _said(tmp_path / "s")
+        assert wait_end(f"{found[1]}_{number}").state == "COMPLETED", ends_of_logs(tmp_path / "s")
     rows = _results(tmp_path / "s")
     assert [row["values"]["mone_neuron_ratio"] for row in rows] == ["0.5", "0.25", "0.125"]
     for row in rows:
@@ -142,8 +126,3 @@ def _submitted(said: str) -> str:
 def _has_started(folder: Path, count: int) -> bool:
     path = folder / "started"
     return path.exists() and len(path.read_text().split()) >= count
-
-
-def _said(folder: Path) -> str:
-    """The ends of all logs, for a test that failed."""
-    return "\n".join(log.read_text(errors="replace")[-1500:] for log in folder.rglob("*.log"))

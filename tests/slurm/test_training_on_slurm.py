@@ -26,6 +26,7 @@ from tests.slurm.jobs import wait_end, wait_until
 from tests.slurm.training import (
     FLAGS,
     STEPS,
+    ends_of_logs,
     freeze_at,
     launch,
     losses,
@@ -166,6 +167,4 @@ def _names(node_list: str) -> list[str]:
 
 def _said(run: Path) -> str:
     """What a run that failed said, and the ends of its attempts."""
-    logs = [*run.glob("logs/*.log"), *run.glob("logs/*/*.log")]
-    said = [f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs]
-    return "\n".join([json.dumps(_attempts(run), indent=1), *said])
+    return f"{json.dumps(_attempts(run), indent=1)}\n{ends_of_logs(run)}"

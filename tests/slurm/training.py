@@ -59,6 +59,12 @@ def losses(run: Path) -> dict[int, float]:
     return {step: values[0] for step, values in recorded(run / "curve")[LOSS].items()}
 
 
+def ends_of_logs(folder: Path) -> str:
+    """What a run or a sweep said last, for a test that failed."""
+    logs = sorted(folder.rglob("*.log"))
+    return "\n".join(f"{log}:\n{log.read_text(errors='replace')[-1500:]}" for log in logs)
+
+
 def ranks_of(run: Path) -> list[int]:
     """Process ids of the run's ranks on this machine, without srun, which names the program too."""
     found = []
