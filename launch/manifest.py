@@ -70,6 +70,23 @@ def record_start(folder: Path, name: str, config: Any, data: Sequence[str], star
         write_json(folder / MANIFEST, manifest)
 
 
+def add_start(folder: Path, start: Mapping[str, Any]) -> None:
+    """Note a start in the manifest that is there.
+
+    Args:
+        folder: run folder.
+        start: as it is to stand there, with the time and the code.
+
+    Raises:
+        ValueError: no manifest there, or one that cannot be read.
+    """
+    with locked(folder / LOCK):
+        manifest = _read_there(folder)
+        manifest["starts"].append(dict(start))
+        manifest["attempts"] = attempts(folder)
+        write_json(folder / MANIFEST, manifest)
+
+
 def check_config(folder: Path, config: Any) -> None:
     """Refuse to start in the folder of another run.
 
@@ -85,15 +102,13 @@ def gather(folder: Path) -> dict[str, Any]:
     """The manifest of a run with all attempts so far, written back.
 
     A job whose submission was cut short before it was noted (its launcher's machine died) is known
-    by its attempts, and becomes a start like others.
+    by its attempts, and becomes a start like others; while it waits, submission.py finds it.
 
     Raises:
         ValueError: no manifest there, or one that cannot be read.
     """
     with locked(folder / LOCK):
-        manifest = _read(folder)
-        if manifest is None:
-            raise ValueError(f"{folder / MANIFEST} is missing: no run was started there")
+        manifest = _read_there(folder)
         found = attempts(folder)
         if found != manifest.get("attempts"):
             manifest["attempts"] = found
@@ -114,9 +129,13 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
         folder.glob("cases/*/attempts/*.start.json")
     ):
         beside = path.with_name(path.name.removesuffix("start.json") + "end.json")
-        end = _json(beside) if beside.exists() else {"end": None, "status": None, "reason": None}
+        end = (
+            read_mapping(beside)
+            if beside.exists()
+            else {"end": None, "status": None, "reason": None}
+        )
         case = {} if path.parent.parent == folder else {"case": path.parent.parent.name}
-        found.append({**case, **_json(path), **end})
+        found.append({**case, **read_mapping(path), **end})
     return sorted(found, key=lambda attempt: attempt["start"])
 
 
@@ -136,6 +155,21 @@ def end_attempt(folder: Path, attempt: str, status: int, reason: str) -> None:
     """Write the end of an attempt, as a job's script does it."""
     end = {"end": int(time.time()), "status": status, "reason": reason}
     write_json(folder / "attempts" / f"{attempt}.end.json", end)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON file of a run folder.
+
+    Raises:
+        ValueError: it cannot be read, or holds no mapping.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a mapping")
+    return value
 
 
 @contextmanager
@@ -249,21 +283,18 @@ def _check_config(folder: Path, manifest: Mapping[str, Any], config: Any) -> Non
         )
 
 
+def _read_there(folder: Path) -> dict[str, Any]:
+    manifest = _read(folder)
+    if manifest is None:
+        raise ValueError(f"{folder / MANIFEST} is missing: no run was started there")
+    return manifest
+
+
 def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST
     if not path.exists():
         return None
-    manifest = _json(path)
+    manifest = read_mapping(path)
     if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("starts"), list):
         raise ValueError(f"{path} is not a manifest of schema {SCHEMA}: choose another --name")
     return manifest
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a mapping")
-    return value

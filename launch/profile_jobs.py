@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.job_spec import LaunchSpec
-from launch.manifest import locked, open_run, record_start
+from launch.manifest import locked, open_run
 from launch.profile_sizes import Size, Sizes
 from launch.run_commands import SCRIPT
 from launch.script import sbatch_script
 from launch.slurm_commands import SlurmUnavailable, cancel, submit
 from launch.spec_checks import checked, limit_seconds
+from launch.submission import SUBMIT_LOCK, noted, refuse_if_submitted
 from launch.training_job import data_prefixes, training_variables
 from launch.verdict import Judge, Refused, judging
 from megatron_mone.command_line import OneLineParser
@@ -273,7 +274,8 @@ def _judged_by_slurm(spec: LaunchSpec) -> str:
 
 def _submit_all(sweep: ProfileSweep) -> None:
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    with locked(sweep.folder / ".submit.lock"):
+    with locked(sweep.folder / SUBMIT_LOCK):
+        refuse_if_submitted(sweep.folder)
         data = data_prefixes(sweep.values, sweep.words)
         open_run(sweep.folder, sweep.name, sweep.config, data)
         with _all_or_none() as job_ids:
@@ -290,10 +292,8 @@ def _submit_one(sweep: ProfileSweep, spec: LaunchSpec, job_ids: list[str]) -> st
     folder = Path(spec.folder)
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     atomic_write(folder / SCRIPT, sbatch_script(spec).encode())
-    job_ids.append(submit(folder / SCRIPT))
-    start = {"job_id": job_ids[-1], "ranks": spec.nodes * spec.ranks_per_node}
-    data = data_prefixes(sweep.values, sweep.words)
-    record_start(sweep.folder, sweep.name, sweep.config, data, start)
+    with noted(sweep.folder, {"ranks": spec.nodes * spec.ranks_per_node}) as send:
+        job_ids.append(send(folder / SCRIPT))
     return f"{folder}/logs/{job_ids[-1]}.log"
 
 

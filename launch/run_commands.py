@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.manifest import MANIFEST, gather, record_start
-from launch.slurm_commands import SlurmUnavailable, cancel, submit
+from launch.manifest import MANIFEST, gather, locked
+from launch.slurm_commands import SlurmUnavailable, cancel
 from launch.slurm_reasons import why_waiting
 from launch.slurm_state import job_states
+from launch.submission import MARK, SUBMIT_LOCK, noted, recover, recover_if_free
 from launch.sweep_cases import case_states, read_cases, runs_here
 from launch.sweep_plan import is_sweep, resume_sweep
 from megatron_mone.spelling import nearest_name
@@ -36,7 +37,7 @@ def find_run(runs: Path, text: str) -> tuple[Path, str | None]:
     """
     folders = _folders(runs)
     for folder in folders:
-        jobs = _jobs(gather(folder))
+        jobs = _jobs(_current(folder))
         if folder.name == text:
             return folder, jobs[-1] if jobs else None
         if text.partition("_")[0] in jobs:
@@ -128,20 +129,28 @@ def resume_run(runs: Path, name: str) -> str | None:
         raise ValueError(f"{folder.name} was never submitted: start it again as it was started")
     if is_sweep(folder):
         return resume_sweep(folder, folder / SCRIPT, name if name != folder.name else None)
-    unfinished = [state for state in job_states([job]) if not state.finished]
-    if unfinished:
-        raise ValueError(
-            f"job {job} of {folder.name} is {unfinished[0].state}: wait for it, or cancel it first"
-        )
-    manifest = gather(folder)
-    new = submit(folder / SCRIPT)
-    start = {"job_id": new, "ranks": manifest["starts"][-1]["ranks"]}
-    record_start(folder, manifest["name"], manifest["config"], (), start)
-    return new
+    with locked(folder / SUBMIT_LOCK):  # who resumes it at the same time sees this one's job
+        recover(folder)
+        starts = gather(folder)["starts"]
+        job = [start["job_id"] for start in starts if "job_id" in start][-1]
+        unfinished = [state for state in job_states([job]) if not state.finished]
+        if unfinished:
+            raise ValueError(
+                f"job {job} of {folder.name} is {unfinished[0].state}: wait for it, or cancel it "
+                "first"
+            )
+        with noted(folder, {"ranks": starts[-1]["ranks"]}) as send:
+            return send(folder / SCRIPT)
 
 
 def _folders(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{MANIFEST}"))
+
+
+def _current(folder: Path) -> dict[str, Any]:
+    """The manifest with what is known by now, also of a launcher that ended too early."""
+    recover_if_free(folder)
+    return gather(folder)
 
 
 def _jobs(manifest: dict[str, Any]) -> list[str]:
@@ -149,14 +158,16 @@ def _jobs(manifest: dict[str, Any]) -> list[str]:
 
 
 def _lines(folder: Path) -> list[str]:
-    manifest = gather(folder)
+    manifest = _current(folder)
     jobs, attempts = _jobs(manifest), manifest["attempts"]
     times = f"{len(attempts)} attempt{'s' if len(attempts) != 1 else ''}"
     ended = [attempt["reason"] for attempt in attempts if attempt["end"] is not None]
     last = f", the last to end: {ended[-1]}" if ended else ""
     head = _sweep_line(folder, manifest) if is_sweep(folder) else []
     if not manifest["starts"]:
-        lost = "no job is known: its submission was refused or cut short (`squeue --me`)"
+        lost = "no job is known: its submission was refused"
+        if (folder / MARK).exists():
+            lost = "no job is known: it is being submitted, or that was cut short; ask again later"
         return [*head, f"{folder.name}: {lost}"]
     if "job_id" not in manifest["starts"][-1]:
         here = "running here" if runs_here(folder) else "not running here"

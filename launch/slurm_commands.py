@@ -120,12 +120,12 @@ def update(job_id: str, **fields: str) -> None:
     _run("scontrol", ["update", f"JobId={checked_id(job_id)}", *pairs], CHANGE_SECONDS)
 
 
-def show_job(job_id: str) -> list[str]:
+def show_job(job_id: str | None = None) -> list[str]:
     """What `scontrol show job` says, one string a record (an array has several), times in epoch s.
 
-    Empty where Slurm no longer knows the job (some minutes after its end).
+    Empty where Slurm no longer knows the job (some minutes after its end). Without an id: all jobs.
     """
-    arguments = ["show", "job", "--oneliner", checked_id(job_id)]
+    arguments = ["show", "job", "--oneliner", *([] if job_id is None else [checked_id(job_id)])]
     try:
         said = _run("scontrol", arguments, READ_SECONDS).stdout
     except SlurmRefused as error:
@@ -133,11 +133,14 @@ def show_job(job_id: str) -> list[str]:
             return []
         raise
     # A name may hold a line feed; a record starts with its id.
-    return [record.strip() for record in re.split(r"(?m)^(?=JobId=\d+ )", said) if record.strip()]
+    records = re.split(r"(?m)^(?=JobId=\d+ )", said)
+    return [r.strip() for r in records if r.strip() not in ("", "No jobs in the system")]
 
 
-def queue(job_ids: Sequence[str]) -> list[dict[str, Any]] | None:
+def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
     """Records of `squeue --json`, also of other jobs (22.05 ignores the filter); None: no JSON.
+
+    Without ids those of all jobs.
 
     Raises:
         SlurmUnavailable: also where squeue ends with status 0 and an `errors` list, which is how
@@ -145,7 +148,7 @@ def queue(job_ids: Sequence[str]) -> list[dict[str, Any]] | None:
     """
     jobs = ",".join(checked_id(job_id) for job_id in job_ids)
     try:
-        done = _run("squeue", ["--json", f"--jobs={jobs}"], READ_SECONDS)
+        done = _run("squeue", ["--json", *([f"--jobs={jobs}"] if jobs else [])], READ_SECONDS)
     except SlurmRefused as error:
         if "Invalid job id" in str(error):
             return []

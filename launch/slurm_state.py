@@ -133,6 +133,26 @@ def job_states(job_ids: Sequence[str]) -> list[JobState]:
     return [job for j in dict.fromkeys(job_ids) for job in found.values() if _asked(job, j)]
 
 
+def unfinished_jobs_in(folder: Path) -> list[str]:
+    """Ids of jobs, of any user, that wait or run and write their output into a folder or below it.
+
+    Raises:
+        SlurmUnavailable: the controller does not answer.
+    """
+    records = slurm_commands.queue()
+    found: list[tuple[JobState, str]] = []
+    if records is None:
+        for text in slurm_commands.show_job():
+            found.append((_from_oneliner(text), _stdout_of_oneliner(text)))
+    else:
+        for record in records:
+            path = _stdout_path(record, _number(record["array_job_id"]), None)
+            found.append((_from_json(record), path))
+    place = folder.resolve()
+    inside = [j.job_id for j, path in found if not j.finished and place in Path(path).parents]
+    return list(dict.fromkeys(inside))
+
+
 def _asked(job: JobState, job_id: str) -> bool:
     base, _, task = job_id.partition("_")
     if base != job.job_id:
@@ -253,16 +273,13 @@ ONELINER = re.compile(
 
 def _from_oneliner(text: str) -> JobState:
     """A record of `scontrol show job --oneliner`, times in seconds since the epoch."""
-    found = ONELINER.match(text)
-    if not found:
-        raise SlurmUnavailable(f"scontrol: a record of a form not known: {text[:60]!r}")
-    rest, _, paths = found["rest"].partition(" Command=")
+    found = _matched(text)
+    rest = found["rest"].partition(" Command=")[0]
     fields = dict(re.findall(r"(\S+?)=(\S*)", rest))
     # "Nodes_required_for_job_are_DOWN,..." stands for the reason Resources.
     words = _plain(fields["Reason"]).replace("_", " ") if "," in fields["Reason"] else ""
     reason = "Resources" if words.startswith("Nodes required") else fields["Reason"].split(",")[0]
     exit_code, _, signal = fields["ExitCode"].partition(":")
-    stdout = re.search(r" StdOut=(.*?)(?= Power=| TresPer| MailUser=| *$)", paths)
     task = found["task"] or ""
     whole = not task or task.isdigit()
     nodes = _plain(fields["NodeList"])
@@ -281,8 +298,22 @@ def _from_oneliner(text: str) -> JobState:
         end=_seconds(fields["EndTime"]) if fields["JobState"] in FINISHED else None,
         time_limit_minutes=_minutes(fields["TimeLimit"]),
         # scontrol fills in the pattern, save for numbers with a width ("%4a").
-        stdout=_filled(stdout[1], {"a": task}) if stdout and whole else "",
+        stdout=_filled(_stdout_of_oneliner(text), {"a": task}) if whole else "",
     )
+
+
+def _matched(text: str) -> re.Match[str]:
+    found = ONELINER.match(text)
+    if not found:
+        raise SlurmUnavailable(f"scontrol: a record of a form not known: {text[:60]!r}")
+    return found
+
+
+def _stdout_of_oneliner(text: str) -> str:
+    """The path, with what scontrol leaves of a pattern; empty where there is none."""
+    _, _, paths = _matched(text)["rest"].partition(" Command=")
+    found = re.search(r" StdOut=(.*?)(?= Power=| TresPer| MailUser=| *$)", paths)
+    return found[1] if found else ""
 
 
 def _from_sacct(row: dict[str, str]) -> JobState:

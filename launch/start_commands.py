@@ -18,7 +18,7 @@ from launch.run_commands import SCRIPT
 from launch.script import sbatch_script
 from launch.slurm_commands import submit
 from launch.spec_file import flag_fields, read_fields
-from launch.sweep_cases import SUBMIT_LOCK
+from launch.submission import SUBMIT_LOCK, noted, refuse_if_submitted
 from launch.training_job import Job, program_job, training_job
 from megatron_mone.exit_status import STOPPED
 from megatron_mone.files import atomic_write
@@ -110,11 +110,12 @@ def submit_run(job: Job, options: argparse.Namespace) -> None:
     folder = Path(job.spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / SUBMIT_LOCK):  # sbatch reads the script that this process wrote
-        job_id = submit(prepare_folder(job, job.spec, script))
-        star = "_*" if job.spec.array or job.spec.cases else ""
-        print(f"job {job_id}, log {folder}/logs/{job_id}{star}.log", flush=True)
-        start = {"job_id": job_id, "ranks": job.spec.nodes * job.spec.ranks_per_node}
-        record_start(folder, job.spec.name, job.config, job.data, start)
+        refuse_if_submitted(folder)
+        path = prepare_folder(job, job.spec, script)
+        with noted(folder, {"ranks": job.spec.nodes * job.spec.ranks_per_node}) as send:
+            job_id = send(path)
+            star = "_*" if job.spec.array or job.spec.cases else ""
+            print(f"job {job_id}, log {folder}/logs/{job_id}{star}.log", flush=True)
 
 
 def prepare_folder(job: Job, spec: LaunchSpec, script: str) -> Path:

@@ -16,8 +16,9 @@ from launch.manifest import check_config, gather, locked, record_start
 from launch.script import sbatch_script
 from launch.slurm_commands import SlurmRefused
 from launch.start_commands import is_local, prepare_folder, refuse_judgement, submit_run
-from launch.sweep_cases import SUBMIT_LOCK, grown, numbers_of, read_cases, write_cases
-from launch.sweep_plan import Plan, plan_of, submit_elements
+from launch.submission import SUBMIT_LOCK, noted, recover
+from launch.sweep_cases import grown, numbers_of, read_cases, write_cases
+from launch.sweep_plan import Plan, elements, plan_of
 from launch.sweep_results import show_results
 from launch.training_job import Job, grid_cases
 from megatron_mone.exit_status import INTERRUPTED, STOPPED
@@ -84,6 +85,7 @@ def submit_sweep(job: Job, judge: Callable[[Job], None]) -> bool:
     # The second who starts the same sweep waits, then sees the first one's job.
     with locked(folder / SUBMIT_LOCK):
         with running(folder):
+            recover(folder)
             todo = plan(folder, job)
             if not todo.missing:
                 print(todo.summary(""))
@@ -94,14 +96,13 @@ def submit_sweep(job: Job, judge: Callable[[Job], None]) -> bool:
             before = read_cases(folder)
             write_cases(folder, todo.cases)
             script = prepare_folder(job, spec, sbatch_script(spec))
+            ranks = spec.nodes * spec.ranks_per_node
             try:
-                job_id = submit_elements(script, todo.missing)
+                with noted(folder, {"ranks": ranks, "cases": list(todo.missing)}) as send:
+                    job_id = send(script, elements(todo.missing))
             except SlurmRefused:
                 write_cases(folder, before)  # no case for what was never queued
                 raise
-            start = {"job_id": job_id, "ranks": spec.nodes * spec.ranks_per_node}
-            start |= {"cases": list(todo.missing)}
-            record_start(folder, spec.name, job.config, job.data, start)
     print(todo.summary(f"submitted: job {job_id}"))
     print(f"job {job_id}, log {folder}/logs/{job_id}_*.log", flush=True)
     return True
@@ -121,6 +122,7 @@ def run_sweep(job: Job) -> int:
     folder = Path(job.spec.folder)
     with running(folder):
         with locked(folder / SUBMIT_LOCK):
+            recover(folder)
             todo = plan(folder, job)
             if todo.missing:
                 write_cases(folder, todo.cases)

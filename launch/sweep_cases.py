@@ -25,8 +25,6 @@ from megatron_mone.exit_status import STOPPED
 from megatron_mone.files import write_json
 
 RECORD = "sweep.json"
-SUBMIT_LOCK = ".submit.lock"
-"""Held from deciding what to submit until it is recorded."""
 SCHEMA = "megatron-mone/sweep/1"
 _LABEL_LETTERS = 120  # a folder's name may have 255 bytes
 FINISHED, RUNNING, QUEUED, MISSING = "finished", "running", "waiting", "missing"

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.local import running
-from launch.manifest import MANIFEST, gather, locked, record_start
-from launch.slurm_commands import submit
+from launch.manifest import MANIFEST, gather, locked
+from launch.submission import SUBMIT_LOCK, noted, recover
 from launch.sweep_cases import (
     FINISHED,
     RECORD,
-    SUBMIT_LOCK,
     CaseState,
     SweepCase,
     case_states,
@@ -67,6 +66,7 @@ def resume_sweep(folder: Path, script: Path, job: str | None) -> str | None:
         SlurmUnavailable: Slurm does not answer.
     """
     with locked(folder / SUBMIT_LOCK), running(folder):
+        recover(folder)
         manifest = gather(folder)
         submitted = [start for start in manifest["starts"] if "job_id" in start]
         if not submitted:
@@ -81,15 +81,14 @@ def resume_sweep(folder: Path, script: Path, job: str | None) -> str | None:
         todo = plan_of(folder, read_cases(folder), numbers)
         if not todo.missing:
             return None
-        job_id = submit_elements(script, todo.missing)
-        start = {"job_id": job_id, "ranks": submitted[-1]["ranks"], "cases": list(todo.missing)}
-        record_start(folder, manifest["name"], manifest["config"], (), start)
-        return job_id
+        start = {"ranks": submitted[-1]["ranks"], "cases": list(todo.missing)}
+        with noted(folder, start) as send:
+            return send(script, elements(todo.missing))
 
 
-def submit_elements(script: Path, numbers: Sequence[int]) -> str:
-    """Submit some elements of a script's job array; returns the array's id."""
-    return submit(script, options=[f"--array={','.join(map(str, numbers))}"])
+def elements(numbers: Sequence[int]) -> list[str]:
+    """The options of sbatch that submit some elements of a script's job array."""
+    return [f"--array={','.join(map(str, numbers))}"]
 
 
 def is_sweep(folder: Path) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 import pytest
 
-from launch import manifest, slurm_commands
+from launch import manifest, slurm_commands, submission
 from launch.__main__ import main
+from launch.slurm_state import job_states
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_state, wait_until
@@ -75,6 +77,29 @@ def test_status_says_in_one_line_why_a_job_does_not_start(cluster: Cluster, runs
     assert lines[1].startswith(f"{job} does not start: its start time has not come")
     launch("cancel", "--runs", str(runs), "late")
     assert wait_end(job).state == "CANCELLED"
+
+
+@pytest.mark.parametrize("way", ["squeue --json", "scontrol"])
+@pytest.mark.parametrize("array", [[], ["--array", "0-2"]], ids=["job", "array"])
+def test_a_waiting_job_whose_launcher_died_is_found(
+    cluster: Cluster, runs: Path, monkeypatch: pytest.MonkeyPatch, way: str, array: list[str]
+) -> None:
+    """The launcher ends between sbatch's answer and its note; nothing was written but its mark."""
+    if way == "scontrol":
+        monkeypatch.setattr(slurm_commands, "queue", lambda job_ids=(): None)
+    name = "a $(b) 'c'"
+    own = ["--runs", str(runs), "--launch", str(runs / "site.yaml"), "--name", name, *array]
+    if not (launcher := os.fork()):
+        submission.add_start = lambda folder, start: os._exit(9)
+        main(["submit", *own, "--sbatch", "begin=now+3600", "--", "true"])
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == 9
+    assert manifest.gather(runs / name)["starts"] == []
+    lines = launch("status", "--runs", str(runs)).splitlines()
+    found = re.match(re.escape(name) + r": job (\d+)(_\[0-2\])? PENDING; 0 attempts", lines[0])
+    assert found, lines
+    launch("cancel", "--runs", str(runs), name)
+    assert {state.state for state in job_states([found[1]])} == {"CANCELLED"}
 
 
 def test_cancel_ends_every_process(cluster: Cluster, runs: Path) -> None:

@@ -7,12 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from launch import manifest, run_commands
+from launch import manifest, run_commands, submission
 from launch.__main__ import main
 from launch.local import running
 from launch.slurm_commands import SlurmUnavailable
@@ -40,7 +41,7 @@ class Slurm:
     def cancel(self, job_id: str) -> None:
         self.asked.append(f"cancel {job_id}")
 
-    def submit(self, script: Path) -> str:
+    def submit(self, script: Path, options: Sequence[str] = ()) -> str:
         self.asked.append(f"submit {script}")
         return "50"
 
@@ -48,8 +49,9 @@ class Slurm:
 @pytest.fixture
 def slurm(monkeypatch) -> Slurm:
     slurm = Slurm()
-    for name in ("job_states", "cancel", "submit"):
+    for name in ("job_states", "cancel"):
         monkeypatch.setattr(run_commands, name, getattr(slurm, name))
+    monkeypatch.setattr(submission, "submit", slurm.submit)
     return slurm
 
 

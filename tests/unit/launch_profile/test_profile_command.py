@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import profile_jobs
+from launch import profile_jobs, submission
 from launch.__main__ import main
+from launch.manifest import gather
 from launch.verdict import Refused
 from tests.unit.launch.fake_slurm import sbatch_words
 from tests.unit.launch_profile.conftest import Asked
@@ -127,6 +128,20 @@ def test_where_one_is_refused_none_is_left(here, slurm, accepted, capsys):
     assert error.count("\n") == 1
     assert "Invalid partition name" in error
     assert slurm.cancelled == ["41", "42"][:accepted]
+
+
+def test_a_profile_whose_launcher_died_is_not_submitted_twice(here, slurm, monkeypatch, capsys):
+    """Its machine went down after the first sbatch: the report was never submitted."""
+    with monkeypatch.context() as dying:
+        dying.setattr(profile_jobs, "cancel", lambda job_id: None)
+        dying.setattr(submission, "add_start", lambda folder, start: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main([*OWN, "--nodes", "2", "--", *FLAGS])
+    monkeypatch.setattr(submission, "unfinished_jobs_in", lambda folder: ["41"])
+    assert main([*OWN, "--nodes", "2", "--", *FLAGS]) == 2
+    assert "job 41 of demo-mone is in the queue" in capsys.readouterr().err
+    assert len(slurm.submitted) == 1
+    assert [start["job_id"] for start in gather(here / "runs/demo-mone")["starts"]] == ["41"]
 
 
 def test_test_only_asks_slurm_of_each(here, slurm, capsys):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import run_commands, sweep, sweep_cases
+from launch import run_commands, submission, sweep, sweep_cases
 from launch.__main__ import main
 from launch.local import running
 from launch.manifest import begin_attempt, end_attempt
@@ -110,6 +111,25 @@ def test_a_sweep_is_submitted_once_and_then_only_what_is_missing(here, slurm, ca
     assert "2 of 3 cases are finished, 1 is submitted: job 41\n" in capsys.readouterr().out
     assert slurm.arrays() == ["0,1,2", "1"]
     assert _starts(folder) == [("40", [0, 1, 2]), ("41", [1])]
+
+
+@pytest.mark.parametrize("where", [[], ["--here"]], ids=["submit", "here"])
+def test_a_sweep_whose_launcher_died_is_not_submitted_again(
+    here, slurm, monkeypatch, capsys, where
+):
+    """Its machine went down right after sbatch's answer."""
+    with monkeypatch.context() as dying:
+        dying.setattr(submission, "add_start", lambda folder, start: sys.exit(9))
+        with pytest.raises(SystemExit):
+            _sweep("--grid", "r=1/2,1/4")
+    assert _starts(here / "runs/demo-mone") == []
+    monkeypatch.setattr(submission, "unfinished_jobs_in", lambda folder: ["40"])
+    slurm.hold("40", "0-1", "PENDING")
+    capsys.readouterr()
+    assert _sweep("--grid", "r=1/2,1/4", *where) == 0
+    assert "2 are waiting, none is missing" in capsys.readouterr().out
+    assert slurm.arrays() == ["0,1"]
+    assert _starts(here / "runs/demo-mone") == [("40", [0, 1])]
 
 
 def test_a_sweep_grows_and_its_numbers_stay(here, slurm, capsys):
