@@ -129,11 +129,9 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
         folder.glob("cases/*/attempts/*.start.json")
     ):
         beside = path.with_name(path.name.removesuffix("start.json") + "end.json")
-        end = (
-            read_mapping(beside)
-            if beside.exists()
-            else {"end": None, "status": None, "reason": None}
-        )
+        end = {"end": None, "status": None, "reason": None}
+        if beside.exists():
+            end = read_mapping(beside)
         case = {} if path.parent.parent == folder else {"case": path.parent.parent.name}
         found.append({**case, **read_mapping(path), **end})
     return sorted(found, key=lambda attempt: attempt["start"])

@@ -83,6 +83,10 @@ class SlurmUnavailable(RuntimeError):
     """Slurm gave no answer: it is not installed here, or its controller cannot be reached."""
 
 
+class SlurmAbsent(SlurmUnavailable):
+    """Its commands are not installed here, so nothing was asked."""
+
+
 def submit(script: Path, *, test_only: bool = False, options: Sequence[str] = ()) -> str:
     """Hand a batch script to sbatch; returns the job id, such as "123".
 
@@ -257,7 +261,7 @@ def _run(
             check=False,
         )
     except FileNotFoundError:
-        raise SlurmUnavailable(f"{program}: not found: {PACKAGES}") from None
+        raise SlurmAbsent(f"{program}: not found: {PACKAGES}") from None
     except subprocess.TimeoutExpired:
         fix = "try again later"
         if seconds == CHANGE_SECONDS:

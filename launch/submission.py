@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from launch.manifest import add_start, code_facts, gather, locked, read_mapping
-from launch.slurm_commands import CHANGE_SECONDS, SlurmRefused, SlurmUnavailable, submit
+from launch.slurm_commands import (
+    CHANGE_SECONDS,
+    SlurmAbsent,
+    SlurmRefused,
+    SlurmUnavailable,
+    submit,
+)
 from launch.slurm_state import unfinished_jobs_in
 from megatron_mone.files import write_json
 
@@ -39,7 +45,7 @@ def noted(folder: Path, start: Mapping[str, Any]) -> Iterator[Send]:
         `send(script, options=())`, as `slurm_commands.submit`; to be called once.
 
     Raises:
-        SlurmRefused: nothing was submitted.
+        SlurmRefused, SlurmAbsent: nothing was submitted.
         SlurmUnavailable: see above.
     """
     mark = folder / MARK
@@ -50,7 +56,7 @@ def noted(folder: Path, start: Mapping[str, Any]) -> Iterator[Send]:
     def send(script: Path, options: Sequence[str] = ()) -> str:
         try:
             sent.append(submit(script, options=options))
-        except SlurmRefused:
+        except (SlurmRefused, SlurmAbsent):
             mark.unlink()
             raise
         return sent[0]
@@ -77,6 +83,8 @@ def recover(folder: Path) -> list[str]:
     if not mark.exists():
         return []
     facts = read_mapping(mark)
+    if not isinstance(facts.get("time"), int):
+        raise ValueError(f"{mark} says no time of a submission: see `squeue --me`, then delete it")
     known = {start.get("job_id") for start in gather(folder)["starts"]}
     found = [job_id for job_id in unfinished_jobs_in(folder) if job_id not in known]
     for job_id in found:

@@ -14,7 +14,7 @@ import pytest
 from launch import manifest, slurm_commands, submission
 from launch.__main__ import main
 from launch.manifest import locked
-from launch.slurm_commands import SlurmRefused, SlurmUnavailable
+from launch.slurm_commands import SlurmAbsent, SlurmRefused, SlurmUnavailable
 from launch.slurm_state import unfinished_jobs_in
 from launch.submission import MARK, SUBMIT_LOCK, noted, recover, recover_if_free
 
@@ -81,6 +81,10 @@ def refuse() -> str:
     raise SlurmRefused("sbatch: no")
 
 
+def absent() -> str:
+    raise SlurmAbsent("sbatch: not found")
+
+
 def hang() -> str:
     raise SlurmUnavailable("sbatch: no answer from Slurm in 60 s")
 
@@ -106,9 +110,10 @@ def test_it_is_also_where_the_id_could_not_be_printed(folder, sbatch):
     assert not (folder / MARK).exists()
 
 
-def test_a_refused_job_leaves_nothing(folder, sbatch):
-    sbatch(refuse)
-    with pytest.raises(SlurmRefused), noted(folder, {"ranks": 2}) as send:
+@pytest.mark.parametrize("answer", [refuse, absent])
+def test_a_job_that_was_not_submitted_leaves_nothing(folder, sbatch, answer):
+    sbatch(answer)
+    with pytest.raises((SlurmRefused, SlurmAbsent)), noted(folder, {"ranks": 2}) as send:
         send(folder / "job.sbatch")
     assert starts(folder) == []
     assert not (folder / MARK).exists()
@@ -170,7 +175,7 @@ def test_a_young_mark_without_a_job_is_kept(folder, sbatch, queue):
     assert recover(folder) == []
     assert (folder / MARK).exists()
     facts = json.loads((folder / MARK).read_text())
-    old = {**facts, "time": time.time() - slurm_commands.CHANGE_SECONDS - 1}
+    old = {**facts, "time": int(time.time() - slurm_commands.CHANGE_SECONDS - 1)}
     (folder / MARK).write_text(json.dumps(old))
     assert recover(folder) == []
     assert not (folder / MARK).exists()
@@ -185,8 +190,9 @@ def test_a_job_that_is_noted_is_not_noted_again(folder, sbatch, queue):
     assert [start["job_id"] for start in starts(folder)] == ["42", "43"]
 
 
-def test_a_mark_that_cannot_be_read_is_named(folder, queue, capsys):
-    (folder / MARK).write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"time": "now"}'])
+def test_a_mark_that_cannot_be_read_is_named(folder, queue, capsys, text):
+    (folder / MARK).write_text(text)
     assert main(["status", "--runs", str(folder.parent)]) == 2
     error = capsys.readouterr().err
     assert str(folder / MARK) in error

@@ -132,6 +132,14 @@ def test_a_sweep_whose_launcher_died_is_not_submitted_again(
     assert _starts(here / "runs/demo-mone") == [("40", [0, 1])]
 
 
+def test_where_there_is_no_slurm_the_sweep_can_be_run_here(here, slurm, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert _sweep("--grid", "r=1/2") == 75
+    assert "sbatch: not found" in capsys.readouterr().err
+    monkeypatch.setattr(sweep, "run_local", lambda spec: 0)
+    assert _sweep("--grid", "r=1/2", "--here") == 0
+
+
 def test_a_sweep_grows_and_its_numbers_stay(here, slurm, capsys):
     folder = here / "runs/demo-mone"
     _sweep("--grid", "r=1/2,1/4")
