@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 
 WAITING = frozenset(("PENDING", "REQUEUED", "REQUEUE_HOLD", "RESV_DEL_HOLD", "SPECIAL_EXIT"))
 

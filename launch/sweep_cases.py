@@ -20,7 +20,8 @@ from launch.local import running
 from launch.manifest import attempts
 from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_reasons import WAITING
-from launch.slurm_state import JobState, array_tasks, job_states
+from launch.slurm_records import JobState, array_tasks
+from launch.slurm_state import job_states
 from megatron_mone.exit_status import STOPPED
 from megatron_mone.files import write_json
 

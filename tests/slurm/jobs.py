@@ -9,7 +9,8 @@ from pathlib import Path
 
 from launch import slurm_commands
 from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import FINISHED, JobState, job_states
+from launch.slurm_records import FINISHED, JobState
+from launch.slurm_state import job_states
 
 PATIENCE_SECONDS = 300.0
 

@@ -17,7 +17,7 @@ from launch import slurm_commands
 from launch.job_spec import LaunchSpec
 from launch.manifest import attempts
 from launch.script import sbatch_script
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 from launch.spec_checks import checked
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot

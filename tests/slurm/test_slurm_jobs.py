@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands, slurm_state
+from launch import slurm_commands, slurm_records
 from launch.slurm_commands import SlurmRefused
 from launch.slurm_reasons import why_waiting
 from launch.slurm_state import job_states
@@ -196,7 +196,7 @@ def test_a_job_that_the_queue_forgot_is_found_without_slurmdbd(
     ended = wait_end(job_id)
     assert slurm_commands.accounting([job_id]) is None
     (row,) = slurm_commands.completions([job_id])
-    remembered = slurm_state._from_sacct(row)
+    remembered = slurm_records.from_sacct(row)
     for name in ("job_id", "name", "state", "exit_code", "nodes", "end", "time_limit_minutes"):
         assert getattr(remembered, name) == getattr(ended, name), name
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from launch import manifest, slurm_commands
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 from megatron_mone.command_line import ERROR
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot

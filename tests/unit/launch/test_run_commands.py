@@ -17,7 +17,7 @@ from launch import manifest, run_commands, submission
 from launch.__main__ import main
 from launch.local import running
 from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 
 
 @dataclass

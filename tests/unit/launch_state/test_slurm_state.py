@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from launch import slurm_commands, slurm_state
+from launch import slurm_commands, slurm_records
 from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_reasons import why_waiting
-from launch.slurm_state import JobState, job_states
+from launch.slurm_records import JobState
+from launch.slurm_state import job_states
 
 RECORDED = Path(__file__).with_name("recorded")
 BY_JSON = json.loads((RECORDED / "squeue-22.05.json").read_text())["jobs"]
@@ -32,9 +33,9 @@ LABELS = {"1", "2", "3", "4_0", "4_[1-2%1]", "5", "6", "8", "9", "10", "11", "12
 @pytest.fixture(params=["squeue --json", "scontrol"])
 def jobs(request: pytest.FixtureRequest) -> dict[str, JobState]:
     if request.param == "scontrol":
-        read = map(slurm_state._from_oneliner, BY_TEXT)
+        read = map(slurm_records.from_oneliner, BY_TEXT)
     else:
-        read = map(slurm_state._from_json, BY_JSON)
+        read = map(slurm_records.from_json, BY_JSON)
     return {job.label: job for job in read}
 
 
@@ -97,8 +98,8 @@ def test_what_started_has_no_reason_to_wait(jobs: dict[str, JobState]) -> None:
 
 
 def test_both_forms_say_the_same() -> None:
-    by_json = {job.label: job for job in map(slurm_state._from_json, BY_JSON)}
-    assert {job.label: job for job in map(slurm_state._from_oneliner, BY_TEXT)} == by_json
+    by_json = {job.label: job for job in map(slurm_records.from_json, BY_JSON)}
+    assert {job.label: job for job in map(slurm_records.from_oneliner, BY_TEXT)} == by_json
 
 
 def later_form(record: dict[str, Any], exit_code: Any) -> dict[str, Any]:
@@ -123,17 +124,17 @@ def two_fields(status: int, signal: int) -> dict[str, Any]:
 @pytest.mark.parametrize("form", ["23.02", "23.11"])
 def test_later_json_reads_the_same(form: str) -> None:
     for record in BY_JSON:
-        old = slurm_state._from_json(record)
+        old = slurm_records.from_json(record)
         whole = {"set": True, "infinite": False, "number": record["exit_code"]}
         code = whole if form == "23.02" else two_fields(old.exit_code, old.signal)
-        assert slurm_state._from_json(later_form(record, code)) == old
+        assert slurm_records.from_json(later_form(record, code)) == old
 
 
 def test_later_json_says_infinite_and_flags_in_a_list() -> None:
     record = later_form(BY_JSON[3], two_fields(0, 0))
     record["time_limit"] = {"set": False, "infinite": True, "number": 0}
     record["job_state"] = ["CANCELLED", "COMPLETING"]
-    state = slurm_state._from_json(record)
+    state = slurm_records.from_json(record)
     assert (state.state, state.finished, state.time_limit_minutes) == ("COMPLETING", False, None)
 
 
@@ -149,7 +150,7 @@ def test_later_json_says_infinite_and_flags_in_a_list() -> None:
 )
 def test_output_patterns(pattern: str, path: str) -> None:
     record = dict(BY_JSON[3], standard_output=pattern)
-    assert slurm_state._from_json(record).stdout == path
+    assert slurm_records.from_json(record).stdout == path
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_only_the_jobs_asked_for_in_their_order(slurm: dict[str, Any]) -> None:
     [("3", {3}), ("0-2%1", {0, 1, 2}), ("1,4-5,10-20:5%4", {1, 4, 5, 10, 15, 20}), ("", set())],
 )
 def test_lists_of_array_tasks(listed: str, numbers: set[int]) -> None:
-    assert set(slurm_state.array_tasks(listed)) == numbers
+    assert set(slurm_records.array_tasks(listed)) == numbers
 
 
 def test_accounting_knows_what_the_queue_forgot(slurm: dict[str, Any]) -> None:
@@ -253,20 +254,20 @@ def test_completed_jobs_whose_row_sacct_took_apart_are_left_out(slurm: dict[str,
 )
 def test_reasons_in_plain_words(reason: str, says: str) -> None:
     record = dict(BY_JSON[-1], state_reason=reason or "None", state_description="")
-    said = why_waiting(slurm_state._from_json(record))
+    said = why_waiting(slurm_records.from_json(record))
     assert says in said
     assert said.endswith(f"[{reason or 'None'}]")
 
 
 def test_a_job_that_slurm_failed_before_its_start_says_why() -> None:
     changes = {"job_state": "FAILED", "state_reason": "BadConstraints", "start_time": 1000}
-    state = slurm_state._from_json(dict(BY_JSON[-1], **changes))
+    state = slurm_records.from_json(dict(BY_JSON[-1], **changes))
     assert state.start is None
     assert "no nodes of this cluster can ever satisfy it" in why_waiting(state)
-    cancelled = slurm_state._from_json(dict(BY_JSON[-1], job_state="CANCELLED"))
+    cancelled = slurm_records.from_json(dict(BY_JSON[-1], job_state="CANCELLED"))
     assert why_waiting(cancelled) == ""
 
 
 def test_a_text_of_another_form_is_an_error_not_a_guess() -> None:
     with pytest.raises(SlurmUnavailable, match="form not known"):
-        slurm_state._from_oneliner("JobId=1 JobState=RUNNING")
+        slurm_records.from_oneliner("JobId=1 JobState=RUNNING")

@@ -16,7 +16,7 @@ from launch.__main__ import main
 from launch.local import running
 from launch.manifest import begin_attempt, end_attempt
 from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 from tests.unit.launch.fake_slurm import sbatch_words
 
 ROOT = Path(__file__).resolve().parents[3]

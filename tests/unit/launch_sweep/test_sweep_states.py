@@ -12,7 +12,7 @@ from launch.grid import Point
 from launch.local import running
 from launch.manifest import begin_attempt, end_attempt
 from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import JobState
+from launch.slurm_records import JobState
 from launch.sweep_cases import (
     SINGLE,
     case_states,
