@@ -16,7 +16,7 @@ from launch.manifest import MANIFEST, gather, locked
 from launch.slurm_commands import SlurmUnavailable, cancel
 from launch.slurm_reasons import why_waiting
 from launch.slurm_state import job_states
-from launch.submission import MARK, SUBMIT_LOCK, noted, recover, recover_if_free
+from launch.submission import SUBMIT_LOCK, noted, recover, recover_if_free
 from launch.sweep_cases import case_states, read_cases, runs_here
 from launch.sweep_plan import is_sweep, resume_sweep
 from megatron_mone.spelling import nearest_name
@@ -36,8 +36,10 @@ def find_run(runs: Path, text: str) -> tuple[Path, str | None]:
         ValueError: no such run, with the nearest known name.
     """
     folders = _folders(runs)
-    for folder in folders:
-        jobs = _jobs(_current(folder))
+    # By name first: what is wrong in another run's folder does not matter then.
+    for folder in sorted(folders, key=lambda folder: folder.name != text):
+        recover_if_free(folder)
+        jobs = _jobs(gather(folder))
         if folder.name == text:
             return folder, jobs[-1] if jobs else None
         if text.partition("_")[0] in jobs:
@@ -147,28 +149,20 @@ def _folders(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{MANIFEST}"))
 
 
-def _current(folder: Path) -> dict[str, Any]:
-    """The manifest with what is known by now, also of a launcher that ended too early."""
-    recover_if_free(folder)
-    return gather(folder)
-
-
 def _jobs(manifest: dict[str, Any]) -> list[str]:
     return [start["job_id"] for start in manifest["starts"] if "job_id" in start]
 
 
 def _lines(folder: Path) -> list[str]:
-    manifest = _current(folder)
+    not_over = recover_if_free(folder)
+    manifest = gather(folder)
     jobs, attempts = _jobs(manifest), manifest["attempts"]
     times = f"{len(attempts)} attempt{'s' if len(attempts) != 1 else ''}"
     ended = [attempt["reason"] for attempt in attempts if attempt["end"] is not None]
     last = f", the last to end: {ended[-1]}" if ended else ""
     head = _sweep_line(folder, manifest) if is_sweep(folder) else []
     if not manifest["starts"]:
-        lost = "no job is known: its submission was refused"
-        if (folder / MARK).exists():
-            lost = "no job is known: it is being submitted, or that was cut short; ask again later"
-        return [*head, f"{folder.name}: {lost}"]
+        return [*head, f"{folder.name}: no job is known: {not_over or 'Slurm accepted none'}"]
     if "job_id" not in manifest["starts"][-1]:
         here = "running here" if runs_here(folder) else "not running here"
         return [*head, f"{folder.name}: {here}; {times}{last}"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,21 +95,27 @@ def recover(folder: Path) -> list[str]:
     return found
 
 
-def recover_if_free(folder: Path) -> None:
+def recover_if_free(folder: Path) -> str:
     """As `recover`, for who only looks: not now if somebody is submitting or Slurm is silent.
+
+    Returns:
+        Why a submission is not known to be over, after "no job is known: "; empty where it is.
 
     Raises:
         ValueError: the mark or the manifest cannot be read.
     """
     if not (folder / MARK).exists():
-        return
+        return ""
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder / SUBMIT_LOCK, "held"))
         except ValueError:
-            return
-        with suppress(SlurmUnavailable):
+            return "it is being submitted"
+        try:
             recover(folder)
+        except SlurmUnavailable as error:
+            return f"its submission was cut short, and Slurm does not say what came of it; {error}"
+    return "its submission was cut short just now" if (folder / MARK).exists() else ""
 
 
 def refuse_if_submitted(folder: Path) -> None:

@@ -151,7 +151,10 @@ def test_where_slurm_gave_no_answer_it_is_asked_later(folder, sbatch, queue, mon
     with monkeypatch.context() as silent:
         silent.setattr(slurm_commands, "queue", lambda job_ids=(): hang())
         assert main(["status", "--runs", str(folder.parent)]) == 0
-        assert "it is being submitted, or that was cut short" in capsys.readouterr().out
+        assert capsys.readouterr().out == (
+            "alpha: no job is known: its submission was cut short, and Slurm does not say what "
+            "came of it; sbatch: no answer from Slurm in 60 s\n"
+        )
         with pytest.raises(SlurmUnavailable):
             recover(folder)
     queue.append(job(42, f"{folder}/logs/%j.log"))
@@ -161,7 +164,7 @@ def test_where_slurm_gave_no_answer_it_is_asked_later(folder, sbatch, queue, mon
 def test_who_only_looks_does_not_disturb_a_submission(folder, sbatch, queue):
     queue.append(job(42, f"{folder}/logs/%j.log"))
     with locked(folder / SUBMIT_LOCK), noted(folder, {"ranks": 2}) as send:
-        recover_if_free(folder)
+        assert recover_if_free(folder) == "it is being submitted"
         assert starts(folder) == []
         send(folder / "job.sbatch")
         recover_if_free(folder)
@@ -172,7 +175,7 @@ def test_who_only_looks_does_not_disturb_a_submission(folder, sbatch, queue):
 def test_a_young_mark_without_a_job_is_kept(folder, sbatch, queue):
     """An sbatch outlives its launcher, but not for long."""
     send_and_die(folder, {"ranks": 2})
-    assert recover(folder) == []
+    assert recover_if_free(folder) == "its submission was cut short just now"
     assert (folder / MARK).exists()
     facts = json.loads((folder / MARK).read_text())
     old = {**facts, "time": int(time.time() - slurm_commands.CHANGE_SECONDS - 1)}
@@ -196,6 +199,9 @@ def test_a_mark_that_cannot_be_read_is_named(folder, queue, capsys, text):
     assert main(["status", "--runs", str(folder.parent)]) == 2
     error = capsys.readouterr().err
     assert str(folder / MARK) in error
+    other = folder.parent / "other"
+    manifest.record_start(other, "other", {}, (), {"ranks": 1})
+    assert main(["status", "--runs", str(folder.parent), "other"]) == 0
     assert error.count("\n") == 1
 
 
