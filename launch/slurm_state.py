@@ -65,15 +65,15 @@ def unfinished_jobs_in(folder: Path) -> list[str]:
     Raises:
         SlurmUnavailable: the controller does not answer.
     """
+    place = folder.resolve()
     records = slurm_commands.queue()
     if records is None:
         texts = slurm_commands.show_job()
-        found = [(from_oneliner(text), output_in_oneliner(text)) for text in texts]
+        ours = [t for t in texts if place in Path(output_in_oneliner(t)).parents]
+        jobs = [from_oneliner(text) for text in ours]
     else:
-        found = [(from_json(record), output_in_json(record)) for record in records]
-    place = folder.resolve()
-    inside = [j.job_id for j, path in found if not j.finished and place in Path(path).parents]
-    return list(dict.fromkeys(inside))
+        jobs = [from_json(r) for r in records if place in Path(output_in_json(r)).parents]
+    return list(dict.fromkeys(job.job_id for job in jobs if not job.finished))
 
 
 def _asked(job: JobState, job_id: str) -> bool:
