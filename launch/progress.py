@@ -5,7 +5,6 @@ May touch: the log, read-only; the terminal. Where stderr is none there is no ba
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_mone.step_line import step_of
+
 _SECONDS = 0.5
-_STEP = re.compile(rb" iteration +(\d+)/ +(\d+) \|.*?lm loss: ([-+.\dEe]+|nan|inf) ", re.DOTALL)
 
 
 class StepReader:
@@ -40,10 +40,8 @@ class StepReader:
         self._read += len(new)
         lines = (self._rest + new).split(b"\n")
         self._rest = lines.pop()
-        found = [step for line in lines if (step := _STEP.search(line))]
-        if not found:
-            return None
-        return int(found[-1][1]), int(found[-1][2]), float(found[-1][3])
+        steps = (step_of(line.decode(errors="replace")) for line in reversed(lines))
+        return next((step for step in steps if step), None)
 
 
 @contextmanager

@@ -23,11 +23,11 @@ import psutil
 
 from megatron_mone.reporting.machine import load_average
 from megatron_mone.reporting.results import RunResult, collect, load_result, save_json, save_result
+from megatron_mone.step_line import step_of
 
 OnStep = Callable[[int, float], None]
 """Called with (step, training loss in nats) for each line of the log."""
 
-_ITERATION = re.compile(r"iteration\s+(\d+)/\s*\d+ \|.*?lm loss: (\S+)")
 _OUR_ERROR = re.compile(r"megatron-mone: error: .*")
 _LAUNCHER_GIVES_UP = re.compile(r"closing signal SIGTERM|failed \(exitcode")
 _LINES_SHOWN = 15
@@ -152,8 +152,9 @@ def run_child(command: Sequence[str], log: Path, on_step: OnStep, cwd: Path | No
                     tail.append(line.rstrip())
                 if match := _OUR_ERROR.search(line):
                     own_error = match.group()
-                elif match := _ITERATION.search(line):
-                    on_step(int(match.group(1)), float(match.group(2)))
+                elif found := step_of(line):
+                    step, _, loss = found
+                    on_step(step, loss)
             status = child.wait()
         except BaseException:
             stop(child.pid)
