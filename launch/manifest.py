@@ -64,10 +64,7 @@ def record_start(folder: Path, name: str, config: Any, data: Sequence[str], star
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        manifest = _opened(folder, name, config, data)
-        manifest["starts"].append({"time": int(time.time()), **code_facts(), **start})
-        manifest["attempts"] = attempts(folder)
-        write_json(folder / MANIFEST, manifest)
+        _append(folder, _opened(folder, name, config, data), stamped(start))
 
 
 def add_start(folder: Path, start: Mapping[str, Any]) -> None:
@@ -75,16 +72,18 @@ def add_start(folder: Path, start: Mapping[str, Any]) -> None:
 
     Args:
         folder: run folder.
-        start: as it is to stand there, with the time and the code.
+        start: as `stamped` made it.
 
     Raises:
         ValueError: no manifest there, or one that cannot be read.
     """
     with locked(folder / LOCK):
-        manifest = _read_there(folder)
-        manifest["starts"].append(dict(start))
-        manifest["attempts"] = attempts(folder)
-        write_json(folder / MANIFEST, manifest)
+        _append(folder, _read_there(folder), start)
+
+
+def stamped(start: Mapping[str, Any]) -> dict[str, Any]:
+    """A start with its time, in seconds since 1970, and the code of this checkout."""
+    return {"time": int(time.time()), **code_facts(), **start}
 
 
 def check_config(folder: Path, config: Any) -> None:
@@ -245,6 +244,13 @@ def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> dict[s
         "starts": [],
         "attempts": [],
     }
+
+
+def _append(folder: Path, manifest: dict[str, Any], start: Mapping[str, Any]) -> None:
+    """Write a manifest with one start more; the caller holds LOCK."""
+    manifest["starts"].append(dict(start))
+    manifest["attempts"] = attempts(folder)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _has_begun(folder: Path, manifest: Mapping[str, Any]) -> bool:

@@ -133,15 +133,15 @@ def resume_run(runs: Path, name: str) -> str | None:
         return resume_sweep(folder, folder / SCRIPT, name if name != folder.name else None)
     with locked(folder / SUBMIT_LOCK):  # who resumes it at the same time sees this one's job
         recover(folder)
-        starts = gather(folder)["starts"]
-        job = [start["job_id"] for start in starts if "job_id" in start][-1]
+        manifest = gather(folder)
+        job = _jobs(manifest)[-1]
         unfinished = [state for state in job_states([job]) if not state.finished]
         if unfinished:
             raise ValueError(
                 f"job {job} of {folder.name} is {unfinished[0].state}: wait for it, or cancel it "
                 "first"
             )
-        with noted(folder, {"ranks": starts[-1]["ranks"]}) as send:
+        with noted(folder, {"ranks": manifest["starts"][-1]["ranks"]}) as send:
             return send(folder / SCRIPT)
 
 

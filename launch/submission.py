@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from launch.manifest import add_start, code_facts, gather, locked, read_mapping
+from launch.manifest import add_start, gather, locked, read_mapping, stamped
 from launch.slurm_commands import (
     CHANGE_SECONDS,
     SlurmAbsent,
@@ -49,7 +49,7 @@ def noted(folder: Path, start: Mapping[str, Any]) -> Iterator[Send]:
         SlurmUnavailable: see above.
     """
     mark = folder / MARK
-    facts = {"time": int(time.time()), **code_facts(), **start}
+    facts = stamped(start)
     write_json(mark, facts)
     sent: list[str] = []
 

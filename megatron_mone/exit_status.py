@@ -1,4 +1,4 @@
-"""The statuses a rank of a run ends with; imports nothing, so that a launcher can read them fast.
+"""The statuses that ranks and commands end with; imports nothing, so that commands start fast.
 
 The job script (launch/templates/job.sbatch.j2) decides by them whether a job starts again.
 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h.
