@@ -127,7 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     """
     from megatron.training import arguments
 
-    from megatron_mone.preflight import check_checkpoint, check_run
+    from megatron_mone.checks import check_checkpoint, check_run
     from megatron_mone.profiling.attach import window_of
 
     _expand_config()

@@ -135,12 +135,12 @@ def _as_on_the_cluster() -> Iterator[None]:
     import torch
     from megatron.core.transformer.moe import fused_a2a
 
-    from megatron_mone import config, preflight
+    from megatron_mone import checks, config
 
     answers: list[tuple[Any, str, Any]] = [
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        (preflight, "check_run", preflight.check_values),
-        (preflight, "check_checkpoint", lambda args: None),
+        (checks, "check_run", checks.check_values),
+        (checks, "check_checkpoint", lambda args: None),
         (config, "backend_of", _backend_of),
         *((fused_a2a, name, True) for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP")),
     ]

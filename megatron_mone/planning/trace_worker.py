@@ -46,7 +46,7 @@ def _preload(gpu: bool) -> None:
     for module in (
         *("megatron.training.training", "megatron.core.num_microbatches_calculator"),
         *("megatron.training.initialize", "megatron.core.tokenizers.text"),
-        *("megatron_mone.pretrain", "megatron_mone.preflight", "megatron_mone.layer_spec"),
+        *("megatron_mone.pretrain", "megatron_mone.checks", "megatron_mone.layer_spec"),
         *("megatron_mone.planning.job_facts", "megatron_mone.planning.stages"),
         *("megatron_mone.planning.loopback", "megatron_mone.planning.stand_ins"),
         *("megatron_mone.planning.recorder", "megatron_mone.profiling.live_run"),

@@ -304,7 +304,7 @@ def test_good_data_passes_every_check(data, monkeypatch):
     """The table above would prove nothing if the unbroken run were refused too."""
     from megatron.training import arguments
 
-    from megatron_mone.preflight import check_run
+    from megatron_mone.checks import check_run
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
     check_run(arguments.parse_args(pretrain.add_arguments))

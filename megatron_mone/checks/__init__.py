@@ -1,0 +1,43 @@
+"""Checks made before anything expensive starts, each a file: what it judges stands at its head.
+
+`check_run` works on Megatron's parsed arguments, `check_checkpoint` on its validated ones. Each
+failure is a ValueError of one line that names the flag or file, the value and the fix.
+"""
+
+from __future__ import annotations
+
+import os
+from argparse import Namespace
+from pathlib import Path
+
+from megatron_mone.checks.files import (
+    check_checkpoint,
+    check_data,
+    check_tokenizer,
+    check_writable,
+)
+from megatron_mone.checks.options import check_async_save
+from megatron_mone.checks.schedule import check_schedule
+from megatron_mone.kernels.measured import check_table
+from megatron_mone.moe.mask_trace import recorded_steps
+
+__all__ = ["check_checkpoint", "check_run", "check_values"]
+
+
+def check_run(args: Namespace) -> None:
+    """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
+    check_async_save(args)
+    check_table()
+    check_values(args)
+    check_data(args)
+    if args.mone_replay_masks:
+        recorded_steps(Path(args.mone_replay_masks))
+    for flag in ("save", "tensorboard_dir", "mone_record_masks", "mone_profile_dir"):
+        if getattr(args, flag) and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            check_writable(flag, Path(getattr(args, flag)))
+
+
+def check_values(args: Namespace) -> None:
+    """What can be judged away from the run's machine: no dataset or folder is looked for."""
+    check_tokenizer(args)
+    check_schedule(args)
