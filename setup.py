@@ -52,11 +52,15 @@ setup(
         "matplotlib",
         "psutil",
         "zstandard",
+        "einops",  # Megatron-Core imports it in some of its layouts, without asking for it
+        "pybind11",  # compiles Megatron's dataset helper where its wheel's own does not fit
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.10"],
         "deepspeed": ["deepspeed>=0.19"],
         "bench": ["deepspeed>=0.19"],
+        "optimizers": ["emerging-optimizers>=0.3"],
+        "parquet": ["pyarrow"],
         "hf": ["transformers>=5", "safetensors"],
         "eval": ["lm-eval>=0.4.13"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "types-PyYAML"],
