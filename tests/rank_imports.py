@@ -20,7 +20,7 @@ cpu_emulation.install()
 for late in (
     *("megatron.core.tokenizers.text", "megatron.training.training", "torch.utils.tensorboard"),
     *("megatron_mone.gpt_training", "megatron_mone.layer_spec", "megatron_mone.metrics"),
-    *("megatron_mone.preflight", "megatron_mone.pretrain", "megatron_mone.profiling.attach"),
+    *("megatron_mone.checks", "megatron_mone.pretrain", "megatron_mone.profiling.attach"),
     *("megatron_mone.checkpoint.safe_save", "megatron_mone.checkpoint.signals"),
     "megatron_mone.checkpoint.verify",
 ):
