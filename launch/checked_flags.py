@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.megatron_flags import flag_parser
+from megatron_mone.data import blend
 from megatron_mone.run_config import to_flags
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ NOT_FLAGS = ("cannot be planned", "cannot be traced", "CUDA_DEVICE_MAX_CONNECTIO
 """In refusals that are not of the flags: by the planner, which asks Megatron first, and of this
 process's environment, where the job's own script sets what Megatron wants."""
 _NEEDED_THERE = ("mone_record_masks", "mone_replay_masks", "mone_profile_dir")
-_DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
-         "per_split_data_args_path", "mock_data")  # fmt: skip
+_DATA = (*blend.WORDS, *blend.FILES, "mock_data")
 _ANY_VOCABULARY = 32_768
 
 
@@ -65,6 +65,7 @@ def check_flags(tracer: Tracer, job: JobSpec, ranks: int, gpus: bool) -> JobDesc
     values = job.values()
     if not any(values.get(name) for name in _DATA):
         raise ValueError("data_path is not set: name a dataset prefix, or pass --mock-data")
+    blend.check_sources(values)
     flags = to_flags(_values_here(job), megatron_parser(), Path(job.name))
     megatron_parser().parse_args(flags)
     if not gpus and values.get("transformer_impl", "transformer_engine") != "local":
@@ -113,7 +114,7 @@ def check_data(job: JobSpec, prefixes: Sequence[str]) -> list[str]:
     tokenizer = Path(values.get("tokenizer_model") or "")
     absent = []
     for prefix in prefixes:
-        if not Path(f"{prefix}.idx").is_file() or not Path(f"{prefix}.bin").is_file():
+        if not any(Path(f"{prefix}{suffix}").is_file() for suffix in (".idx", ".bin")):
             absent.append(prefix)
             continue
         check_dataset(

@@ -31,6 +31,21 @@ def stated(name: str, values: Mapping[str, Any], words: Sequence[str]) -> Any:
     return found
 
 
+def stated_words(name: str, values: Mapping[str, Any], words: Sequence[str]) -> list[str] | None:
+    """As `stated`, of an argument that takes several words."""
+    flag = f"--{name.replace('_', '-')}"
+    found = values.get(name)
+    for place, word in enumerate(words):
+        if word == flag:
+            following = words[place + 1 :]
+            found = list(itertools.takewhile(lambda word: not word.startswith("--"), following))
+        elif word.startswith(f"{flag}="):
+            found = [word.removeprefix(f"{flag}=")]
+    if found is None or isinstance(found, list):
+        return found if found is None else [str(word) for word in found]
+    return [str(found)]
+
+
 def whole_number(name: str, values: Mapping[str, Any], words: Sequence[str]) -> int | None:
     """As `stated`, of an argument that is a size.
 

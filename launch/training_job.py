@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,14 +14,14 @@ from typing import Any
 from launch.environment import gpu_variables, job_variables
 from launch.grid import Point, read_grid
 from launch.job_spec import Case, LaunchSpec, Variable
-from launch.megatron_flags import stated
+from launch.megatron_flags import stated, stated_words
 from launch.spec_checks import checked
 from launch.sweep_cases import SINGLE, SweepCase, grown, read_cases
+from megatron_mone.data import blend
 from megatron_mone.run_config import load_run
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
-_DATA_PATHS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 _OWN_FLAGS = ("--save", "--load")
 # What the curves of a run want beside losses: times, throughput, memory.
 _RECORDED = ("log_timers_to_tensorboard", "log_throughput", "log_memory_to_tensorboard")
@@ -86,7 +84,9 @@ def training_job(
         **site,
     )
     spec = replace(spec, command=(spec.python, *spec.command))
-    return Job(checked(spec), identity, data_prefixes(values, words), points)
+    read = [data_prefixes(values, [*words, *case.arguments]) for case in cases or (Case("", ()),)]
+    data = tuple(dict.fromkeys(prefix for prefixes in read for prefix in prefixes))
+    return Job(checked(spec), identity, data, points)
 
 
 def grid_cases(
@@ -160,16 +160,18 @@ def training_variables(
 
 
 def data_prefixes(values: Mapping[str, Any], words: Sequence[str]) -> tuple[str, ...]:
-    """The datasets of a run, without the weights of a blend."""
-    found: list[str] = []
-    for name in _DATA_PATHS:
-        flag = f"--{name.replace('_', '-')}"
-        given: Any = values.get(name) or []
-        if flag in words:
-            rest = words[words.index(flag) + 1 :]
-            given = itertools.takewhile(lambda word: not word.startswith("--"), rest)
-        found += given.split() if isinstance(given, str) else map(str, given)
-    return tuple(dict.fromkeys(word for word in found if not re.fullmatch(r"[\d.]+", word)))
+    """The datasets of a run, and the files listing datasets that are not on this machine.
+
+    Args:
+        values: Megatron arguments of the run file.
+        words: Megatron flags after them.
+
+    Raises:
+        ValueError: from `data.blend.read_data`.
+    """
+    given: dict[str, Any] = {name: stated_words(name, values, words) for name in blend.WORDS}
+    data = blend.read_data(given | {name: stated(name, values, words) for name in blend.FILES})
+    return (*data.prefixes, *(path for _, path in data.unread))
 
 
 def _own_flags(folder: Path, case: SweepCase, config: Mapping[str, Any]) -> tuple[str, ...]:

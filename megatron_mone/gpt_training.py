@@ -121,6 +121,7 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
         split=args.split,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
+        object_storage_cache_path=args.object_storage_cache_path,
         mmap_bin_files=args.mmap_bin_files,
         tokenizer=build_tokenizer(args),
         reset_position_ids=args.reset_position_ids,

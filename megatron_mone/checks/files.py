@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_mone.checkpoint.manifest import check_manifest
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
+from megatron_mone.data.blend import check_sources, is_remote, read_data
 from megatron_mone.data.checks import check_dataset
 
 
@@ -33,19 +34,22 @@ def check_data(args: Namespace) -> None:
     """Every indexed dataset named must be whole and fit the tokenizer.
 
     Raises:
-        ValueError: from `data.checks.check_dataset`, or no data is named at all.
+        ValueError: from `data.blend.read_data` or `data.checks.check_dataset`, or no data is named.
     """
+    check_sources(vars(args))
     if args.mock_data:
         return
-    sources = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    prefixes = [word for source in sources if source for word in source if not _is_number(word)]
-    if not prefixes:
-        if args.per_split_data_args_path or args.data_args_path:
-            return
+    data = read_data(vars(args))
+    for name, path in data.unread:
+        raise ValueError(f"{name} = {path!r}: no such file; give one that lists datasets")
+    if not data.prefixes:
         raise ValueError("data_path is not set: name a dataset prefix, or pass --mock-data")
     tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
-    for prefix in prefixes:
-        check_dataset(Path(prefix), vocab_size=args.vocab_size, tokenizer_path=tokenizer)
+    for prefix in data.prefixes:
+        if is_remote(prefix):
+            _check_remote(prefix, args)
+        else:
+            check_dataset(Path(prefix), vocab_size=args.vocab_size, tokenizer_path=tokenizer)
 
 
 def check_writable(flag: str, folder: Path) -> None:
@@ -77,9 +81,9 @@ def check_checkpoint(args: Namespace) -> None:
     folder_to_load(args)
 
 
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+def _check_remote(prefix: str, args: Namespace) -> None:
+    """What Megatron asserts, without words, of data in object storage (core/datasets)."""
+    if not args.object_storage_cache_path:
+        raise ValueError(f"{prefix}: give --object-storage-cache-path, a folder for its .idx")
+    if args.mmap_bin_files:
+        raise ValueError(f"{prefix}: a .bin in object storage is not mapped: --no-mmap-bin-files")

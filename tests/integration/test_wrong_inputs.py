@@ -59,6 +59,12 @@ def truncated(data: Path, folder: Path) -> list[str]:
     return ["--data-path", f"{folder}/short_text_document", *data_flags(data)[2:]]
 
 
+def listed(folder: Path, words: str) -> str:
+    """A file for --data-args-path."""
+    (folder / "list").write_text(words)
+    return str(folder / "list")
+
+
 def other_model(folder: Path) -> list[str]:
     """A checkpoint folder whose manifest says hidden_size 64."""
     from argparse import Namespace
@@ -144,6 +150,26 @@ CASES = {
     "missing data": (
         lambda data, tmp: [*TINY, *data_flags(data, prefix="none")],
         r"none_text_document\.(idx|bin)",
+    ),
+    "a blend in one string": (
+        lambda data, tmp: [*TINY, "--data-path", "0.5 A 0.5 B", *data_flags(data)[2:]],
+        r"data_path = '0.5 A 0.5 B': this is one word",
+    ),
+    "a dataset's .bin": (
+        lambda data, tmp: [
+            *(*TINY, "--data-path", f"{data}/bytes_text_document.bin", *data_flags(data)[2:]),
+        ],
+        r"data_path = .*: Megatron adds \.bin and \.idx itself: give .*/bytes_text_document$",
+    ),
+    "a broken dataset in a list": (
+        lambda data, tmp: [
+            *(*TINY, "--data-args-path", listed(tmp, "none"), *data_flags(data)[2:]),
+        ],
+        r"none\.idx: no such file",
+    ),
+    "no list of datasets": (
+        lambda data, tmp: [*TINY, "--data-args-path", "none", *data_flags(data)[2:]],
+        "data_args_path = 'none': no such file",
     ),
     "truncated .bin": (
         lambda data, tmp: [*TINY, *truncated(data, tmp)],

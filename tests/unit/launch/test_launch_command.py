@@ -121,6 +121,8 @@ def test_a_grid_is_an_array_with_a_folder_for_each_case(here, capsys):
         (["submit", "--config", DEMO, "--time-limit", "soon"], "time_limit = 'soon'"),
         (["run", "--dry-run", "--", "true"], "are for submit"),
         (["run", "--nodes", "2", "--", "true"], "nodes = 2"),
+        (["submit", "--config", DEMO, "--", "--data-path", "0.5 a 0.5 b"], "this is one word"),
+        (["run", "--config", DEMO, "--", "--data-path", "a.bin"], "data_path = 'a.bin'"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(here, capsys, words, said):
@@ -156,7 +158,18 @@ def test_a_job_that_brings_its_python_is_given_no_other(tmp_path):
         ({"data_path": "a"}, [], ("a",)),
         ({"data_path": ["a"]}, ["--data-path", "c", "d", "--seed", "1"], ("c", "d")),
         ({"data_path": ["a"], "valid_data_path": ["v"]}, [], ("a", "v")),
+        ({"data_path": ["a"]}, ["--data-path", "1e-3", "c", "0.999", "d"], ("c", "d")),
+        ({}, ["--data-path", "c", "--data-path", "d"], ("d",)),
+        ({}, ["--data-path=c"], ("c",)),
+        ({}, ["--data-args-path", "/nowhere/list"], ("/nowhere/list",)),
+        ({}, ["--mock-data"], ()),
     ],
 )
 def test_the_datasets_of_a_run(values, words, expected):
     assert data_prefixes(values, words) == expected
+
+
+def test_the_datasets_of_a_grid_are_those_of_all_its_cases(tmp_path):
+    grid = ["data_path=a,b"]
+    job = training_job(Path(DEMO), None, tmp_path, ["--data-path", "c"], grid, {})
+    assert job.data == ("a", "b")

@@ -117,3 +117,15 @@ def _write_dataset(prefix: Path, tokens: list[int]) -> None:
     header = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 1, 2)
     arrays = (np.array([len(tokens)], np.int32), np.array([0]), np.array([0, 1]))
     Path(f"{prefix}.idx").write_bytes(header + b"".join(a.tobytes() for a in arrays))
+
+
+def test_half_a_dataset_is_not_one_that_is_elsewhere(tmp_path):
+    Path(f"{tmp_path}/half.bin").touch()
+    with pytest.raises(ValueError, match=r"half\.idx: no such file"):
+        check_data(stated_job("run", DEMO, ()), [f"{tmp_path}/half"])
+
+
+def test_two_sources_of_data_are_refused(tracer):
+    words = ["--data-args-path", "/nowhere/list", "--train-data-path", "/nowhere/a"]
+    with pytest.raises(ValueError, match="data_args_path and train_data_path are both given"):
+        check(tracer, *words)
