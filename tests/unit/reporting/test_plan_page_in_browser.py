@@ -8,7 +8,9 @@ from megatron_mone.reporting.plan_report import write_plan_files
 from tests.unit.reporting.plan_example import example_plan, example_search
 from tests.unit.reporting.test_profile_page_in_browser import BROWSER, browser, open_page
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser on PATH")
+pytestmark = pytest.mark.skipif(
+    BROWSER is None, reason="no browser on PATH: .ci/browser.sh installs one"
+)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 PATIENCE = 60  # seconds for one answer, on a busy machine
 
 pytestmark = pytest.mark.skipif(
-    BROWSER is None, reason=f"no browser on PATH ({', '.join(NAMES)}): the page cannot be opened"
+    BROWSER is None, reason=f"no browser on PATH ({', '.join(NAMES)}): .ci/browser.sh installs one"
 )
 
 
