@@ -7,6 +7,7 @@ Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ET
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from megatron_mone.kernels import (
     Selection,
     grouped_mlp_with_gates,
 )
+from megatron_mone.moe import matrix_stack
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.neuron_selection import NeuronSelector
 from megatron_mone.moe.weight_views import weight_views
@@ -347,8 +349,8 @@ def stock_weights(
         stock_fc1, stock_fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
         hidden, width = stock_fc2.shape
         if e == 0:
-            fc1 = _like(stock_fc1, (num_local_experts, 2, width, hidden))
-            fc2 = _like(stock_fc2, (num_local_experts, width, hidden))
+            fc1 = _like(stock_fc1, (num_local_experts, 2, width, hidden), fc1_matrices)
+            fc2 = _like(stock_fc2, (num_local_experts, width, hidden), fc2_matrices)
         if config.perform_initialization:
             fc1.data[e].copy_(stock_fc1.data.view(2, width, hidden))
             fc2.data[e].copy_(stock_fc2.data.t())
@@ -371,9 +373,22 @@ def _stock_expert(config: TransformerConfig, etp_group: ProcessGroup) -> MLP:
         config.ffn_hidden_size = saved
 
 
-def _like(weight: Tensor, shape: tuple[int, ...]) -> torch.nn.Parameter:
-    """An empty parameter that Megatron's optimizer and gradient clipping treat as `weight`."""
+def fc1_matrices(t: Tensor) -> list[Tensor]:
+    """[E_l, 2, F_l, H] -> views [2F_l, H], an expert's linear_fc1 in stock Megatron."""
+    return [expert.flatten(0, 1) for expert in t]
+
+
+def fc2_matrices(t: Tensor) -> list[Tensor]:
+    """[E_l, F_l, H] -> views [H, F_l], an expert's linear_fc2 in stock Megatron."""
+    return [expert.t() for expert in t]
+
+
+def _like(
+    weight: Tensor, shape: tuple[int, ...], matrices: Callable[[Tensor], list[Tensor]]
+) -> torch.nn.Parameter:
+    """An empty parameter that Megatron's optimizers and gradient clipping treat as `weight`s."""
     parameter = torch.nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
     copy_tensor_model_parallel_attributes(parameter, weight)
     parameter.allreduce = weight.allreduce  # False: reduced over expert replicas, not over DP
+    matrix_stack.declare(parameter, matrices)
     return parameter

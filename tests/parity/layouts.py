@@ -131,3 +131,14 @@ LAYOUTS: dict[str, Layout] = {
 KEEP_ALL_LAYOUTS = {
     name: layout for name, layout in LAYOUTS.items() if layout.variant in STOCK_VARIANTS
 }
+# Optimizers that work on matrices, of which stock experts have one a linear and expert. Muon (in
+# bf16) and Lion (a sign) turn another layout's rounding into steps: compared with stock alone.
+OPTIMIZERS = {
+    f"{layout}, {optimizer}": Layout(ranks, "plain", (*flags, "--optimizer", optimizer.lower()))
+    for optimizer in ("Muon", "SOAP", "Lion")
+    for layout, ranks, flags in (
+        *(("one rank", 1, ()), ("EP2", 2, EP2)),
+        *(("TP2 ETP2", 2, TP2), ("ETP2 EP2", 4, (*ETP2, *EP2))),
+    )
+}
+KEEP_ALL_LAYOUTS |= OPTIMIZERS

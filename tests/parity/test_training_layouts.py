@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from tests.parity.conftest import note
-from tests.parity.layouts import KEEP_ALL, KEEP_ALL_LAYOUTS, LAYOUTS, STOCK, TRAIN, VARIANTS
+from tests.parity.layouts import (
+    KEEP_ALL,
+    KEEP_ALL_LAYOUTS,
+    LAYOUTS,
+    OPTIMIZERS,
+    STOCK,
+    TRAIN,
+    VARIANTS,
+)
 from tests.training_cases import Case, recorded, run_cases, scalars
 
 pytestmark = pytest.mark.slow
@@ -41,8 +49,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases[1].append(Case(f"start run {variant}", start))
         cases[1].append(resumed(f"one rank, {variant}", variant, TRAIN))
     # All runs of a layout one after another: they share their process groups.
-    for name, layout in sorted(LAYOUTS.items(), key=lambda item: sorted(item[1].flags)):
-        cases[layout.ranks].append(resumed(name, layout.variant, TRAIN, *layout.flags))
+    layouts = {**LAYOUTS, **KEEP_ALL_LAYOUTS}
+    for name, layout in sorted(layouts.items(), key=lambda item: sorted(item[1].flags)):
+        if name in LAYOUTS:
+            cases[layout.ranks].append(resumed(name, layout.variant, TRAIN, *layout.flags))
         if name in KEEP_ALL_LAYOUTS:
             for kind, base in (("keep-all", KEEP_ALL), ("stock", STOCK)):
                 case = resumed(f"{name}, {kind}", layout.variant, base, *layout.flags)
@@ -120,3 +130,13 @@ def test_variants_are_different_models(runs):
     assert len(set(last.values())) == len(last), last
     first = scalars(runs / "one rank, plain", "lm loss")[1]
     assert last["plain"] < first
+
+
+def test_optimizers_are_different_optimizers(runs):
+    """And not Adam for the experts, as whatever is no matrix gets."""
+    key = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    adam = torch.load(runs / "EP2, keep-all" / "parameters.pt", weights_only=True)[key]
+    for name in OPTIMIZERS:
+        if name.startswith("EP2"):
+            other = torch.load(runs / f"{name}, keep-all" / "parameters.pt", weights_only=True)[key]
+            assert _relative(adam, other) > 1e-3, name
