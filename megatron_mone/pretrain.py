@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from megatron_mone import liveness
+from megatron_mone import failure, liveness
 from megatron_mone.exit_status import LEASE_LOST, NOT_FINITE, SAVE_FAILED, STOPPED, USER_ERROR
 from megatron_mone.files import write_json
 from megatron_mone.profiling.local_ranks import free_port
@@ -33,12 +33,21 @@ def main() -> None:
         cpu_emulation.install()
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    args = None
+    has_stepped, end_watch = failure.watch_first_step()
     try:
-        args = parse_arguments()
-        model_config = build_model_config(args)
-    except ValueError as error:
-        fail(str(error))
-    _train(args, model_config, started)
+        try:
+            args = parse_arguments()
+            model_config = build_model_config(args)
+        except ValueError as error:
+            fail(str(error))
+        _train(args, model_config, started)
+    except Exception as error:
+        if has_stepped():
+            raise
+        failure.end_with_line(error, args)
+    finally:
+        end_watch()
 
 
 def fail(message: str, status: int = USER_ERROR) -> NoReturn:
