@@ -21,14 +21,14 @@ _LOG = re.compile(r"; the traceback is in (\S+)$")
 HEAD = """\
 # What is refused, and how
 
-Megatron finds some mistakes only after its argument parser: in process groups, the model, datasets,
-schedules, a checkpoint. Each row provokes one on one or two CPU ranks; the exit status and the line are
-what was seen. *check*: a check of ours finds it from the flags, at the start, in `launch submit` and in
-the planner. *net*: it happens on a rank before its first step has ended; the traceback is in a file
-that the line names. No row prints a traceback.
+Megatron finds some mistakes only after its argument parser: in process groups, the model,
+datasets, schedules, a checkpoint. Each row provokes one on one or two CPU ranks; the exit status
+and the line are what was seen. *check*: a check of ours finds it from the flags, at the start, in
+`launch submit` and in the planner. *net*: it happens on a rank before its first step has ended; the
+traceback is in a file that the line names. No row prints a traceback.
 
-`.venv/bin/python -m tests.integration.test_refusals` writes this file; the test of that name holds it
-to what is seen.
+`.venv/bin/python -m tests.integration.test_refusals` writes this file; the test of that name holds
+it to what is seen.
 
 | mistake | Megatron's own | by | exit | line |
 | --- | --- | --- | --: | --- |
