@@ -51,6 +51,7 @@ def sbatch_script(spec: LaunchSpec) -> str:
             options=sbatch_options(spec),
             variables=_variables(spec),
             mounts=_mounts(spec),
+            nodes=spec.nodes + spec.spare_nodes,
             preflight_seconds=PREFLIGHT_SECONDS + 3 * math.ceil(limits.seconds),
             hung_status=HUNG,
             stack_seconds=STACK_SECONDS,

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.slurm_environment import client_environment
+
 # Slurm's clients give up after 9 s on a controller that is dead; one that hangs would hold them
 # for minutes. A request that changes something is given longer: cut short, it may still be done.
 READ_SECONDS = 18.0
@@ -243,9 +245,6 @@ def _sacct(arguments: Sequence[str], fields: Sequence[str]) -> list[dict[str, st
 def _run(
     program: str, arguments: Sequence[str], seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    # Times as seconds since the epoch, whatever the user set and in any time zone, and lists of
-    # array tasks whole; but a job inherits sbatch's environment, and its estimate is for people.
-    told = {} if program == "sbatch" else {"SLURM_TIME_FORMAT": "%s", "SLURM_BITSTR_LEN": "0"}
     try:
         done = subprocess.run(
             [program, *arguments],
@@ -254,7 +253,7 @@ def _run(
             encoding="utf-8",
             errors="replace",
             timeout=seconds,
-            env=os.environ | told,
+            env=client_environment(os.environ, program),
             # 22.05's clients die of SIGPIPE where a busy controller closes the connection; with it
             # ignored, as Python has it, they try again or say what happened.
             restore_signals=False,

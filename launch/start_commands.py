@@ -6,6 +6,8 @@ May touch: the run folder, child processes, Slurm through slurm_commands.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from launch.manifest import gather, locked, open_run, record_start
 from launch.run_commands import SCRIPT
 from launch.script import sbatch_script
 from launch.slurm_commands import submit
+from launch.slurm_environment import site_defaults
 from launch.spec_file import flag_fields, read_fields
 from launch.submission import SUBMIT_LOCK, noted, refuse_if_submitted
 from launch.training_job import Job, program_job, training_job
@@ -44,13 +47,19 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
 
 
 def site_of(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields that the launch file sets, and flags over them.
+    """The fields that the launch file sets, flags over them, SBATCH_* below; says of these.
 
     Raises:
         ValueError: one line naming the file or field, the value and the fix.
     """
     below = read_fields(options.launch or ("local" if is_local(options) else "slurm"))
-    return {**below, **flag_fields(options, below)}
+    given = {**below, **flag_fields(options, below)}
+    if is_local(options):
+        return given
+    defaults, lines = site_defaults(os.environ, given)
+    for line in lines:
+        print(f"megatron-mone: {line}", file=sys.stderr)
+    return {**defaults, **given}
 
 
 def is_local(options: argparse.Namespace) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from megatron_mone.command_line import ERROR
+from megatron_mone.surroundings import without_ranks
 
 TERMINAL = "MEGATRON_MONE_TERMINAL_FD"
 GRACE_SECONDS = 10.0
@@ -99,7 +100,7 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONWARNINGS": "ignore",
     }
-    return {**os.environ, **{name: str(value) for name, value in own.items()}}
+    return {**without_ranks(os.environ), **{name: str(value) for name, value in own.items()}}
 
 
 def _first_failure(processes: Sequence[subprocess.Popen]) -> int | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from launch.__main__ import main
 from launch.slurm_state import job_states
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
+from tests.slurm.jobs import submit as submit_script
 from tests.slurm.jobs import wait_end, wait_state, wait_until
 from tests.slurm.training import launch
 from tests.unit.launch.hostile_text import CANARY, HOSTILE
@@ -156,3 +159,55 @@ def test_slurm_accepts_1024_gpus_and_refuses_what_cannot_be(
     assert said.count("\n") == 1
     assert "sinfo" in said
     assert not (runs / "large").exists()
+
+
+def test_a_job_submitted_from_inside_an_array_is_its_own(cluster: Cluster, runs: Path) -> None:
+    """From a step of a running element: a failure, a requeue and a cancel touch the new job alone.
+
+    The outer job's task count, memory per CPU and binding would also keep it from starting.
+    """
+    inner = runs / "inner"
+    fails = f"env -0 >{runs}/$SLURM_JOB_ID.$RANK; [ -e {runs}/again ] && sleep 600; exit 9"
+    words = [sys.executable, "-m", "launch", "submit", "--runs", str(runs), "--name", "inner"]
+    words += ["--launch", str(runs / "site.yaml"), "--requeue", "--", "sh", "-c", fails]
+    body = f"""
+if [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then
+  cd {Path(__file__).parents[2]}
+  srun --nodes=1 --ntasks=1 {shlex.join(words)} >{runs}/said 2>&1
+fi
+sleep 600"""
+    options = ["--array=1-2", "--ntasks=3", "--mem-per-cpu=100", "--nodes=1"]
+    outer = submit_script(runs, body, *options)
+    try:
+        wait_state(f"{outer}_1", "RUNNING")
+        wait_state(f"{outer}_2", "RUNNING")
+        wait_until(f"{outer}_1", lambda _: "job " in _text(runs / "said"))
+        found = re.search(r"job (\d+), log ", _text(runs / "said"))
+        assert found, _text(runs / "said")
+        job = found[1]
+        wait_until(job, lambda state: (state.state, state.restarts) == ("PENDING", 1))
+        (runs / "again").touch()
+        slurm_commands.update(job, StartTime="now+2")
+        wait_until(job, lambda _: f"{job}.1" in _attempts(inner))
+        wait_state(job, "RUNNING")
+        assert f"job {job} is cancelled" in launch("cancel", "--runs", str(runs), "inner")
+        assert wait_end(job).state == "CANCELLED"
+        assert _attempts(inner) == [f"{job}.0", f"{job}.1"]
+        seen = dict(p.partition("=")[::2] for p in _text(runs / f"{job}.0").split("\0"))
+        assert seen["WORLD_SIZE"] == "2"
+        assert not [name for name in seen if name.startswith("SLURM_ARRAY_")]
+        assert "SLURM_MEM_PER_CPU" not in seen
+        around = {state.array_task: state for state in job_states([outer])}
+        assert {task: (s.state, s.restarts) for task, s in around.items()} == {
+            "1": ("RUNNING", 0), "2": ("RUNNING", 0),
+        }  # fmt: skip
+    finally:
+        slurm_commands.cancel(outer)
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _attempts(run: Path) -> list[str]:
+    return [attempt["attempt"] for attempt in manifest.attempts(run)]
