@@ -5,7 +5,8 @@
     python -m tools.prepare_data --corpus shakespeare --output-prefix out/data/shakespeare \
         --tokenizer bpe:4096
 
-Killed at any moment, the same command goes on where it was. Train with
+Killed at any moment, the same command goes on where it was. Every file that --input finds is read
+or named with the reason. Train with
 `--data-path PREFIX_text_document --tokenizer-type HuggingFaceTokenizer
 --tokenizer-model PREFIX.tokenizer`.
 """
@@ -32,11 +33,16 @@ from megatron_mone.data.plan import PrepareConfig, Progress
 from megatron_mone.data.prepare import prepare
 from megatron_mone.exit_status import INTERRUPTED, USER_ERROR
 
-_BAD_LINES_SHOWN = 20
-_INPUT_HELP = ".txt or .jsonl (.gz, .zst) files, or directories of them"
+_SHOWN = 20
+_INPUT_HELP = ".txt, .jsonl, .json, .parquet files (.gz, .bz2, .xz, .zst), or directories of them"
 _OUTPUT_HELP = "writes PREFIX_text_document.bin/.idx, PREFIX.manifest.json, PREFIX.tokenizer/"
 _TOKENIZER_HELP = "byte (default), bpe:N, or a local Hugging Face folder or tokenizer.json"
-_DOCUMENTS_HELP = "a .txt is one document (default), or one per blank-line-separated block"
+_DOCUMENTS_HELP = (
+    "a .txt is one document (file), one per blank-line-separated block (paragraph), or pieces of "
+    "this many bytes; auto (default) cuts fewer than 20 .txt files into pieces, else file"
+)
+_FEWEST_FOR_DEFAULT_SPLIT = 17
+"""Documents below which Megatron's default split, 969,30,1, rounds validation's share to none."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,9 +64,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output-prefix", required=True, type=Path, metavar="PREFIX", help=_OUTPUT_HELP)
     add("--tokenizer", default=PrepareConfig.tokenizer, help=_TOKENIZER_HELP)
     add("--eod-token", help="end-of-document token of a local tokenizer that names none")
-    add("--json-key", default=PrepareConfig.json_key, help="key of the text in .jsonl (text)")
-    choices = ["file", "paragraph"]
-    add("--txt-documents", choices=choices, default=choices[0], help=_DOCUMENTS_HELP)
+    add("--json-key", default=PrepareConfig.json_key, help="key or column of the text (text)")
+    default_cut, cuts = PrepareConfig.txt_documents, "{auto,file,paragraph,BYTES}"
+    add("--txt-documents", default=default_cut, metavar=cuts, help=_DOCUMENTS_HELP)
     add("--workers", type=int, default=PrepareConfig.workers, help="tokenizing processes (1)")
     add("--strict", action="store_true", help="stop at the first bad line")
     add("--overwrite", action="store_true", help="replace a dataset made from something else")
@@ -80,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except OSError as error:
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        named = error.filename or f"--output-prefix {options.output_prefix}"
+        print(f"error: {named}: {error.strerror or error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
@@ -127,20 +134,58 @@ def _progress_bars() -> Iterator[Progress]:
 
 
 def _print_summary(manifest: Manifest, outputs: OutputPaths) -> None:
-    for line in manifest.bad_lines_named[:_BAD_LINES_SHOWN]:
-        print(f"bad line {line}", file=sys.stderr)
-    if manifest.bad_lines > _BAD_LINES_SHOWN:
-        more = manifest.bad_lines - _BAD_LINES_SHOWN
-        print(f"... and {more} more bad lines, see {outputs.manifest}", file=sys.stderr)
+    _print_named("bad line", manifest.bad_lines_named, manifest.bad_lines, outputs)
+    _print_named("left out", manifest.left_out_named, manifest.left_out, outputs)
+    notes = _notes(manifest)
+    _print_named("note:", notes, len(notes), outputs)
     tokenizer = manifest.tokenizer
     print(f"dataset        {outputs.data}.bin, .idx")
-    print(f"documents      {manifest.documents}")
+    print(f"inputs         {len(manifest.inputs)} files read, {manifest.left_out} left out")
+    print(f"documents      {manifest.documents}{_cut(manifest)}")
     print(f"tokens         {manifest.tokens} ({manifest.dtype}, one end token per document)")
     print(f"empty          {manifest.empty_documents} documents left out")
     print(f"bad lines      {manifest.bad_lines}")
     print(f"unigram loss   {manifest.unigram_loss:.4f} nats per token")
     print(f"tokenizer      {outputs.tokenizer} ({tokenizer.spec}, {tokenizer.vocab_size} tokens)")
     print(f"manifest       {outputs.manifest}")
+
+
+def _print_named(what: str, named: list[str], total: int, outputs: OutputPaths) -> None:
+    for line in named[:_SHOWN]:
+        print(f"{what} {line}", file=sys.stderr)
+    if total > _SHOWN:
+        more = f"... and {total - _SHOWN} more {what.rstrip(':')}"
+        print(f"{more}{'s' if what == 'bad line' else ''}, see {outputs.manifest}", file=sys.stderr)
+
+
+def _cut(manifest: Manifest) -> str:
+    if not manifest.txt_documents.isdigit():
+        return ""
+    return (
+        f" (.txt cut into pieces of about {manifest.txt_documents} bytes, at blank lines or else "
+        "line ends or spaces, so that some can be validation data; --txt-documents file cuts none)"
+    )
+
+
+def _notes(manifest: Manifest) -> list[str]:
+    """What is as it was asked for, and still not what a person may expect."""
+    notes, first_of = [], {entry.sha256: entry.name for entry in reversed(manifest.inputs)}
+    for entry in manifest.inputs:
+        if (first := first_of[entry.sha256]) != entry.name:
+            notes.append(f"{entry.name} has the same bytes as {first}; both are in the dataset")
+        if entry.documents == 0:
+            notes.append(f"{entry.name} gave no document")
+    if manifest.documents == 1:
+        notes.append(
+            "one document cannot be split into training and validation data; give more, cut it "
+            "(a .txt: --txt-documents auto), or train with --split 1,0,0 --eval-iters 0"
+        )
+    elif manifest.documents < _FEWEST_FOR_DEFAULT_SPLIT:
+        notes.append(
+            f"of {manifest.documents} documents a split such as 969,30,1 leaves validation none; "
+            f"train with --split {manifest.documents - 1},1,0"
+        )
+    return notes
 
 
 if __name__ == "__main__":

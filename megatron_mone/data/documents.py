@@ -1,12 +1,20 @@
 """Reading the documents of a unit, each bad one with its file:line."""
 
-import json
+import io
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from megatron_mone.data.compressed import decompression_errors, open_source
+from megatron_mone.data.errors import DataError
+from megatron_mone.data.json_text import JsonFileError, document_text, split_values
+from megatron_mone.data.parquet import read_column
 from megatron_mone.data.sources import Unit
+from megatron_mone.data.text_pieces import cut_pieces
 
+LONGEST_DOCUMENT = 1 << 30
+"""Bytes of the longest line, .txt that is one document, or JSON value: each is held whole."""
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -26,37 +34,64 @@ class BadLine:
 def read_unit(unit: Unit, json_key: str, txt_documents: str) -> Iterator[str | BadLine]:
     """The documents of a unit, in order, with a BadLine in place of each that cannot be read.
 
-    .txt: the whole file (`txt_documents` "file", kept to the byte) or one document per block of
-    lines between blank ones ("paragraph", its last line break dropped). .jsonl: the string under
-    `json_key`; blank lines are skipped. A byte order mark at the head of a file is dropped.
+    .txt: the whole file (`txt_documents` "file", kept to the byte), one document per block of
+    lines between blank ones ("paragraph", its last line break dropped), or pieces of so many bytes
+    (a number; together the file to the byte). .jsonl: the string under `json_key` of each line;
+    blank lines are skipped. .json: of each object. .parquet: of each row, which counts as a line.
+    A byte order mark at the head of a file is dropped.
     """
     source = unit.source
+    if source.kind == ".parquet":
+        assert unit.end is not None, "row groups are counted"
+        groups = range(unit.start, unit.end)
+        cells = read_column(source.path, source.name, json_key, groups)
+        yield from _cells(cells, source.name, unit.first_line, json_key)
+        return
     with decompression_errors(source.name), open_source(source.path, source.compression) as stream:
+        if source.kind == ".json":
+            yield from _json_values(stream, source.name, json_key)
+            return
         if unit.start:
             stream.seek(unit.start)
-        lines = iter(stream) if unit.end is None else _lines(stream.read(unit.end - unit.start))
-        if unit.start == 0:
-            lines = _without_bom(lines)
+        if source.kind == ".txt" and txt_documents != "paragraph":
+            yield from _text_documents(stream, source.name, txt_documents)
+            return
+        lines = _lines(stream, source.name, unit)
         if source.kind == ".jsonl":
-            yield from _json_documents(lines, source.name, unit.first_line, json_key)
-        elif txt_documents == "paragraph":
-            yield from _paragraphs(lines, source.name, unit.first_line)
+            yield from _json_lines(lines, source.name, unit.first_line, json_key)
         else:
-            yield _decode(b"".join(lines), source.name, unit.first_line)
+            yield from _paragraphs(lines, source.name, unit.first_line)
 
 
-def _lines(data: bytes) -> Iterator[bytes]:
-    start = 0
-    while (end := data.find(b"\n", start) + 1) > 0:
-        yield data[start:end]
-        start = end
-    if start < len(data):
-        yield data[start:]
+def _lines(stream: BinaryIO, name: str, unit: Unit) -> Iterator[bytes]:
+    left = sys.maxsize if unit.end is None else unit.end - unit.start
+    mark = _BOM if unit.start == 0 else b""
+    while left and (line := stream.readline(min(left, LONGEST_DOCUMENT + 1))):
+        left -= len(line)
+        if len(line) > LONGEST_DOCUMENT:
+            raise DataError(_too_long(name, "a line"))
+        yield line.removeprefix(mark)
+        mark = b""
 
 
-def _without_bom(lines: Iterator[bytes]) -> Iterator[bytes]:
-    yield next(lines, b"").removeprefix(_BOM)
-    yield from lines
+def _too_long(name: str, what: str) -> str:
+    return f"--input {name}: {what} of more than {LONGEST_DOCUMENT >> 20:,} MiB; cut it"
+
+
+def _text_documents(stream: BinaryIO, name: str, txt_documents: str) -> Iterator[str | BadLine]:
+    if txt_documents == "file":
+        whole = stream.read(LONGEST_DOCUMENT + 1)
+        if len(whole) > LONGEST_DOCUMENT:
+            raise DataError(_too_long(name, "a document") + ": --txt-documents auto does")
+        pieces = iter([whole])
+    else:
+        pieces = cut_pieces(stream, int(txt_documents))
+    line, piece = 1, next(pieces, b"")  # an empty file is an empty document
+    yield _decode(piece.removeprefix(_BOM), name, line)
+    for following in pieces:
+        line += piece.count(b"\n")
+        piece = following
+        yield _decode(piece, name, line)
 
 
 def _decode(raw: bytes, name: str, line: int) -> str | BadLine:
@@ -83,39 +118,38 @@ def _drop_line_end(raw: bytes) -> bytes:
     return raw.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _json_documents(
+def _json_lines(
     lines: Iterator[bytes], name: str, line: int, json_key: str
 ) -> Iterator[str | BadLine]:
     for number, raw in enumerate(lines, line):
         if not raw.strip():
             continue
         decoded = _decode(raw, name, number)
-        if isinstance(decoded, BadLine):
-            yield decoded
-            continue
-        try:
-            yield _json_text(decoded, json_key)
-        except (ValueError, RecursionError) as error:
-            yield BadLine(name, number, str(error))
+        yield decoded if isinstance(decoded, BadLine) else _text(decoded, name, number, json_key)
 
 
-def _json_text(line: str, json_key: str) -> str:
-    """The string under `json_key` of one JSON object; ValueError says what is wrong."""
+def _json_values(stream: BinaryIO, name: str, json_key: str) -> Iterator[str | BadLine]:
+    # A byte that is no UTF-8 spoils the one document that it stands in.
+    text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
     try:
-        # With its line end, an error at the end would be counted as column 1 of the next line.
-        record = json.loads(line.rstrip("\r\n"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("invalid JSON: nested too deeply") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"not a JSON object but {type(record).__name__}")
-    if json_key not in record:
-        raise ValueError(f"key {json_key!r} is missing")
-    text = record[json_key]
-    if not isinstance(text, str):
-        raise ValueError(f"key {json_key!r} is not a string but {type(text).__name__}")
-    # JSON can spell half of a surrogate pair, which no UTF-8 text (and no tokenizer) can hold.
-    if any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError(f"key {json_key!r} holds a lone surrogate")
-    return text
+        for number, value in split_values(text, LONGEST_DOCUMENT):
+            yield _text(value, name, number, json_key)
+    except JsonFileError as error:
+        raise DataError(f"--input {name}:{error}") from None
+
+
+def _text(record: str, name: str, line: int, json_key: str) -> str | BadLine:
+    try:
+        return document_text(record, json_key)
+    except ValueError as error:
+        return BadLine(name, line, str(error))
+
+
+def _cells(
+    cells: Iterator[bytes | None], name: str, row: int, column: str
+) -> Iterator[str | BadLine]:
+    for number, cell in enumerate(cells, row):
+        if cell is None:
+            yield BadLine(name, number, f"column {column!r} is null")
+        else:
+            yield _decode(cell, name, number)

@@ -10,16 +10,20 @@ from megatron_mone.data.errors import DataError
 
 SCHEMA = 1
 BAD_LINES_KEPT = 1000
-"""How many bad lines a manifest names; the total is always exact."""
+"""How many bad lines, and files left out, a manifest names; the totals are always exact."""
 
 
 @dataclass(frozen=True)
 class InputFacts:
-    """One input file: its name, size in bytes and sha256, as stored (compressed or not)."""
+    """One input file: its name, size in bytes and sha256, as stored (compressed or not).
+
+    `documents` that it gave; None in the manifest of an earlier version.
+    """
 
     name: str
     bytes: int
     sha256: str
+    documents: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Manifest:
 
     `tokens` counts one end-of-document token per document; `unigram_loss` is the entropy of the
     token frequencies in nats per token, the loss of the best model that ignores its context.
+    `txt_documents` is what a .txt was cut into: "file", "paragraph", or pieces of so many bytes.
+    `left_out` files were found among the inputs and not read; their names have the reason.
     """
 
     inputs: list[InputFacts]
@@ -70,6 +76,8 @@ class Manifest:
     megatron_core: str
     tokenizers: str
     schema: int = field(default=SCHEMA)
+    left_out: int = 0
+    left_out_named: list[str] = field(default_factory=list)
 
     def to_json(self) -> bytes:
         """The bytes of the file; equal manifests are equal bytes (no times, no host names)."""

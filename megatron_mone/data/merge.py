@@ -57,6 +57,11 @@ class OutputPaths:
         """The shards of an unfinished run."""
         return self._named(".work")
 
+    @property
+    def all(self) -> tuple[Path, ...]:
+        """Everything that is ever written."""
+        return (self.bin, self.idx, self.manifest, self.tokenizer, self.work)
+
 
 def merge_shards(
     jobs: Sequence[ShardJob], target: Path, vocab_size: int, merged: Callable[[int], None]

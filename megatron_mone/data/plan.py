@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,8 +11,11 @@ from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import InputFacts, sha256_of
 from megatron_mone.data.shards import group_units
 from megatron_mone.data.sources import Source, Unit, scan
+from megatron_mone.data.text_pieces import SMALLEST, is_piece, piece_bytes
 from megatron_mone.data.tokenizers import TokenizerSpec
 
+TXT_DOCUMENTS = ("auto", "file", "paragraph")
+_FEW_FILES = 20
 Progress = Callable[[str, int, int], None]
 """Told (stage, input bytes done since the last call, input bytes in all)."""
 
@@ -31,8 +34,10 @@ class PrepareConfig:
     """Processes that tokenize. The output does not depend on it."""
     json_key: str = "text"
     """The key of a .jsonl object that holds the document."""
-    txt_documents: str = "file"
-    """A .txt holds one document ("file") or one per blank-line-separated block ("paragraph")."""
+    txt_documents: str = "auto"
+    """A .txt holds one document ("file"), one per blank-line-separated block ("paragraph"), or is
+    cut into pieces of so many bytes (a number). "auto" cuts where few .txt files are all there is:
+    training takes its validation data from the documents, and few leave it none."""
     strict: bool = False
     """Stop at the first bad line."""
     overwrite: bool = False
@@ -52,10 +57,24 @@ class PrepareConfig:
             raise DataError(f"--workers {self.workers}: must be at least 1")
         if self.shard_bytes < 1:
             raise DataError(f"shard_bytes {self.shard_bytes}: must be at least 1")
-        if self.txt_documents not in ("file", "paragraph"):
-            raise DataError(f"--txt-documents {self.txt_documents}: must be file or paragraph")
+        if not (self.txt_documents in TXT_DOCUMENTS or is_piece(self.txt_documents)):
+            raise DataError(
+                f"--txt-documents {self.txt_documents}: must be one of {', '.join(TXT_DOCUMENTS)}, "
+                f"or the bytes of a piece, at least {SMALLEST}"
+            )
         if not self.output_prefix.name:
             raise DataError(f"--output-prefix {self.output_prefix}: give a path such as out/data/x")
+
+
+def cut_of(config: PrepareConfig, sources: list[Source]) -> str:
+    """`config.txt_documents`, "auto" turned into what it means for these sources."""
+    if config.txt_documents != "auto":
+        return config.txt_documents
+    sizes = [source.path.stat().st_size for source in sources]
+    piece = piece_bytes(sum(sizes))
+    only_text = all(source.kind == ".txt" for source in sources)
+    stays_whole = max(sizes) <= 2 * piece and not any(source.compression for source in sources)
+    return str(piece) if only_text and len(sizes) < _FEW_FILES and not stays_whole else "file"
 
 
 @dataclass(frozen=True)
@@ -87,9 +106,9 @@ def make_plan(
             lambda count: progress("reading", count, total),
         )
         inputs.append(InputFacts(source.name, found.size, found.sha256))
-        units += [(u, found.size if u.end is None else u.end - u.start) for u in found.units]
+        units += [(unit, unit.size) for unit in found.units]
     decisive = {
-        "inputs": [asdict(entry) for entry in inputs],
+        "inputs": [{"name": e.name, "bytes": e.bytes, "sha256": e.sha256} for e in inputs],
         "tokenizer": [spec.text, spec.eod_token, [sha256_of(p) for p in spec.source_files()]],
         "options": [config.json_key, config.txt_documents, config.shard_bytes, config.licence],
         "versions": [version("tokenizers"), version("megatron-core")],

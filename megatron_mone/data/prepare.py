@@ -6,13 +6,17 @@ afresh.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from megatron_mone.data.discovery import discover
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
+from megatron_mone.data.judge import LeftOut
 from megatron_mone.data.manifest import (
     BAD_LINES_KEPT,
     Manifest,
@@ -29,9 +33,8 @@ from megatron_mone.data.merge import (
     unigram_entropy,
     verify_merged,
 )
-from megatron_mone.data.plan import Plan, PrepareConfig, Progress, make_plan
+from megatron_mone.data.plan import Plan, PrepareConfig, Progress, cut_of, make_plan
 from megatron_mone.data.shards import ShardFacts, ShardJob
-from megatron_mone.data.sources import discover
 from megatron_mone.data.tokenizers import Encoder, TokenizerSpec, parse_spec, write_tokenizer
 from megatron_mone.data.workers import locked_folder, run_shards
 from megatron_mone.files import atomic_write
@@ -46,14 +49,18 @@ def prepare(config: PrepareConfig, progress: Progress = lambda *_: None) -> Mani
     mistake, among them (with `strict`) the first bad line.
     """
     spec = parse_spec(config.tokenizer, config.eod_token)
-    sources = discover(config.inputs, config.name_root)
     outputs = OutputPaths(config.output_prefix)
+    found = discover(config.inputs, config.name_root, config.json_key, outputs)
+    if config.strict and (wrong := next((entry for entry in found.left_out if entry.wrong), None)):
+        raise DataError(f"--input {wrong}; repair or remove it, or run without --strict")
+    config = replace(config, txt_documents=cut_of(config, found.sources))
     with locked_folder(outputs.work):
-        plan = make_plan(config, spec, sources, progress)
+        plan = make_plan(config, spec, found.sources, progress)
         if (ready := _already_there(config, outputs, plan)) is None:
-            ready = _build(config, spec, outputs, plan, progress)
+            ready = _build(config, spec, outputs, plan, found.left_out, progress)
         _empty(outputs.work)
-    return ready
+    # The files read may be those of an earlier run; those left out are what lies there now.
+    return replace(ready, **_left_out(found.left_out))
 
 
 def _already_there(config: PrepareConfig, outputs: OutputPaths, plan: Plan) -> Manifest | None:
@@ -90,6 +97,7 @@ def _build(
     spec: TokenizerSpec,
     outputs: OutputPaths,
     plan: Plan,
+    left_out: list[LeftOut],
     progress: Progress,
 ) -> Manifest:
     work = outputs.work
@@ -106,7 +114,7 @@ def _build(
     )
     verify_merged(work / "merged", facts, counts)
     manifest = _describe(config, spec, outputs, plan, encoder, facts)
-    manifest = replace(manifest, unigram_loss=unigram_entropy(counts))
+    manifest = replace(manifest, unigram_loss=unigram_entropy(counts), **_left_out(left_out))
     atomic_write(work / "manifest.json", manifest.to_json())
     publish(work, outputs)
     return manifest
@@ -180,6 +188,11 @@ def _no_documents(facts: list[ShardFacts]) -> str:
     )
 
 
+def _left_out(left_out: list[LeftOut]) -> dict[str, Any]:
+    named = [str(entry) for entry in left_out[:BAD_LINES_KEPT]]
+    return {"left_out": len(left_out), "left_out_named": named}
+
+
 def _describe(
     config: PrepareConfig,
     spec: TokenizerSpec,
@@ -188,9 +201,12 @@ def _describe(
     encoder: Encoder,
     facts: list[ShardFacts],
 ) -> Manifest:
+    documents_of: Counter[str] = Counter()
+    for fact in facts:
+        documents_of.update(fact.documents_of)
     named = [str(bad) for fact in facts for bad in fact.bad][:BAD_LINES_KEPT]
     return Manifest(
-        inputs=plan.inputs,
+        inputs=[replace(entry, documents=documents_of[entry.name]) for entry in plan.inputs],
         tokenizer=TokenizerFacts(
             kind=spec.kind,
             spec=spec.text,

@@ -47,13 +47,17 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """Counts of one shard; `tokens` includes the end-of-document tokens."""
+    """Counts of one shard; `tokens` includes the end-of-document tokens.
+
+    `documents_of` has the documents of each source, by its name.
+    """
 
     documents: int
     tokens: int
     empty_documents: int
     bad_total: int
     bad: tuple[BadLine, ...]
+    documents_of: dict[str, int]
 
 
 def group_units(
@@ -92,16 +96,18 @@ def tokenize_shard(job: ShardJob) -> ShardFacts:
     encoder = _encoder(job.tokenizer, job.tokenizer_sha256)
     lengths: list[int] = []
     bad: list[BadLine] = []
+    documents_of: dict[str, int] = {}
     bad_total = empty = 0
     beside = job.path(f".bin.{os.getpid()}.tmp")
     with beside.open("wb") as stream:
         for unit in job.units:
+            before = len(lengths)
             for document in read_unit(unit, job.json_key, job.txt_documents):
                 if isinstance(document, BadLine):
                     bad_total += 1
                     bad += [document] if len(bad) < BAD_LINES_KEPT else []
                     if job.strict:
-                        return ShardFacts(0, 0, 0, bad_total, tuple(bad))
+                        return ShardFacts(0, 0, 0, bad_total, tuple(bad), {})
                 elif not document:
                     empty += 1
                 else:
@@ -109,11 +115,13 @@ def tokenize_shard(job: ShardJob) -> ShardFacts:
                     if len(ids) > _LONGEST:
                         raise DataError(
                             f"{unit.source.name}: one document of {len(ids)} tokens; the format "
-                            f"allows {_LONGEST}; split it (--txt-documents paragraph)"
+                            f"allows {_LONGEST}; split it (a .txt: --txt-documents auto)"
                         )
                     stream.write(np.array(ids, dtype=job.dtype).tobytes())
                     lengths.append(len(ids))
-    facts = ShardFacts(len(lengths), sum(lengths), empty, bad_total, tuple(bad))
+            name = unit.source.name
+            documents_of[name] = documents_of.get(name, 0) + len(lengths) - before
+    facts = ShardFacts(len(lengths), sum(lengths), empty, bad_total, tuple(bad), documents_of)
     _publish(job, beside, lengths, facts)
     return facts
 

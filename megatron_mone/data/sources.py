@@ -1,20 +1,25 @@
-"""Finding inputs and cutting them into units.
+"""Input files, and cutting them into units.
 
 A *source* is one input file; a *unit* is a byte range of it that a worker can read on its own.
 Cuts fall only where a document ends, so the documents do not depend on where the cuts are.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_mone.data.errors import DataError
+from megatron_mone.data.compressed import COMPRESSIONS
+from megatron_mone.data.parquet import row_groups
 
-KINDS = (".txt", ".jsonl")
-COMPRESSIONS = (".gz", ".zst")
-_EXPECTED = "a .txt or .jsonl file (plain, .gz or .zst) or a directory of them"
+_KINDS = {
+    ".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".jsonlines": ".jsonl",
+    ".json": ".json", ".parquet": ".parquet",
+}  # fmt: skip
+"""How a file's name ends, and the kind that it says: one of .txt, .jsonl, .json, .parquet."""
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Unit:
-    """Bytes [start, end) of a source; `end` None is the whole (compressed) file."""
+    """Bytes [start, end) of a source, or row groups of a Parquet file; `end` None is all of it.
+
+    `size` are the bytes of the file that it stands for.
+    """
 
     source: Source
     start: int
     end: int | None
     first_line: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -50,94 +59,62 @@ def split_extension(path: Path) -> tuple[str, str] | None:
     """(kind, compression) of a file name, or None if it is not a kind we read."""
     name = path.name.lower()
     compression = next((c for c in COMPRESSIONS if name.endswith(c)), "")
-    kind = next((k for k in KINDS if name.removesuffix(compression).endswith(k)), None)
+    kind = _KINDS.get(Path(name.removesuffix(compression)).suffix)
     return None if kind is None else (kind, compression)
-
-
-def discover(inputs: Sequence[Path], name_root: Path | None = None) -> list[Source]:
-    """The sources behind files and directories, in the order given, directories sorted by path.
-
-    Inputs are called by the path given, or relative to `name_root` if that is set. Raises
-    DataError for a missing, empty, repeated or unknown input.
-    """
-    found: list[Source] = []
-    for given in inputs:
-        if given.is_dir():
-            found += _discover_directory(given, name_root)
-        elif not given.exists():
-            raise DataError(f"--input {given}: no such file or directory; give {_EXPECTED}")
-        elif (extension := split_extension(given)) is None:
-            raise DataError(
-                f"--input {given}: unknown extension {given.suffix!r}; give {_EXPECTED}"
-            )
-        elif given.stat().st_size == 0:
-            raise DataError(f"--input {given}: the file is empty; give {_EXPECTED} with text in it")
-        else:
-            found.append(_source(given, extension, name_root))
-    if not found:
-        raise DataError(f"--input: nothing given; give {_EXPECTED}")
-    _refuse_repeats(found)
-    return found
-
-
-def _discover_directory(folder: Path, name_root: Path | None) -> list[Source]:
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    found = [_source(p, e, name_root) for p in paths if (e := split_extension(p)) is not None]
-    if not found:
-        raise DataError(f"--input {folder}: holds no .txt or .jsonl file; give {_EXPECTED}")
-    if all(source.path.stat().st_size == 0 for source in found):
-        raise DataError(f"--input {folder}: all its {len(found)} files are empty; give {_EXPECTED}")
-    return found
-
-
-def _source(path: Path, extension: tuple[str, str], name_root: Path | None) -> Source:
-    name = path if name_root is None else path.relative_to(name_root)
-    return Source(path, name.as_posix(), *extension)
-
-
-def _refuse_repeats(sources: Iterable[Source]) -> None:
-    seen: set[Path] = set()
-    for source in sources:
-        resolved = source.path.resolve()
-        if resolved in seen:
-            raise DataError(f"--input {source.name}: is given twice; name each file once")
-        seen.add(resolved)
 
 
 def scan(source: Source, txt_documents: str, unit_bytes: int, seen: Callable[[int], None]) -> Scan:
     """Hash a source and cut it into units of about `unit_bytes` bytes, in one pass.
 
-    Compressed files (no seeking) and .txt files that are one document are a single unit. `seen`
-    is told the number of bytes of each piece read.
+    Compressed files (no seeking), .json and .txt files that are not cut at blank lines are a single
+    unit. `seen` is told the number of bytes of each piece read.
     """
     paragraphs = source.kind == ".txt" and txt_documents == "paragraph"
     splittable = not source.compression and (source.kind == ".jsonl" or paragraphs)
     digest, size, line = hashlib.sha256(), 0, 1
     units: list[Unit] = []
     with source.path.open("rb") as stream:
-        while piece := _read_piece(stream, unit_bytes, paragraphs):
-            digest.update(piece)
-            if splittable:
-                units.append(Unit(source, size, size + len(piece), line))
-                line += piece.count(b"\n")
-            size += len(piece)
-            seen(len(piece))
-    if not splittable:
-        units = [Unit(source, 0, None if source.compression else size, 1)]
+        while True:
+            start, first_line = size, line
+            for chunk in _unit_chunks(stream, unit_bytes, paragraphs):
+                digest.update(chunk)
+                size += len(chunk)
+                line += chunk.count(b"\n")
+                seen(len(chunk))
+            if size == start:
+                break
+            units.append(Unit(source, start, size, first_line, size - start))
+    if source.kind == ".parquet":
+        units = _row_group_units(source, size)
+    elif not splittable:
+        units = [Unit(source, 0, None, 1, size)]
     return Scan(size, digest.hexdigest(), tuple(units))
 
 
-def _read_piece(stream: BinaryIO, size: int, paragraphs: bool) -> bytes:
+def _unit_chunks(stream: BinaryIO, size: int, paragraphs: bool) -> Iterator[bytes]:
     """About `size` bytes, prolonged to the end of the line or of the blank line it falls in."""
-    piece = stream.read(size)
-    if len(piece) < size:
-        return piece
-    parts = [piece]
+    chunk = stream.read(size)
+    yield chunk
+    if len(chunk) < size:
+        return
     # The rest of a half-read line says nothing on whether that line is blank, so it comes first.
-    if not piece.endswith(b"\n"):
-        parts.append(stream.readline())
-    while paragraphs and (line := stream.readline()):
-        parts.append(line)
-        if not line.strip():
-            break
-    return b"".join(parts)
+    while not chunk.endswith(b"\n") and (chunk := stream.readline(_CHUNK)):
+        yield chunk
+    blank = not paragraphs
+    while not blank and (chunk := stream.readline(_CHUNK)):
+        yield chunk
+        blank = not chunk.strip()
+        while not chunk.endswith(b"\n") and (chunk := stream.readline(_CHUNK)):
+            yield chunk
+            blank = blank and not chunk.strip()
+
+
+def _row_group_units(source: Source, size: int) -> list[Unit]:
+    rows = row_groups(source.path, source.name)
+    units, before, of_all = [], 0, max(1, sum(rows))
+    for index, count in enumerate(rows):
+        # By rows: together exactly the file's bytes, as the progress bars count them.
+        share = size * (before + count) // of_all - size * before // of_all
+        units.append(Unit(source, index, index + 1, before + 1, share))
+        before += count
+    return units

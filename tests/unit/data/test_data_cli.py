@@ -46,8 +46,11 @@ WRONG = {
     "missing input": (lambda t: ["--input", t / "nope.txt"], "nope.txt: no such file"),
     "empty input": (lambda t: ["--input", written(t / "e.txt", b"")], "e.txt: the file is empty"),
     "extension": (lambda t: ["--input", written(t / "x.csv", b"a")], "unknown extension '.csv'"),
-    "json, not jsonl": (lambda t: ["--input", written(t / "x.json", b"{}")], "'.json'"),
-    "directory": (lambda t: ["--input", emptied_directory(t / "d")], "holds no .txt or .jsonl"),
+    "json, no text": (lambda t: ["--input", written(t / "x.json", b"{}")], "x.json:1: key 'text'"),
+    "directory": (
+        lambda t: ["--input", emptied_directory(t / "d")],
+        "holds no .txt, .jsonl, .json or .parquet file that can be read (",
+    ),
     "twice": (lambda t: ["--input", t / "in.txt", t / "in.txt"], "in.txt: is given twice"),
     "output": (lambda t: ["--output-prefix", t / "in.txt" / "x"], "cannot write beside it"),
     "no output": (lambda t: ["--output-prefix", "/"], "--output-prefix /: give a path"),

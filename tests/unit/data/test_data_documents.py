@@ -9,9 +9,10 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_mone.data.discovery import discover
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
-from megatron_mone.data.sources import Source, discover, scan
+from megatron_mone.data.sources import Source, scan
 
 TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=40), max_size=8)
 FEW = settings(
@@ -32,7 +33,7 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
 
 
 def cut_and_read(path: Path, unit_bytes: int, mode: str = "file") -> list[str | BadLine]:
-    found = scan(discover([path])[0], mode, unit_bytes, lambda _: None)
+    found = scan(discover([path]).sources[0], mode, unit_bytes, lambda _: None)
     assert found.size == path.stat().st_size
     return [d for unit in found.units for d in read_unit(unit, "text", mode)]
 
@@ -134,6 +135,6 @@ def test_directories_are_walked_in_order_and_names_follow_the_root(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("b/2.txt", "a.txt", "b/1.jsonl", "notes.md", ".hidden.txt"):
         (tmp_path / name).write_text("x")
-    found = discover([tmp_path], tmp_path)
+    found = discover([tmp_path], tmp_path).sources
     assert [s.name for s in found] == ["a.txt", "b/1.jsonl", "b/2.txt"]
     assert isinstance(found[0], Source)
