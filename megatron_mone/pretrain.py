@@ -136,16 +136,19 @@ def parse_arguments() -> argparse.Namespace:
     """
     from megatron.training import arguments
 
+    from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
     from megatron_mone.checks import check_checkpoint, check_run
     from megatron_mone.profiling.attach import window_of
 
     _expand_config()
-    check_run(arguments.parse_args(add_arguments))
+    given = arguments.parse_args(add_arguments)
+    check_run(given)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
     except AssertionError as error:
         raise ValueError(f"Megatron refuses the arguments: {error}") from error
     check_checkpoint(args)  # compares widths that validation derives
+    keep_padded_vocabulary(args, given.padded_vocab_size)
     window_of(args)  # refuses a wrong one
     return args
 

@@ -45,18 +45,19 @@ class _KnownClasses(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
-def check_metadata(folder: Path) -> None:
-    """Refuse a checkpoint folder whose `.metadata` names anything but checkpoint classes.
+def read_metadata(folder: Path) -> Any:
+    """The torch.distributed.checkpoint Metadata of a checkpoint folder; None: no such file.
 
     Raises:
-        ValueError: one line with the file and what it names, or how it is broken.
+        ValueError: one line with the file and what it names beside checkpoint classes, or how it
+            is broken.
     """
     path = folder / METADATA_NAME
     if not path.is_file():
-        return
+        return None
     try:
         with path.open("rb") as file:
-            _KnownClasses(file).load()
+            return _KnownClasses(file).load()
     except Exception as error:  # a broken pickle raises nearly anything
         raise ValueError(f"checkpoint file {path} is not plain metadata ({error}): it is not "
                          "loaded; give another --load") from error  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from megatron_mone.checkpoint.integrity import SUMS_NAME, find_damage, read_sums
-from megatron_mone.checkpoint.safe_metadata import check_metadata, load_weights_only
+from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
 from megatron_mone.checkpoint.tracker import (
     ITERATION_FORMAT,
     TRACKER_NAME,
@@ -105,7 +105,7 @@ def verify_load(args: Namespace) -> None:
     refusal = None
     if torch.distributed.get_rank() == 0:
         try:
-            check_metadata(folder)
+            read_metadata(folder)
         except ValueError as error:
             refusal = str(error)
     (refusal,) = _from_rank_0([refusal])

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from megatron_mone.checkpoint.safe_metadata import check_metadata
+from megatron_mone.checkpoint.safe_metadata import read_metadata
 
 
 def test_what_torch_writes_is_accepted(tmp_path):
     state = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16), "c": [1, "x"]}
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
-    check_metadata(tmp_path)
-    check_metadata(tmp_path / "nowhere")
+    read_metadata(tmp_path)
+    read_metadata(tmp_path / "nowhere")
 
 
 class Runs:
@@ -35,7 +35,7 @@ def test_a_call_is_refused_and_not_made(tmp_path, protocol):
     for value in (Runs(os.mkdir, str(mark)), Runs(eval, f"open({str(mark)!r}, 'w')")):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(value, protocol=protocol))
         with pytest.raises(ValueError, match=r"\.metadata is not plain metadata \(it names"):
-            check_metadata(tmp_path)
+            read_metadata(tmp_path)
     assert not mark.exists()
 
 
@@ -51,10 +51,10 @@ def test_no_way_round_through_attributes(tmp_path):
     assert [op.name for op, _, _ in pickletools.genops(data)][-3:-1] == ["EMPTY_TUPLE", "REDUCE"]
     (Path(tmp_path) / ".metadata").write_bytes(data)
     with pytest.raises(ValueError, match=r"it names .*os\.getcwd"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
 
 
 def test_a_cut_pickle_is_one_line(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": 1})[:-4])
     with pytest.raises(ValueError, match=r"\.metadata is not plain metadata"):
-        check_metadata(tmp_path)
+        read_metadata(tmp_path)
