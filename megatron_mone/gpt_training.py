@@ -5,6 +5,7 @@ The same for MoNE and stock models. May touch: Megatron's data utilities and mod
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -15,35 +16,54 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import (
+    StragglerDetector,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
 from megatron.training import get_args, get_timers
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_mone.checks.files import read_sequences
+from megatron_mone.loss_check import check_loss
 from megatron_mone.profiling.phases import DATA, OTHER, enter
 
+_stragglers = StragglerDetector()  # one a process; it times nothing unless --log-straggler is given
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
-def forward_step(data_iterator: Iterator | None, model: torch.nn.Module) -> tuple[Tensor, Any]:
+def forward_step(
+    data_iterator: Iterator | None, model: torch.nn.Module, return_schedule_plan: bool = False
+) -> tuple[Any, Any]:
     """One micro-batch forward; Megatron's schedules call it.
 
+    Args:
+        data_iterator: of this rank; None where it reads no data.
+        model: a chunk of the model, wrapped or not.
+        return_schedule_plan: asked for by overlap_moe_expert_parallel_comm, whose schedule
+            (combined_1f1b.py) runs a micro-batch's forward beside another's backward.
+
     Returns:
-        The model's output (per-token losses on the last stage) and the function that sums them.
+        The model's output (per-token losses on the last stage), or the plan that computes it, and
+        the function that sums them.
     """
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     enter(DATA)
-    batch = get_batch(data_iterator, getattr(_unwrap(model), "vp_stage", None))
+    with _stragglers(bdata=True):
+        batch = get_batch(data_iterator, getattr(_unwrap(model), "vp_stage", None))
     enter(OTHER)
     timers("batch-generator").stop()
-    output = model(
-        batch["tokens"],
-        batch["position_ids"],
-        batch["attention_mask"],
-        labels=batch["labels"],
-        loss_mask=batch["loss_mask"],
-    )
+    forward = model.build_schedule_plan if return_schedule_plan else model
+    with _stragglers:
+        output = forward(
+            batch["tokens"],
+            batch["position_ids"],
+            batch["attention_mask"],
+            labels=batch["labels"],
+            loss_mask=batch["loss_mask"],
+        )
     return output, partial(loss_func, batch["loss_mask"])
 
 
@@ -56,9 +76,13 @@ def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[s
 
     Returns:
         Loss sum, number of tokens, and both for the log.
+
+    Raises:
+        RuntimeError: `check_loss` refuses the loss and may not run the step again.
     """
     mask = loss_mask.reshape(-1).float()
     loss = torch.sum(output.reshape(-1).float() * mask)
+    check_loss(loss)
     tokens = mask.sum().to(torch.int)
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
@@ -109,31 +133,43 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
         vp_stage: unused; Megatron passes it with interleaved pipelines.
     """
     del vp_stage
+    args = get_args()
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    config = dataset_config(args)
+    return BlendedMegatronDatasetBuilder(kind, samples, _reads_data, config).build()
+
+
+datasets_provider.is_distributed = True  # type: ignore[attr-defined]
+
+
+def dataset_config(args: Namespace) -> GPTDatasetConfig:
+    """What Megatron's arguments say of the datasets, as its pretrain_gpt.py reads them."""
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
-    args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    config = GPTDatasetConfig(
+    return GPTDatasetConfig(
         random_seed=args.seed,
         sequence_length=args.seq_length,
         blend=blend,
         blend_per_split=blend_per_split,
         split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
         num_dataset_builder_threads=args.num_dataset_builder_threads,
         path_to_cache=args.data_cache_path,
         object_storage_cache_path=args.object_storage_cache_path,
         mmap_bin_files=args.mmap_bin_files,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        sequences_per_dataset=read_sequences(args),
         tokenizer=build_tokenizer(args),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
-    kind = MockGPTDataset if args.mock_data else GPTDataset
-    return BlendedMegatronDatasetBuilder(kind, samples, _reads_data, config).build()
-
-
-datasets_provider.is_distributed = True  # type: ignore[attr-defined]
 
 
 def _reads_data() -> bool:

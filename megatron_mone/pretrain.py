@@ -33,6 +33,8 @@ def main() -> None:
         cpu_emulation.install()
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    from megatron_mone.checks.flags import notices
+
     args = None
     has_stepped, end_watch = failure.watch_first_step()
     try:
@@ -41,6 +43,9 @@ def main() -> None:
             model_config = build_model_config(args)
         except ValueError as error:
             fail(str(error))
+        if args.rank == 0:
+            for line in notices(args):
+                print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
         _train(args, model_config, started)
     except Exception as error:
         if has_stepped():
@@ -50,9 +55,9 @@ def main() -> None:
         end_watch()
 
 
-def fail(message: str, status: int = USER_ERROR) -> NoReturn:
-    """Print one line (on rank 0 only) and exit."""
-    if os.environ.get("RANK", "0") == "0":
+def fail(message: str, status: int = USER_ERROR, *, from_any_rank: bool = False) -> NoReturn:
+    """Print one line (on rank 0 only, unless `from_any_rank`) and exit."""
+    if from_any_rank or os.environ.get("RANK", "0") == "0":
         print(f"megatron-mone: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
@@ -67,6 +72,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron_mone.checkpoint import optimizer_layout, ownership, safe_save, signals, verify
     from megatron_mone.checkpoint.lease import LeaseLostError
     from megatron_mone.gpt_training import datasets_provider, forward_step
+    from megatron_mone.loss_check import rejection, settle_rerun_mode
     from megatron_mone.metrics import install_tracker
     from megatron_mone.moe.finite_check import NonFiniteExpertError
     from megatron_mone.moe.mask_trace import MaskTraceError
@@ -78,6 +84,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     ownership.install(args, fail)  # before `verify`, lest that reads what is still written
     verify.install(fail)
     optimizer_layout.install()
+    settle_rerun_mode(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
     tracker.log_interval = args.log_interval
@@ -97,11 +104,12 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     except safe_save.SaveFailedError as error:
         fail(str(error), SAVE_FAILED)
     except (NonFiniteExpertError, MaskTraceError) as error:
-        print(f"megatron-mone: error: {error}", file=sys.stderr, flush=True)  # from its own rank
-        is_user_error = isinstance(error, MaskTraceError)
-        raise SystemExit(USER_ERROR if is_user_error else NOT_FINITE) from error
-    except SystemExit:
-        if stop is None or not stop.stopped:
+        status = USER_ERROR if isinstance(error, MaskTraceError) else NOT_FINITE
+        fail(str(error), status, from_any_rank=True)
+    except (RuntimeError, SystemExit) as error:
+        if refused := rejection(error):
+            fail(refused, NOT_FINITE, from_any_rank=isinstance(error, RuntimeError))
+        if isinstance(error, RuntimeError) or stop is None or not stop.stopped:
             raise
         raise SystemExit(STOPPED) from None
     finally:
@@ -138,10 +146,11 @@ def parse_arguments() -> argparse.Namespace:
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
     from megatron_mone.checks import check_checkpoint, check_run
+    from megatron_mone.checks.flags import parse_given
     from megatron_mone.profiling.attach import window_of
 
     _expand_config()
-    given = arguments.parse_args(add_arguments)
+    given = parse_given(add_arguments)
     check_run(given)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
@@ -176,7 +185,7 @@ def build_model_config(args: argparse.Namespace):
         )
     try:
         if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
-            return gpt_config_from_args(args)
+            return _with_rope_scaling(gpt_config_from_args(args), args)
         transformer: TransformerConfig
         if args.multi_latent_attention:
             # With the flag on, Megatron's helper ignores config_class for its own MLA class.
@@ -188,9 +197,16 @@ def build_model_config(args: argparse.Namespace):
                 transformer.rope_type = args.rope_type
         else:
             transformer = core_transformer_config_from_args(args, MoNEConfig)
-        return gpt_config_from_args(args, transformer, MoNEGPTModelConfig)
+        config = gpt_config_from_args(args, transformer, MoNEGPTModelConfig)
+        return _with_rope_scaling(config, args)
     except AssertionError as error:
         raise ValueError(f"Megatron refuses the model: {error}") from error
+
+
+def _with_rope_scaling(config: Any, args: argparse.Namespace) -> Any:
+    """gpt_config_from_args hands on use_rope_scaling alone, so that every factor would be 8."""
+    config.rope_scaling_factor = args.rope_scaling_factor
+    return config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -6,6 +6,7 @@ touch: the file system, read-mostly.
 
 from __future__ import annotations
 
+import json
 import tempfile
 from argparse import Namespace
 from pathlib import Path
@@ -44,12 +45,43 @@ def check_data(args: Namespace) -> None:
         raise ValueError(f"{name} = {path!r}: no such file; give one that lists datasets")
     if not data.prefixes:
         raise ValueError("data_path is not set: name a dataset prefix, or pass --mock-data")
+    sequences = read_sequences(args)
+    for prefix in data.prefixes:
+        if sequences is not None and prefix not in sequences:
+            raise ValueError(
+                f"per_dataset_sequences_path = {args.per_dataset_sequences_path!r} lacks "
+                f"{prefix!r}: Megatron asks it for every dataset, by the prefix as it is given"
+            )
     tokenizer = Path(args.tokenizer_model) if args.tokenizer_model else None
     for prefix in data.prefixes:
         if is_remote(prefix):
             _check_remote(prefix, args)
         else:
             check_dataset(Path(prefix), vocab_size=args.vocab_size, tokenizer_path=tokenizer)
+
+
+def read_sequences(args: Namespace) -> dict[str, list[int]] | None:
+    """The file of per_dataset_sequences_path: dataset prefix -> [sequences, documents].
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    path = args.per_dataset_sequences_path
+    if path is None:
+        return None
+    try:
+        counts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"per_dataset_sequences_path = {path!r} cannot be read: {error}"
+        ) from error
+    pairs = counts.values() if isinstance(counts, dict) else [None]
+    if not all(isinstance(pair, list) and list(map(type, pair)) == [int, int] for pair in pairs):
+        raise ValueError(
+            f"per_dataset_sequences_path = {path!r} must hold an object of dataset prefixes, each "
+            "with [sequences, documents]"
+        )
+    return counts
 
 
 def check_writable(flag: str, folder: Path) -> None:

@@ -1,0 +1,144 @@
+"""Flags of Megatron's parser that no part of a run from our entry reads: one line, not silence.
+
+Megatron has one parser for all its scripts. What only another of them reads would be taken here and
+do nothing. tests/unit/checks/test_flags.py looks for readers in Megatron's source, and fails where
+a flag has none and is not named here. Reads sys.argv.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+STOCK_SCRIPT = (
+    "this entry has it not; Megatron-LM's own pretrain_gpt.py does, and trains MoNE with --spec "
+    "megatron_mone.layer_spec mone_layer_spec and MONE_CONFIG"
+)
+
+_NOT_A_GPT = "it is of {}; this entry trains GPT models"
+_NOWHERE = "Megatron 0.19 parses it and {}"
+
+REFUSED: dict[str, str] = {
+    STOCK_SCRIPT: (
+        "sft dataloader_inter_document_masking fim_* hybrid_context_parallel "
+        "max_seqlen_per_dp_cp_rank logits_load_*"
+    ),
+    "ranks are not started again inside their processes here; `python -m launch` starts a job "
+    "again from its last checkpoint": "inprocess_*",
+    "reinforcement learning is Megatron-LM's train_rl.py, which its package does not hold": (
+        "perform_rl_step rl_* grpo_* langrl_env_config refit_method"
+    ),
+    "it is of text generation; this entry trains": (
+        "inference_[!r]* use_legacy_static_engine enable_chunked_prefill num_speculative_tokens "
+        "decode_only_cuda_graphs offset_sampling_seed_by_dp_rank max_tokens_to_oom flash_decode "
+        "nccl_all_reduce_for_prefill mlp_chunks_for_prefill "
+        "moe_pad_experts_for_cuda_graph_inference"
+    ),
+    _NOT_A_GPT.format("hybrid models, Megatron-LM's pretrain_hybrid.py"): (
+        "hybrid_layer_pattern hybrid_override_pattern mtp_hybrid_override_pattern is_hybrid_model "
+        "mamba_* use_mamba_mem_eff_path"
+    ),
+    _NOT_A_GPT.format("vision models"): (
+        "vision_* dino_* swin_backbone_type num_classes img_h img_w num_channels patch_dim "
+        "iter_per_epoch classes_fraction data_per_class_fraction head_lr_mult mask_type mask_factor"
+    ),
+    _NOT_A_GPT.format("BERT, T5 and retrieval models"): (
+        "bert_* biencoder_* ict_* retriever_* indexer_* output_bert_embeddings titles_data_path "
+        "evidence_data_path block_data_path embedding_path query_in_block_prob use_one_sent_docs "
+        "mask_prob short_seq_prob sample_rate vocab_extra_ids relative_attention_*"
+    ),
+    _NOWHERE.format("hands it to nothing; give --step-batch-size-schedule"): "rampup_batch_size",
+    _NOWHERE.format("builds the same model without it"): (
+        "openai_gelu onnx_safe apply_residual_connection_post_layernorm"
+    ),
+    _NOWHERE.format("reads it nowhere"): (
+        "dist_ckpt_save_pre_mcore_014 enable_full_sharding_in_hsdp "
+        "exit_signal_handler_for_dataloader"
+    ),
+}
+"""Why they are refused and what to do -> names and patterns of names."""
+
+MOOT: dict[str, str] = {
+    "deprecated_use_mcore_models": "Megatron 0.19 has no other models",
+    "use_flash_attn": "Megatron 0.19 reads --attention-backend instead",
+}
+"""Names -> why they change nothing; published scripts give them, so the run goes on with a line."""
+
+MOOT_WITH_MONE: dict[str, str] = {
+    "moe_grouped_gemm": "MoNE experts have their own kernels, see --mone-backend",
+    "use_transformer_engine_op_fuser": "MoNE experts have their own kernels, see --mone-backend",
+}
+"""The same, of flags that stock experts read."""
+
+
+def parse_given(add_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
+    """Megatron's arguments as sys.argv gives them, each of which something reads.
+
+    Args:
+        add_arguments: what adds ours to Megatron's parser.
+
+    Raises:
+        ValueError: from the parser or `check_flags`.
+    """
+    from megatron.training.arguments import parse_args
+
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+        # What it holds would replace all arguments, ours too.
+        raise ValueError("yaml_cfg is not read here: give Megatron's arguments in a --config FILE")
+    defaults: dict[str, Any] = {}
+
+    def add_and_note_defaults(parser: ArgumentParser) -> ArgumentParser:
+        for action in add_arguments(parser)._actions:
+            defaults.setdefault(action.dest, action.default)
+        return parser
+
+    given = parse_args(add_and_note_defaults)
+    check_flags(given, defaults)
+    return given
+
+
+def check_flags(args: Namespace, defaults: Mapping[str, Any]) -> None:
+    """No flag may be given that nothing reads.
+
+    Args:
+        args: Megatron's, parsed, before its checks change any.
+        defaults: of its parser.
+
+    Raises:
+        ValueError: names the first such flag, its value and what to do.
+    """
+    given = [name for name, default in defaults.items() if getattr(args, name, default) != default]
+    for name in given:
+        if reason := refusal(name):
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} would have no effect: {reason}; leave it out"
+            )
+
+
+def refusal(name: str) -> str | None:
+    """Why an argument may not be given; None: it may."""
+    for reason, names in REFUSED.items():
+        if any(fnmatchcase(name, pattern) for pattern in names.split()):
+            return reason
+    return None
+
+
+def notices(args: Namespace) -> list[str]:
+    """A line for each flag given that changes nothing, whatever its value.
+
+    Args:
+        args: Megatron's, validated.
+    """
+    mone = args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None
+    moot = {**MOOT, **(MOOT_WITH_MONE if mone else {})}
+    lines = [
+        f"{name} = True has no effect: {why}" for name, why in moot.items() if getattr(args, name)
+    ]
+    if mone and "moe_act" in (args.recompute_modules or ()):
+        lines.append(
+            "recompute_modules = moe_act has no effect: MoNE experts keep the chosen neurons alone"
+        )
+    return lines
