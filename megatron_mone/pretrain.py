@@ -34,6 +34,7 @@ def main() -> None:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone.checks.flags import notices
+    from megatron_mone.checks.layout_notices import layout_notices
 
     args = None
     has_stepped, end_watch = failure.watch_first_step()
@@ -44,7 +45,7 @@ def main() -> None:
         except ValueError as error:
             fail(str(error))
         if args.rank == 0:
-            for line in notices(args):
+            for line in (*notices(args), *layout_notices(args, sys.argv)):
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
         _train(args, model_config, started)
     except Exception as error:

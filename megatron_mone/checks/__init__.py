@@ -16,6 +16,7 @@ from megatron_mone.checks.files import (
     check_tokenizer,
     check_writable,
 )
+from megatron_mone.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.checks.options import check_async_save
 from megatron_mone.checks.schedule import check_schedule
 from megatron_mone.kernels.measured import check_table
@@ -29,6 +30,7 @@ def check_run(args: Namespace) -> None:
     check_async_save(args)
     check_table()
     check_values(args)
+    check_optimizer_package(args)
     check_data(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))
@@ -41,3 +43,4 @@ def check_values(args: Namespace) -> None:
     """What can be judged away from the run's machine: no dataset or folder is looked for."""
     check_tokenizer(args)
     check_schedule(args)
+    check_optimizer(args)
