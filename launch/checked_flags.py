@@ -9,8 +9,8 @@ here is checked, what is not is named. May touch: the tracer's processes and cac
 from __future__ import annotations
 
 import functools
-from argparse import SUPPRESS, Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Mapping, Sequence
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,24 +137,7 @@ def _values_here(job: JobSpec) -> dict[str, Any]:
 @functools.cache
 def megatron_parser() -> ArgumentParser:
     """Megatron's parser with our flags; an error is a ValueError of one line."""
-    parser = flag_parser()
-    for action in parser._actions:
-        if action.type not in (None, str, int, float):
-            action.type = _refusing(action)
-    return parser
-
-
-def _refusing(action: Action) -> Callable[[str], Any]:
-    """The type of an action; argparse lets through the KeyError of a name that an enum lacks."""
-    read: Any = action.type
-
-    def reading(text: str) -> Any:
-        try:
-            return read(text)
-        except KeyError:
-            raise ArgumentTypeError(f"{text!r} is none of its values") from None
-
-    return reading
+    return flag_parser()
 
 
 @functools.cache

@@ -5,25 +5,39 @@ Symbols: F neurons of one expert (`moe_ffn_hidden_size`), S neurons kept per rou
 r = S / F, G neuron groups, g the gate activation of a neuron.
 """
 
+import contextlib
 import dataclasses
 import os
 from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_type_hints
 
 import torch
-import yaml
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_mone.config_checks import (
+    check,
+    check_model,
+    check_ranges,
+    check_selection,
+    layer_pattern,
+    mask_steps,
+    neurons_per_token,
+    selection_bounds,
+)
+from megatron_mone.field_values import read_value
 from megatron_mone.spelling import nearest_name
+from megatron_mone.yaml_values import read_mapping
 
 Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
 Backend = Literal["auto", "reference", "cpu", "triton", "te"]
+
+__all__ = ["layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
 
 CONFIG_ENV = "MONE_CONFIG"
 
@@ -112,6 +126,7 @@ class MoNEFields:
 
 
 MONE_FIELD_NAMES = tuple(f.name for f in dataclasses.fields(MoNEFields))
+_TYPES = get_type_hints(MoNEFields)
 
 
 @dataclass
@@ -210,100 +225,29 @@ def backend_of(config: Any) -> str:
     )
 
 
-def neurons_per_token(config: Any) -> int:
-    """S: neurons of an expert kept per routed token.
-
-    Args:
-        config: a config with mone_* fields and `moe_ffn_hidden_size` (F).
-
-    Raises:
-        ValueError: S is not an integer in [1, F].
-    """
-    width = config.moe_ffn_hidden_size
-    if config.mone_neurons_per_token is not None:
-        kept = config.mone_neurons_per_token
-        _check(
-            1 <= kept <= width,
-            "mone_neurons_per_token",
-            kept,
-            f"1 to moe_ffn_hidden_size = {width}",
-        )
-        return kept
-    ratio = config.mone_neuron_ratio
-    _check(0.0 < ratio <= 1.0, "mone_neuron_ratio", ratio, "0 < ratio <= 1")
-    kept = round(ratio * width)
-    _check(
-        kept >= 1 and abs(kept - ratio * width) < 1e-6 * width,
-        "mone_neuron_ratio",
-        ratio,
-        f"a ratio that makes a whole number of the {width} neurons (this makes "
-        f"{ratio * width:g}; mone_neurons_per_token = {max(kept, 1)} is nearest)",
-    )
-    return kept
-
-
-def selection_bounds(config: Any) -> tuple[int, int]:
-    """(S_min, S_max) neurons kept per routed token; equal for topk selection."""
-    kept = neurons_per_token(config)
-    if config.mone_selection == "topk":
-        return kept, kept
-    low = config.mone_min_neurons_per_token or config.mone_neuron_groups * config.mone_neuron_block
-    high = config.mone_max_neurons_per_token or kept
-    return low, high
-
-
-def layer_pattern(config: Any) -> list[int]:
-    """For each decoder layer: 2 where it is MoNE, 1 where it is a stock MoE layer, 0 where dense.
-
-    Raises:
-        ValueError: a list of the wrong length, or one that asks for MoNE at a dense layer.
-    """
-    layers = config.num_layers
-    moe = config.moe_layer_freq
-    moe = [int(i % moe == 0) for i in range(layers)] if isinstance(moe, int) else list(moe)
-    freq = config.mone_layer_freq
-    if isinstance(freq, int):
-        _check(freq >= 1, "mone_layer_freq", freq, "an integer >= 1 or a list of 0 and 1")
-        return [kind + int(kind == 1 and i % freq == 0) for i, kind in enumerate(moe)]
-    _check(
-        len(freq) == layers and set(freq) <= {0, 1},
-        "mone_layer_freq",
-        freq,
-        f"one 0 or 1 for each of the {layers} decoder layers",
-    )
-    for i, (is_mone, is_moe) in enumerate(zip(freq, moe, strict=True)):
-        _check(
-            not is_mone or bool(is_moe),
-            "mone_layer_freq",
-            freq,
-            f"1 only where moe_layer_freq has an MoE layer (layer {i + 1} is dense)",
-        )
-    return [is_moe + is_mone for is_mone, is_moe in zip(freq, moe, strict=True)]
-
-
 def validate(config: Any) -> None:
-    """Check every mone_* field against the model; a config without MoNE passes unchecked.
+    """Check every mone_* field by its type, and against the model where MoNE is on.
+
+    A value that its field holds in another form (a whole float, a path) is put into that form.
 
     Raises:
         ValueError: one line that names the field, its value and what is allowed.
     """
+    for name in MONE_FIELD_NAMES:
+        setattr(config, name, _read_field(name, getattr(config, name)))
+    check_ranges(config)
     if config.mone_neuron_ratio is not None and config.mone_neurons_per_token is not None:
         raise ValueError(
             f"mone_neuron_ratio = {config.mone_neuron_ratio} and mone_neurons_per_token = "
             f"{config.mone_neurons_per_token} are both set: give one of them"
         )
-    _check_choices(config)
     if config.mone_neuron_ratio is None and config.mone_neurons_per_token is None:
         return
-    _check_model(config)
-    _check_selection(config)
-    _check(config.mone_ng_loss_coeff >= 0, "mone_ng_loss_coeff", config.mone_ng_loss_coeff, ">= 0")
-    rate = config.mone_ng_bias_update_rate
-    _check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
+    check_model(config)
+    check_selection(config)
     if config.mone_record_masks is not None:
-        mask_steps(config.mone_record_mask_steps)
         kind = config.moe_token_dispatcher_type
-        _check(
+        check(
             kind != "flex",
             "moe_token_dispatcher_type",
             kind,
@@ -313,106 +257,14 @@ def validate(config: Any) -> None:
     layer_pattern(config)
 
 
-def mask_steps(text: str) -> tuple[int, int]:
-    """(first, last) of mone_record_mask_steps, "5" or "5-8".
+def _read_field(name: str, value: Any) -> Any:
+    if name == "mone_layer_freq" and isinstance(value, str):
+        from megatron.training.arguments import moe_freq_type
 
-    Raises:
-        ValueError: anything else.
-    """
-    first, _, last = str(text).partition("-")
-    last = last or first
-    valid = first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
-    _check(valid, "mone_record_mask_steps", text, "a step or a range of steps, e.g. 5 or 5-8")
-    return int(first), int(last)
-
-
-def _check(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
-
-
-def _check_choices(config: Any) -> None:
-    choices = {
-        "mone_activation": Activation,
-        "mone_selection": Selection,
-        "mone_ng_loss_type": LossType,
-        "mone_ng_loss_scope": LossScope,
-        "mone_backend": Backend,
-    }
-    for name, literal in choices.items():
-        value = getattr(config, name)
-        _check(value in get_args(literal), name, value, "one of " + ", ".join(get_args(literal)))
-
-
-def _check_model(config: Any) -> None:
-    """MoNE is defined on gated experts without bias; say so before a layer is built."""
-    needs = [
-        (config.num_moe_experts is not None, "num_moe_experts", "set (--num-experts): MoNE "
-         "selects neurons inside routed experts"),
-        (config.gated_linear_unit, "gated_linear_unit", "True (--swiglu): a neuron is a gate, an "
-         "up and a down vector"),
-        (not config.add_bias_linear, "add_bias_linear", "False (--disable-bias-linear)"),
-        (config.moe_latent_size is None, "moe_latent_size", "unset with MoNE"),
-        (not config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "False with MoNE: the "
-         "router's probability is applied before fc2"),
-        (config.fp8 is None and config.fp4 is None, "fp8 / fp4", "unset with MoNE"),
-        (config.glu_linear_offset == 0.0, "glu_linear_offset", "0 with MoNE"),
-        (config.activation_func_clamp_value is None, "activation_func_clamp_value", "unset"),
-        (not config.overlap_dispatch_backward_with_experts_wgrad,
-         "overlap_dispatch_backward_with_experts_wgrad", "False with MoNE"),
-        (not config.delay_wgrad_compute, "delay_wgrad_compute", "False with MoNE: its weight "
-         "gradients are made with the input gradients"),
-    ]  # fmt: skip
-    for met, name, allowed in needs:
-        _check(met, name, getattr(config, name, None), allowed)
-
-
-def _check_selection(config: Any) -> None:
-    width, groups = config.moe_ffn_hidden_size, config.mone_neuron_groups
-    kept = neurons_per_token(config)
-    _check(
-        groups >= 1 and width % groups == 0,
-        "mone_neuron_groups",
-        groups,
-        f"a divisor of moe_ffn_hidden_size = {width}",
-    )
-    _check(
-        kept % groups == 0,
-        "mone_neuron_groups",
-        groups,
-        f"a divisor of the {kept} neurons kept per token",
-    )
-    _check_block(config, kept)
-    if config.mone_selection == "threshold":
-        _check(0.0 < config.mone_threshold <= 1.0, "mone_threshold", config.mone_threshold,
-               "0 < threshold <= 1")  # fmt: skip
-        low, high = selection_bounds(config)
-        for name, value in (
-            ("mone_min_neurons_per_token", low),
-            ("mone_max_neurons_per_token", high),
-        ):
-            _check(
-                1 <= value <= width and value % (groups * config.mone_neuron_block) == 0,
-                name,
-                value,
-                f"a multiple of mone_neuron_groups * mone_neuron_block = "
-                f"{groups * config.mone_neuron_block} from 1 to {width}",
-            )
-        _check(low <= high, "mone_min_neurons_per_token", low, f"at most {high}, the upper bound")
-
-
-def _check_block(config: Any, kept: int) -> None:
-    """Blocks are whole in a group, in the kept neurons and on every expert tensor rank."""
-    block, width = config.mone_neuron_block, config.moe_ffn_hidden_size
-    _check(block >= 1 and block & (block - 1) == 0, "mone_neuron_block", block, "a power of two")
-    ranks = config.expert_tensor_parallel_size or 1
-    groups = config.mone_neuron_groups
-    for size, what in (
-        (width // ranks, f"the {width // ranks} neurons of an expert on each rank"),
-        (width // groups, f"the {width // groups} neurons of a group"),
-        (kept // groups, f"the {kept // groups} neurons kept of a group"),
-    ):
-        _check(size % block == 0, "mone_neuron_block", block, f"a divisor of {what}")
+        # What is no such pattern is refused below, as the text it is.
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError):
+            value = moe_freq_type("".join(value.split()))
+    return read_value(name, value, _TYPES[name])
 
 
 def attach_fields_from_env(config: Any) -> None:
@@ -428,9 +280,23 @@ def attach_fields_from_env(config: Any) -> None:
     if not path:
         raise ValueError(
             f"the model config has no mone_* fields and {CONFIG_ENV} is not set: name a YAML "
-            "file with them, e.g. 'mone_neuron_ratio: 0.25'"
+            f"file with them, e.g. 'mone_neuron_ratio: 0.25'{_other_variables()}"
         )
-    attach_fields(config, _read_fields(Path(path)))
+    values = _read_fields(Path(path))
+    try:
+        attach_fields(config, values)
+        neurons_per_token(config)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_ENV} = {path!r}: {error}") from error
+
+
+def _other_variables() -> str:
+    """The variables that stand where MONE_CONFIG should: a field's, or one misspelt."""
+    names = [name for name in os.environ if name.upper().startswith("MONE_")]
+    fields = [name for name in names if name.lower() in MONE_FIELD_NAMES]
+    close = [name for name in names if nearest_name(name.upper(), [CONFIG_ENV])]
+    wrong = ", ".join(sorted({*fields, *close}))
+    return f"; {wrong} in the environment is read by nobody" if wrong else ""
 
 
 def attach_fields(config: Any, values: Mapping[str, Any]) -> None:
@@ -445,14 +311,11 @@ def attach_fields(config: Any, values: Mapping[str, Any]) -> None:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{CONFIG_ENV} = {str(path)!r} cannot be read: {reason}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{CONFIG_ENV} = {str(path)!r} must hold a mapping of mone_* fields")
+        values = read_mapping(path)
+    except ValueError as error:
+        raise ValueError(f"{CONFIG_ENV} = {str(path)!r}: {error}") from error
     for name in values:
         if name not in MONE_FIELD_NAMES:
-            hint = nearest_name(str(name), list(MONE_FIELD_NAMES))
+            hint = nearest_name(name, list(MONE_FIELD_NAMES))
             raise ValueError(f"{CONFIG_ENV} = {str(path)!r}: unknown field {name!r}{hint}")
     return values

@@ -214,6 +214,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
     from megatron_mone.checkpoint import ownership, verify
     from megatron_mone.config import add_mone_args
+    from megatron_mone.flag_values import refuse_in_words
     from megatron_mone.profiling import attach
     from megatron_mone.spelling import nearest_name
 
@@ -221,6 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     attach.add_arguments(parser)
     verify.add_arguments(parser)
     ownership.add_arguments(parser)
+    refuse_in_words(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
 
     def one_line(message: str) -> NoReturn:

@@ -17,11 +17,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from megatron_mone.flag_values import flag_words
 from megatron_mone.spelling import nearest_name
+from megatron_mone.yaml_values import read_mapping
 
 PARTS = ("model", "parallel", "cluster", "train")
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"
@@ -49,7 +47,7 @@ def read_run(path: Path) -> dict[str, dict[str, Any]]:
         ValueError: one line naming the file, the key and the fix.
     """
     parts = {}
-    for part, choice in _read(path).items():
+    for part, choice in read_mapping(path).items():
         if part not in PARTS:
             raise ValueError(
                 f"{path}: unknown key {part!r}{nearest_name(str(part), list(PARTS))}; a run file "
@@ -93,36 +91,23 @@ def to_flags(values: dict[str, Any], parser: argparse.ArgumentParser, source: Pa
     """
     by_dest: dict[str, list[argparse.Action]] = {}
     for action in parser._actions:
-        by_dest.setdefault(action.dest, []).append(action)
+        if not isinstance(action, argparse._HelpAction):
+            by_dest.setdefault(action.dest, []).append(action)
     flags: list[str] = []
     for name, value in values.items():
         if name not in by_dest:
-            raise ValueError(
-                f"{source}: unknown key {name!r}{nearest_name(str(name), list(by_dest))}"
-            )
-        flags += _flags_of(name, value, by_dest[name], source)
+            raise ValueError(f"{source}: unknown key {name!r}{_meant(str(name), by_dest)}")
+        flags += flag_words(name, value, by_dest[name], source)
     return flags
 
 
-def _flags_of(name: str, value: Any, actions: list[argparse.Action], source: Path) -> list[str]:
-    if value is None:
-        return []
-    constants = {a.const: a for a in actions if a.nargs == 0}
-    if constants:
-        if not isinstance(value, bool):
-            raise ValueError(f"{source}: {name} = {value!r} must be true or false")
-        if value in constants:
-            return [constants[value].option_strings[0]]
-        if actions[0].default == value:
-            return []
-        raise ValueError(f"{source}: {name} = {value!r} has no Megatron flag; leave it out")
-    flag = actions[0].option_strings[0]
-    if isinstance(value, dict):
-        raise ValueError(f"{source}: {name} must be a value, not a mapping")
-    # Without nargs a list is one word, as Megatron's layer patterns are: "[0, 1, 1]".
-    if isinstance(value, list) and actions[0].nargs is not None:
-        return [flag, *map(str, value)]
-    return [flag, str(value)]
+def _meant(name: str, by_dest: dict[str, list[argparse.Action]]) -> str:
+    """The argument that a key stands for: of the flag by that name, or the nearest in spelling."""
+    flag = f"--{name.replace('_', '-')}"
+    for dest, actions in by_dest.items():
+        if any(flag in action.option_strings for action in actions):
+            return f" ({flag} is the flag of {dest!r}: write that)"
+    return nearest_name(name, list(by_dest))
 
 
 def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
@@ -146,19 +131,9 @@ def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
         Path(choice),
     ):
         if candidate.is_file():
-            return _read(candidate)
+            return read_mapping(candidate)
     known = sorted(p.stem for p in (CONFIG_ROOT / part).glob("*.yaml"))
     raise ValueError(
         f"{run_path}: {part} = {choice!r} is neither a file nor one of configs/{part}/: "
         f"{', '.join(known)}{nearest_name(choice, known)}"
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of names to values")
-    return {str(key): value for key, value in values.items()}

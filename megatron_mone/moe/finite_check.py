@@ -14,14 +14,16 @@ class NonFiniteExpertError(FloatingPointError):
     """An expert gave a NaN or an infinity; the message names rank, layer and expert."""
 
 
-def check_finite(y_NH: Tensor, tokens_per_expert: Tensor, first_expert: int, layer: int) -> None:
+def check_finite(
+    y_NH: Tensor, tokens_per_expert: Tensor, first_expert: int, layer: int | None
+) -> None:
     """Look at every row of every local expert; waits for the device once.
 
     Args:
         y_NH: [N, H] outputs grouped by local expert.
         tokens_per_expert: [E_l] rows per local expert.
         first_expert: number of the first local expert in the model.
-        layer: 1-based, for the message.
+        layer: 1-based, for the message; None where the layer has no number.
 
     Raises:
         NonFiniteExpertError: names rank, layer, expert and rows.
@@ -34,8 +36,9 @@ def check_finite(y_NH: Tensor, tokens_per_expert: Tensor, first_expert: int, lay
     expert_N = torch.arange(tokens_per_expert.numel()).repeat_interleave(tokens_per_expert.cpu())
     bad_E = torch.bincount(expert_N[bad_N.cpu()], minlength=tokens_per_expert.numel())
     expert = int(bad_E.nonzero()[0])
+    place = "a layer without a number" if layer is None else f"layer {layer}"
     raise NonFiniteExpertError(
-        f"rank {torch.distributed.get_rank()}: layer {layer}, expert {first_expert + expert} gave "
+        f"rank {torch.distributed.get_rank()}: {place}, expert {first_expert + expert} gave "
         f"NaN or infinity in {int(bad_E[expert])} of its {int(tokens_per_expert[expert])} rows: "
         "resume from the last checkpoint with a lower learning rate or gradient clipping, or pass "
         "--no-mone-check-for-nan to go on"

@@ -70,8 +70,14 @@ class MoNELayer(MoELayer):
         if self.mask_tape.active and not in_recompute():
             sequence, batch, _ = hidden_states.shape
             self._routing_map = routing_map.clone()  # padding_for_quantization writes to it
+            layer = self._table_number()
+            if layer is None:
+                raise ValueError(
+                    "layer_number = None: masks are recorded and replayed by layer; give the layer "
+                    "its number (set_layer_number)"
+                )
             self.token_dispatcher.set_mask(
-                self.mask_tape.begin(routing_map, sequence, batch, self._table_number())
+                self.mask_tape.begin(routing_map, sequence, batch, layer)
             )
         return super().preprocess(hidden_states, probs, routing_map)
 
@@ -141,8 +147,10 @@ class MoNELayer(MoELayer):
         config = self.config
         return config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization
 
-    def _table_number(self) -> int:
-        """1-based, MTP layers after the decoder's."""
+    def _table_number(self) -> int | None:
+        """1-based, MTP layers after the decoder's; None for a layer built without a number."""
+        if self.layer_number is None:
+            return None
         return self.layer_number + (self.config.num_layers if self.is_mtp_layer else 0)
 
     def _local_tokens(self) -> int:

@@ -20,6 +20,7 @@ from megatron_mone.files import atomic_write
 from megatron_mone.profiling.baselines import RunSpec
 from megatron_mone.run_config import PARTS, merge_parts, read_part, read_run
 from megatron_mone.spelling import nearest_name
+from megatron_mone.yaml_values import read_scalar
 
 SHORT = {
     "tp": "tensor_model_parallel_size",
@@ -240,7 +241,7 @@ def _value(text: str, name: str, value: str) -> Any:
             f"layout {text!r}: {name!r} is no argument{nearest_name(name, [*SHORT, RECOMPUTE])}"
         )
     try:
-        return yaml.safe_load(value)
+        return read_scalar(value)
     except yaml.YAMLError:
         raise ValueError(f"layout {text!r}: {name} = {value!r} cannot be read") from None
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from megatron_mone.spelling import nearest_name
+from megatron_mone.yaml_values import read_scalar
 
 MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors
@@ -116,7 +117,7 @@ def _fields(text: str, changes: Sequence[str]) -> dict[str, Any]:
                 "the tokens; profile the other layout in a job of its own"
             )
         try:
-            fields[name] = yaml.safe_load(value)
+            fields[name] = read_scalar(value)
         except yaml.YAMLError as error:
             raise ValueError(f"--against {text!r}: {name} cannot be read") from error
     return fields

@@ -1,0 +1,204 @@
+"""What the mone_* fields say of a model, and every check on their values.
+
+Touches nothing: takes any config that has the mone_* fields and Megatron's. The symbols are those
+of config.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def check(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """Raise the one-line ValueError of a field unless the condition is met."""
+    if not condition:
+        raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
+
+
+def neurons_per_token(config: Any) -> int:
+    """S: neurons of an expert kept per routed token.
+
+    Args:
+        config: a config with mone_* fields and `moe_ffn_hidden_size` (F).
+
+    Raises:
+        ValueError: S is not an integer in [1, F].
+    """
+    width = config.moe_ffn_hidden_size
+    if config.mone_neuron_ratio is None and config.mone_neurons_per_token is None:
+        raise ValueError(
+            "neither mone_neuron_ratio nor mone_neurons_per_token is set: give one of them, such "
+            "as mone_neuron_ratio = 0.25"
+        )
+    if config.mone_neurons_per_token is not None:
+        kept = config.mone_neurons_per_token
+        check(
+            1 <= kept <= width,
+            "mone_neurons_per_token",
+            kept,
+            f"1 to moe_ffn_hidden_size = {width}",
+        )
+        return kept
+    ratio = config.mone_neuron_ratio
+    kept = round(ratio * width)
+    check(
+        kept >= 1 and abs(kept - ratio * width) < 1e-6 * width,
+        "mone_neuron_ratio",
+        ratio,
+        f"a ratio that makes a whole number of the {width} neurons (this makes "
+        f"{ratio * width:g}; mone_neurons_per_token = {max(kept, 1)} is nearest)",
+    )
+    return kept
+
+
+def selection_bounds(config: Any) -> tuple[int, int]:
+    """(S_min, S_max) neurons kept per routed token; equal for topk selection."""
+    kept = neurons_per_token(config)
+    if config.mone_selection == "topk":
+        return kept, kept
+    low, high = config.mone_min_neurons_per_token, config.mone_max_neurons_per_token
+    if low is None:
+        low = config.mone_neuron_groups * config.mone_neuron_block
+    return low, kept if high is None else high
+
+
+def layer_pattern(config: Any) -> list[int]:
+    """For each decoder layer: 2 where it is MoNE, 1 where it is a stock MoE layer, 0 where dense.
+
+    Raises:
+        ValueError: a list of the wrong length, or one that asks for MoNE at a dense layer.
+    """
+    layers = config.num_layers
+    moe = _moe_layers(config)
+    freq = config.mone_layer_freq
+    if isinstance(freq, int):
+        check(freq >= 1, "mone_layer_freq", freq, "an integer >= 1 or a list of 0 and 1")
+        return [kind + int(kind == 1 and i % freq == 0) for i, kind in enumerate(moe)]
+    check(
+        len(freq) == layers and set(freq) <= {0, 1},
+        "mone_layer_freq",
+        freq,
+        f"one 0 or 1 for each of the {layers} decoder layers",
+    )
+    for i, (is_mone, is_moe) in enumerate(zip(freq, moe, strict=True)):
+        check(
+            not is_mone or bool(is_moe),
+            "mone_layer_freq",
+            freq,
+            f"1 only where moe_layer_freq has an MoE layer (layer {i + 1} is dense)",
+        )
+    return [is_moe + is_mone for is_mone, is_moe in zip(freq, moe, strict=True)]
+
+
+def _moe_layers(config: Any) -> list[int]:
+    """For each decoder layer, 1 where it is an MoE layer."""
+    freq, layers = config.moe_layer_freq, config.num_layers
+    allowed = f"an integer >= 1, or one 0 or 1 for each of the {layers} decoder layers"
+    if isinstance(freq, int):
+        check(freq >= 1, "moe_layer_freq", freq, allowed)
+        return [int(i % freq == 0) for i in range(layers)]
+    fits = isinstance(freq, list | tuple) and len(freq) == layers and set(freq) <= {0, 1}
+    check(fits, "moe_layer_freq", freq, allowed)
+    return list(freq)
+
+
+def mask_steps(text: str) -> tuple[int, int]:
+    """(first, last) of mone_record_mask_steps, "5" or "5-8".
+
+    Raises:
+        ValueError: anything else.
+    """
+    first, _, last = str(text).partition("-")
+    last = last or first
+    valid = first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
+    check(valid, "mone_record_mask_steps", text, "a step or a range of steps, e.g. 5 or 5-8")
+    return int(first), int(last)
+
+
+def check_ranges(config: Any) -> None:
+    """What can be told without the model, of fields that another one makes unused as well."""
+    ratio = config.mone_neuron_ratio
+    check(ratio is None or 0.0 < ratio <= 1.0, "mone_neuron_ratio", ratio, "0 < ratio <= 1")
+    coeff, rate = config.mone_ng_loss_coeff, config.mone_ng_bias_update_rate
+    check(coeff >= 0, "mone_ng_loss_coeff", coeff, ">= 0")
+    check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
+    threshold = config.mone_threshold
+    check(0.0 < threshold <= 1.0, "mone_threshold", threshold, "0 < threshold <= 1")
+    for name in ("mone_neurons_per_token", "mone_min_neurons_per_token",
+                 "mone_max_neurons_per_token"):  # fmt: skip
+        value = getattr(config, name)
+        check(value is None or value >= 1, name, value, "at least 1")
+    mask_steps(config.mone_record_mask_steps)
+
+
+def check_model(config: Any) -> None:
+    """MoNE is defined on gated experts without bias; say so before a layer is built."""
+    needs = [
+        (config.num_moe_experts is not None, "num_moe_experts", "set (--num-experts): MoNE "
+         "selects neurons inside routed experts"),
+        (config.gated_linear_unit, "gated_linear_unit", "True (--swiglu): a neuron is a gate, an "
+         "up and a down vector"),
+        (not config.add_bias_linear, "add_bias_linear", "False (--disable-bias-linear)"),
+        (not config.moe_latent_size, "moe_latent_size", "unset with MoNE"),
+        (not config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "False with MoNE: the "
+         "router's probability is applied before fc2"),
+        (not config.fp8, "fp8", "unset with MoNE (no --fp8-format)"),
+        (not config.fp4, "fp4", "unset with MoNE (no --fp4-format)"),
+        (config.glu_linear_offset == 0.0, "glu_linear_offset", "0 with MoNE"),
+        (config.activation_func_clamp_value is None, "activation_func_clamp_value", "unset"),
+        (not config.overlap_dispatch_backward_with_experts_wgrad,
+         "overlap_dispatch_backward_with_experts_wgrad", "False with MoNE"),
+        (not config.delay_wgrad_compute, "delay_wgrad_compute", "False with MoNE: its weight "
+         "gradients are made with the input gradients"),
+    ]  # fmt: skip
+    for met, name, allowed in needs:
+        check(met, name, getattr(config, name), allowed)
+
+
+def check_selection(config: Any) -> None:
+    """Kept neurons, groups, blocks and bounds fit each other and the experts' width."""
+    width, groups = config.moe_ffn_hidden_size, config.mone_neuron_groups
+    kept = neurons_per_token(config)
+    check(
+        groups >= 1 and width % groups == 0,
+        "mone_neuron_groups",
+        groups,
+        f"a divisor of moe_ffn_hidden_size = {width}",
+    )
+    check(
+        kept % groups == 0,
+        "mone_neuron_groups",
+        groups,
+        f"a divisor of the {kept} neurons kept per token",
+    )
+    _check_block(config, kept)
+    if config.mone_selection == "threshold":
+        low, high = selection_bounds(config)
+        for name, value in (
+            ("mone_min_neurons_per_token", low),
+            ("mone_max_neurons_per_token", high),
+        ):
+            check(
+                1 <= value <= width and value % (groups * config.mone_neuron_block) == 0,
+                name,
+                value,
+                f"a multiple of mone_neuron_groups * mone_neuron_block = "
+                f"{groups * config.mone_neuron_block} from 1 to {width}",
+            )
+        check(low <= high, "mone_min_neurons_per_token", low, f"at most {high}, the upper bound")
+
+
+def _check_block(config: Any, kept: int) -> None:
+    """Blocks are whole in a group, in the kept neurons and on every expert tensor rank."""
+    block, width = config.mone_neuron_block, config.moe_ffn_hidden_size
+    check(block >= 1 and block & (block - 1) == 0, "mone_neuron_block", block, "a power of two")
+    ranks = config.expert_tensor_parallel_size or 1
+    check(width % ranks == 0, "moe_ffn_hidden_size", width,
+           f"a multiple of expert_tensor_parallel_size = {ranks}")  # fmt: skip
+    groups = config.mone_neuron_groups
+    for size, what in (
+        (width // ranks, f"the {width // ranks} neurons of an expert on each rank"),
+        (width // groups, f"the {width // groups} neurons of a group"),
+        (kept // groups, f"the {kept // groups} neurons kept of a group"),
+    ):
+        check(size % block == 0, "mone_neuron_block", block, f"a divisor of {what}")
