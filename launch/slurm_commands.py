@@ -7,7 +7,6 @@ else. Every error is one line: `SlurmRefused` where Slurm answered no (the reque
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.slurm_answers import json_answer, shown, submitted_id
 from launch.slurm_environment import client_environment
 
 # Slurm's clients give up after 9 s on a controller that is dead; one that hangs would hold them
@@ -74,7 +74,6 @@ PREFIXES = re.compile(
     r"(\w+: )?((error|fatal|warning): )?((Batch job submission failed|slurm_load_jobs error): )?"
 )
 JOB_ID = re.compile(r"\d+(_\d+|_\[[\d,%:-]+\])?")
-NO_JSON = re.compile(r"json|serializer|openapi|data_parser", re.IGNORECASE)
 
 
 class SlurmRefused(ValueError):
@@ -101,13 +100,19 @@ def submit(script: Path, *, test_only: bool = False, options: Sequence[str] = ()
 
     Raises:
         SlurmRefused: Slurm would never run it; the line says why and the fix.
+        SlurmUnavailable: Slurm did not answer, or not with a number; it may have the job.
     """
     flags = ["--parsable", *(["--test-only"] if test_only else []), *options]
     done = _run("sbatch", [*flags, "--", str(Path(script).absolute())], CHANGE_SECONDS)
     if test_only:
-        return _one_line(done.stderr)
-    # "123" or, in a federation, "123;cluster".
-    return done.stdout.strip().partition(";")[0]
+        return _one_line(done.stderr) or _one_line(done.stdout)
+    job_id = submitted_id(done.stdout)
+    if job_id is None:
+        raise SlurmUnavailable(
+            f"sbatch: printed {shown(done.stdout)}, no job's number, though it ended well; it may "
+            "have the job: look with `squeue --me` before you send it again"
+        )
+    return job_id
 
 
 def cancel(job_id: str) -> None:
@@ -130,6 +135,9 @@ def show_job(job_id: str | None = None) -> list[str]:
     """What `scontrol show job` says, one string a record (an array has several), times in epoch s.
 
     Empty where Slurm no longer knows the job (some minutes after its end). Without an id: all jobs.
+
+    Raises:
+        SlurmUnavailable: no answer, or none that can be read.
     """
     arguments = ["show", "job", "--oneliner", *([] if job_id is None else [checked_id(job_id)])]
     try:
@@ -137,16 +145,19 @@ def show_job(job_id: str | None = None) -> list[str]:
     except SlurmRefused as error:
         if "Invalid job id" in str(error):
             return []
-        raise
-    # A name may hold a line feed; a record starts with its id.
-    records = re.split(r"(?m)^(?=JobId=\d+ )", said)
-    return [r.strip() for r in records if r.strip() not in ("", "No jobs in the system")]
+        raise SlurmUnavailable(str(error)) from error
+    # A name may hold a line feed; a record starts with its id, after a banner maybe.
+    records = re.split(r"(?m)^(?=JobId=\d+ )", said)[1:]
+    if not records and "No jobs in the system" not in said:
+        raise SlurmUnavailable(f"scontrol: printed {shown(said)}, no job; try again later")
+    return [record.strip().removesuffix("No jobs in the system") for record in records]
 
 
 def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
-    """Records of `squeue --json`, also of other jobs (22.05 ignores the filter); None: no JSON.
+    """Records of `squeue --json`, also of other jobs (22.05 ignores the filter).
 
-    Without ids those of all jobs.
+    Without ids those of all jobs. None: it gave none, for it has no JSON, failed, or printed
+    something else; then scontrol is to be asked.
 
     Raises:
         SlurmUnavailable: also where squeue ends with status 0 and an `errors` list, which is how
@@ -158,16 +169,13 @@ def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
     except SlurmRefused as error:
         if "Invalid job id" in str(error):
             return []
-        if NO_JSON.search(str(error).partition(":")[2]):
-            return None
-        raise
-    answer = json.loads(done.stdout)
-    if answer.get("errors") and not answer.get("jobs"):
-        words = "; ".join(
-            f"{error.get('source', 'squeue')}: {error.get('description') or error.get('error')}"
-            for error in answer["errors"]
-        )
-        raise _explained("squeue", _one_line(done.stderr) or words)
+        return None
+    answer = json_answer(done.stdout)
+    if answer is None:
+        return None
+    if answer["errors"] and not answer["jobs"]:
+        words = _one_line(done.stderr) or "; ".join(answer["errors"])
+        raise SlurmUnavailable(str(_explained("squeue", words)))
     return answer["jobs"]
 
 
@@ -210,7 +218,7 @@ def accounting(job_ids: Sequence[str]) -> list[dict[str, str]] | None:
     except SlurmRefused as error:
         if "accounting storage is disabled" in str(error):
             return None
-        raise
+        raise SlurmUnavailable(str(error)) from error
 
 
 def completions(job_ids: Sequence[str]) -> list[dict[str, str]]:
@@ -238,8 +246,15 @@ def _sacct(arguments: Sequence[str], fields: Sequence[str]) -> list[dict[str, st
     layout = ["--parsable2", "--noheader", f"--delimiter={UNIT_SEPARATOR}"]
     columns = f"--format={','.join(fields)}"
     said = _run("sacct", [*layout, columns, *arguments], READ_SECONDS).stdout
-    rows = [line.split(UNIT_SEPARATOR) for line in said.split("\n")]
-    return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+    lines = [line for line in said.split("\n") if UNIT_SEPARATOR in line]  # others are a banner
+    rows = [line.split(UNIT_SEPARATOR) for line in lines]
+    for line, row in zip(lines, rows, strict=True):
+        if len(row) != len(fields):
+            raise SlurmUnavailable(
+                f"sacct: printed {shown(line)}, {len(row)} columns where {len(fields)} were asked "
+                "for; try again later"
+            )
+    return [dict(zip(fields, row, strict=True)) for row in rows]
 
 
 def _run(
@@ -261,13 +276,16 @@ def _run(
         )
     except FileNotFoundError:
         raise SlurmAbsent(f"{program}: not found: {PACKAGES}") from None
+    except OSError as error:
+        raise SlurmAbsent(f"{program}: cannot be started ({error.strerror}): {PACKAGES}") from error
     except subprocess.TimeoutExpired:
         fix = "try again later"
         if seconds == CHANGE_SECONDS:
             fix = "it may still be done: look with `squeue --me` before you send it again"
         raise SlurmUnavailable(f"{program}: no answer from Slurm in {seconds:g} s; {fix}") from None
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
+        number = -done.returncode
+        name = next((one.name for one in signal.Signals if one == number), f"signal {number}")
         raise SlurmUnavailable(f"{program}: ended by {name}; try again later")
     if done.returncode:
         words = _one_line(done.stderr) or _one_line(done.stdout)

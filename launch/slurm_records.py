@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from launch.slurm_answers import shown
 from launch.slurm_commands import SlurmUnavailable
 
 FINISHED = frozenset(
@@ -100,59 +102,116 @@ def array_tasks(listed: str) -> Iterator[int]:
             yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
+class Unreadable(SlurmUnavailable):
+    """A record of a form that is not known here: an error, for nothing is guessed of a job."""
+
+
+def _known_form(program: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
+    """A reader of one record, whose failures say which program wrote it, and what."""
+
+    def wrap(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @wraps(read)
+        def reading(record: Any) -> Any:
+            try:
+                return read(record)
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                raise Unreadable(
+                    f"{program}: a record of a form not known: {shown(str(record))} ({error!r}); "
+                    "see whether its version is one of docs/SLURM_TESTS.md"
+                ) from error
+
+        return reading
+
+    return wrap
+
+
+@_known_form("squeue")
 def from_json(record: dict[str, Any]) -> JobState:
     """A record of `squeue --json`, of 22.05 (plain numbers, null), 23.02 and later ({set, ...})."""
     states = record["job_state"]
     if isinstance(states, list):
         states = next((state for state in states if state in FLAGS), states[0])
+    state = _word(states)
     array_id = _number(record["array_job_id"])
     task = _number(record["array_task_id"])
     exit_code, signal = _exit_of(record["exit_code"])
-    reason = _plain(record["state_reason"])
-    refused = states in FINISHED and not record["nodes"]  # Slurm gives it a start all the same
+    reason = _plain(_text(record["state_reason"]))
+    nodes = _text(record["nodes"])
+    refused = state in FINISHED and not nodes  # Slurm gives it a start all the same
+    tasks = _text(record["array_task_string"])
     return JobState(
-        job_id=str(array_id or record["job_id"]),
-        array_task=record["array_task_string"] if task is None else str(task) if array_id else "",
-        name=record["name"],
-        state=states,
+        job_id=_word(str(array_id or _number(record["job_id"]) or "")),
+        array_task=tasks if task is None else str(task) if array_id else "",
+        name=_text(record["name"]),
+        state=state,
         reason=reason,
-        detail=record["dependency"] if reason == "Dependency" else record["state_description"],
+        detail=_text(record["dependency" if reason == "Dependency" else "state_description"]),
         exit_code=exit_code,
         signal=signal,
-        restarts=record["restart_cnt"],
-        nodes=record["nodes"],
+        restarts=_number(record["restart_cnt"]) or 0,
+        nodes=nodes,
         start=None if refused else _number(record["start_time"]) or None,
-        end=(_number(record["end_time"]) or None) if states in FINISHED else None,
+        end=(_number(record["end_time"]) or None) if state in FINISHED else None,
         time_limit_minutes=_number(record["time_limit"]),
         stdout="" if array_id and task is None else output_in_json(record),
     )
 
 
+@_known_form("squeue")
 def output_in_json(record: dict[str, Any]) -> str:
     """Path of a job's output; of array tasks that wait with the %a of the pattern.
 
     `squeue --json` gives sbatch's pattern as the user wrote it, relative to its folder.
     """
     array_id, task = _number(record["array_job_id"]), _number(record["array_task_id"])
+    job_id = _number(record["job_id"])
     names = {
         "%": "%",
-        "A": array_id or record["job_id"],
-        "J": record["job_id"],
+        "A": array_id or job_id,
+        "J": job_id,
         "N": record["batch_host"],
         "a": task,
-        "j": record["job_id"],
+        "j": job_id,
         "u": record["user_name"],
         "x": record["name"],
     }
     default = "slurm-%A_%a.out" if array_id else "slurm-%j.out"
-    path = record.get("stdout_expanded") or _filled(record["standard_output"] or default, names)
-    return str(Path(record["current_working_directory"], path))
+    pattern = _text(record["standard_output"]) or default
+    path = _text(record.get("stdout_expanded")) or _filled(pattern, names)
+    return str(Path(_text(record["current_working_directory"]), path))
+
+
+def ids_in_json(record: dict[str, Any]) -> tuple[int | None, int | None]:
+    """A record's own number and its array's; None where it has none that can be read."""
+    found: list[int | None] = []
+    for name in ("job_id", "array_job_id"):
+        try:
+            found.append(_number(record.get(name)))
+        except (LookupError, TypeError):
+            found.append(None)
+    return found[0], found[1]
 
 
 def _number(value: Any) -> int | None:
     """22.05: a number or null; later: {"set": bool, "infinite": bool, "number": n}."""
     if isinstance(value, dict):
-        return value["number"] if value["set"] and not value["infinite"] else None
+        return _number(value["number"]) if value["set"] and not value["infinite"] else None
+    if value is not None and not isinstance(value, int):
+        raise TypeError(f"{value!r} is no number")
+    return value
+
+
+def _text(value: Any) -> str:
+    """A text; null is an empty one."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value or ""
+
+
+def _word(value: Any) -> str:
+    """A text that no record lacks."""
+    if not _text(value):
+        raise ValueError("a number or a state is missing")
     return value
 
 
@@ -183,6 +242,7 @@ ONELINER = re.compile(
 )
 
 
+@_known_form("scontrol")
 def from_oneliner(text: str) -> JobState:
     """A record of `scontrol show job --oneliner`, times in seconds since the epoch."""
     found = _matched(text)
@@ -217,10 +277,11 @@ def from_oneliner(text: str) -> JobState:
 def _matched(text: str) -> re.Match[str]:
     found = ONELINER.match(text)
     if not found:
-        raise SlurmUnavailable(f"scontrol: a record of a form not known: {text[:60]!r}")
+        raise ValueError("its first fields are others")
     return found
 
 
+@_known_form("scontrol")
 def output_in_oneliner(text: str) -> str:
     """Path of a job's output, with what scontrol leaves of a pattern; empty where there is none."""
     _, _, paths = _matched(text)["rest"].partition(" Command=")
@@ -228,13 +289,14 @@ def output_in_oneliner(text: str) -> str:
     return found[1] if found else ""
 
 
+@_known_form("sacct")
 def from_sacct(row: dict[str, str]) -> JobState:
     """A row of sacct, with or without slurmdbd."""
     job_id, _, task = row["JobID"].partition("_")
     exit_code, _, signal = row["ExitCode"].partition(":")
     state = row["State"].split()[0]  # "CANCELLED by 1000"
     return JobState(
-        job_id=job_id,
+        job_id=_word(job_id),
         array_task=task.strip("[]"),
         name=row["JobName"],
         state=state,

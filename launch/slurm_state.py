@@ -1,24 +1,27 @@
 """What became of a job, by whichever of Slurm's records knows it. Why one waits: slurm_reasons.py.
 
 Reads through slurm_commands and touches nothing. The queue answers first (`squeue --json`; without
-JSON `scontrol show job`), then, for what it no longer holds, accounting (sacct), then the file of
-ended jobs (`sacct --completion`), so that a cluster without slurmdbd is read too.
+JSON that can be read `scontrol show job`), then, for what it no longer holds, accounting (sacct),
+then the file of ended jobs (`sacct --completion`), so that a cluster without slurmdbd is read too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch import slurm_commands
 from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_records import (
     JobState,
+    Unreadable,
     array_tasks,
     from_json,
     from_oneliner,
     from_sacct,
+    ids_in_json,
     output_in_json,
     output_in_oneliner,
 )
@@ -44,11 +47,7 @@ def job_states(job_ids: Sequence[str]) -> list[JobState]:
     """
     if not job_ids:
         return []
-    records = slurm_commands.queue(job_ids)
-    if records is None:
-        queued = [from_oneliner(text) for j in job_ids for text in slurm_commands.show_job(j)]
-    else:
-        queued = [from_json(record) for record in records]
+    queued = _queued(job_ids)
     found = {job.label: job for job in queued if any(_asked(job, j) for j in job_ids)}
     # The queue forgets a task some minutes after its end, while the array's others go on.
     missing = [j for j in job_ids if not any(_asked(job, j) for job in found.values())]
@@ -66,14 +65,39 @@ def unfinished_jobs_in(folder: Path) -> list[str]:
         SlurmUnavailable: the controller does not answer.
     """
     place = folder.resolve()
-    records = slurm_commands.queue()
-    if records is None:
+    try:
+        ours = _in_json(slurm_commands.queue(), lambda r: place in Path(output_in_json(r)).parents)
+    except Unreadable:
+        ours = None
+    if ours is None:
         texts = slurm_commands.show_job()
-        ours = [t for t in texts if place in Path(output_in_oneliner(t)).parents]
-        jobs = [from_oneliner(text) for text in ours]
-    else:
-        jobs = [from_json(r) for r in records if place in Path(output_in_json(r)).parents]
-    return list(dict.fromkeys(job.job_id for job in jobs if not job.finished))
+        here = [t for t in texts if place in Path(output_in_oneliner(t)).parents]
+        ours = [from_oneliner(text) for text in here]
+    return list(dict.fromkeys(job.job_id for job in ours if not job.finished))
+
+
+def _queued(job_ids: Sequence[str]) -> list[JobState]:
+    """What the queue holds of some jobs, and maybe of others: squeue's word, else scontrol's."""
+    numbers = {int(job_id.partition("_")[0]) for job_id in job_ids}
+
+    def may_be_asked(record: dict[str, Any]) -> bool:
+        own, array = ids_in_json(record)
+        return own is None or own in numbers or array in numbers
+
+    try:
+        found = _in_json(slurm_commands.queue(job_ids), may_be_asked)
+    except Unreadable:
+        found = None
+    if found is None:
+        return [from_oneliner(text) for j in job_ids for text in slurm_commands.show_job(j)]
+    return found
+
+
+def _in_json(
+    records: list[dict[str, Any]] | None, wanted: Callable[[dict[str, Any]], bool]
+) -> list[JobState] | None:
+    """The wanted jobs of squeue's answer; None where it gave none."""
+    return None if records is None else [from_json(r) for r in records if wanted(r)]
 
 
 def _asked(job: JobState, job_id: str) -> bool:

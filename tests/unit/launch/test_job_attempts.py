@@ -87,6 +87,34 @@ def test_a_job_that_slurm_took_away_has_not_finished(tmp_path, answer):
     assert not list((tmp_path / "run" / "attempts").glob("*.failures"))
 
 
+BANNER = "echo '*** Welcome to the cluster ***'; echo; "
+
+
+def test_a_banner_of_slurm_s_programs_is_no_answer(tmp_path):
+    """Before each answer: nothing is taken away, refused or renamed by it."""
+    done = Job(tmp_path, '[ -e again ] && echo "at $MASTER_ADDR" || exit 9', saves_checkpoints=True)
+    for name, code in {"squeue": SQUEUE, "scontrol": SCONTROL}.items():
+        (done.slurm.folder / name).write_text(f"#!/bin/bash\n{BANNER}\n{code}\n")
+    (tmp_path / "run/attempts").mkdir(parents=True)
+    (tmp_path / "run/attempts/600.0.start.json").write_text("{}")  # another job, not running
+    assert done.run(EXCLUDED="n[7-9]").returncode == 9
+    assert done.asked("requeue") == ["requeue 70000"]
+    assert done.end() == (9, "failed with status 9; requeued")
+    (tmp_path / "again").touch()
+    ended = done.run(1)
+    assert ended.returncode == 0, ended.stderr
+    assert "at n0\n" in ended.stdout
+    assert done.end(1) == (0, "finished")
+
+
+def test_a_job_whose_hosts_slurm_does_not_name_ends_in_a_line(tmp_path):
+    lost = Job(tmp_path, "exit 0")
+    (lost.slurm.folder / "scontrol").write_text(f"#!/bin/bash\n{BANNER}")
+    done = lost.run()
+    assert done.returncode == 75
+    assert done.stderr == "megatron-mone: error: scontrol names no host of n[0-1]\n"
+
+
 def test_where_slurm_does_not_answer_the_ranks_are_believed(tmp_path):
     ended = Job(tmp_path, "exit 0")
     assert ended.run(SLURM_STATE="").returncode == 0
