@@ -62,20 +62,23 @@ class LaunchSpec:
     nodes: int = 1
     gpus_per_node: int = 0
     """GPUs of a node, one rank each; 0: ranks without a GPU."""
+    gpu_type: str | None = None
+    """Type of these GPUs by Slurm's name, where a cluster has several or its filter wants one."""
     tasks_per_node: int | None = None
     """Ranks of a node; None: `gpus_per_node`, or 1."""
     cpus_per_task: int | None = None
     memory: str | None = None
     """Of a node: a number with K, M, G or T (M without a letter); "0": all of it."""
     time_limit: str | None = None
-    """As Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:...]."""
+    """As Slurm writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, DAYS-HOURS[:...]; 0 or
+    UNLIMITED: none."""
     account: str | None = None
     partition: str | None = None
     qos: str | None = None
     constraint: str | None = None
     reservation: str | None = None
-    exclusive: bool = False
-    """No other job on the nodes."""
+    exclusive: bool | str = False
+    """No other job on the nodes; "user", "mcs" or "topo": none of another of these."""
     mail_user: str | None = None
     mail_type: str | None = None
     array: str | None = None
@@ -109,6 +112,9 @@ class LaunchSpec:
     """Folder of a Python virtual environment; its bin/ comes first in PATH. Not with container."""
     modules: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the ranks; a MASTER_ADDR or MASTER_PORT wins over the launcher's."""
+    rendezvous_suffix: str | None = None
+    """Put after the first node's name in MASTER_ADDR: its name in the network of the ranks."""
     planner_cluster: str | None = None
     """Hardware of configs/cluster/hardware, or a YAML file: for the verdict on memory."""
     sbatch: Mapping[str, str] = field(default_factory=dict)

@@ -40,6 +40,16 @@ def check_local(spec: LaunchSpec) -> None:
             f"container = {spec.container.kind}: run starts ranks without one; use submit, or run "
             "inside the container"
         )
+    if spec.rendezvous_suffix is not None:
+        raise ValueError(
+            f"rendezvous_suffix = {spec.rendezvous_suffix!r}: ranks of run meet on this machine; "
+            "use submit, or leave it out"
+        )
+    for name in {"MASTER_ADDR", "MASTER_PORT"} & spec.environment.keys():
+        raise ValueError(
+            f"environment: {name} = {spec.environment[name]!r}: ranks of run meet on this machine; "
+            "use submit, or leave it out"
+        )
     if spec.modules:
         raise ValueError(f"modules = {', '.join(spec.modules)}: load them in the shell before run")
 

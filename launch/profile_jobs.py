@@ -25,6 +25,7 @@ from launch.job_spec import LaunchSpec
 from launch.manifest import locked, open_run
 from launch.profile_sizes import Size, Sizes
 from launch.run_commands import SCRIPT
+from launch.sbatch_options import without_gpus
 from launch.script import sbatch_script
 from launch.slurm_commands import SlurmUnavailable, cancel, submit
 from launch.spec_checks import checked, limit_seconds
@@ -219,6 +220,8 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
             name=f"{sweep.name}-{REPORT}",
             nodes=1,
             gpus_per_node=0,
+            gpu_type=None,
+            sbatch=without_gpus(base.sbatch),
             tasks_per_node=1,
             cpus_per_task=None,
             memory=None,

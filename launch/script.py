@@ -67,7 +67,7 @@ def sbatch_options(spec: LaunchSpec) -> list[tuple[str, str]]:
         ("job-name", spec.name),
         ("nodes", spec.nodes + spec.spare_nodes),
         ("ntasks-per-node", spec.ranks_per_node),
-        ("gpus-per-node", spec.gpus_per_node or None),
+        ("gpus-per-node", _gpus(spec)),
         ("cpus-per-task", spec.cpus_per_task),
         ("mem", spec.memory),
         ("time", spec.time_limit),
@@ -76,7 +76,7 @@ def sbatch_options(spec: LaunchSpec) -> list[tuple[str, str]]:
         ("qos", spec.qos),
         ("constraint", spec.constraint),
         ("reservation", spec.reservation),
-        ("exclusive", "" if spec.exclusive else None),
+        ("exclusive", "" if spec.exclusive is True else spec.exclusive or None),
         ("mail-user", spec.mail_user),
         ("mail-type", spec.mail_type),
         ("array", array),
@@ -91,6 +91,11 @@ def sbatch_options(spec: LaunchSpec) -> list[tuple[str, str]]:
         *spec.sbatch.items(),
     ]
     return [(name, str(value)) for name, value in mapped if value is not None]
+
+
+def _gpus(spec: LaunchSpec) -> str | None:
+    count = str(spec.gpus_per_node) if spec.gpus_per_node else None
+    return f"{spec.gpu_type}:{count}" if spec.gpu_type and count else count
 
 
 def _variables(spec: LaunchSpec) -> list[Variable]:

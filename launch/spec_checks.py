@@ -13,51 +13,25 @@ from typing import Any
 
 from launch.job_spec import Case, Container, LaunchSpec, Variable
 from launch.preflight.limits import read_limits
+from launch.sbatch_options import OPTION_FIELDS, check_options
 from megatron_mone.spelling import nearest_name
+
+__all__ = ["OPTION_FIELDS", "OWN_VARIABLES", "checked", "limit_seconds"]
 
 SECONDS_OF_NO_LIMIT = float("inf")
 OWN_VARIABLES = frozenset(
-    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-     "MEGATRON_MONE_ATTEMPT", "MEGATRON_MONE_PROGRESS")
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MEGATRON_MONE_ATTEMPT",
+     "MEGATRON_MONE_PROGRESS")
 )  # fmt: skip
 """What the launcher itself sets, for torch.distributed and for megatron_mone.pretrain."""
 _READ_ONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"))
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_OPTION = re.compile(r"[a-z][a-z0-9-]*", re.ASCII)
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", re.ASCII)
-_MEMORY = re.compile(r"\d+[KMGT]?", re.ASCII)
+_MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
+_GPU_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*", re.ASCII)
+_HOST_PART = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", re.ASCII)
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
-OPTION_FIELDS = {
-    "job-name": "name",
-    "nodes": "nodes and spare_nodes",
-    "ntasks": "nodes and tasks_per_node",
-    "ntasks-per-node": "tasks_per_node",
-    "gpus-per-node": "gpus_per_node",
-    "cpus-per-task": "cpus_per_task",
-    "mem": "memory",
-    "time": "time_limit",
-    "account": "account",
-    "partition": "partition",
-    "qos": "qos",
-    "constraint": "constraint",
-    "reservation": "reservation",
-    "exclusive": "exclusive",
-    "mail-user": "mail_user",
-    "mail-type": "mail_type",
-    "array": "array",
-    "dependency": "dependency",
-    "kill-on-invalid-dep": "dependency",
-    "signal": "signal_lead_seconds",
-    "requeue": "requeue",
-    "no-requeue": "requeue",
-    "chdir": "--runs, which says where the run folder is",
-    "output": "--runs, which says where the logs are",
-    "error": "--runs, which says where the logs are",
-    "open-mode": "--runs, which says where the logs are",
-    "wrap": "a program after --",
-}
-"""Options of sbatch that a field stands for; `sbatch` may not set them a second time."""
 
 
 def checked(spec: LaunchSpec) -> LaunchSpec:
@@ -73,30 +47,31 @@ def checked(spec: LaunchSpec) -> LaunchSpec:
     _check_attempts(spec)
     _check_forms(spec)
     _check_software(spec)
-    _check_passed_on(spec)
+    check_options(spec)
     return replace(spec, tasks_per_node=spec.ranks_per_node)
 
 
 def limit_seconds(time_limit: str) -> float:
-    """A time limit of Slurm in seconds.
+    """A time limit of Slurm in seconds; without end for 0, as sbatch reads it.
 
     Raises:
         ValueError: not one of Slurm's forms.
     """
-    if time_limit.lower() in ("unlimited", "infinite"):
+    if time_limit.lower() in ("unlimited", "infinite", "-1"):
         return SECONDS_OF_NO_LIMIT
     found = _TIME.fullmatch(time_limit)
     if found is None:
         raise ValueError(
             f'time_limit = {time_limit!r} is not a time of Slurm: write "HOURS:MINUTES:SECONDS", '
-            '"DAYS-HOURS" or minutes'
+            '"DAYS-HOURS" or minutes, or UNLIMITED'
         )
     days, *parts = (int(part or 0) for part in found.groups())
     # Without days or a third number the first is minutes.
     if found.group(1) is None and found.group(4) is None:
         parts = [0, *parts[:2]]
     hours, minutes, seconds = parts
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    # "A time limit of zero requests that no time limit be imposed", sbatch(1).
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds or SECONDS_OF_NO_LIMIT
 
 
 def _texts(spec: LaunchSpec) -> Iterator[tuple[str, str]]:
@@ -165,6 +140,12 @@ def _check_sizes(spec: LaunchSpec) -> None:
     for name in ("gpus_per_node", "signal_lead_seconds"):
         if getattr(spec, name) < 0:
             raise ValueError(f"{name} = {getattr(spec, name)} must be at least 0")
+    if spec.gpu_type is not None and not _GPU_TYPE.fullmatch(spec.gpu_type):
+        raise ValueError(
+            f"gpu_type = {spec.gpu_type!r} is not a GPU's type, like h100 (sinfo -o %G)"
+        )
+    if spec.gpu_type is not None and not spec.gpus_per_node:
+        raise ValueError(f"gpu_type = {spec.gpu_type!r} without gpus_per_node: give that too")
     if spec.gpus_per_node and spec.ranks_per_node != spec.gpus_per_node:
         raise ValueError(
             f"tasks_per_node = {spec.tasks_per_node} with gpus_per_node = {spec.gpus_per_node}: "
@@ -219,6 +200,7 @@ def _check_software(spec: LaunchSpec) -> None:
             raise ValueError(
                 f"environment: {name} is set by Slurm, the shell or the launcher; leave it out"
             )
+    _check_rendezvous(spec)
     if spec.container is None:
         return
     if spec.virtual_environment is not None:
@@ -242,12 +224,20 @@ def _check_software(spec: LaunchSpec) -> None:
             raise ValueError(f"container: {path!r} cannot be mounted: ':' ends a mount's path")
 
 
-def _check_passed_on(spec: LaunchSpec) -> None:
-    for name, value in spec.sbatch.items():
-        if not _OPTION.fullmatch(name):
-            raise ValueError(
-                f"sbatch: {name!r} is not an option of sbatch: write its long name without dashes"
-            )
-        own = OPTION_FIELDS.get(name)
-        if own is not None:
-            raise ValueError(f"sbatch: {name} = {value!r} has a field of its own: give {own}")
+def _check_rendezvous(spec: LaunchSpec) -> None:
+    """Where the ranks meet: a name and a port of the user's own win."""
+    address, port = (spec.environment.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if spec.rendezvous_suffix is not None and not _HOST_PART.fullmatch(spec.rendezvous_suffix):
+        raise ValueError(
+            f"rendezvous_suffix = {spec.rendezvous_suffix!r} is not the end of a host's name, like "
+            "-ib or .hsn.cluster"
+        )
+    if address is not None and spec.rendezvous_suffix is not None:
+        raise ValueError(
+            f"environment: MASTER_ADDR = {address!r} and rendezvous_suffix = "
+            f"{spec.rendezvous_suffix!r}: leave one out"
+        )
+    if address is not None and not address:
+        raise ValueError("environment: MASTER_ADDR is empty: name a host, or leave it out")
+    if port is not None and not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"environment: MASTER_PORT = {port!r} must be a port, 1 to 65535")

@@ -7,6 +7,7 @@ takes for minutes. May touch: files under configs/launch and the one named.
 from __future__ import annotations
 
 import argparse
+import re
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,10 +20,20 @@ from megatron_mone.spelling import nearest_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "launch"
+# As sbatch reads --gpus-per-node: the type alone is one of it.
+_GPUS = re.compile(r"([A-Za-z][A-Za-z0-9_.+-]*)(?::(\d+))?", re.ASCII)
+_MEANT = {
+    "exclusive": ", or user, mcs or topo",
+    "nodes": ": the layout needs one; spare_nodes asks for more",
+    "gpus_per_node": ", or a type and a number, like h100:8",
+}
 _HELP = {
     "nodes": "how many nodes",
-    "gpus_per_node": "GPUs of a node, one rank each; 0: ranks without a GPU",
-    "time_limit": "HOURS:MINUTES:SECONDS or DAYS-HOURS",
+    "gpus_per_node": "GPUs of a node, one rank each, like 8 or h100:8; 0: ranks without a GPU",
+    "gpu_type": "their type, like h100",
+    "rendezvous_suffix": "put after the first node's name: its name in the ranks' network",
+    "memory": "of a node, like 64G; 0: all of it",
+    "time_limit": "HOURS:MINUTES:SECONDS, DAYS-HOURS, minutes; 0 or UNLIMITED: none",
     "signal_lead_seconds": "checkpoint so long before the time limit",
     "max_failures": "give up after so many failures in a row without a new saved step",
     "backoff_seconds": "wait after a first failure, doubled with each further one",
@@ -53,7 +64,7 @@ def read_fields(choice: str) -> dict[str, Any]:
     path = _find(choice)
     values = _read(path)
     try:
-        return {str(name): _typed(str(name), value) for name, value in values.items()}
+        return _with_types({str(name): value for name, value in values.items()})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -65,7 +76,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag, kind = f"--{name.replace('_', '-')}", _KINDS[name]
         if kind in (tuple[str, ...], Mapping[str, str]):
             group.add_argument(flag, action="append", help=_HELP.get(name), metavar="TEXT")
-        elif kind is bool:
+        elif kind in (bool, bool | str):
             group.add_argument(flag, action=argparse.BooleanOptionalAction)
         else:
             metavar = "N" if kind in (int, int | None) else "TEXT"
@@ -95,7 +106,18 @@ def flag_fields(options: argparse.Namespace, below: Mapping[str, Any]) -> dict[s
             kind, _, image = value.partition(":")
             given[name] = Container(kind, image)
         else:
-            given[name] = _typed(name, value)
+            given |= _with_types({name: value})
+    return given
+
+
+def _with_types(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of their fields' types; a GPU's type before their number is a field of its own."""
+    given: dict[str, Any] = {}
+    for name, value in values.items():
+        if name == "gpus_per_node" and isinstance(value, str) and (found := _GPUS.fullmatch(value)):
+            given |= {"gpu_type": found[1], name: int(found[2] or 1)}
+        else:
+            given.setdefault(name, _typed(name, value))
     return given
 
 
@@ -157,13 +179,18 @@ def _typed(name: str, value: Any) -> Any:
 
 def _integer(name: str, value: Any) -> int:
     if not isinstance(value, str) or not value.isascii() or not value.isdigit():
-        raise ValueError(f"{name} = {value!r} must be a whole number")
+        raise ValueError(f"{name} = {value!r} must be a whole number{_MEANT.get(name, '')}")
     return int(value)
+
+
+def _exclusive(name: str, value: Any) -> bool | str:
+    """sbatch's --exclusive, with or without a value."""
+    return value if value in ("user", "mcs", "topo") else _boolean(name, value)
 
 
 def _boolean(name: str, value: Any) -> bool:
     if value not in ("true", "false"):
-        raise ValueError(f"{name} = {value!r} must be true or false")
+        raise ValueError(f"{name} = {value!r} must be true or false{_MEANT.get(name, '')}")
     return value == "true"
 
 
@@ -208,6 +235,7 @@ _READERS: dict[Any, Callable[[str, Any], Any]] = {
     int: _integer,
     int | None: _integer,
     bool: _boolean,
+    bool | str: _exclusive,
     str | None: _text,
     tuple[str, ...]: _texts,
     Mapping[str, str]: _mapping,

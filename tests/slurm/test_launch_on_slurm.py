@@ -211,3 +211,21 @@ def _text(path: Path) -> str:
 
 def _attempts(run: Path) -> list[str]:
     return [attempt["attempt"] for attempt in manifest.attempts(run)]
+
+
+def test_requests_as_sbatch_takes_them(cluster: Cluster, runs: Path) -> None:
+    """A type of GPU, no time limit, sizes in small letters, an environment of the job's own."""
+    (runs / "typed.yaml").write_text(
+        "gpus_per_node: h100:2\ntime_limit: 0\nmemory: 64gb\nexclusive: user\n"
+        "rendezvous_suffix: .localdomain\nsbatch: {export: NONE, cpus-per-gpu: 3, nice: 1}\n"
+    )
+    says = 'echo "$RANK of $WORLD_SIZE sees $CUDA_VISIBLE_DEVICES at $MASTER_ADDR"'
+    own = ["--launch", str(runs / "typed.yaml"), "--name", "typed"]
+    job = submit(runs, *own, "--", "sh", "-c", says)
+    assert wait_end(job).state == "COMPLETED", _text(runs / f"typed/logs/{job}.log")
+    logs = sorted((runs / "typed/logs" / f"{job}.0").glob("rank-*.log"))
+    nodes = manifest.attempts(runs / "typed")[0]["node_list"]
+    assert [log.read_text() for log in logs] == [
+        f"{rank} of 2 sees 0,1 at {nodes}.localdomain\n" for rank in range(2)
+    ]
+    assert job_states([job])[0].time_limit_minutes is None

@@ -45,6 +45,18 @@ def test_the_ranks_run_on_the_nodes_that_were_chosen(tmp_path):
     assert (tmp_path / "run/preflight/excluded").read_text() == "n4\n"
 
 
+@pytest.mark.parametrize(
+    ("fields", "address"),
+    [
+        ({"rendezvous_suffix": "-ib"}, "n3-ib"),
+        ({"environment": {"MASTER_ADDR": "n9i"}}, "n9i"),
+    ],
+)
+def test_they_meet_in_the_network_that_the_user_names(tmp_path, fields, address):
+    checked = _job(tmp_path, 'echo "master $MASTER_ADDR"', **fields)
+    assert f"master {address}\n" in checked.run(GOOD="n3 n5", BAD="n4").stdout
+
+
 @pytest.mark.parametrize("good", ["", "n0"])
 def test_a_judge_that_names_too_few_nodes_is_not_believed(tmp_path, good):
     checked = _job(tmp_path)

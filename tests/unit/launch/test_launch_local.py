@@ -130,6 +130,8 @@ def test_a_lock_ends_with_its_process(tmp_path):
         ({"array": "0-1"}, "array = '0-1'"),
         ({"container": Container("pyxis", "x")}, "container = pyxis"),
         ({"modules": ("cuda",)}, "modules = cuda"),
+        ({"rendezvous_suffix": "i"}, "rendezvous_suffix = 'i': ranks of run meet on this machine"),
+        ({"environment": {"MASTER_ADDR": "x"}}, "MASTER_ADDR = 'x': ranks of run meet on this"),
     ],
 )
 def test_what_needs_a_cluster_is_refused(fields, said):

@@ -82,6 +82,32 @@ def test_a_rank_gets_what_torch_distributed_reads(tmp_path):
     assert f"1 1 2 2 n0 {15000 + 70000 % 15000}\n" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("fields", "address"),
+    [
+        ({"rendezvous_suffix": "-ib"}, "n0-ib"),
+        ({"rendezvous_suffix": ".hsn.x"}, "n0.hsn.x"),
+        ({"environment": {"MASTER_ADDR": "jwb0001i"}}, "jwb0001i"),
+    ],
+)
+def test_ranks_meet_in_the_network_that_the_user_names(tmp_path, fields, address):
+    (tmp_path / "slurm").mkdir()
+    slurm = FakeSlurm(tmp_path / "slurm")
+    own = {"workdir": str(tmp_path), "folder": str(tmp_path / "run")}
+    own |= {"command": ("bash", "-c", "echo at $MASTER_ADDR:$MASTER_PORT")}
+    done = slurm.run(sbatch_script(job(**own, **fields)))
+    assert f"at {address}:{15000 + 70000 % 15000}\n" in done.stdout, done.stderr
+
+
+def test_a_port_of_the_user_s_wins(tmp_path):
+    (tmp_path / "slurm").mkdir()
+    slurm = FakeSlurm(tmp_path / "slurm")
+    own = {"workdir": str(tmp_path), "folder": str(tmp_path / "run")}
+    own |= {"command": ("bash", "-c", "echo $MASTER_ADDR:$MASTER_PORT")}
+    done = slurm.run(sbatch_script(job(**own, environment={"MASTER_PORT": "29500"})))
+    assert "n0:29500\n" in done.stdout, done.stderr
+
+
 def test_the_cores_of_a_task_reach_srun(tmp_path):
     slurm, _ = _run(tmp_path, job(cpus_per_task=3), "true")
     assert "--cpus-per-task=3" in slurm.words("srun")

@@ -54,8 +54,49 @@ def test_a_file_holds_every_kind_of_field(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "fields"),
+    [
+        ("gpus_per_node: 8", {"gpus_per_node": 8}),
+        ("gpus_per_node: h100:8", {"gpus_per_node": 8, "gpu_type": "h100"}),
+        ("gpus_per_node: h100", {"gpus_per_node": 1, "gpu_type": "h100"}),
+        ("gpus_per_node: nvidia_a100-sxm4-80gb:4",
+         {"gpus_per_node": 4, "gpu_type": "nvidia_a100-sxm4-80gb"}),
+        ("gpus_per_node: 8\ngpu_type: h100", {"gpus_per_node": 8, "gpu_type": "h100"}),
+        ("exclusive: user", {"exclusive": "user"}),
+        ("exclusive: false", {"exclusive": False}),
+        ("rendezvous_suffix: -ib", {"rendezvous_suffix": "-ib"}),
+    ],
+)  # fmt: skip
+def test_a_field_takes_what_sbatch_takes(tmp_path, text, fields):
+    assert read_fields(_file(tmp_path, text)) == fields
+
+
+@pytest.mark.parametrize(
+    ("words", "fields"),
+    [
+        ([], {"gpus_per_node": 8, "gpu_type": "h100"}),
+        (["--gpus-per-node", "4"], {"gpus_per_node": 4, "gpu_type": "h100"}),
+        (["--gpus-per-node", "a100:4"], {"gpus_per_node": 4, "gpu_type": "a100"}),
+        (["--gpu-type", "a100"], {"gpus_per_node": 8, "gpu_type": "a100"}),
+    ],
+)
+def test_a_number_of_gpus_keeps_their_type(tmp_path, words, fields):
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    below = read_fields(_file(tmp_path, "gpus_per_node: h100:8"))
+    assert {**below, **flag_fields(parser.parse_args(words), below)} == fields
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
+        ("nodes: 2-4", "nodes = '2-4' must be a whole number: the layout needs one; spare_nodes"),
+        (
+            "gpus_per_node: gpu:h100:8",
+            "must be a whole number, or a type and a number, like h100:8",
+        ),
+        ("gpus_per_node: h100:4,v100:4", "or a type and a number, like h100:8"),
+        ("exclusive: usr", "exclusive = 'usr' must be true or false, or user, mcs or topo"),
         ("node: 2", "unknown field 'node' (did you mean 'nodes'?)"),
         ("command: [rm]", "unknown field 'command'"),
         ("nodes: two", "nodes = 'two' must be a whole number"),
