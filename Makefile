@@ -4,21 +4,23 @@
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 export PYTHON
+# A command ends with make, also where make is killed (megatron_mone/child_processes.py).
+TIED := MEGATRON_MONE_STARTER=$$PPID exec
 
 setup:
 	@sh tools/bootstrap.sh
 
 demo: setup
-	@$(PY) -m tools.demo $(if $(STEPS),--steps $(STEPS))
+	@$(TIED) $(PY) -m tools.demo $(if $(STEPS),--steps $(STEPS))
 
 test: setup
-	@sh tools/run_tests.sh $(TESTS)
+	@$(TIED) $(PY) -m tools.run_tests $(TESTS)
 
 lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 bench: setup
-	@PYTHONPATH=$(CURDIR):$$(sh tools/bench_peers.sh) $(PY) -m tools.bench_experts --grid $(or $(GRID),quick)
+	@$(TIED) env PYTHONPATH=$(CURDIR):$$(sh tools/bench_peers.sh) $(PY) -m tools.bench_experts --grid $(or $(GRID),quick)
 
 clean:
 	rm -rf out build .hypothesis .mypy_cache .ruff_cache *.egg-info

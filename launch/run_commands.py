@@ -19,6 +19,7 @@ from launch.slurm_state import job_states
 from launch.submission import SUBMIT_LOCK, noted, recover, recover_if_free
 from launch.sweep_cases import case_states, read_cases, runs_here
 from launch.sweep_plan import is_sweep, resume_sweep
+from megatron_mone.child_processes import tied
 from megatron_mone.spelling import nearest_name
 
 SCRIPT = "job.sbatch"
@@ -91,7 +92,8 @@ def show_logs(runs: Path, name: str, follow: bool) -> int:
     if not files:
         raise ValueError(f"{name}: nothing was written to {folder / 'logs'} yet")
     flags = ["-F"] if follow else []
-    return subprocess.run(["tail", "-n", _TAIL_LINES, *flags, "--", *files], check=False).returncode
+    command = ["tail", "-n", _TAIL_LINES, *flags, "--", *map(str, files)]
+    return subprocess.run(command, check=False, preexec_fn=tied()).returncode
 
 
 def cancel_run(runs: Path, name: str) -> list[str]:

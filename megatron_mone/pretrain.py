@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
-
 from megatron_mone import failure, liveness
+from megatron_mone.child_processes import end_with_starter
 from megatron_mone.exit_status import LEASE_LOST, NOT_FINITE, SAVE_FAILED, STOPPED, USER_ERROR
 from megatron_mone.files import write_json
 from megatron_mone.profiling.local_ranks import free_port
@@ -26,6 +25,9 @@ from megatron_mone.profiling.local_ranks import free_port
 def main() -> None:
     """Run one training job; a user's mistake is one line on stderr and exit status 2."""
     started = time.time()
+    end_with_starter()  # before the seconds that imports take
+    import torch
+
     liveness.dump_stacks_on_signal()
     if not torch.cuda.is_available():
         from megatron_mone import cpu_emulation
@@ -64,6 +66,7 @@ def fail(message: str, status: int = USER_ERROR, *, from_any_rank: bool = False)
 
 
 def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
+    import torch
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.enums import ModelType
     from megatron.training import get_timers, pretrain

@@ -17,7 +17,7 @@ _OF_A_RANK = re.compile(
     # OMPI_MCA_ are mostly a user's settings of Open MPI; these its launcher makes.
     r"|OMPI_(?!MCA_).+|OMPI_MCA_(ess|orte|prte|pmix|initial_wdir).*|PRTE_.+|ORTE_.+"
     r"|SLURM_(PROCID|LOCALID|NODEID|GTIDS|NTASKS|NPROCS|TASK.*|STEP.*|SRUN_.*|LAUNCH_.*|CPU_BIND.*)"
-    r"|MEGATRON_MONE_(ATTEMPT|PROGRESS|TERMINAL_FD)"
+    r"|MEGATRON_MONE_(ATTEMPT|PROGRESS|STARTER|TERMINAL_FD)"
 )
 
 

@@ -9,11 +9,32 @@ import pytest
 import torch
 from hypothesis import settings
 
+from megatron_mone.child_processes import end_with
+from tests.processes import Keeper
+
 # Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck; and no
 # deadline on either, for a busy machine is slow.
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.register_profile("own", deadline=None)
 settings.load_profile("ci" if os.environ.get("CI") else "own")
+
+_KEEPER = pytest.StashKey[Keeper]()
+_FORKING: list[int] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """From here on no process outlives these tests, killed or not."""
+    config.stash[_KEEPER] = Keeper()
+    os.register_at_fork(
+        before=lambda: _FORKING.append(os.getpid()),
+        after_in_parent=_FORKING.clear,
+        after_in_child=lambda: end_with(_FORKING.pop()),
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what tests left running, the process that forks ranks among them."""
+    config.stash[_KEEPER].close()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -20,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mone.child_processes import end_with, named_here
 from megatron_mone.profiling.local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,8 +75,9 @@ def start(
     """
     log.write_bytes(b"")
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
-    before = {name: os.environ.get(name) for name in SETTINGS}
-    os.environ.update(SETTINGS)  # for the imports of the fork server, which this may start
+    settings = {**SETTINGS, **named_here()}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)  # for the imports of the fork server, which this may start
     try:
         if not fresh:
             context.set_forkserver_preload(["tests.rank_imports"])
@@ -103,7 +104,7 @@ def _launcher(
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)
-    _die_with(parent)
+    end_with(parent)
     from tests.rank_imports import SET_BY_IMPORTS  # in a fresh interpreter, still before the forks
 
     os.environ.clear()
@@ -115,7 +116,7 @@ def _launcher(
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _die_with(launcher)
+            end_with(launcher)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
             _rank(run, arguments)
         left.add(pid)
@@ -151,11 +152,3 @@ def _rank(run: Callable[..., None], arguments: tuple) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
-
-
-def _die_with(parent: int) -> None:
-    """SIGKILL for this process when its parent ends, however that ends."""
-    death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

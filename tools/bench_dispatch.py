@@ -11,6 +11,7 @@ medians over gloo on one machine, so that their ratio says little about a GPU's 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.child_processes import end_with
 from megatron_mone.files import write_json
 
 DISPATCHERS = ("alltoall", "allgather")
@@ -48,7 +50,9 @@ def main() -> None:
     if torch.cuda.is_available():
         sys.exit("bench_dispatch measures CPU ranks; hide the GPUs with CUDA_VISIBLE_DEVICES=''")
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, args=(folder, options), nprocs=options.ranks)
+        torch.multiprocessing.spawn(
+            _rank, args=(folder, options, os.getpid()), nprocs=options.ranks
+        )
         rows = torch.load(Path(folder) / "rows.pt", weights_only=True)
     _print(options, rows)
     if options.json:
@@ -56,7 +60,8 @@ def main() -> None:
         write_json(options.json, {"config": vars(options) | {"json": None}, "rows": rows})
 
 
-def _rank(rank: int, folder: str, options: argparse.Namespace) -> None:
+def _rank(rank: int, folder: str, options: argparse.Namespace, starter: int) -> None:
+    end_with(starter)  # torch's own SIGINT is not seen by a rank that waits in a collective
     from megatron_mone import cpu_emulation
 
     torch.set_num_threads(1)

@@ -24,6 +24,7 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
 
 import numpy as np
 
+from megatron_mone.child_processes import tied
 from megatron_mone.command_line import OneLineParser, fail
 from megatron_mone.profiling.merge import rank_files
 from megatron_mone.profiling.phases import COMMUNICATION, PASSES, PHASES
@@ -70,7 +71,8 @@ def main() -> int:
     command = [sys.executable, "-m", "tools.merge_profile", str(options.out)]
     command += ["--skip-unreadable"] if options.truncated else []
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1])
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run(command, cwd=root, preexec_fn=tied())
     seconds = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * 1024

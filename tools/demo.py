@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from megatron_mone.child_processes import end_with_starter, tied
 from megatron_mone.exit_status import INTERRUPTED
 from megatron_mone.reporting.demo_report import table_rows, write_report
 from megatron_mone.reporting.results import ResultError, RunResult
@@ -50,7 +51,9 @@ OnRunStep = Callable[[str, int, float], None]
 def main() -> int:
     """Run the command line; 0, or 1 after an error on stderr."""
     options = build_parser().parse_args()
+    end_with_starter()
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGHUP, _interrupt)
     try:
         return demo(options.out, options.steps)
     except (TrainingError, ResultError, ValueError, OSError) as error:
@@ -78,7 +81,8 @@ def demo(out: Path, steps: int | None) -> int:
     prefix = _shown(out) / "data" / "shakespeare"
     preparation = (PYTHON, "-m", "tools.prepare_data", "--corpus", "shakespeare",
                    "--output-prefix", str(prefix), "--tokenizer", TOKENIZER)  # fmt: skip
-    if subprocess.run([sys.executable, *preparation[1:]], cwd=ROOT, check=False).returncode:
+    command = [sys.executable, *preparation[1:]]
+    if subprocess.run(command, cwd=ROOT, check=False, preexec_fn=tied()).returncode:
         raise TrainingError("the data could not be prepared")
     manifest = _manifest(prefix)
     specs = run_specs(out, prefix, steps, manifest)

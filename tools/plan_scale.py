@@ -16,13 +16,17 @@ Exit status: 0; 2 after a wrong input, said in one line; 4 if the layout does no
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone import child_processes
 from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.exit_status import INTERRUPTED
 
 DOES_NOT_FIT = 4
 
@@ -32,12 +36,23 @@ def main() -> int:
     parser = OneLineParser(__doc__)
     _add_options(parser)
     parsed = parser.parse_args()
-    from megatron_mone.planning import plan_command
-
+    child_processes.end_with_starter()
+    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGHUP, _stop)
     try:
+        from megatron_mone.planning import plan_command
+
         return DOES_NOT_FIT if not plan_command.run(parsed) else 0
     except (ValueError, RuntimeError, OSError) as error:
         return fail(error if isinstance(error, OSError) else ValueError(str(error)))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    """End with a shell's status for the signal, so that files and processes are put away."""
+    raise SystemExit(128 + number)
 
 
 def _add_options(parser: OneLineParser) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
+from megatron_mone.child_processes import end_with_starter
 from megatron_mone.data import corpus
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import Manifest
@@ -78,6 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; 0, or 2 after one line on stderr that says what to change."""
     options = build_parser().parse_args(arguments)
+    end_with_starter()
     try:
         config = _config(options)
         with _progress_bars() as report:

@@ -19,7 +19,9 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from megatron_mone.child_processes import end_with_starter
 from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.exit_status import INTERRUPTED
 from megatron_mone.profiling.job_options import Options, add_options, read_options
 from megatron_mone.profiling.local_ranks import run_ranks, terminal
 
@@ -30,6 +32,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1, help="ranks to start on this machine (1)")
     add_options(parser)
     parsed, megatron_flags = parser.parse_known_args()
+    end_with_starter()
     try:
         options = read_options(parsed)
         if parsed.ranks < 1:
@@ -38,6 +41,9 @@ def main() -> int:
             return run_ranks([sys.executable, *sys.argv], parsed.ranks, options.out / "logs")
     except (ValueError, OSError) as error:
         return fail(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
     return _rank(options, megatron_flags)
 
 

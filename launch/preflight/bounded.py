@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from megatron_mone.child_processes import end_with
+
 _LONGEST_ERROR = 300
 
 
@@ -38,11 +40,12 @@ def bounded(call: Callable[[], Any], seconds: float) -> Any:
     deadline = time.monotonic() + seconds
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         os.close(reading)
-        _answer(call, writing, seconds)
+        _answer(call, writing, seconds, parent)
     os.close(writing)
     try:
         text = _first_line(reading, deadline)
@@ -66,9 +69,10 @@ def one_line(error: BaseException) -> str:
     return f"{kind}{' '.join(lines[0].split())}"[:_LONGEST_ERROR]
 
 
-def _answer(call: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
+def _answer(call: Callable[[], Any], writing: int, seconds: float, parent: int) -> NoReturn:
     """The child: never returns, also when the parent was killed."""
     try:
+        end_with(parent)
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, seconds + 1)
         os.dup2(2, 1)

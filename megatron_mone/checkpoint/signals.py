@@ -10,10 +10,11 @@ save. May touch: this process's signal handlers, Megatron's global handler.
 from __future__ import annotations
 
 import functools
+import os
 import signal
 from argparse import Namespace
 from collections.abc import Callable
-from multiprocessing import resource_tracker
+from multiprocessing import managers, resource_tracker
 from typing import Any
 
 from megatron.training import global_vars
@@ -21,6 +22,7 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.lease import LeaseLostError
+from megatron_mone.child_processes import end_with
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOST = 2
@@ -76,31 +78,36 @@ def arm(args: Namespace) -> StopHandler:
         global_vars.get_signal_handler().release()  # --exit-signal-handler was given
     args.exit_signal_handler = True
     global_vars._GLOBAL_SIGNAL_HANDLER = handler
-    _shield_writer()
+    _keep_writer()
     return handler
 
 
-def _shield_writer() -> None:
-    """Keep the signals to ranks from the process that carries write results during a save.
+def _keep_writer() -> None:
+    """Let the process that carries write results during a save live as long as its rank.
 
     Slurm signals every process of a job step. Megatron's results queue lives in a process of its
     own (filesystem_async.get_write_results_queue), which SIGTERM would end before the save that
-    the signal asks for. A process starts with the signal mask of the thread that starts it.
+    the signal asks for. A process starts with the signal mask of the thread that starts it; and it
+    would wait for ever for a rank that was killed.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     original: Callable[..., Any] = filesystem_async.get_write_results_queue
-    if getattr(original, "shields", False):
+    if getattr(original, "keeps", False):
         return
 
     @functools.wraps(original)
     def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
         resource_tracker.ensure_running()  # its own start would unblock SIGTERM
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR2))
+        start = managers.BaseManager.start
+        tied = functools.partialmethod(start, end_with, (os.getpid(),))
+        managers.BaseManager.start = tied  # type: ignore[method-assign, assignment]
         try:
             return original(*args, **kwargs)
         finally:
+            managers.BaseManager.start = start  # type: ignore[method-assign]
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    get_write_results_queue.shields = True  # type: ignore[attr-defined]
+    get_write_results_queue.keeps = True  # type: ignore[attr-defined]
     filesystem_async.get_write_results_queue = get_write_results_queue

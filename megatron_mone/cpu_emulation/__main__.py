@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+from megatron_mone.child_processes import end_with_starter
 from megatron_mone.cpu_emulation import install
 
 USAGE = "usage: python -m megatron_mone.cpu_emulation [SCRIPT | -m MODULE] ARGS..."
@@ -17,6 +18,7 @@ def main(arguments: list[str]) -> None:
     target, *rest = arguments[1:] if as_module else arguments or [""]
     if not target or target in ("-h", "--help"):
         raise SystemExit(USAGE)
+    end_with_starter()
     install()
     sys.argv = [target, *rest]
     if as_module:

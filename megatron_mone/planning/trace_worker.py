@@ -10,7 +10,6 @@ and one line at the end of the log. May touch: itself, whole; those files.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
 import json
@@ -24,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mone.child_processes import end_with
 from megatron_mone.exit_status import USER_ERROR
 from megatron_mone.files import write_json
 from megatron_mone.planning.gpu_job import parse_gpu_job, prepare
@@ -89,10 +89,7 @@ def _fork(request: dict[str, Any]) -> int:
         return process
     status: Any = 1
     try:
-        death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-        ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
-        if os.getppid() != server:
-            os._exit(status)
+        end_with(server)
         signal.setitimer(signal.ITIMER_REAL, request["seconds"])  # ends the process
         log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         os.dup2(log, 1)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from megatron_mone.child_processes import tied
 from megatron_mone.exit_status import USER_ERROR
 from megatron_mone.planning.trace_worker import LONGEST_MESSAGE
 
@@ -160,6 +161,7 @@ class _Server:
                 [*command, str(theirs.fileno()), kind], env=environment, pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                 start_new_session=True,  # an interrupt is for this process, which then ends it
+                preexec_fn=tied(),
             )  # fmt: skip
         try:
             self.receive()  # once it is ready

@@ -1,7 +1,7 @@
 """Starts the ranks of a job on this machine and waits for them; the first that fails ends all.
 
-What ranks say goes to log files; rank 0 has `terminal()` for what a person is to see. May touch:
-child processes, the log folder.
+What ranks say goes to log files; rank 0 has `terminal()` for what a person is to see. Where this
+process is killed, they end with it. May touch: child processes, the log folder.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
+from megatron_mone.child_processes import named_here, tied
 from megatron_mone.command_line import ERROR
 from megatron_mone.surroundings import without_ranks
 
@@ -49,7 +50,12 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
                 environment[TERMINAL] = str(terminal_fd)
             processes.append(
                 subprocess.Popen(
-                    command, env=environment, stdout=log, stderr=log, pass_fds=(terminal_fd,)
+                    command,
+                    env=environment,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(terminal_fd,),
+                    preexec_fn=tied(),
                 )
             )
         try:
@@ -100,7 +106,8 @@ def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONWARNINGS": "ignore",
     }
-    return {**without_ranks(os.environ), **{name: str(value) for name, value in own.items()}}
+    named = {**named_here(), **{name: str(value) for name, value in own.items()}}
+    return {**without_ranks(os.environ), **named}
 
 
 def _first_failure(processes: Sequence[subprocess.Popen]) -> int | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from typing import Any
 
 import psutil
 
+from megatron_mone.child_processes import named_here, tied
 from megatron_mone.reporting.machine import load_average
 from megatron_mone.reporting.results import RunResult, collect, load_result, save_json, save_result
 from megatron_mone.step_line import step_of
@@ -140,6 +142,7 @@ def run_child(command: Sequence[str], log: Path, on_step: OnStep, cwd: Path | No
         child = subprocess.Popen(
             command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             errors="replace", start_new_session=True,
+            env={**os.environ, **named_here()}, preexec_fn=tied(),
         )  # fmt: skip
         try:
             assert child.stdout is not None
