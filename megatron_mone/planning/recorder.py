@@ -151,11 +151,16 @@ class Recorder:
         return dict(self._kept)
 
 
-def stage_memory(held: Mapping[str, Iterable[Tensor]], recorder: Recorder) -> StageMemory:
+def stage_memory(
+    held: Mapping[str, Iterable[Tensor]],
+    of_experts: Mapping[str, Iterable[Tensor]],
+    recorder: Recorder,
+) -> StageMemory:
     """Bytes by kind; a storage that two kinds share belongs to the first.
 
     Args:
         held: from step to step, by kind; of ledger.persistent_tensors.
+        of_experts: which of them are of routed experts; of ledger.expert_tensors.
         recorder: of the step.
     """
     found = {kind: _storages(held[kind]) for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)}
@@ -163,7 +168,11 @@ def stage_memory(held: Mapping[str, Iterable[Tensor]], recorder: Recorder) -> St
     seen: set[int] = set()
     sizes = {}
     for kind, storages in found.items():
-        sizes[kind] = sum(s.nbytes() for key, s in storages.items() if key not in seen)
+        own = {key: s for key, s in storages.items() if key not in seen}
+        sizes[kind] = sum(s.nbytes() for s in own.values())
+        if kind in of_experts:
+            experts = own.keys() & _storages(of_experts[kind]).keys()
+            sizes[f"expert_{kind}"] = sum(own[key].nbytes() for key in experts)
         seen |= set(storages)
     peaks = recorder.live.peaks
     return StageMemory(

@@ -63,7 +63,11 @@ def scaled_traces[Place](
             world_size=gpus,
             ops=ops(trace),
             collectives=tuple(_scaled(one, factor, shard) for one in trace.collectives),
-            memory=replace(trace.memory, optimizer=round(trace.memory.optimizer * shard)),
+            memory=replace(
+                trace.memory,
+                optimizer=round(trace.memory.optimizer * shard),
+                expert_optimizer=round(trace.memory.expert_optimizer * shard),
+            ),
         )
         for place, trace in traces.items()
     }

@@ -8,7 +8,7 @@ May touch: the tracer's processes and cache, by way of the Planner.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -22,7 +22,9 @@ from megatron_mone.planning.trace import Trace
 RECOMPUTES = ("none", "layernorm+moe_act", "full")
 DENSE_RECOMPUTES = ("none", "layernorm+mlp", "full")
 LONG_SEQUENCE = 16384  # tokens above which context parallelism is tried
-_BYTES_PER_GRADIENT = 4
+_SHARDING = ("tp", "pp", "ep", "etp")
+_WITHOUT_PADDING = 0.98
+"""Of the optimizer's state, whose shards are padded, and rounded where they are scaled."""
 
 
 @dataclass(frozen=True)
@@ -63,58 +65,65 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Sharded:
-    """Bytes of gradients of a whole model, by what shards them.
+class Held:
+    """Bytes that a layout holds from step to step, and at least what others of the model hold.
 
     Attributes:
-        dense: of what tensor parallelism shards.
-        expert: of what expert and expert tensor parallelism shard.
-        weights: bytes of weights over bytes of gradients.
-        optimizer: bytes of optimizer state over bytes of gradients, before replicas share it.
+        facts: of the layout.
+        dense, expert: weights and gradients, summed over the ranks of one pipeline.
+        dense_state, expert_state: of the optimizer, the same, as if no replicas shared it.
     """
 
+    facts: JobFacts
     dense: float
     expert: float
-    weights: float
-    optimizer: float
+    dense_state: float
+    expert_state: float
 
     @classmethod
-    def of(cls, traces: Mapping[tuple[int, int], Trace], facts: JobFacts) -> Sharded:
-        """Read from the traces of any one layout of the model."""
-        expert = sum(_reduced(t, ("edp",)) for t in traces.values())
-        whole = sum(t.memory.gradients for t in traces.values())
-        weights = sum(t.memory.weights for t in traces.values())
-        dense = max(whole - expert, 0)
-        state = sum(t.memory.optimizer for t in traces.values())
-        replicas = facts.dp * facts.cp if facts.distributed_optimizer else 1
-        copies = facts.edp if facts.distributed_optimizer else 1
+    def of(cls, traces: Mapping[tuple[int, int], Trace], facts: JobFacts) -> Held:
+        """Read from the traces of a layout."""
+        memories = [trace.memory for trace in traces.values()]
+        expert = sum(m.expert_weights + m.expert_gradients for m in memories)
+        state = sum(m.expert_optimizer for m in memories)
         return cls(
-            dense * facts.tp,
-            expert * facts.ep * facts.etp,
-            weights / max(whole, 1),
-            state / max(dense / replicas + expert / copies, 1),
+            facts,
+            sum(m.weights + m.gradients for m in memories) - expert,
+            expert,
+            (sum(m.optimizer for m in memories) - state) * _sharing(facts, facts.dp * facts.cp),
+            state * _sharing(facts, facts.edp),
         )
 
-    def least_bytes(self, sizes: Mapping[str, int], gpus: int, shared: bool) -> float:
-        """Of an average stage of a layout: weights, gradients, optimizer.
+    def least_bytes(self, sizes: Mapping[str, int], gpus: int) -> float:
+        """Of an average rank of a pipeline, which the fullest does not fall short of.
+
+        What tensor parallelism does not shard and what a pipeline holds twice, as embeddings at
+        both of its ends, is not told from the rest: fewer shards or stages than were read are taken
+        to hold no more. Experts are sharded whole by expert parallelism and by stages; where
+        Megatron keeps them among the rest, as at ep = 1 (`_set_expert_parameter_attributes`), a
+        layout tells of others with the same shards of them.
 
         Args:
             sizes: short names of SHORT -> size.
             gpus: W.
-            shared: whether replicas share the optimizer's state.
         """
-        dense = self.dense / (sizes["tp"] * sizes["pp"])
-        expert = self.expert / (sizes["ep"] * sizes["etp"] * sizes["pp"])
-        replicas = gpus // (sizes["tp"] * sizes["pp"]) if shared else 1
-        copies = gpus // (sizes["ep"] * sizes["etp"] * sizes["pp"]) if shared else 1
-        state = dense / max(replicas, 1) + expert / max(copies, 1)
-        return (dense + expert) * (1 + self.weights) + state * self.optimizer
+        facts, stages = self.facts, sizes["pp"]
+        is_apart = self.expert > 0 or not facts.num_experts
+        if not is_apart and any(sizes[n] != getattr(facts, n) for n in ("tp", "ep", "etp")):
+            return 0.0
+        dense = min(1.0, facts.tp / sizes["tp"]) / max(stages, facts.pp)
+        expert = facts.ep / sizes["ep"] * min(1.0, facts.etp / sizes["etp"]) / stages
+        replicas = _sharing(facts, gpus // (sizes["tp"] * stages))
+        copies = _sharing(facts, gpus // (sizes["ep"] * sizes["etp"] * stages))
+        state = dense * self.dense_state / replicas + expert * self.expert_state / copies
+        return dense * self.dense + expert * self.expert + _WITHOUT_PADDING * state
 
 
-def _reduced(trace: Trace, groups: Sequence[str]) -> int:
-    kinds = ("reduce_scatter", "all_reduce")
-    found = (c for c in trace.collectives if c.group in groups and c.kind in kinds)
-    return sum(c.bytes * c.count for c in found)
+def _sharing(facts: JobFacts, replicas: int) -> int:
+    """How many replicas share a piece of the optimizer's state."""
+    if not facts.distributed_optimizer:
+        return 1
+    return max(1, replicas // facts.num_distributed_optimizer_instances)
 
 
 def layouts(facts: JobFacts, gpus: int, domain: int) -> Iterator[dict[str, Any]]:
@@ -204,7 +213,7 @@ def search(
         ValueError: one line; Megatron refuses the model in every layout.
     """
     found = Found()
-    known: Sharded | None = None
+    known: dict[tuple[int, ...], Held] = {}
     facts = _facts(planner, job, gpus)
     tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
     left = iter(tried)
@@ -217,7 +226,7 @@ def search(
             changes = as_changes(sizes)
             candidate = job.with_layout(changes)
             name = short_layout(candidate.values())
-            if known is not None and _is_hopeless(known, sizes, facts, planner, gpus):
+            if _is_hopeless(known.values(), sizes, planner, gpus):
                 found.hopeless.append(name)
                 continue
             if progress is not None:
@@ -227,7 +236,8 @@ def search(
             except ValueError as error:
                 found.refused.append((name, str(error)))
                 continue
-            known = known or Sharded.of(planned.traced.traces, planned.traced.facts)
+            held = Held.of(planned.traced.traces, planned.traced.facts)
+            known.setdefault(tuple(sizes[name] for name in _SHARDING), held)
             found.candidates.append(Candidate(name, changes, planned))
         for one in found.fitting[:whole]:
             place = found.candidates.index(one)
@@ -245,9 +255,10 @@ def _seconds(candidate: Candidate) -> float:
 
 
 def _is_hopeless(
-    known: Sharded, sizes: Mapping[str, Any], facts: JobFacts, planner: Planner, gpus: int
+    known: Iterable[Held], sizes: Mapping[str, Any], planner: Planner, gpus: int
 ) -> bool:
-    least = known.least_bytes(sizes, gpus, facts.distributed_optimizer)
+    """Whether any of the planned layouts says that this one holds too much."""
+    least = max((one.least_bytes(sizes, gpus) for one in known), default=0.0)
     return least > planner.cluster.device.memory_bytes
 
 

@@ -110,6 +110,8 @@ class StageMemory:
             trace, every storage once, weights left out.
         forward_peak, backward_peak: the most that tensors made in the step hold at once in its
             forward and backward passes, activations included.
+        expert_weights, expert_gradients, expert_optimizer: those of routed experts, contained in
+            the first three.
     """
 
     weights: int
@@ -118,6 +120,9 @@ class StageMemory:
     activations: int
     forward_peak: int = 0
     backward_peak: int = 0
+    expert_weights: int = 0
+    expert_gradients: int = 0
+    expert_optimizer: int = 0
 
 
 @dataclass(frozen=True)

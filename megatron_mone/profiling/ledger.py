@@ -73,6 +73,33 @@ def persistent_tensors(model_chunks: Iterable[Any], optimizer: Any) -> dict[str,
     return found
 
 
+def expert_tensors(model_chunks: Iterable[Any], optimizer: Any) -> dict[str, list[Tensor]]:
+    """Those of `persistent_tensors` that belong to routed experts: that expert parallelism shards.
+
+    Megatron marks their parameters with `allreduce` = False and keeps their gradients in buffers,
+    and their state in optimizers, of their own (get_megatron_optimizer).
+
+    Args:
+        model_chunks, optimizer: as of `persistent_tensors`.
+    """
+    found: dict[str, list[Tensor]] = {WEIGHTS: [], GRADIENTS: [], OPTIMIZER: []}
+    for chunk in model_chunks:
+        for module in chunk.modules():
+            own = [p for p in module._parameters.values() if not getattr(p, "allreduce", True)]
+            found[WEIGHTS] += tensors_in([*own, *(module._buffers.values() if own else ())])
+        for buffer in vars(chunk).get("expert_parallel_buffers", ()):
+            found[WEIGHTS] += tensors_in([buffer.param_data])
+            found[GRADIENTS] += tensors_in([buffer.grad_data])
+    for single in _single_optimizers(optimizer):
+        groups = getattr(single, "param_groups", ())
+        if groups and all(group.get("is_expert_parallel") for group in groups):
+            found[OPTIMIZER] += tensors_in(list(vars(single).values()))
+    for parameter in found[WEIGHTS] + found[OPTIMIZER]:
+        if parameter.is_leaf:
+            found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])
+    return found
+
+
 class MemoryLedger:
     """Records one optimizer step as a context manager; `record()` tells the result.
 

@@ -6,6 +6,7 @@ from megatron_mone.planning.composed import Composer, StageContents, stage_conte
 from megatron_mone.planning.hardware import load_cluster
 from megatron_mone.planning.job_spec import JobSpec, job_spec, parse_layout
 from megatron_mone.planning.planner import Planner
+from megatron_mone.planning.search import Held
 from megatron_mone.planning.trace_cache import TraceCache
 from megatron_mone.planning.trace_server import Tracer
 
@@ -46,16 +47,20 @@ def planner(tmp_path_factory):
         yield Planner(tracer, load_cluster("h100-ndr"))
 
 
+def tiny_job(layout):
+    plain = job_spec("moe-30b-a3b-mone")
+    train = {**plain.train, "global_batch_size": 64, "vocab_size": None, "seq_length": 512}
+    job = JobSpec("tiny", MODEL, {}, plain.cluster, {k: v for k, v in train.items() if v})
+    return job.with_layout(parse_layout(layout))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     ["tp=1,pp=1,ep=4", "tp=1,pp=2,vpp=2,ep=4", "tp=1,pp=8,ep=2,recompute=layernorm+moe_act"],
 )
 def test_a_composed_plan_is_the_whole_one(planner, layout):
-    plain = job_spec("moe-30b-a3b-mone")
-    train = {**plain.train, "global_batch_size": 64, "vocab_size": None, "seq_length": 512}
-    job = JobSpec("tiny", MODEL, {}, plain.cluster, {k: v for k, v in train.items() if v})
-    job = job.with_layout(parse_layout(layout))
+    job = tiny_job(layout)
     composed = Composer(planner).plan(job, GPUS).prediction
     whole = planner.plan(job, GPUS).prediction
     for one, other in zip(composed.memory_P, whole.memory_P, strict=True):
@@ -67,3 +72,27 @@ def test_a_composed_plan_is_the_whole_one(planner, layout):
     assert composed.seconds == pytest.approx(whole.seconds, rel=1e-2)
     for name, seconds in whole.parts.items():
         assert composed.parts[name] == pytest.approx(seconds, abs=1e-2 * whole.seconds), name
+
+
+@pytest.mark.slow
+def test_what_a_layout_says_of_others_is_no_more_than_they_hold(planner):
+    """So nothing that a search calls hopeless would be planned as fitting."""
+    composer, planned = Composer(planner), []
+    for layout in (
+        *("tp=1,pp=1,ep=1", "tp=1,pp=4,ep=1", "tp=1,pp=1,ep=4", "tp=1,pp=2,ep=4"),
+        *("tp=1,pp=4,vpp=2,ep=4", "tp=2,pp=2,ep=2,etp=2", "tp=2,pp=4,ep=2,etp=2"),
+        "tp=1,pp=8,ep=2,recompute=layernorm+moe_act",
+    ):
+        plan = composer.plan(tiny_job(layout), GPUS)
+        held = Held.of(plan.traced.traces, plan.traced.facts)
+        own = [m.weights + m.gradients + m.optimizer for m in plan.prediction.memory_P]
+        planned.append((held, max(own), sum(own) / len(own)))
+    for held, _, mean in planned:
+        assert held.dense > 0
+        assert (held.expert > 0) == (held.facts.ep > 1)
+        for other, fullest, _ in planned:
+            sizes = {name: getattr(other.facts, name) for name in ("tp", "pp", "ep", "etp")}
+            least = held.least_bytes(sizes, GPUS)
+            assert least <= fullest
+            if other is held:
+                assert least > 0.95 * mean

@@ -1,9 +1,11 @@
 """Searching layouts: what is tried, refused, hopeless; fronts, reasons and cheapest fixes."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_mone.planning.fixes import changes, cheapest_fix
 from megatron_mone.planning.job_spec import SHORT, JobSpec
@@ -11,8 +13,7 @@ from megatron_mone.planning.plan_tables import nothing_fits, nothing_planned, se
 from megatron_mone.planning.planner import Planned, rows_of
 from megatron_mone.planning.prediction import predict
 from megatron_mone.planning.routing_skew import ZIPF, Skew
-from megatron_mone.planning.search import Found, Sharded, explain, layouts, pareto, search
-from megatron_mone.planning.trace import Collective
+from megatron_mone.planning.search import Found, Held, explain, layouts, pareto, search
 from megatron_mone.planning.trace_server import TracedJob
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, MEMORY, STAGE, facts, trace
 
@@ -120,19 +121,88 @@ def test_an_interrupt_keeps_what_there_is():
     assert found.not_tried > 0
 
 
-def test_sharded_bytes_of_one_layout_tell_those_of_others():
-    expert = Collective("reduce_scatter", 8_000_000, "edp", 2, 4, "grad reduce", "forward")
-    traces = {(p, 0): trace(expert) for p in range(2)}
-    known = Sharded.of(traces, facts(tp=2, ep=4, etp=1, dp=4, edp=2))
-    # Of 20 MB of gradients a stage, 8 are of experts, in 4 parts; the rest is in 2 parts.
-    assert known.expert == 2 * 8e6 * 4
-    assert known.dense == 2 * 12e6 * 2
-    assert known.weights == pytest.approx(0.5)
-    assert known.optimizer == pytest.approx(30e6 / (24e6 / 4 + 16e6 / 2))
-    same = known.least_bytes(sizes(tp=2, ep=4, pp=2), 16, shared=True)
-    assert same == pytest.approx(45e6)  # 10 + 20 + 15 of the stage it was read from
-    assert known.least_bytes(sizes(tp=2, ep=8, pp=2), 16, True) < same
-    assert known.least_bytes(sizes(tp=2, ep=4, pp=2), 16, shared=False) > same
+SIZES = st.fixed_dictionaries({
+    "tp": st.sampled_from([1, 2, 4]), "pp": st.sampled_from([1, 2, 4, 8]),
+    "ep": st.sampled_from([1, 2, 4, 8]), "etp": st.sampled_from([1, 2, 4]),
+})  # fmt: skip
+
+
+@dataclass
+class PaperModel:
+    """Bytes of a model by what shards them; each of its 8 layers alike."""
+
+    sharded: int  # of a layer, by tensor parallelism
+    whole: int  # of a layer, by nothing: norms, routers
+    embedding: int  # by tensor parallelism; at the first stage, and again at the last if tied
+    tied: bool
+    experts: int  # of a layer
+    weights: float  # bytes of weights over bytes of gradients
+    state: float  # bytes of optimizer state over bytes of gradients
+    shared: bool  # among replicas
+
+    def traced(self, sizes, gpus):
+        """Traces of its stages in a layout, and its facts."""
+        tp, pp, ep, etp = (sizes[name] for name in ("tp", "pp", "ep", "etp"))
+        dp, edp = gpus // (tp * pp), gpus // (ep * etp * pp)
+        is_apart = ep > 1  # Megatron's experts of ep = 1 are parameters like others
+        memories = {}
+        for stage in range(pp):
+            dense = 8 / pp * (self.sharded / tp + self.whole)
+            dense += self.embedding / tp * ((stage == 0) + (self.tied and 0 < stage == pp - 1))
+            experts = 8 / pp * self.experts / (ep * etp)
+            shards = (dp, edp) if self.shared else (1, 1)
+            state = dense / shards[0], experts / shards[1]
+            memories[stage, 0] = replace(
+                MEMORY, weights=self.weights * (dense + experts), gradients=dense + experts,
+                optimizer=self.state * sum(state), expert_weights=is_apart * self.weights * experts,
+                expert_gradients=is_apart * experts,
+                expert_optimizer=is_apart * self.state * state[1],
+            )  # fmt: skip
+        of = facts(**sizes, world_size=gpus, dp=dp, edp=edp, distributed_optimizer=self.shared)
+        return {place: trace(memory=memory) for place, memory in memories.items()}, of
+
+    def fullest(self, sizes, gpus):
+        """Bytes of weights, gradients and optimizer of the stage that has most."""
+        memories = [trace.memory for trace in self.traced(sizes, gpus)[0].values()]
+        return max(m.weights + m.gradients + m.optimizer for m in memories)
+
+
+MODELS = st.builds(
+    PaperModel, *(st.integers(10**6, 10**9),) * 3, st.booleans(), st.integers(10**6, 10**11),
+    st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 1.5, 3.0]), st.booleans(),
+)  # fmt: skip
+
+
+@given(MODELS, SIZES, SIZES)
+def test_no_layout_is_said_to_hold_more_than_it_does(model, planned, other):
+    """Whatever layout was planned before."""
+    held = Held.of(*model.traced(planned, 256))
+    assert held.least_bytes(other, 256) <= 1.000001 * model.fullest(other, 256)
+
+
+@given(MODELS, SIZES, SIZES)
+def test_more_shards_are_known_from_fewer(model, planned, other):
+    """The bound is worth something: it is what a layout holds that shards everything further."""
+    model = replace(model, whole=0, embedding=0)
+    other = {name: max(size, planned[name]) for name, size in other.items()}
+    if planned["ep"] == 1:
+        other |= {name: planned[name] for name in ("tp", "ep", "etp")}
+    held = Held.of(*model.traced(planned, 1024))
+    least, true = held.least_bytes(other, 1024), model.fullest(other, 1024)
+    assert least >= 0.97 * true
+
+
+def test_a_search_begins_with_layouts_that_hold_experts_whole():
+    """64 H100, moe-30b-a3b: 8.6 GB a rank in all layouts, and 81 GB of experts by ep."""
+    gib = 2**30
+    model = PaperModel(gib, 0, gib, False, 27 * gib, 0.5, 2.0, True)
+    whole = Held.of(*model.traced({"tp": 1, "pp": 1, "ep": 1, "etp": 1}, 64))
+    split = {"tp": 1, "pp": 2, "ep": 8, "etp": 1}
+    assert whole.least_bytes(split, 64) == 0
+    assert whole.least_bytes({**split, "ep": 1}, 64) > 80 * gib
+    halved = Held.of(*model.traced({"tp": 1, "pp": 1, "ep": 2, "etp": 1}, 64))
+    assert 20 * gib < halved.least_bytes(split, 64) < 40 * gib
+    assert halved.least_bytes({**split, "ep": 1}, 64) > 80 * gib
 
 
 def test_what_cannot_fit_is_not_planned():
