@@ -57,9 +57,7 @@ def end_with_starter() -> None:
         end_with(os.getppid())
     # Parents may have ended before; whoever adopted this process is not told from one by its id.
     if starter is not None and not Path("/proc", starter).exists():
-        raise SystemExit(
-            f"megatron-mone: process {starter} ({STARTER_VARIABLE}) has ended: so do I"
-        )
+        raise SystemExit(f"megatron-mone: {STARTER_VARIABLE} = {starter} has ended: so do I")
 
 
 def named_here() -> dict[str, str]:
