@@ -103,13 +103,16 @@ def _decode(raw: bytes, name: str, line: int) -> str | BadLine:
 
 
 def _paragraphs(lines: Iterator[bytes], name: str, line: int) -> Iterator[str | BadLine]:
-    block: list[bytes] = []
+    block, size = [], 0
     for number, raw in enumerate(lines, line):
         if raw.strip():
             block.append(raw)
+            size += len(raw)
+            if size > LONGEST_DOCUMENT:
+                raise DataError(_too_long(name, "a paragraph"))
         elif block:
             yield _decode(_drop_line_end(b"".join(block)), name, number - len(block))
-            block = []
+            block, size = [], 0
     if block:
         yield _decode(_drop_line_end(b"".join(block)), name, number + 1 - len(block))
 

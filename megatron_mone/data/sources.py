@@ -85,7 +85,7 @@ def scan(source: Source, txt_documents: str, unit_bytes: int, seen: Callable[[in
                 break
             units.append(Unit(source, start, size, first_line, size - start))
     if source.kind == ".parquet":
-        units = _row_group_units(source, size)
+        units = _row_group_units(source, size, unit_bytes)
     elif not splittable:
         units = [Unit(source, 0, None, 1, size)]
     return Scan(size, digest.hexdigest(), tuple(units))
@@ -109,12 +109,15 @@ def _unit_chunks(stream: BinaryIO, size: int, paragraphs: bool) -> Iterator[byte
             blank = blank and not chunk.strip()
 
 
-def _row_group_units(source: Source, size: int) -> list[Unit]:
+def _row_group_units(source: Source, size: int, unit_bytes: int) -> list[Unit]:
+    """Units of row groups; of the file's bytes each stands for its part by rows."""
     rows = row_groups(source.path, source.name)
-    units, before, of_all = [], 0, max(1, sum(rows))
-    for index, count in enumerate(rows):
-        # By rows: together exactly the file's bytes, as the progress bars count them.
-        share = size * (before + count) // of_all - size * before // of_all
-        units.append(Unit(source, index, index + 1, before + 1, share))
-        before += count
+    of_all, units = max(1, sum(rows)), []
+    first = first_row = row = 0
+    for index, count in enumerate(rows, 1):
+        row += count
+        share = size * row // of_all - size * first_row // of_all
+        if share >= unit_bytes or index == len(rows):
+            units.append(Unit(source, first, index, first_row + 1, share))
+            first, first_row = index, row
     return units

@@ -17,7 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.data import compressed, json_text
+from megatron_mone.data import compressed, documents, json_text
 from megatron_mone.data.discovery import discover
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
@@ -26,10 +26,10 @@ from megatron_mone.data.sources import scan
 TEXTS = ["plain", "naïve café 日本語 🦉", "a\r\nb\n\n c\t", 'say "}" [x] \\', " "]
 
 
-def read(path: Path, key: str = "text", unit_bytes: int = 1 << 20) -> list[str | BadLine]:
-    found = scan(discover([path], json_key=key).sources[0], "file", unit_bytes, lambda _: None)
+def read(path: Path, key: str = "text", mode: str = "file") -> list[str | BadLine]:
+    found = scan(discover([path], json_key=key).sources[0], mode, 1 << 20, lambda _: None)
     assert sum(unit.size for unit in found.units) == found.size == path.stat().st_size
-    return [document for unit in found.units for document in read_unit(unit, key, "file")]
+    return [document for unit in found.units for document in read_unit(unit, key, mode)]
 
 
 def lines(texts: list[str]) -> bytes:
@@ -208,6 +208,47 @@ def test_a_json_file_that_breaks_off_is_an_error(tmp_path, text):
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "what"),
+    [
+        ("x.jsonl", "file", "a line"),
+        ("x.jsonl.gz", "file", "a line"),
+        ("x.txt", "file", "a document"),
+        ("x.txt", "paragraph", "a paragraph"),
+    ],
+)
+def test_what_no_document_may_be_is_not_held(tmp_path, monkeypatch, name, mode, what):
+    monkeypatch.setattr(documents, "LONGEST_DOCUMENT", 1000)
+    text = "\n".join(["word " * 15] * 30)
+    content = text if name == "x.txt" else '{"text": ' + json.dumps(text) + "}\n"
+    data = content.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    with pytest.raises(DataError, match=rf"{name}:? ?.*{what} of more than .*; cut it"):
+        read(tmp_path / name, mode=mode)
+
+
+def test_two_workers_read_every_kind_as_one_does(tmp_path, run_prepare):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [f"{text} {number}" for number in range(60) for text in TEXTS]
+    (folder / "a.json").write_text(json.dumps([{"text": text} for text in rows]))
+    (folder / "b.jsonl.xz").write_bytes(lzma.compress(lines(rows)))
+    (folder / "c.json").write_bytes(lines(rows) + b"{bad}\n")
+    write_parquet(folder / "d.parquet", pa.array(rows), row_group_size=50)
+    (folder / "e.parquet").write_bytes(b"PAR1xxxx")
+    one, two = (
+        run_prepare([folder], tmp_path / str(count), workers=count, shard_bytes=2000)
+        for count in (1, 2)
+    )
+    assert one.documents == two.documents == 4 * len(rows)
+    assert (one.bin.sha256, one.inputs) == (two.bin.sha256, two.inputs)
+    assert one.bad_lines_named == two.bad_lines_named
+    assert one.left_out_named == two.left_out_named == [str(folder / "e.parquet") + SHORT_PARQUET]
+
+
+SHORT_PARQUET = ": is no whole Parquet file (8 bytes); copy it again"
+
+
 def test_a_value_longer_than_any_document_may_be(monkeypatch):
     monkeypatch.setattr(json_text, "_CHUNK", 64)
     stream = io.StringIO('[{"text": "a"},\n{"text": "' + "b" * 5000 + '"}]')
@@ -284,6 +325,9 @@ def test_parquet(tmp_path, kind, compression):
     assert read(path) == texts
     units = scan(discover([path]).sources[0], "file", 1, lambda _: None).units
     assert [unit.first_line for unit in units] == list(range(1, 351, 30))
+    half = scan(discover([path]).sources[0], "file", path.stat().st_size // 2, lambda _: None).units
+    assert [(u.start, u.end) for u in half] == [(0, 6), (6, 12)]
+    assert sum(unit.size for unit in half) == path.stat().st_size
 
 
 def test_parquet_of_another_column_with_nulls_and_bad_bytes(tmp_path):
