@@ -10,7 +10,7 @@ that exist. May touch: Megatron's ChainedOptimizer.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 State = dict[Any, Any]
@@ -18,6 +18,7 @@ State = dict[Any, Any]
 
 def install() -> None:
     """Have ChainedOptimizer.load_state_dict accept the groups of another number of optimizers."""
+    from megatron.core import dist_checkpointing
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     original = ChainedOptimizer.load_state_dict
@@ -31,6 +32,28 @@ def install() -> None:
         original(self, state)
 
     ChainedOptimizer.load_state_dict = load_state_dict
+    dist_checkpointing.load = _with_a_reason(dist_checkpointing.load)
+
+
+def _with_a_reason(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Muon and its like are several optimizers also without expert parallelism: Megatron joins the
+    groups of two that are not the same (dict_utils.merge) before `fit_state` sees them."""
+
+    @functools.wraps(load)
+    def loaded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(*args, **kwargs)
+        except ValueError as error:
+            if "Cannot merge" not in str(error) or "'optimizer'" not in str(error):
+                raise
+            raise ValueError(
+                "the checkpoint's optimizer state is parted otherwise than this run's: with "
+                "optimizers other than adam and sgd, state saved with expert_model_parallel_size = "
+                "1 loads with 1 alone, and state saved with more loads with more: keep to that, or "
+                "pass --no-load-optim"
+            ) from error
+
+    return loaded
 
 
 def fit_state(state: State, optimizers: list[Any]) -> State:

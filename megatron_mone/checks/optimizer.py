@@ -23,7 +23,8 @@ def check_optimizer(args: Namespace) -> None:
         ValueError: names the flag, its value and what works.
     """
     name = args.optimizer
-    _check_scaled_states(args)
+    if args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None:
+        _check_stacks(args)
     if name in PLAIN:
         return
     needs = [
@@ -73,10 +74,16 @@ def check_optimizer_package(args: Namespace) -> None:
             )
 
 
-def _check_scaled_states(args: Namespace) -> None:
-    """A scale of a tensor: stock experts have one each, here all of a rank would share one."""
-    if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
-        return
+def _check_stacks(args: Namespace) -> None:
+    """Stock experts have a parameter each, here all of a rank are one: what scales or cuts by
+    parameter (fsdp_dtensor_checkpoint.py: swiglu_shard_axis=0, here the experts') is refused."""
+    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} = True is not allowed with MoNE: it cuts linear_fc1 along the axis of "
+                "gate and up in stock experts, which is that of the experts here: give "
+                "--use-distributed-optimizer"
+            )
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         if getattr(args, name) in SCALED:
             raise ValueError(

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mone.checkpoint.optimizer_layout import fit_state
+from megatron_mone.checkpoint.optimizer_layout import _with_a_reason, fit_state
 
 
 def group(weight_decay, expert, **more):
@@ -81,3 +81,14 @@ def test_unknown_settings_are_an_error():
     state = {0: saved(group(0.3, False), nested=True), 1: saved(group(0.3, True), nested=True)}
     with pytest.raises(ValueError, match="no parameter group with the settings"):
         fit_state(state, [ALL])
+
+
+def test_groups_that_megatron_cannot_join_are_one_line():
+    def load(level):
+        raise ValueError(f"Cannot merge two lists with different lengths (2 and 1, at {level})")
+
+    with pytest.raises(ValueError, match=r"parted otherwise .* pass --no-load-optim") as error:
+        _with_a_reason(load)(("optimizer", 1, "param_groups"))
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="different lengths"):
+        _with_a_reason(load)(("model", 1))

@@ -32,7 +32,7 @@ def parser():
         "--optimizer soap --save s --load s --no-save-optim --no-load-optim",
         "--optimizer soap --load s --finetune",
         "--optimizer soap --ckpt-format torch --save s --load s",
-        "--exp-avg-dtype fp8",
+        "--exp-avg-dtype fp8 --use-megatron-fsdp",
         f"{MONE} --exp-avg-dtype bf16",
     ],
 )
@@ -58,6 +58,8 @@ def test_what_trains_passes(parser, flags):
         ("--optimizer soap --load s", "its state cannot be loaded .* pass --no-load-optim"),
         ("--optimizer lion --lion-beta1 0.8", "lion_beta1 = 0.8 is not read .*adam_beta1 = 0.9: "),
         ("--optimizer lion --lion-beta2 0.8", "lion_beta2 = 0.8 is not read .* --adam-beta2"),
+        (f"{MONE} --use-megatron-fsdp", "use_megatron_fsdp = True is not allowed with MoNE"),
+        (f"{MONE} --use-torch-fsdp2", "use_torch_fsdp2 = True is not allowed with MoNE"),
         (f"{MONE} --exp-avg-dtype fp8", "exp_avg_dtype = 'fp8' is not allowed with MoNE"),
         (f"{MONE} --exp-avg-sq-dtype fp16", "exp_avg_sq_dtype = 'fp16' is not allowed with MoNE"),
     ],
