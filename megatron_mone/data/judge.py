@@ -86,7 +86,7 @@ def _wrong_bytes(source: Source) -> str | None:
     if encoding is None and len(head) >= 16 and 3 * head.count(0) > len(head):
         encoding = "UTF-16 without a byte order mark, or no text at all"
     if encoding is not None:
-        return f"{encoding}, not UTF-8: convert it (iconv -f UTF-16 -t UTF-8)"
+        return f"{encoding}, not UTF-8: convert it (iconv -f {encoding[:6]} -t UTF-8)"
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if source.kind == ".json" and first and first not in b"{[":
         return f"begins with {first.decode(errors='replace')!r}, not with a JSON object or array"

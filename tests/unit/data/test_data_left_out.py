@@ -59,7 +59,7 @@ FILES = {
     "empty.parquet": (bytes_of(b""), "is no whole Parquet file (0 bytes)"),
     "empty.jsonl.gz": (bytes_of(b""), "damaged archive (it does not begin as gzip does)"),
     "utf16.txt": (bytes_of("text".encode("utf-16")), "UTF-16, not UTF-8: convert it"),
-    "utf32.jsonl": (bytes_of(ROW.encode("utf-32")), "UTF-32, not UTF-8: convert it"),
+    "utf32.jsonl": (bytes_of(ROW.encode("utf-32")), "convert it (iconv -f UTF-32 -t UTF-8)"),
     "packed16.jsonl.gz": (bytes_of(gzip.compress(ROW.encode("utf-16"))), "UTF-16, not UTF-8"),
     "utf16le.jsonl": (bytes_of(ROW.encode("utf-16-le")), "UTF-16 without a byte order mark"),
     "plain.jsonl.gz": (bytes_of(ROW.encode()), "damaged archive (it does not begin as gzip does)"),
