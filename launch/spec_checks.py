@@ -28,6 +28,7 @@ _READ_ONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS"
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", re.ASCII)
 _MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
+_MOST_LEAD = 65535
 _GPU_TYPE = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]*", re.ASCII)
 _HOST_PART = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 _ARRAY = re.compile(r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?", re.ASCII)
@@ -182,6 +183,11 @@ def _check_forms(spec: LaunchSpec) -> None:
         raise ValueError(
             f"signal_lead_seconds = {spec.signal_lead_seconds} is not before the end of "
             f"time_limit = {spec.time_limit!r}: lower the one or raise the other"
+        )
+    if spec.signal_lead_seconds > _MOST_LEAD:
+        raise ValueError(
+            f"signal_lead_seconds = {spec.signal_lead_seconds} must be at most {_MOST_LEAD}, as "
+            "sbatch's --signal"
         )
     if spec.memory is not None and not _MEMORY.fullmatch(spec.memory):
         raise ValueError(f"memory = {spec.memory!r} must be a number with K, M, G or T, like 64G")

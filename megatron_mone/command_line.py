@@ -35,6 +35,8 @@ def fail(error: ValueError | OSError) -> int:
     Args:
         error: a ValueError with our own words, or what the system says of a file.
     """
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
     print(f"{ERROR} {' '.join(text.split())}", file=sys.stderr)
     return USER_ERROR

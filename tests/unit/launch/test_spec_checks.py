@@ -57,6 +57,7 @@ WRONG = {
     "an option with dashes": ({"sbatch": {"--hold": ""}}, "without dashes"),
     "two GPU types": ({"gpus_per_node": 8, "gpu_type": "a,b"}, "gpu_type = 'a,b'"),
     "a type of no GPU": ({"gpu_type": "h100"}, "gpu_type = 'h100' without gpus_per_node"),
+    "a signal that sbatch refuses": ({"signal_lead_seconds": 65536}, "must be at most 65535"),
     "memory that is none": ({"memory": "1.5G"}, "memory = '1.5G'"),
     "no rendezvous": ({"environment": {"MASTER_ADDR": ""}}, "MASTER_ADDR is empty"),
     "two rendezvous": (
