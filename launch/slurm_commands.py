@@ -74,6 +74,7 @@ PREFIXES = re.compile(
     r"(\w+: )?((error|fatal|warning): )?((Batch job submission failed|slurm_load_jobs error): )?"
 )
 JOB_ID = re.compile(r"\d+(_\d+|_\[[\d,%:-]+\])?")
+NO_JSON = re.compile(r"json|serializer|openapi|data_parser", re.IGNORECASE)
 
 
 class SlurmRefused(ValueError):
@@ -82,6 +83,10 @@ class SlurmRefused(ValueError):
 
 class SlurmUnavailable(RuntimeError):
     """Slurm gave no answer: it is not installed here, or its controller cannot be reached."""
+
+
+class Unreadable(SlurmUnavailable):
+    """An answer, or a record, of a form not known here: an error, for no state is guessed."""
 
 
 class SlurmAbsent(SlurmUnavailable):
@@ -156,10 +161,10 @@ def show_job(job_id: str | None = None) -> list[str]:
 def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
     """Records of `squeue --json`, also of other jobs (22.05 ignores the filter).
 
-    Without ids those of all jobs. None: it gave none, for it has no JSON, failed, or printed
-    something else; then scontrol is to be asked.
+    Without ids those of all jobs. None: it has no JSON, and scontrol is to be asked.
 
     Raises:
+        Unreadable: it failed, or printed something else; scontrol may do better.
         SlurmUnavailable: also where squeue ends with status 0 and an `errors` list, which is how
             22.05 says that the controller is down.
     """
@@ -169,10 +174,12 @@ def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
     except SlurmRefused as error:
         if "Invalid job id" in str(error):
             return []
-        return None
+        if NO_JSON.search(str(error).partition(":")[2]):
+            return None
+        raise Unreadable(str(error)) from error
     answer = json_answer(done.stdout)
     if answer is None:
-        return None
+        raise Unreadable(f"squeue: printed {shown(done.stdout)}, no JSON of jobs")
     if answer["errors"] and not answer["jobs"]:
         words = _one_line(done.stderr) or "; ".join(answer["errors"])
         raise SlurmUnavailable(str(_explained("squeue", words)))

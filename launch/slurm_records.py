@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.slurm_answers import shown
-from launch.slurm_commands import SlurmUnavailable
+from launch.slurm_commands import Unreadable
 
 FINISHED = frozenset(
     (
@@ -100,10 +100,6 @@ def array_tasks(listed: str) -> Iterator[int]:
     for part in listed.partition("%")[0].split(","):
         if found := re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?", part):
             yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
-
-
-class Unreadable(SlurmUnavailable):
-    """A record of a form that is not known here: an error, for nothing is guessed of a job."""
 
 
 def _known_form(program: str) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm_commands
-from launch.slurm_commands import SlurmUnavailable
+from launch.slurm_commands import SlurmUnavailable, Unreadable
 from launch.slurm_records import (
     JobState,
-    Unreadable,
     array_tasks,
     from_json,
     from_oneliner,
@@ -65,14 +64,12 @@ def unfinished_jobs_in(folder: Path) -> list[str]:
         SlurmUnavailable: the controller does not answer.
     """
     place = folder.resolve()
-    try:
-        ours = _in_json(slurm_commands.queue(), lambda r: place in Path(output_in_json(r)).parents)
-    except Unreadable:
-        ours = None
-    if ours is None:
-        texts = slurm_commands.show_job()
-        here = [t for t in texts if place in Path(output_in_oneliner(t)).parents]
-        ours = [from_oneliner(text) for text in here]
+
+    def texts() -> list[str]:
+        shown = slurm_commands.show_job()
+        return [text for text in shown if place in Path(output_in_oneliner(text)).parents]
+
+    ours = _read((), lambda r: place in Path(output_in_json(r)).parents, texts)
     return list(dict.fromkeys(job.job_id for job in ours if not job.finished))
 
 
@@ -84,20 +81,33 @@ def _queued(job_ids: Sequence[str]) -> list[JobState]:
         own, array = ids_in_json(record)
         return own is None or own in numbers or array in numbers
 
+    def texts() -> list[str]:
+        return [text for job_id in job_ids for text in slurm_commands.show_job(job_id)]
+
+    return _read(job_ids, may_be_asked, texts)
+
+
+def _read(
+    job_ids: Sequence[str],
+    wanted: Callable[[dict[str, Any]], bool],
+    texts: Callable[[], list[str]],
+) -> list[JobState]:
+    """The wanted jobs of squeue's JSON; where it gives none that can be read, of scontrol's texts.
+
+    Raises:
+        SlurmUnavailable: neither can be read; says of both what they printed.
+    """
+    why = ""
     try:
-        found = _in_json(slurm_commands.queue(job_ids), may_be_asked)
-    except Unreadable:
-        found = None
-    if found is None:
-        return [from_oneliner(text) for j in job_ids for text in slurm_commands.show_job(j)]
-    return found
-
-
-def _in_json(
-    records: list[dict[str, Any]] | None, wanted: Callable[[dict[str, Any]], bool]
-) -> list[JobState] | None:
-    """The wanted jobs of squeue's answer; None where it gave none."""
-    return None if records is None else [from_json(r) for r in records if wanted(r)]
+        records = slurm_commands.queue(job_ids)
+        if records is not None:
+            return [from_json(record) for record in records if wanted(record)]
+    except Unreadable as error:
+        why = f"{error}; "
+    try:
+        return [from_oneliner(text) for text in texts()]
+    except SlurmUnavailable as error:
+        raise SlurmUnavailable(f"{why}{error}") from error
 
 
 def _asked(job: JobState, job_id: str) -> bool:

@@ -91,10 +91,23 @@ def test_where_both_do_a_line_says_which_and_what_and_75_is_the_status(
     for action in ("cancel", "resume"):
         assert main([action, "--runs", str(tmp_path / "runs"), "x"]) == 75
         said = capsys.readouterr().err
-        assert said.startswith("megatron-mone: error: scontrol: printed ")
+        assert said.startswith("megatron-mone: error: squeue: printed ")
+        assert "; scontrol: printed " in said
         assert said.count("\n") == 1
     assert main(["status", "--runs", str(tmp_path / "runs")]) == 0
-    assert "x: job 3, state unknown; 0 attempts; scontrol: printed" in capsys.readouterr().out
+    assert "x: job 3, state unknown; 0 attempts; squeue: printed" in capsys.readouterr().out
+
+
+def test_where_scontrol_is_not_there_the_line_is_of_squeue(slurm, tmp_path, monkeypatch):
+    slurm.say("squeue", BANNER)
+    (tmp_path / "bin/scontrol").unlink()
+    for tool in ("bash", "cat"):
+        (tmp_path / "bin" / tool).symlink_to(f"/bin/{tool}")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")
+    with pytest.raises(
+        SlurmUnavailable, match=r"^squeue: printed '\*\*\* Wel.*; scontrol: not found"
+    ):
+        job_states(["3"])
 
 
 @pytest.mark.parametrize("before", [BANNER, "\n", "{not json}\n", "\ufeff\n"])
@@ -111,7 +124,9 @@ def test_a_failure_of_squeue_that_is_no_refusal_asks_scontrol(slurm):
     slurm.say("scontrol", TEXT)
     assert [job.label for job in job_states(["2"])] == ["2"]
     slurm.say("scontrol", err="scontrol: error: symbol lookup error\n", status=127)
-    with pytest.raises(SlurmUnavailable, match="scontrol: symbol lookup error"):
+    with pytest.raises(
+        SlurmUnavailable, match=r"^squeue: symbol .*; scontrol: symbol lookup error"
+    ):
         job_states(["2"])
 
 
