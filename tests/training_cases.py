@@ -62,18 +62,27 @@ class Case:
     tensors: bool = False
 
 
-def start(cases: list[Case], ranks: int, folder: Path) -> forked_ranks.Launch:
-    """Start ranks over the cases; results go to folder/NAME, what they print to FIRST_NAME.log."""
+def start(
+    cases: list[Case], ranks: int, folder: Path, run: Callable[..., None] | None = None
+) -> forked_ranks.Launch:
+    """Start ranks over the cases; results go to folder/NAME, what they print to FIRST_NAME.log.
+
+    Args:
+        cases, ranks, folder: of the runs.
+        run: what a rank calls in the place of `_main`, with the same arguments.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     todo = folder / f"cases-{ranks}-{time.monotonic_ns()}.json"
     todo.write_text(json.dumps([[c.name, list(c.flags), c.tensors] for c in cases]))
     log = folder / f"{cases[0].name}.log"
-    return forked_ranks.start(ranks, _main, (str(todo), str(folder)), log)
+    return forked_ranks.start(ranks, run or _main, (str(todo), str(folder)), log)
 
 
-def run_cases(cases: list[Case], ranks: int, folder: Path) -> None:
-    """Run the cases to the end; a failure shows the end of the log."""
-    job = start(cases, ranks, folder)
+def run_cases(
+    cases: list[Case], ranks: int, folder: Path, run: Callable[..., None] | None = None
+) -> None:
+    """Run the cases to the end; a failure shows the end of the log. Arguments as of `start`."""
+    job = start(cases, ranks, folder, run)
     try:
         failed = job.wait(timeout=900) != 0
     except subprocess.TimeoutExpired:
@@ -130,6 +139,7 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
         folder = value
 
     def write(name: str, values) -> None:
+        assert folder is not None
         whole = gather_whole(models, values)
         if torch.distributed.get_rank() == 0:
             torch.save(whole, folder / name)
@@ -246,7 +256,7 @@ class _Groups:
         torch.distributed.destroy_process_group = lambda *a, **k: None
 
     def _find(self, ranks=None, timeout=None, backend=None, *args, **kwargs):
-        kind = (tuple(ranks) if ranks is not None else None, str(backend), args)
+        kind: tuple = (tuple(ranks) if ranks is not None else None, str(backend), args)
         if ranks is None or len(ranks) > 1:
             kind = (*kind, str(timeout), str(sorted(kwargs.items(), key=str)))
         place = self._used.get(kind, 0)

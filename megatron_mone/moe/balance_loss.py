@@ -58,6 +58,13 @@ class BlockStatistics:
         width = self.counts_BF.shape[1]
         return BlockStatistics(packed[:, 0], packed[:, 1 : 1 + width], packed[:, 1 + width :])
 
+    def of_experts(self, experts: int) -> BlockStatistics:
+        """The same sums with the blocks of each of `experts` experts, which lie together, added."""
+        return BlockStatistics(
+            *(x.unflatten(0, (experts, -1)).sum(dim=1)
+              for x in (self.rows_B, self.counts_BF, self.share_BF))
+        )  # fmt: skip
+
     def with_uniform_row(self, num_neurons: int) -> BlockStatistics:
         """With one more row in each block, which uses all `num_neurons` neurons (F) alike.
 

@@ -15,24 +15,36 @@ class NonFiniteExpertError(FloatingPointError):
 
 
 def check_finite(
-    y_NH: Tensor, tokens_per_expert: Tensor, first_expert: int, layer: int | None
+    y_NH: Tensor,
+    row_probs: Tensor,
+    tokens_per_expert: Tensor,
+    first_expert: int,
+    layer: int | None,
 ) -> None:
     """Look at every row of every local expert; waits for the device once.
 
     Args:
         y_NH: [N, H] outputs grouped by local expert.
+        row_probs: [N] router probabilities.
         tokens_per_expert: [E_l] rows per local expert.
         first_expert: number of the first local expert in the model.
         layer: 1-based, for the message; None where the layer has no number.
 
     Raises:
         NonFiniteExpertError: names rank, layer, expert and rows.
+        ValueError: rows that another rank marked as padding (padding.py) and this one did not read.
     """
     # A row's sum is not finite when an entry is not, and needs no tensor of y's size.
     wide = torch.promote_types(y_NH.dtype, torch.float32)
-    bad_N = ~y_NH.detach().sum(dim=1, dtype=wide).isfinite()
+    marked_N = row_probs.detach() < 0
+    bad_N = ~y_NH.detach().sum(dim=1, dtype=wide).isfinite() | marked_N
     if not bool(bad_N.any()):
         return
+    if bool(marked_N.any()):
+        raise ValueError(
+            f"rank {torch.distributed.get_rank()}: padding_mask = None here, and another rank of "
+            "the expert group has one: give every rank a mask, of False where nothing is padded"
+        )
     expert_N = torch.arange(tokens_per_expert.numel()).repeat_interleave(tokens_per_expert.cpu())
     bad_E = torch.bincount(expert_N[bad_N.cpu()], minlength=tokens_per_expert.numel())
     expert = int(bad_E.nonzero()[0])

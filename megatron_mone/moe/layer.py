@@ -21,6 +21,7 @@ from megatron_mone.moe.mask_tape import MaskTape
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
 from megatron_mone.moe.neuron_load import LoadSummary
 from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.moe.padding import unmark_padding
 from megatron_mone.moe.recompute import RecomputeMasks, in_recompute
 from megatron_mone.moe.token_dispatcher import rows_by_source
 
@@ -28,7 +29,7 @@ from megatron_mone.moe.token_dispatcher import rows_by_source
 class MoNELayer(MoELayer):
     """Mixture of experts with selected neurons.
 
-    1. route tokens to experts (stock router)
+    1. route tokens to experts (stock router); keep which are padding
     2. dispatch tokens, and masks where some are replayed, to the ranks of their experts
     3. experts: gate every neuron, select or take the mask, compute the kept ones (MoNEExperts)
     4. attach the neuron-granular balance loss (NeuronBalancer)
@@ -61,7 +62,17 @@ class MoNELayer(MoELayer):
         self.mask_tape.follow_config(lambda: install_tracker().step() if self.training else None)
         self._bytes_reported = (0, 0)
         self._routing_map: Tensor | None = None  # of the forward under way, while it is recorded
+        self._padding_T: Tensor | None = None  # of the forward under way, while it is counted
         install_tracker().register(self)
+
+    def route(
+        self, hidden_states: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Step 1; see MoELayer.route. `padding_mask` is [s, b], True for padding."""
+        self._padding_T = None
+        if padding_mask is not None and self.training and torch.is_grad_enabled():
+            self._padding_T = padding_mask.reshape(-1).bool()
+        return super().route(hidden_states, padding_mask)
 
     def preprocess(
         self, hidden_states: Tensor, probs: Tensor, routing_map: Tensor
@@ -79,6 +90,8 @@ class MoNELayer(MoELayer):
             self.token_dispatcher.set_mask(
                 self.mask_tape.begin(routing_map, sequence, batch, layer)
             )
+        if self._padding_T is not None:
+            probs = self.token_dispatcher.mark_padding(probs, self._padding_T)
         return super().preprocess(hidden_states, probs, routing_map)
 
     def routed_experts_compute(
@@ -88,32 +101,43 @@ class MoNELayer(MoELayer):
         rows, tokens_per_expert, row_probs = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )
+        padding_N = None
+        if self._padding_T is not None:
+            row_probs, padding_N = unmark_padding(row_probs)
         mask = self.token_dispatcher.take_mask()
         if mask is None:
             mask = self.recompute_masks.take(rows.shape[0], self.experts.w_gate_EFH.shape[1])
         output = self.experts(rows, tokens_per_expert, row_probs, mask)
         if self.config.mone_check_for_nan:
             first, layer = self.local_expert_indices[0], self._table_number()
-            check_finite(output.y_NH, tokens_per_expert, first, layer)
+            check_finite(output.y_NH, row_probs, tokens_per_expert, first, layer)
         self.recompute_masks.keep(output.mask)
         self._record(output.mask)
         y_NH = output.y_NH
         if self.training and torch.is_grad_enabled():
             # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's
             # router, so that a recompute changes no statistic.
-            y_NH = self.balance(output, tokens_per_expert, row_probs)
+            y_NH = self.balance(output, tokens_per_expert, row_probs, padding_N)
         return self.token_dispatcher.combine_preprocess(y_NH), None
 
     def balance(
-        self, output: GroupedMLPOutput, tokens_per_expert: Tensor, row_probs: Tensor
+        self,
+        output: GroupedMLPOutput,
+        tokens_per_expert: Tensor,
+        row_probs: Tensor,
+        padding_N: Tensor | None = None,
     ) -> Tensor:
         """Step 4: the experts' y [N, H], the balance loss attached to its gradient."""
+        real_N = row_probs > 0 if self._pads_rows() else None
+        if padding_N is not None:
+            real_N = ~padding_N if real_N is None else real_N & ~padding_N
         return self.neuron_balancer(
             output,
             rows_by_source(self.token_dispatcher, tokens_per_expert),
             layer_number=self.layer_number,
             local_tokens=self._local_tokens(),
-            real_N=row_probs > 0 if self._pads_rows() else None,
+            real_N=real_N,
+            padding_T=self._padding_T,
         )
 
     def end_step(self) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits, unpack_bits
+from megatron_mone.moe.padding import mark_padding
 
 
 def build_dispatcher(
@@ -128,6 +129,15 @@ class MaskCarrier(MoETokenDispatcher):
         width = self._num_neurons // self.tp_size
         mask_NF = unpack_bits(bits_NB, self._num_neurons)
         return NeuronMask.from_bool(mask_NF[:, self.tp_rank * width :][:, :width])
+
+    def mark_padding(self, probs: Tensor, padding_T: Tensor) -> Tensor:
+        """Mark the tokens of the next dispatch that are padding; see padding.py.
+
+        Args:
+            probs: [T, E], for `dispatch_preprocess`.
+            padding_T: [T] bool.
+        """
+        return mark_padding(probs, padding_T)
 
     def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
         """Bring the masks of this rank's expert rows back to the ranks their tokens came from.

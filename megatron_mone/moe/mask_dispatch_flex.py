@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mone.moe.mask_dispatch import MaskCarrier, check_rows, predicted_mask_bytes
+from megatron_mone.moe.padding import mark_padding
 
 TAG_BYTES = 2  # expert + 1, low byte first; 0 is an empty slot
 DEEPEP_ALIGNMENT = 32  # bytes: intranode.cu moves each half of a row as int4
@@ -75,6 +76,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
 
     _slots_TW: Tensor | None = None  # from dispatch_preprocess to token_dispatch
     _slots_MW: Tensor | None = None  # from token_dispatch to dispatch_postprocess
+    _padding_T: Tensor | None = None  # from mark_padding to dispatch_preprocess
 
     def __init__(
         self,
@@ -97,6 +99,13 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
             _check_carried(self.config)
         super().set_mask(bits_NB)
 
+    def mark_padding(self, probs: Tensor, padding_T: Tensor) -> Tensor:
+        """See MaskCarrier; all but hybridep take the largest probabilities for the routed ones."""
+        if self.config.moe_flex_dispatcher_backend == "hybridep":
+            return super().mark_padding(probs, padding_T)
+        self._padding_T = padding_T
+        return probs
+
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -110,7 +119,12 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         self._slots_TW = self._slots_MW = None
         if bits_NB is not None:
             self._slots_TW = _fill_slots(bits_NB, routing_map.bool(), self.config.moe_router_topk)
-        return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        tokens, token_probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padding_T, self._padding_T = self._padding_T, None
+        if padding_T is not None:
+            token_probs = mark_padding(token_probs, padding_T)
+            self._comm_manager.token_probs = token_probs
+        return tokens, token_probs
 
     def token_dispatch(
         self,

@@ -76,6 +76,7 @@ class NeuronBalancer:
         layer_number: int | None,
         local_tokens: int,
         real_N: Tensor | None = None,
+        padding_T: Tensor | None = None,
     ) -> Tensor:
         """Count the kept neurons, and return y with the balance loss attached to its gradient.
 
@@ -84,13 +85,18 @@ class NeuronBalancer:
             rows_ER: [E_l, R] rows per local expert and source, in row order.
             layer_number: 1-based, for the log.
             local_tokens: tokens of the micro-batch on this rank.
-            real_N: [N] bool, False for rows that Megatron padded; None where it pads none.
+            real_N: [N] bool, False for rows that Megatron padded or that are of padding; None where
+                there are none.
+            padding_T: [T] bool, True for this rank's tokens under Megatron's padding mask; None
+                where it has none, on every rank of the expert group alike.
         """
         self.layer_number = layer_number
         y_NH = output.y_NH
         if real_N is not None:
             output, rows_ER = without_padding(output, rows_ER, real_N)
-        block_N, num_blocks = self._blocks(rows_ER)
+        tokens_M = self._real_tokens(padding_T)
+        parted = self.by_microbatch or tokens_M is not None
+        block_N, num_blocks = self._blocks(rows_ER, parted)
         block_N = block_N.to(y_NH.device)
         rows_B = torch.bincount(block_N, minlength=num_blocks)
         if not self.has_loss:
@@ -115,21 +121,44 @@ class NeuronBalancer:
             weight_BF = self._weights(whole, 1.0)
         else:
             weight_BF = self._last_step_weights()
+            if tokens_M is not None:
+                weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
+                statistics = statistics.of_experts(self.load.step_counts_EF.shape[0])
             self._add_to_step(statistics)
         loss = shares.loss(weight_BF, share_BF, total_N)
+        repeats = 1
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
-            loss = loss / self.config.mtp_num_layers  # counted once a repetition, as the router's
-        self._record(loss)
-        loss = loss * self.config.mone_ng_loss_coeff
-        if self.config.calculate_per_token_loss:
+            repeats = self.config.mtp_num_layers  # counted once a repetition, as the router's
+        self._record(loss / repeats)
+        if tokens_M is not None:  # a micro-batch's part times its own tokens
+            tokens_B1 = tokens_M.to(dtype).repeat(num_blocks // tokens_M.numel()).unsqueeze(1)
+            loss = shares.loss(weight_BF * tokens_B1, share_BF, total_N)
+        loss = loss / repeats * self.config.mone_ng_loss_coeff
+        if self.config.calculate_per_token_loss and tokens_M is None:
             # Cancels the division by all tokens, as TopKRouter.attach_and_log_load_balancing_loss.
             loss = loss * (local_tokens * self.tp_cp_group.size())
         return MoEAuxLossAutoScaler.apply(y_NH, loss)
 
-    def _blocks(self, rows_ER: Tensor) -> tuple[Tensor, int]:
+    def _real_tokens(self, padding_T: Tensor | None) -> Tensor | None:
+        """[M] tokens of each source micro-batch that are no padding, where the loss needs them.
+
+        With a loss per token Megatron divides the gradient by all tokens that are no padding; the
+        loss of a micro-batch is multiplied by its own, as the router's is.
+        """
+        if padding_T is None or not (self.has_loss and self.config.calculate_per_token_loss):
+            return None
+        tokens = (~padding_T).sum().view(1)
+        torch.distributed.all_reduce(tokens, group=self.tp_cp_group)
+        parts = [torch.empty_like(tokens) for _ in range(self.tp_ep_group.size())]
+        torch.distributed.all_gather(parts, tokens, group=self.tp_ep_group)
+        tokens_M = tokens.new_zeros(self.source_map.num_microbatches)
+        tokens_M[list(self.source_map.microbatch_of_rank)] = torch.cat(parts)
+        return tokens_M
+
+    def _blocks(self, rows_ER: Tensor, parted: bool) -> tuple[Tensor, int]:
         """[N] block of each row and their number: local expert * M + micro-batch, or the expert."""
         experts = rows_ER.shape[0]
-        if not self.by_microbatch:
+        if not parted:
             return torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)), experts
         count = self.source_map.num_microbatches
         block_ER = (

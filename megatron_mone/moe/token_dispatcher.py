@@ -32,11 +32,13 @@ class SourceMap:
             different replicas of an expert, else over the sources of this expert group alone.
         replica_group: ranks whose statistics must be summed to see a whole micro-batch (the
             expert-data-parallel group); None when the expert group sees whole micro-batches.
+        microbatch_of_rank: the same as microbatch_of_source, in the order of the group's ranks.
     """
 
     microbatch_of_source: tuple[int, ...]
     num_microbatches: int
     replica_group: ProcessGroup | None
+    microbatch_of_rank: tuple[int, ...]
 
     @cached_property
     def microbatch_of_source_R(self) -> Tensor:
@@ -77,11 +79,12 @@ def build_source_map(
         torch.distributed.all_gather_object(everyone, known, group=expt_dp_group)
         known = set().union(*everyone)
     index = {n: i for i, n in enumerate(sorted(known))}
-    order = [index[n] for n, _ in names]
+    order = by_rank = [index[n] for n, _ in names]
     if etp_major:
         parts = expt_tp_group.size()
         order = [order[e * parts + t] for t in range(parts) for e in range(len(order) // parts)]
-    return SourceMap(tuple(order), len(index), expt_dp_group if crosses else None)
+    replicas = expt_dp_group if crosses else None
+    return SourceMap(tuple(order), len(index), replicas, tuple(by_rank))
 
 
 def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) -> Tensor:

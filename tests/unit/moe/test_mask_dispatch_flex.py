@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.moe.padding import unmark_padding
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
 from tests.unit.moe import stand_in_deep_ep
@@ -128,8 +129,10 @@ def check_arrival(dispatcher, seed, *, same_tokens, exact_topk):
     hidden, probs = inputs_of(rank, maps[rank])
     carried, wire = dispatcher.bytes_carried, stand_in_deep_ep.WIRE["cached"]
     dispatcher.set_mask(masks_to_send(rank, maps[rank], neurons))
-    rows, per_expert, _ = dispatch(dispatcher, hidden, maps[rank].clone(), probs)
+    marked = dispatcher.mark_padding(probs, torch.arange(probs.shape[0]) % 3 == 0)
+    rows, per_expert, row_probs = dispatch(dispatcher, hidden, maps[rank].clone(), marked)
     got = dispatcher.take_mask()
+    row_probs, padding = unmark_padding(row_probs)
     assert dispatcher.take_mask() is None
     row_expert = torch.tensor(dispatcher.local_expert_indices).repeat_interleave(per_expert.cpu())
     want = torch.zeros(rows.shape[0], neurons, dtype=torch.bool)
@@ -139,6 +142,8 @@ def check_arrival(dispatcher, seed, *, same_tokens, exact_topk):
         if maps[source][token, expert]:  # else DeepEP's topk filled up with it
             want[n] = mask_of(source, token, expert, neurons)
             arrived.add((source, token, expert))
+            assert padding[n] == (token % 3 == 0)
+            assert row_probs[n] == inputs_of(source, maps[source])[1][token, expert]
     wanted = NeuronMask.from_bool(want).shard(dispatcher.tp_rank, dispatcher.tp_size)
     assert all_ranks(got == wanted)
     routed = {(r, t, e) for r in group_ranks(dispatcher) for t, e in pairs(maps[r])}
