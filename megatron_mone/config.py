@@ -40,6 +40,7 @@ Backend = Literal["auto", "reference", "cpu", "triton", "te"]
 __all__ = ["layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
 
 CONFIG_ENV = "MONE_CONFIG"
+OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]
 
 
 @dataclass
@@ -189,6 +190,40 @@ def check_packages(config: Any) -> None:
             "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
             "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
         )
+
+
+def check_doors(args: Any) -> None:
+    """mone_* fields come from flags or, with --spec alone, from MONE_CONFIG; all are read.
+
+    Args:
+        args: Megatron's, with mone_* fields.
+
+    Raises:
+        ValueError: a spec that would build another model, a MONE_CONFIG that nobody reads, or a
+            mone_* field where no field turns MoNE on.
+    """
+    path, spec = os.environ.get(CONFIG_ENV), getattr(args, "spec", None)
+    enabled = args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None
+    ours = list(spec or ()) == OUR_SPEC
+    if enabled and spec and not ours:
+        raise ValueError(
+            f"spec = {' '.join(spec)!r} builds another model than the mone_* fields ask for: drop "
+            "--spec, or the mone_* fields"
+        )
+    if path and (enabled or not ours):
+        raise ValueError(
+            f"{CONFIG_ENV} = {path!r} is not read here, where mone_* fields are flags or stand in "
+            f"the run file: unset it (only --spec {' '.join(OUR_SPEC)} reads it)"
+        )
+    if enabled or ours:
+        return
+    for field in dataclasses.fields(MoNEFields):
+        value = getattr(args, field.name)
+        if value != field.default:
+            raise ValueError(
+                f"{field.name} = {value!r} has no effect: neither mone_neuron_ratio nor "
+                "mone_neurons_per_token is set; give one of them, or leave it out"
+            )
 
 
 def needs_all_gates(config: Any) -> bool:

@@ -10,14 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -28,19 +26,30 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.training.models import gpt as megatron_gpt
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+from megatron.training.models.gpt import GPTModelConfig
 
-from megatron_mone.config import attach_fields_from_env, check_packages, layer_pattern
-from megatron_mone.metrics import install_tracker
+from megatron_mone.config import (
+    attach_fields_from_env,
+    check_packages,
+    layer_pattern,
+    neurons_per_token,
+)
+from megatron_mone.metrics import follow_training, install_tracker
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.layer import MoNELayer
+
+
+@dataclass
+class MoNEBlockSubmodules(TransformerBlockSubmodules):
+    """A decoder block that `mone_layer_spec` made; multi-token-prediction layers follow it."""
 
 
 def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Decoder block spec of this pipeline stage, MoE layers made MoNE where mone_layer_freq says.
 
     Accepted by `GPTModelConfig.transformer_layer_spec` and by
-    `--spec megatron_mone.layer_spec mone_layer_spec`.
+    `--spec megatron_mone.layer_spec mone_layer_spec`. Layers for multi-token prediction become the
+    kind of the last decoder layer, whichever script builds the model.
 
     Args:
         config: a GPTModelConfig, or its TransformerConfig. Without mone_* fields it gets them from
@@ -54,15 +63,20 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     if not hasattr(transformer, "mone_neuron_ratio"):
         attach_fields_from_env(transformer)
     check_packages(transformer)
-    install_tracker()  # on every rank: stages without MoNE layers take part in its collectives
+    # On every rank: stages without MoNE layers take part in its collectives.
+    follow_training(install_tracker(), transformer)
+    # GPTModelBuilder.build_model resolves it as a module global, and Megatron's asks for stock
+    # decoder specs; there is no argument to pass ours through.
+    megatron_gpt.mtp_block_spec = mtp_block_spec
+    neurons_per_token(transformer)  # one of the two fields is set
     block = stock_block(transformer, vp_stage)
     whole = layer_pattern(transformer)
     pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
-    block.layer_specs = [
+    layers = [
         _with_mone(spec) if kind == 2 else spec
         for spec, kind in zip(block.layer_specs, pattern, strict=True)
     ]
-    return block
+    return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
 
 
 def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
@@ -80,25 +94,24 @@ def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmo
 class MoNEGPTModelConfig(GPTModelConfig):
     """GPTModelConfig whose decoder and multi-token-prediction layers are MoNE."""
 
-    builder = "megatron_mone.layer_spec.MoNEGPTModelBuilder"
     transformer_layer_spec: Any = mone_layer_spec
 
 
-class MoNEGPTModelBuilder(GPTModelBuilder):
-    """Megatron's builder; the MTP block copies the last decoder layer, so it follows its kind."""
-
-    def build_model(self, *args: Any, **kwargs: Any) -> GPTModel:
-        """See GPTModelBuilder.build_model."""
-        # build_model resolves mtp_block_spec as a module global, and that function asks for stock
-        # decoder specs; there is no argument to pass ours through.
-        with patch.object(megatron_gpt, "mtp_block_spec", _mtp_block_spec):
-            return super().build_model(*args, **kwargs)
+_stock_mtp_block_spec = megatron_gpt.mtp_block_spec
 
 
-def _mtp_block_spec(
-    config: GPTModelConfig, decoder_spec: Any, vp_stage: int | None = None
+def mtp_block_spec(
+    config: GPTModelConfig, transformer_layer_spec: Any, vp_stage: int | None = None
 ) -> Any | None:
-    del decoder_spec
+    """Megatron's function of that name; MoNE where the decoder block's spec is ours.
+
+    Args:
+        config: of the model.
+        transformer_layer_spec: of its decoder.
+        vp_stage: virtual pipeline stage, None without interleaving.
+    """
+    if not isinstance(transformer_layer_spec, MoNEBlockSubmodules):
+        return _stock_mtp_block_spec(config, transformer_layer_spec, vp_stage=vp_stage)
     transformer = config.transformer
     if transformer.mtp_num_layers is None:
         return None

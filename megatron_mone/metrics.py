@@ -184,6 +184,27 @@ def install_tracker() -> MoNEMetricsTracker:
     return tracker
 
 
+def follow_training(tracker: MoNEMetricsTracker, transformer: Any) -> None:
+    """Log as often as Megatron does, with its timers, where a stock script brought no settings.
+
+    Args:
+        tracker: of the process.
+        transformer: the model's TransformerConfig, with mone_* fields.
+    """
+    from megatron.training import global_vars
+
+    from megatron_mone.profiling.flops import step_flops
+
+    args = global_vars._GLOBAL_ARGS  # None where a model is built outside a training script
+    if tracker.step_flops is not None or args is None:
+        return
+    tracker.log_interval = args.log_interval
+    tracker.step_flops = lambda: step_flops(args, transformer, args.global_batch_size)
+    tracker.interval_seconds = lambda: global_vars.get_timers()("interval-time").elapsed(
+        reset=False
+    )
+
+
 def _write_summaries(summaries: dict[int, LoadSummary], iteration: int, writer: Any) -> str:
     if not summaries:
         return ""

@@ -19,6 +19,7 @@ from megatron_mone.checks.files import (
 from megatron_mone.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.checks.options import check_async_save
 from megatron_mone.checks.schedule import check_schedule
+from megatron_mone.config import check_doors
 from megatron_mone.kernels.measured import check_table
 from megatron_mone.moe.mask_trace import recorded_steps
 
@@ -41,6 +42,7 @@ def check_run(args: Namespace) -> None:
 
 def check_values(args: Namespace) -> None:
     """What can be judged away from the run's machine: no dataset or folder is looked for."""
+    check_doors(args)
     check_tokenizer(args)
     check_schedule(args)
     check_optimizer(args)
