@@ -104,10 +104,11 @@ def number_text(text: str) -> str | None:
 
 
 def _split(text: str) -> tuple[str, list[str]]:
-    name, equals, values = text.partition("=")
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or not equals or "" in values.split(","):
+    name, equals, listed = text.partition("=")
+    values = re.split(r",(?![^\[]*\])", listed)  # a layer pattern such as [0,1] is one value
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_-]*", name) or not equals or "" in values:
         raise ValueError(f"--grid {text!r} must be {FORM}")
-    return SHORT.get(name, name), values.split(",")
+    return SHORT.get(name, name), values
 
 
 def _actions() -> dict[str, list[argparse.Action]]:
@@ -173,8 +174,8 @@ def _value(text: str, actions: Sequence[argparse.Action]) -> tuple[Any, str]:
         if shown is None or (action.type is int and not re.fullmatch(r"-?\d+", shown)):
             kind = "a whole number" if action.type is int else "a number or a fraction such as 1/4"
             raise ValueError(f"must be {kind}")
-    if action.choices is not None and text not in map(str, action.choices):
-        known = [str(choice) for choice in action.choices]
+    known = [getattr(choice, "name", str(choice)) for choice in action.choices or ()]
+    if known and text not in known:
         raise ValueError(f"must be one of {', '.join(known)}{nearest_name(text, known)}")
     assert shown is not None
     return shown, shown

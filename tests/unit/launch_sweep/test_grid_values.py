@@ -68,6 +68,16 @@ def test_text_and_choices_are_taken_as_they_are():
     assert dict(point.values) == {"tokenizer_model": "1.50"}
 
 
+def test_a_layer_pattern_is_one_value_and_an_enum_has_its_own_names():
+    points = read_grid(["moe_layer_freq=[0,1],2", "attention_backend=flash,local"], {}, [])
+    assert [point.flags for point in points] == [
+        ("--moe-layer-freq", freq, "--attention-backend", backend)
+        for freq in ("[0,1]", "2") for backend in ("flash", "local")
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="must be one of flash, fused, unfused, local, auto"):
+        read_grid(["attention_backend=AttnBackend.flash"], {}, [])
+
+
 def test_a_switch_is_a_flag_or_none():
     on, off = read_grid(["overlap_param_gather=true,false"], {}, [])
     assert (on.flags, off.flags) == (("--overlap-param-gather",), ())
