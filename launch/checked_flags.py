@@ -106,8 +106,10 @@ def check_data(job: JobSpec, prefixes: Sequence[str]) -> list[str]:
         Those that are not.
 
     Raises:
-        ValueError: one is broken, or does not fit the vocabulary or the tokenizer; one line.
+        ValueError: one is broken, does not fit the vocabulary or the tokenizer, or leaves a part of
+            the run without documents; one line.
     """
+    from megatron_mone.checks.data_split import READ, check_split
     from megatron_mone.data.checks import check_dataset
 
     values = job.values()
@@ -122,6 +124,9 @@ def check_data(job: JobSpec, prefixes: Sequence[str]) -> list[str]:
             vocab_size=values.get("vocab_size"),
             tokenizer_path=tokenizer if tokenizer.name and tokenizer.exists() else None,
         )
+    default = megatron_parser().get_default
+    read = {name: values.get(name, default(name)) for name in READ}
+    check_split(read, blend.read_data(values))
     return absent
 
 

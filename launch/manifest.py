@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.extension import extends
 from megatron_mone.data.manifest import load_manifest, manifest_path, sha256_of
 from megatron_mone.files import write_json
 
@@ -42,7 +43,8 @@ def open_run(folder: Path, name: str, config: Any, data: Sequence[str]) -> None:
         data: prefixes of the datasets.
 
     Raises:
-        ValueError: the folder holds a run of another config, or its manifest cannot be read.
+        ValueError: the folder holds a run of another config than this or a shorter one, or its
+            manifest cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
@@ -234,7 +236,7 @@ def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> dict[s
     manifest = _read(folder)
     if manifest is not None and _has_begun(folder, manifest):
         _check_config(folder, manifest, config)
-        return manifest
+        return {**manifest, "config": config, "config_sha256": digest(config)}
     return {
         "schema": SCHEMA,
         "name": name,
@@ -281,7 +283,8 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 
 def _check_config(folder: Path, manifest: Mapping[str, Any], config: Any) -> None:
-    if manifest["config_sha256"] != digest(config):
+    same = manifest["config_sha256"] == digest(config)
+    if not (same or extends(manifest.get("config"), config)):
         raise ValueError(
             f"{folder} holds a run of another config: choose another --name, or delete the folder"
         )

@@ -10,6 +10,8 @@ fault-tolerance hooks.
 from __future__ import annotations
 
 import functools
+import linecache
+import logging
 import os
 import re
 import sys
@@ -19,7 +21,7 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
@@ -59,6 +61,8 @@ def watch_first_step() -> tuple[Callable[[], bool], Callable[[], None]]:
 
     for name, original in originals.items():
         setattr(ft_integration, name, noting(original))
+    # StragglerDetector.__exit__ logs the traceback of what goes through it.
+    logging.getLogger("megatron.core.utils").addFilter(_has_no_traceback)
 
     def end() -> None:
         if not done:
@@ -66,6 +70,10 @@ def watch_first_step() -> tuple[Callable[[], bool], Callable[[], None]]:
                 setattr(ft_integration, name, before)
 
     return lambda: bool(done), end
+
+
+def _has_no_traceback(record: logging.LogRecord) -> bool:
+    return "Traceback (most recent call last)" not in record.getMessage()
 
 
 def end_with_line(error: BaseException, args: Namespace | None) -> NoReturn:
@@ -79,42 +87,61 @@ def end_with_line(error: BaseException, args: Namespace | None) -> NoReturn:
         SystemExit: USER_ERROR where another start would end the same way, else UNEXPECTED; where
             another rank failed before, its status.
     """
-    status = USER_ERROR if _is_the_users(error) else UNEXPECTED
-    log, rank = _log_file(args), os.environ.get("RANK", "0")
-    said = f"{_line(error, args)}; the traceback is in {log}"
+    log = log_file(args)
+    said = _line(error, args)
+    if not (_is_ours(error) and isinstance(error, ValueError)):
+        said += f"; the traceback is in {log}"
+    text = "".join(traceback.format_exception(error))
+    raise SystemExit(say_once(said, USER_ERROR if _is_the_users(error) else UNEXPECTED, log, text))
+
+
+def say_once(said: str, status: int, log: Path, text: str = "") -> int:
+    """Say a line, unless another rank has; rank 0 goes first, and may be late, or well.
+
+    Args:
+        said: the line, without its head.
+        status: to end with.
+        log: of `log_file`; whichever rank makes it says the line.
+        text: that goes into the file, after the line.
+
+    Returns:
+        The status to end with: that of the rank which said the line, for whoever started the ranks
+        may see any of them end first.
+    """
+    rank = os.environ.get("RANK", "0")
     if rank != "0":
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline and not log.exists():
             time.sleep(PATIENCE_SECONDS / 20)
-    text = "".join(traceback.format_exception(error))
     try:
         with log.open("x") as stream:
             stream.write(f"{status} (rank {rank})\n{said}\n\n{text}")
     except FileExistsError:
-        raise SystemExit(_status_in(log, status)) from error
+        return _status_in(log, status)
     except OSError as full:
-        said += f", which could not be written ({full.strerror})"
+        said += f" ({log} could not be written: {full.strerror})"
     print(f"{ERROR} {said}", file=sys.stderr, flush=True)
-    raise SystemExit(status) from error
+    return status
 
 
 def words(error: BaseException) -> str:
     """The error's class and words; the statement that raised it where it has none.
 
-    Of errors raised from one another the first, which knows what was wrong.
+    Of errors raised from one another the first, which knows what was wrong. Assertions and wrong
+    values that have words speak for themselves.
     """
     while error.__cause__ is not None:
         error = error.__cause__
     said = " ".join(str(error).split())
-    if _is_ours(error) and isinstance(error, ValueError):
-        return said
+    if said and (_is_ours(error) or isinstance(error, AssertionError)):
+        return _shortened(said)
     if isinstance(error, KeyError):
         said = f"no {said}"
-    if not said:
-        said = _statement(error)
-    if len(said) > LONGEST_WORDS:
-        said = f"{said[:LONGEST_WORDS]} ..."
-    return f"{type(error).__name__}: {said}"
+    return f"{type(error).__name__}: {_shortened(said or _statement(error))}"
+
+
+def _shortened(said: str) -> str:
+    return said if len(said) <= LONGEST_WORDS else f"{said[:LONGEST_WORDS]} ..."
 
 
 def _line(error: BaseException, args: Namespace | None) -> str:
@@ -124,15 +151,28 @@ def _line(error: BaseException, args: Namespace | None) -> str:
 
 
 def _statement(error: BaseException) -> str:
-    """The source of the statement that raised an error."""
-    import linecache
-
+    """The source of the statement that raised an error, and the values of what it names."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return "no words"
     last = frames[-1]
     lines = range(last.lineno or 0, (last.end_lineno or last.lineno or 0) + 1)
-    return " ".join(" ".join(linecache.getline(last.filename, n) for n in lines).split())
+    source = " ".join(" ".join(linecache.getline(last.filename, n) for n in lines).split())
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    values = [] if place is None else _values(source, place.tb_frame.f_locals)
+    return f"{source}, where {', '.join(values)}" if values else source
+
+
+def _values(source: str, names: dict[str, Any]) -> list[str]:
+    """`NAME = VALUE` of each plain value that a statement names, by itself or as args.NAME."""
+    found = {}
+    for owner, name in re.findall(r"\b(?:(args|self|config)\.)?([a-z]\w*)\b", source):
+        value = getattr(names.get(owner), name, ...) if owner else names.get(name, ...)
+        if value is None or isinstance(value, int | float | str):
+            found[name] = f"{name} = {value!r}"
+    return list(found.values())
 
 
 def _is_ours(error: BaseException) -> bool:
@@ -151,31 +191,31 @@ def _is_the_users(error: BaseException) -> bool:
     return not (isinstance(error, RuntimeError) and _NOT_THE_USERS.search(str(error)))
 
 
-def _log_file(args: Namespace | None) -> Path:
-    """The same for all ranks of an attempt, new for each."""
+def log_file(args: Namespace | None) -> Path:
+    """The same for all ranks of an attempt, or for those on a node; new for each attempt."""
     progress = os.environ.get(PROGRESS_VARIABLE)
     if progress:  # runs/NAME/attempts/ATTEMPT.progress, beside runs/NAME/logs/ATTEMPT
-        attempt = Path(progress)
-        folders = [attempt.parent.parent / "logs" / attempt.stem]
-    else:
-        given = (getattr(args, name, None) for name in ("tensorboard_dir", "save"))
-        folders = [Path(folder) for folder in given if folder]
-    name = f"failure-{_attempt()}.log"
-    for folder in folders:
-        if folder.is_dir() and os.access(folder, os.W_OK):
-            return folder / name
+        logs = Path(progress).parent.parent / "logs" / Path(progress).stem
+        if _is_writable(logs):
+            return logs / "failure.log"
+    name = f"failure-{_start()}.log"
+    for folder in (getattr(args, name, None) for name in ("tensorboard_dir", "save")):
+        if folder and _is_writable(Path(folder)):
+            return Path(folder) / name
     return Path(tempfile.gettempdir()) / f"megatron-mone-{os.getuid()}-{name}"
 
 
-def _attempt() -> str:
-    """A name that the ranks of one start have in common, those of one node at least."""
-    job, count = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    if job and "SLURM_STEP_ID" in os.environ:
-        return f"{job}-{count}-{os.environ['SLURM_STEP_ID']}"
+def _is_writable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def _start() -> str:
+    """A name that this node's ranks of one start have in common: of the process that started
+    them."""
     own = psutil.Process()
-    start = own if "RANK" not in os.environ else own.parent() or own
+    starter = own if "RANK" not in os.environ else own.parent() or own
     count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return f"{start.pid}-{int(start.create_time())}-{count}"
+    return f"{starter.pid}-{int(starter.create_time())}-{count}"
 
 
 def _status_in(log: Path, otherwise: int) -> int:

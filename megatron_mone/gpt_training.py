@@ -6,7 +6,7 @@ The same for MoNE and stock models. May touch: Megatron's data utilities and mod
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -136,6 +136,10 @@ def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     config = dataset_config(args)
+    if not args.full_validation:
+        # --start-eval-at-iter may be past the end: the last evaluation needs as many as a test.
+        samples = [0 if args.skip_train else samples[0], samples[1] or samples[2], samples[2]]
+        _leave_out_unread(config, samples)
     return BlendedMegatronDatasetBuilder(kind, samples, _reads_data, config).build()
 
 
@@ -170,6 +174,17 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
+
+
+def _leave_out_unread(config: GPTDatasetConfig, samples: Sequence[int]) -> None:
+    """Build no dataset of which no sample is wanted: Megatron's loader of a blend of none asserts
+    (`no sample to consume`), and its builder looks for documents that a split may not have."""
+    for part, wanted in enumerate(samples):
+        if wanted == 0:
+            if config.blend_per_split is not None and any(config.blend_per_split):
+                config.blend_per_split[part] = None
+            else:
+                config.split_matrix[part] = None
 
 
 def _reads_data() -> bool:

@@ -59,10 +59,18 @@ def likely_flags(error: BaseException, said: str, args: Namespace | None) -> tup
 
 
 def _about(error: BaseException) -> tuple[str, ...]:
-    """Arguments of what the code that raised the error is about, the innermost frame first."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+    """Arguments of what the code that raised the error is about, the innermost frame first.
+
+    The pipeline's schedule calls all that happens in a step: it is meant where it raised the error
+    itself. Of our own code nothing is guessed.
+    """
+    files = [frame.filename for frame in reversed(traceback.extract_tb(error.__traceback__))]
+    files = [file for file in files if "/megatron/" in file or "/megatron_mone/" in file]
+    for place, file in enumerate(files):
+        if "/megatron_mone/" in file:
+            return ()
         for part, names in TOPICS:
-            if "megatron/" in frame.filename and part in frame.filename:
+            if part in file and (place == 0 or names is not _STAGES):
                 return names
     return ()
 

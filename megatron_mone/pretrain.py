@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from megatron_mone import failure, liveness
 from megatron_mone.child_processes import end_with_starter
+from megatron_mone.command_line import ERROR
 from megatron_mone.exit_status import LEASE_LOST, NOT_FINITE, SAVE_FAILED, STOPPED, USER_ERROR
 from megatron_mone.files import write_json
 from megatron_mone.profiling.local_ranks import free_port
@@ -35,6 +36,7 @@ def main() -> None:
         cpu_emulation.install()
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    from megatron_mone import checks
     from megatron_mone.checks.flags import notices
     from megatron_mone.checks.layout_notices import layout_notices
 
@@ -44,12 +46,18 @@ def main() -> None:
         try:
             args = parse_arguments()
             model_config = build_model_config(args)
+            checks.check_length(args)
         except ValueError as error:
             fail(str(error))
         if args.rank == 0:
             for line in (*notices(args), *layout_notices(args, sys.argv)):
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
         _train(args, model_config, started)
+    except SystemExit as ended:
+        if args is None or ended.code or has_stepped() or args.ckpt_convert_format:
+            raise
+        why = f"no checkpoint is in load = {args.load}" if args.exit_on_missing_checkpoint else ""
+        fail(f"Megatron ended before the first step: {why or 'its last words are above'}")
     except Exception as error:
         if has_stepped():
             raise
@@ -58,10 +66,12 @@ def main() -> None:
         end_watch()
 
 
-def fail(message: str, status: int = USER_ERROR, *, from_any_rank: bool = False) -> NoReturn:
-    """Print one line (on rank 0 only, unless `from_any_rank`) and exit."""
-    if from_any_rank or os.environ.get("RANK", "0") == "0":
-        print(f"megatron-mone: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+def fail(message: str, status: int = USER_ERROR) -> NoReturn:
+    """Print one line, on one rank only, and exit."""
+    said = " ".join(message.split())
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SystemExit(failure.say_once(said, status, failure.log_file(None)))
+    print(f"{ERROR} {said}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -73,7 +83,14 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
-    from megatron_mone.checkpoint import optimizer_layout, ownership, safe_save, signals, verify
+    from megatron_mone.checkpoint import (
+        optimizer_layout,
+        ownership,
+        safe_save,
+        schedule,
+        signals,
+        verify,
+    )
     from megatron_mone.checkpoint.lease import LeaseLostError
     from megatron_mone.gpt_training import datasets_provider, forward_step
     from megatron_mone.loss_check import rejection, settle_rerun_mode
@@ -89,6 +106,8 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     verify.install(fail)
     optimizer_layout.install()
     settle_rerun_mode(args)
+    schedule.install()
+    schedule.say_restart(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
     tracker.log_interval = args.log_interval
@@ -109,10 +128,10 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
         fail(str(error), SAVE_FAILED)
     except (NonFiniteExpertError, MaskTraceError) as error:
         status = USER_ERROR if isinstance(error, MaskTraceError) else NOT_FINITE
-        fail(str(error), status, from_any_rank=True)
+        fail(str(error), status)
     except (RuntimeError, SystemExit) as error:
         if refused := rejection(error):
-            fail(refused, NOT_FINITE, from_any_rank=isinstance(error, RuntimeError))
+            fail(refused, NOT_FINITE)
         if isinstance(error, RuntimeError) or stop is None or not stop.stopped:
             raise
         raise SystemExit(STOPPED) from None
@@ -149,7 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     from megatron.training import arguments
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
-    from megatron_mone.checks import check_checkpoint, check_run
+    from megatron_mone.checks import check_checkpoint, check_layout, check_run
     from megatron_mone.checks.flags import parse_given
     from megatron_mone.profiling.attach import window_of
 
@@ -158,8 +177,15 @@ def parse_arguments() -> argparse.Namespace:
     check_run(given)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
-    except AssertionError as error:
-        raise ValueError(f"Megatron refuses the arguments: {error}") from error
+    except ValueError:
+        raise
+    except SystemExit:  # the one exit() there is
+        raise ValueError(
+            "checkpoint_activations is no longer read: pass --recompute-activations"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"Megatron refuses the arguments: {failure.words(error)}") from error
+    check_layout(args)
     check_checkpoint(args)  # compares widths that validation derives
     keep_padded_vocabulary(args, given.padded_vocab_size)
     window_of(args)  # refuses a wrong one
@@ -203,8 +229,10 @@ def build_model_config(args: argparse.Namespace):
             transformer = core_transformer_config_from_args(args, MoNEConfig)
         config = gpt_config_from_args(args, transformer, MoNEGPTModelConfig)
         return _with_rope_scaling(config, args)
-    except AssertionError as error:
-        raise ValueError(f"Megatron refuses the model: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"Megatron refuses the model: {failure.words(error)}") from error
 
 
 def _with_rope_scaling(config: Any, args: argparse.Namespace) -> Any:

@@ -13,6 +13,8 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from megatron_mone.checkpoint.schedule import fit_groups
+
 State = dict[Any, Any]
 
 
@@ -20,6 +22,7 @@ def install() -> None:
     """Have ChainedOptimizer.load_state_dict accept the groups of another number of optimizers."""
     from megatron.core import dist_checkpointing
     from megatron.core.optimizer.optimizer import ChainedOptimizer
+    from megatron.training import get_args
 
     original = ChainedOptimizer.load_state_dict
     if hasattr(original, "__wrapped__"):
@@ -28,6 +31,7 @@ def install() -> None:
     @functools.wraps(original)
     def load_state_dict(self: Any, state: Any) -> None:
         if isinstance(state, dict):
+            fit_groups(list(_with_param_groups(state)), self.chained_optimizers, get_args())
             state = fit_state(state, self.chained_optimizers)
         original(self, state)
 
@@ -82,6 +86,13 @@ def fit_state(state: State, optimizers: list[Any]) -> State:
         for own, optimizer in zip(asked, optimizers, strict=True)
     ]
     return fitted[0] if len(fitted) == 1 else dict(enumerate(fitted))
+
+
+def _with_param_groups(state: State) -> Iterator[State]:
+    """The saved states, of one optimizer or of several, where they hold their groups."""
+    for part in (state, *(state[key] for key in state if isinstance(key, int))):
+        if _holds_groups(part):
+            yield _inner(part)
 
 
 def _inner(state: State) -> State:

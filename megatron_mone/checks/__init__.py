@@ -1,7 +1,8 @@
 """Checks made before anything expensive starts, each a file: what it judges stands at its head.
 
-`check_run` works on Megatron's parsed arguments, `check_checkpoint` on its validated ones. Each
-failure is a ValueError of one line that names the flag or file, the value and the fix.
+`check_run` works on Megatron's parsed arguments, `check_layout` and `check_checkpoint` on its
+validated ones. Each failure is a ValueError of one line that names the flag or file, the value and
+the fix.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from megatron_mone.checks.files import (
     check_tokenizer,
     check_writable,
 )
+from megatron_mone.checks.layout import check_layout
 from megatron_mone.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.checks.options import check_async_save
-from megatron_mone.checks.schedule import check_schedule
+from megatron_mone.checks.schedule import check_length, check_schedule
+from megatron_mone.checks.sizes import check_sizes
 from megatron_mone.config import check_doors
 from megatron_mone.kernels.measured import check_table
 from megatron_mone.moe.mask_trace import recorded_steps
 
-__all__ = ["check_checkpoint", "check_run", "check_values"]
+__all__ = ["check_checkpoint", "check_layout", "check_length", "check_run", "check_values"]
 
 
 def check_run(args: Namespace) -> None:
@@ -43,6 +46,7 @@ def check_run(args: Namespace) -> None:
 def check_values(args: Namespace) -> None:
     """What can be judged away from the run's machine: no dataset or folder is looked for."""
     check_doors(args)
+    check_sizes(args)
     check_tokenizer(args)
     check_schedule(args)
     check_optimizer(args)

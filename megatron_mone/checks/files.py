@@ -14,6 +14,7 @@ from pathlib import Path
 from megatron_mone.checkpoint.manifest import check_manifest
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
+from megatron_mone.checks.data_split import check_split
 from megatron_mone.data.blend import check_sources, is_remote, read_data
 from megatron_mone.data.checks import check_dataset
 
@@ -58,6 +59,7 @@ def check_data(args: Namespace) -> None:
             _check_remote(prefix, args)
         else:
             check_dataset(Path(prefix), vocab_size=args.vocab_size, tokenizer_path=tokenizer)
+    check_split(vars(args), data)
 
 
 def read_sequences(args: Namespace) -> dict[str, list[int]] | None:

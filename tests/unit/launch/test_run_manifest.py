@@ -48,6 +48,46 @@ def test_a_run_that_never_began_stands_in_nobodys_way(tmp_path):
     assert len(_written(tmp_path)["starts"]) == 1
 
 
+TRAINING = {"values": {"train_iters": 6, "lr": 1e-3}, "arguments": ["--seed", "1"], "sweep": False}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--seed", "1", "--train-iters", "10"],
+        ["--seed", "1", "--train-iters=10"],
+        ["--train-iters", "10", "--seed", "1", "--override-opt-param-scheduler"],
+        ["--train-iters", "10", "--use-checkpoint-opt-param-scheduler", "--seed", "1"],
+        ["--seed", "1", "--train-iters", "10", "--lr-decay-iters", "6"],
+    ],
+)
+def test_a_run_goes_on_with_more_steps_under_its_name(tmp_path, arguments):
+    """The manifest has the config of the last start, to which the next is held."""
+    _start(tmp_path, TRAINING, job_id="5")
+    longer = {**TRAINING, "arguments": arguments}
+    manifest.check_config(tmp_path, longer)
+    _start(tmp_path, longer, job_id="6")
+    assert _written(tmp_path)["config"] == longer
+    with pytest.raises(ValueError, match="train_iters = 6 is fewer than the 10 that the run"):
+        manifest.check_config(tmp_path, TRAINING)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"arguments": ["--seed", "2", "--train-iters", "10"]},
+        {"values": {"train_iters": 10, "lr": 2e-3}},
+        {"values": {"lr": 1e-3}, "arguments": ["--seed", "1", "--train-samples", "99"]},
+        {"arguments": ["--seed", "1", "--train-iters", "5"]},
+        {"sweep": True, "values": {"train_iters": 10, "lr": 1e-3}},
+    ],
+)
+def test_more_than_its_length_makes_another_run(tmp_path, change):
+    _start(tmp_path, TRAINING, job_id="5")
+    with pytest.raises(ValueError, match=r"another config|is fewer than the 6"):
+        manifest.check_config(tmp_path, {**TRAINING, **change})
+
+
 def test_a_job_that_nobody_noted_is_known_by_its_attempts(tmp_path):
     """The launcher's machine died between sbatch's answer and the note of it."""
     manifest.open_run(tmp_path, "run", CONFIG, ())

@@ -111,6 +111,15 @@ def test_data_that_are_here_are_checked_and_the_others_named(tmp_path):
         check_data(job, [here])
 
 
+def test_a_split_that_leaves_validation_nothing_is_refused(tmp_path):
+    """Before the job is submitted, where the data is here: the ranks would count for ever."""
+    _write_dataset(tmp_path / "here", tokens=[5, 6, 7, 8])
+    words = ["--vocab-size", "9", "--data-path", str(tmp_path / "here")]
+    with pytest.raises(ValueError, match=r"1 document, .* '950,50,0' leaves none for validation"):
+        check_data(stated_job("run", DEMO, words), [str(tmp_path / "here")])
+    assert check_data(stated_job("run", DEMO, [*words, "--eval-iters", "0"]), []) == []
+
+
 def _write_dataset(prefix: Path, tokens: list[int]) -> None:
     """One document of 16-bit tokens, as megatron.core.datasets.indexed_dataset lays it out."""
     Path(f"{prefix}.bin").write_bytes(np.array(tokens, np.uint16).tobytes())
