@@ -14,6 +14,7 @@ import torch
 from megatron.core.rerun_state_machine import (
     EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     EXIT_CODE_RESUME_TO_DISAMBIGUATE,
+    RerunMode,
     get_rerun_state_machine,
 )
 from megatron.training import get_args
@@ -24,12 +25,15 @@ SPIKY_LOSS_FACTOR = 10
 
 
 def settle_rerun_mode(args: Namespace) -> None:
-    """Have a refused result end the run at once where it could not be tried again.
+    """Make rerun_mode one that the state machine has and that can run here.
 
-    Megatron runs a refused step a second time and then saves, to have the next job run it a third
-    time on another GPU (training.py, after should_checkpoint_and_exit); without `save` it fails
-    with a TypeError on the way.
+    The parser calls a mode report_stats that the machine calls otherwise. And in validate_results
+    Megatron runs a refused step a second time and then saves, to have the next job run it on
+    another GPU (training.py, after should_checkpoint_and_exit): without `save` that ends in a
+    TypeError, so the first refusal is to end the run.
     """
+    if args.rerun_mode == "report_stats":
+        args.rerun_mode = RerunMode.REPORT_DETERMINISM_STATS.value
     if args.rerun_mode == "validate_results" and not args.save:
         args.rerun_mode = "disabled"
 

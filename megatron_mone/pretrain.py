@@ -199,10 +199,7 @@ def build_model_config(args: argparse.Namespace):
         ValueError: a mone_* field does not fit, or Megatron refuses the model.
     """
     from megatron.core.transformer.transformer_config import TransformerConfig
-    from megatron.training.argument_utils import (
-        core_transformer_config_from_args,
-        gpt_config_from_args,
-    )
+    from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_packages
     from megatron_mone.layer_spec import MoNEGPTModelConfig
@@ -215,24 +212,37 @@ def build_model_config(args: argparse.Namespace):
         )
     try:
         if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
-            return _with_rope_scaling(gpt_config_from_args(args), args)
-        transformer: TransformerConfig
+            stock = _transformer_config(args, TransformerConfig)
+            return _with_rope_scaling(gpt_config_from_args(args, stock), args)
         if args.multi_latent_attention:
             # With the flag on, Megatron's helper ignores config_class for its own MLA class.
             plain = argparse.Namespace(
                 **{**vars(args), "multi_latent_attention": False, "rope_type": None}
             )
-            transformer = core_transformer_config_from_args(plain, MoNEMLAConfig)
+            transformer = _transformer_config(plain, MoNEMLAConfig)
             if args.rope_type is not None:
                 transformer.rope_type = args.rope_type
         else:
-            transformer = core_transformer_config_from_args(args, MoNEConfig)
+            transformer = _transformer_config(args, MoNEConfig)
         config = gpt_config_from_args(args, transformer, MoNEGPTModelConfig)
         return _with_rope_scaling(config, args)
     except ValueError:
         raise
     except Exception as error:
         raise ValueError(f"Megatron refuses the model: {failure.words(error)}") from error
+
+
+def _transformer_config(args: argparse.Namespace, kind: type) -> Any:
+    """The config of Megatron's helper, which hands Xavier's method to a field that is not there."""
+    from megatron.training.argument_utils import core_transformer_config_from_args
+    from torch.nn.init import xavier_uniform_
+
+    plain = argparse.Namespace(**{**vars(args), "init_method_xavier_uniform": False})
+    config = core_transformer_config_from_args(plain, kind)
+    if args.init_method_xavier_uniform:
+        config.init_method = config.output_layer_init_method = xavier_uniform_
+        config.embedding_init_method = xavier_uniform_
+    return config
 
 
 def _with_rope_scaling(config: Any, args: argparse.Namespace) -> Any:

@@ -11,6 +11,7 @@ import os
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_mone.checks.combinations import check_combinations
 from megatron_mone.checks.files import (
     check_checkpoint,
     check_data,
@@ -18,8 +19,8 @@ from megatron_mone.checks.files import (
     check_writable,
 )
 from megatron_mone.checks.layout import check_layout
+from megatron_mone.checks.machine import check_machine
 from megatron_mone.checks.optimizer import check_optimizer, check_optimizer_package
-from megatron_mone.checks.options import check_async_save
 from megatron_mone.checks.schedule import check_length, check_schedule
 from megatron_mone.checks.sizes import check_sizes
 from megatron_mone.config import check_doors
@@ -31,7 +32,7 @@ __all__ = ["check_checkpoint", "check_layout", "check_length", "check_run", "che
 
 def check_run(args: Namespace) -> None:
     """Files and folders, before Megatron opens any. Cheap: index headers, one tokenizer file."""
-    check_async_save(args)
+    check_machine(args)
     check_table()
     check_values(args)
     check_optimizer_package(args)
@@ -50,3 +51,4 @@ def check_values(args: Namespace) -> None:
     check_tokenizer(args)
     check_schedule(args)
     check_optimizer(args)
+    check_combinations(args)

@@ -1,0 +1,133 @@
+"""Values that Megatron 0.19 takes, each alone or together, and cannot run, or runs in silence as if
+they were not there. Imports the module that --spec names; touches nothing else.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from importlib import import_module
+
+OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]
+
+
+def check_combinations(args: Namespace) -> None:
+    """What Megatron's own checks let through.
+
+    Args:
+        args: Megatron's, parsed.
+
+    Raises:
+        ValueError: names the argument, its value and what to do.
+    """
+    for wrong, name, says in _general(args) + _data(args) + _model(args):
+        if wrong:
+            raise ValueError(f"{name} = {getattr(args, name)!r} {says}")
+    _check_spec(args)
+    if args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None:
+        for wrong, name, says in _with_mone(args):
+            if wrong:
+                raise ValueError(
+                    f"{name} = {getattr(args, name)!r} is not allowed with MoNE: {says}"
+                )
+
+
+def _general(args: Namespace) -> list[tuple[object, str, str]]:
+    """(whether it is wrong, argument, what to say) of training itself."""
+    is_sharded_sgd = args.optimizer == "sgd" and args.use_distributed_optimizer
+    return [
+        (args.adlr_autoresume, "adlr_autoresume", "needs a module of NVIDIA's own cluster, and "
+         "Megatron exits with status 0 without it: leave it out; `python -m launch` resumes jobs"),
+        (is_sharded_sgd, "optimizer", "does not go with use_distributed_optimizer, which takes "
+         "optimizers with a state: leave out --use-distributed-optimizer"),
+        (args.config_logger_dir, "config_logger_dir", "ends in a TypeError, for Megatron 0.19 "
+         "copies process groups with the config: leave it out"),
+        (args.moe_use_upcycling, "moe_use_upcycling", "ends in a TypeError: Megatron 0.19 gives "
+         "load_checkpoint an argument it does not take: convert with Megatron-LM's "
+         "tools/checkpoint, and --load the result"),
+        (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
+         "--no-initialization or --init-model-with-meta-device: give --load, or leave that out"),
+    ]  # fmt: skip
+
+
+def _starts_without_weights(args: Namespace) -> bool:
+    sharded = args.use_megatron_fsdp or args.use_torch_fsdp2  # these initialise what meta left out
+    on_meta = args.init_model_with_meta_device and not sharded
+    without = on_meta or not args.perform_initialization
+    return without and not (args.load or args.pretrained_checkpoint)
+
+
+def _data(args: Namespace) -> list[tuple[object, str, str]]:
+    no_cache = args.data_cache_path is None
+    of_one_split = args.multiple_validation_sets and not args.full_validation
+    return [
+        (args.dataloader_type == "external", "dataloader_type", "takes batches from a script of "
+         "one's own; this entry's are Megatron's: give single or cyclic"),
+        (of_one_split, "multiple_validation_sets", "needs --full-validation in Megatron 0.19"),
+        (args.dataloader_fast_cache_load and no_cache, "dataloader_fast_cache_load",
+         "needs --data-cache-path"),
+        (args.dataloader_defer_npy_index_mmap and no_cache, "dataloader_defer_npy_index_mmap",
+         "needs --data-cache-path"),
+        (args.dataloader_fast_cache_load and args.data_path, "dataloader_fast_cache_load",
+         "does not go with --data-path: give --train-data-path, --valid-data-path and "
+         "--test-data-path"),
+        (args.tokenizer_type == "NullMultimodalTokenizer", "tokenizer_type", "is of multimodal "
+         "models; this entry trains GPT models: give NullTokenizer"),
+    ]  # fmt: skip
+
+
+def _model(args: Namespace) -> list[tuple[object, str, str]]:
+    sizes = args.tensor_model_parallel_size
+    fits = args.world_size % sizes == 0  # if not, Megatron says so
+    splits_moe = args.num_experts and sizes > 1 and fits and not args.sequence_parallel
+    return [
+        (args.init_method_xavier_uniform and args.use_mup, "init_method_xavier_uniform", "does not "
+         "go with use_mup, which scales Megatron's own method: leave one of them out"),
+        (splits_moe, "sequence_parallel", f"does not go with num_experts = {args.num_experts} and "
+         f"tensor_model_parallel_size = {sizes}, whose MoE layers Megatron trains with it alone: "
+         "pass --sequence-parallel"),
+        (args.position_embedding_type == "mrope", "position_embedding_type", "needs positions in "
+         "three dimensions, of images: give rope"),
+    ]  # fmt: skip
+
+
+def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
+    """Of what stock experts read and MoNE's do not."""
+    layers = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
+    offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(args.offload_modules or ())
+    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ()}
+    # None named is the whole layer (cuda_graph_modules in transformer_config.py).
+    captures_experts = args.cuda_graph_impl != "none" and (not modules or "moe" in modules)
+    return [
+        (args.spec and args.spec != OUR_SPEC, "spec", "its layers would be trained in place of "
+         "MoNE's: leave one of them out"),
+        (args.quick_geglu, "quick_geglu", "its experts' activation is mone_activation: give "
+         "--swiglu"),
+        (args.moe_mlp_glu_interleave_size, "moe_mlp_glu_interleave_size", "its gates and ups lie "
+         "apart, and a checkpoint that mixes them would be read wrongly: leave it out"),
+        (args.moe_paged_stash, "moe_paged_stash", "it keeps Megatron's experts' activations; leave "
+         "it out"),
+        (args.moe_single_grouped_weight, "moe_single_grouped_weight", "it is of Transformer "
+         "Engine's experts; leave it out"),
+        (offloaded, "offload_modules", f"{', '.join(sorted(offloaded))} of MoNE experts stay on "
+         "the device: name other modules"),
+        (captures_experts, "cuda_graph_impl", "its experts "
+         "wait for the device, which cannot be captured: name modules without moe in "
+         "--cuda-graph-modules"),
+        (layers, "heterogeneous_layers_config_path", "Megatron builds another config class of it, "
+         "without mone_* fields: leave it out"),
+    ]  # fmt: skip
+
+
+def _check_spec(args: Namespace) -> None:
+    """Megatron logs that it cannot import the module and trains its default layers."""
+    if args.spec is None:
+        return
+    written = " ".join(args.spec)
+    if len(args.spec) != 2:
+        raise ValueError(f"spec = {written!r} must be two words, a module and a name in it")
+    try:
+        found = hasattr(import_module(args.spec[0]), args.spec[1])
+    except ImportError as error:
+        raise ValueError(f"spec = {written!r} cannot be imported: {error}") from error
+    if not found:
+        raise ValueError(f"spec = {written!r}: the module has no {args.spec[1]!r}")

@@ -1,0 +1,98 @@
+"""Values that Megatron takes and cannot run, or ignores, are refused in one line."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_mone.checks.combinations import check_combinations
+from megatron_mone.pretrain import flag_parser
+
+MONE = {"mone_neuron_ratio": 0.25}
+CACHE = {"data_cache_path": "cache"}
+
+
+@pytest.fixture(scope="module")
+def defaults() -> dict:
+    found: dict = {}
+    for action in flag_parser()._actions:
+        found.setdefault(action.dest, action.default)
+    return {**found, "num_experts": 4, "world_size": 4}
+
+
+CASES = [  # the refused, what the line says, and a way out
+    ({"adlr_autoresume": True}, "adlr_autoresume = True .*python -m launch", {}),
+    ({"optimizer": "sgd", "use_distributed_optimizer": True},
+     "optimizer = 'sgd' .*leave out --use-distributed-optimizer", {"optimizer": "sgd"}),
+    ({"config_logger_dir": "x"}, "config_logger_dir = 'x' ", {}),
+    ({"moe_use_upcycling": True}, "moe_use_upcycling = True .*--load", {}),
+    ({"perform_initialization": False}, "load = None .*--no-initialization",
+     {"perform_initialization": False, "load": "x"}),
+    ({"init_model_with_meta_device": True}, "load = None .*--init-model-with-meta-device",
+     {"init_model_with_meta_device": True, "use_megatron_fsdp": True}),
+    ({"dataloader_type": "external"}, "dataloader_type = 'external' .*cyclic",
+     {"dataloader_type": "cyclic"}),
+    ({"multiple_validation_sets": True}, "multiple_validation_sets = True needs --full-valid",
+     {"multiple_validation_sets": True, "full_validation": True}),
+    ({"dataloader_fast_cache_load": True}, "dataloader_fast_cache_load = True needs --data-cache",
+     {"dataloader_fast_cache_load": True, **CACHE}),
+    ({"dataloader_fast_cache_load": True, "data_path": ["x"], **CACHE},
+     "dataloader_fast_cache_load = True .*--train-data-path",
+     {"dataloader_fast_cache_load": True, "train_data_path": ["x"], **CACHE}),
+    ({"dataloader_defer_npy_index_mmap": True}, "dataloader_defer_npy_index_mmap = True needs",
+     {"dataloader_defer_npy_index_mmap": True, **CACHE}),
+    ({"tokenizer_type": "NullMultimodalTokenizer"}, "tokenizer_type = .*give NullTokenizer",
+     {"tokenizer_type": "NullTokenizer"}),
+    ({"tensor_model_parallel_size": 2}, "sequence_parallel = False .*pass --sequence-parallel",
+     {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    ({"tensor_model_parallel_size": 2}, "sequence_parallel = False .*pass --sequence-parallel",
+     {"tensor_model_parallel_size": 2, "num_experts": None}),
+    ({"position_embedding_type": "mrope"}, "position_embedding_type = 'mrope' .*give rope",
+     {"position_embedding_type": "yarn"}),
+    ({"init_method_xavier_uniform": True, "use_mup": True}, "init_method_xavier_uniform = True",
+     {"init_method_xavier_uniform": True}),
+    ({"spec": ["none.such", "spec"]}, "spec = 'none.such spec' cannot be imported: No module",
+     {"spec": ["megatron_mone.layer_spec", "mone_layer_spec"]}),
+    ({"spec": ["megatron.core", "none"]}, "spec = 'megatron.core none': the module has no 'none'",
+     {"spec": ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]}),
+    ({"spec": ["megatron.core"]}, "spec = 'megatron.core' must be two words", {}),
+]  # fmt: skip
+STOCK_SPEC = ["megatron.core.models.gpt.gpt_layer_specs", "get_gpt_layer_local_spec"]
+WITH_MONE = [
+    {"spec": STOCK_SPEC},
+    {"quick_geglu": True},
+    {"moe_mlp_glu_interleave_size": 32},
+    {"moe_paged_stash": True},
+    {"moe_single_grouped_weight": True},
+    {"offload_modules": ["attn_norm", "moe_act"]},
+    {"offload_modules": ["expert_fc1"]},
+    {"cuda_graph_impl": "full_iteration"},
+    {"cuda_graph_impl": "local"},
+    {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe"]},
+    {"heterogeneous_layers_config_path": "x"},
+]
+BESIDE_MONE = [
+    {"spec": ["megatron_mone.layer_spec", "mone_layer_spec"]},
+    {"offload_modules": ["attn_norm"]},
+    {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]},
+    {"moe_grouped_gemm": True},
+]
+
+
+@pytest.mark.parametrize(("wrong", "says", "right"), CASES, ids=lambda case: str(case)[:50])
+def test_what_cannot_run_is_refused(defaults, wrong, says, right):
+    check_combinations(Namespace(**{**defaults, **right}))
+    with pytest.raises(ValueError, match=f"^{says}") as error:
+        check_combinations(Namespace(**{**defaults, **wrong}))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("given", WITH_MONE, ids=str)
+def test_what_only_stock_experts_read_is_refused_with_mone(defaults, given):
+    check_combinations(Namespace(**{**defaults, **given}))
+    with pytest.raises(ValueError, match=f"^{next(iter(given))} = .* not allowed with MoNE: "):
+        check_combinations(Namespace(**{**defaults, **given, **MONE}))
+
+
+@pytest.mark.parametrize("given", BESIDE_MONE, ids=str)
+def test_what_goes_with_mone_is_let_through(defaults, given):
+    check_combinations(Namespace(**{**defaults, **given, **MONE}))

@@ -1,0 +1,57 @@
+"""Arguments that Megatron drops, or hands to a name that is not there, have their effect."""
+
+import sys
+from argparse import Namespace
+
+import pytest
+from torch.nn.init import xavier_uniform_
+
+from megatron_mone import pretrain
+from megatron_mone.loss_check import settle_rerun_mode
+from tests.training_cases import MOCK, MONE, TINY
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+MLA = [
+    *("--multi-latent-attention", "--q-lora-rank", "16", "--kv-lora-rank", "16"),
+    *("--qk-head-dim", "8", "--qk-pos-emb-head-dim", "8", "--v-head-dim", "8"),
+]
+GIVEN = [
+    *("--init-method-xavier-uniform", "--use-rope-scaling", "--rope-scaling-factor", "4"),
+    *("--train-iters", "1"),
+]
+
+
+@pytest.mark.parametrize("model", [[], MONE, [*MONE, *MLA]], ids=["stock", "MoNE", "MoNE, MLA"])
+def test_the_model_config_has_them(model, monkeypatch):
+    from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+    from megatron.training import global_vars
+
+    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *MOCK, *model, *GIVEN])
+    try:
+        config = pretrain.build_model_config(pretrain.parse_arguments())
+    finally:
+        global_vars.destroy_global_vars()
+        destroy_num_microbatches_calculator()
+    assert config.rope_scaling
+    assert config.rope_scaling_factor == 4
+    transformer = config.transformer
+    for name in ("init_method", "output_layer_init_method", "embedding_init_method"):
+        assert getattr(transformer, name) is xavier_uniform_, name
+    assert transformer.multi_latent_attention is (MLA[0] in model)
+
+
+@pytest.mark.parametrize(
+    ("given", "save", "settled"),
+    [
+        ("report_stats", None, "report_determinism_stats"),
+        ("validate_results", None, "disabled"),
+        ("validate_results", "folder", "validate_results"),
+        ("disabled", "folder", "disabled"),
+    ],
+)
+def test_the_rerun_mode_is_one_of_the_state_machines(given, save, settled):
+    from megatron.core.rerun_state_machine import RerunMode
+
+    args = Namespace(rerun_mode=given, save=save)
+    settle_rerun_mode(args)
+    assert RerunMode(args.rerun_mode).value == settled
