@@ -78,9 +78,10 @@ def test_a_failure_is_requeued(tmp_path, status):
 @pytest.mark.parametrize(
     "answer", [{"SLURM_STATE": "PENDING"}, {"RESTARTS": "1"}, {"SLURM_STATE": "COMPLETING"}]
 )
-def test_a_job_that_slurm_took_away_has_not_finished(tmp_path, answer):
-    """srun's status is 0 when its node is lost or its job cancelled."""
-    lost = Job(tmp_path, "exit 0")
+@pytest.mark.parametrize("status", [0, 1, 143])
+def test_a_job_that_slurm_took_away_has_not_finished(tmp_path, answer, status):
+    """srun's status, where its node is lost or its job cancelled, is 0 or that of killed ranks."""
+    lost = Job(tmp_path, f"exit {status}")
     assert lost.run(**answer).returncode == 143
     assert lost.end() == (143, "ended by Slurm: a node was lost, or the job cancelled")
     assert not lost.asked("requeue")
@@ -224,7 +225,7 @@ def test_a_cancelled_job_does_not_come_back(tmp_path, state):
     failed = Job(tmp_path, "exit 1")
     failed.run(SLURM_STATE=state)
     assert not failed.asked("requeue")
-    assert failed.end() == (1, f"failed with status 1; not requeued: the job is {state}")
+    assert failed.end() == (143, "ended by Slurm: a node was lost, or the job cancelled")
 
 
 def test_a_controller_that_is_away_is_asked_again(tmp_path):
