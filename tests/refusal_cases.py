@@ -424,7 +424,7 @@ ON_A_RANK = (
     ),
     Refusal(
         "an external loader", "TypeError", ("--dataloader-type", "external"),
-        "TypeError: 'MockGPTDataset' object is not an iterator", NET,
+        "dataloader_type = 'external' takes batches from a script of one's own",
     ),
 )  # fmt: skip
 
