@@ -32,6 +32,8 @@ from megatron_mone.liveness import PROGRESS_VARIABLE
 
 UNEXPECTED = 1
 """Not the user's: a peer, a disk or a network failed, and another start may go well."""
+_CLOCK_TICK = 0.01
+"""A file's time is that of the kernel's last tick."""
 PATIENCE_SECONDS = 1.0
 """That other ranks leave to rank 0 to say what they all would."""
 LONGEST_WORDS = 400
@@ -40,6 +42,16 @@ _NOT_THE_USERS = re.compile(
     r"gloo|nccl|connection|timed? ?out|socket|CUDA error|out of memory|broken pipe", re.IGNORECASE
 )
 _IN_US = f"{os.sep}megatron_mone{os.sep}"
+_begun = [time.time()]
+
+
+def begin() -> float:
+    """Call it where a run begins in this process, before anything of it can fail; the time now.
+
+    A shell or a test may start run after run: a failure's log that is older is of another.
+    """
+    _begun[0] = time.time()
+    return _begun[0]
 
 
 def watch_first_step() -> tuple[Callable[[], bool], Callable[[], None]]:
@@ -111,9 +123,11 @@ def say_once(said: str, status: int, log: Path, text: str = "") -> int:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         deadline = time.monotonic() + PATIENCE_SECONDS
-        while time.monotonic() < deadline and not log.exists():
+        while time.monotonic() < deadline and not _is_of_this_run(log):
             time.sleep(PATIENCE_SECONDS / 20)
     try:
+        if not _is_of_this_run(log):
+            log.unlink(missing_ok=True)
         with log.open("x") as stream:
             stream.write(f"{status} (rank {rank})\n{said}\n\n{text}")
     except FileExistsError:
@@ -122,6 +136,13 @@ def say_once(said: str, status: int, log: Path, text: str = "") -> int:
         said += f" ({log} could not be written: {full.strerror})"
     print(f"{ERROR} {said}", file=sys.stderr, flush=True)
     return status
+
+
+def _is_of_this_run(log: Path) -> bool:
+    try:
+        return log.stat().st_mtime >= _begun[0] - _CLOCK_TICK
+    except OSError:
+        return False
 
 
 def words(error: BaseException) -> str:
@@ -192,7 +213,7 @@ def _is_the_users(error: BaseException) -> bool:
 
 
 def log_file(args: Namespace | None) -> Path:
-    """The same for all ranks of an attempt, or for those on a node; new for each attempt."""
+    """The same for all ranks of an attempt, or for those on a node."""
     progress = os.environ.get(PROGRESS_VARIABLE)
     if progress:  # runs/NAME/attempts/ATTEMPT.progress, beside runs/NAME/logs/ATTEMPT
         logs = Path(progress).parent.parent / "logs" / Path(progress).stem

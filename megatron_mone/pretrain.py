@@ -25,7 +25,7 @@ from megatron_mone.profiling.local_ranks import free_port
 
 def main() -> None:
     """Run one training job; a user's mistake is one line on stderr and exit status 2."""
-    started = time.time()
+    started = failure.begin()
     end_with_starter()  # before the seconds that imports take
     import torch
 
