@@ -93,7 +93,7 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     )
     from megatron_mone.checkpoint.lease import LeaseLostError
     from megatron_mone.gpt_training import datasets_provider, forward_step
-    from megatron_mone.loss_check import rejection, settle_rerun_mode
+    from megatron_mone.loss_check import rejection
     from megatron_mone.metrics import install_tracker
     from megatron_mone.moe.finite_check import NonFiniteExpertError
     from megatron_mone.moe.mask_trace import MaskTraceError
@@ -105,7 +105,6 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     ownership.install(args, fail)  # before `verify`, lest that reads what is still written
     verify.install(fail)
     optimizer_layout.install()
-    settle_rerun_mode(args)
     schedule.install()
     schedule.say_restart(args)
     container = pretrain_cfg_container_from_args(args, model_config)
@@ -170,6 +169,7 @@ def parse_arguments() -> argparse.Namespace:
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
     from megatron_mone.checks import check_checkpoint, check_layout, check_run
     from megatron_mone.checks.flags import parse_given
+    from megatron_mone.loss_check import settle_rerun_mode
     from megatron_mone.profiling.attach import window_of
 
     _expand_config()
@@ -188,6 +188,7 @@ def parse_arguments() -> argparse.Namespace:
     check_layout(args)
     check_checkpoint(args)  # compares widths that validation derives
     keep_padded_vocabulary(args, given.padded_vocab_size)
+    settle_rerun_mode(args)
     window_of(args)  # refuses a wrong one
     return args
 

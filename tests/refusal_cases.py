@@ -428,6 +428,31 @@ ON_A_RANK = (
     ),
 )  # fmt: skip
 
+OPTIONS = (
+    Refusal(
+        "recompute of layernorm without Transformer Engine", "NameError: te_checkpoint",
+        ("--recompute-granularity", "selective", "--recompute-modules", "layernorm"),
+        "transformer-engine", LOAD,
+    ),
+    Refusal(
+        "a fused router without Transformer Engine", "router: ValueError",
+        ("--moe-router-fusion",), "transformer-engine", LOAD,
+    ),
+    Refusal(
+        "experts over tensor parallel ranks alone", "moe_layer: ValueError in the forward pass",
+        ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "2"),
+        "--sequence-parallel",
+    ),
+    Refusal(
+        "Muon, sharded in fp32", "AttributeError: get_loss_scale",
+        ("--optimizer", "muon", "--use-distributed-optimizer"), "--bf16",
+    ),
+    Refusal(
+        "a flag that another script reads", "nothing: it has no effect", ("--sft",),
+        "pretrain_gpt.py",
+    ),
+)  # fmt: skip
+
 CASES: tuple[Refusal, ...] = (
-    *SIZES, *LAYOUT, *SCHEDULE, *DATASETS, *CHECKPOINTS, *ON_A_RANK,
+    *SIZES, *LAYOUT, *SCHEDULE, *DATASETS, *CHECKPOINTS, *OPTIONS, *ON_A_RANK,
 )  # fmt: skip

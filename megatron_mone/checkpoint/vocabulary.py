@@ -29,7 +29,10 @@ def keep_padded_vocabulary(args: Namespace, given: int | None) -> None:
         ValueError: the rows cannot be split over the tensor parallel ranks, or are fewer than the
             vocabulary; names what would work.
     """
-    folder = folder_to_load(args)
+    try:
+        folder = folder_to_load(args)
+    except ValueError:
+        folder = None  # where the files are, `check_checkpoint` has said so
     saved = saved_size(folder) if folder else None
     rows = given or saved
     if rows is None:

@@ -25,8 +25,9 @@ def folder(tmp_path):
 
 def kept(folder, *, given=None, derived=512, vocabulary=257, tp=2, **more):
     args = Namespace(
-        load=str(folder), ckpt_step=None, ckpt_format="torch_dist", vocab_size=vocabulary,
-        padded_vocab_size=given or derived, tensor_model_parallel_size=tp, **more,
+        load=str(folder), ckpt_format="torch_dist", vocab_size=vocabulary,
+        padded_vocab_size=given or derived, tensor_model_parallel_size=tp,
+        **{"ckpt_step": None, **more},
     )  # fmt: skip
     keep_padded_vocabulary(args, given)
     return args.padded_vocab_size
@@ -45,6 +46,13 @@ def test_without_a_checkpoint_it_is_megatrons(tmp_path):
     assert kept("") == 512
     assert kept(tmp_path, given=640) == 640
     assert kept(tmp_path, given=None, derived=None) is None
+
+
+def test_a_checkpoint_that_lies_on_the_cluster_is_looked_at_there(tmp_path):
+    """`launch submit` and the planner read the same arguments, where no folder may be seen."""
+    assert kept("/nowhere/run", ckpt_step=500) == 512
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    assert kept(tmp_path) == 512
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x80\x04no pickle"])
