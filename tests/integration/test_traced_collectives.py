@@ -107,7 +107,8 @@ def test_collectives_are_those_of_a_real_rank(folder, name, rank):
         for kind, found in profile["communication"].items()
     }
     assert trace.traffic() == real
-    assert len(real) > 4
+    # Without --save no step is run again, so the ranks need not agree on that (loss_check.py).
+    assert len(real) > 4 - ("all_reduce world" not in real)
 
 
 @pytest.mark.parametrize(("name", "rank"), TRACED)
