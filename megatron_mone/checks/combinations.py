@@ -121,6 +121,11 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
 def _check_spec(args: Namespace) -> None:
     """Megatron logs that it cannot import the module and trains its default layers."""
     if args.spec is None:
+        if args.attention_backend.name == "local":  # arguments.py looks at spec[0]
+            raise ValueError(
+                "attention_backend = local goes with a --spec that no GPT of Megatron 0.19 has: "
+                "leave it out; --transformer-impl local has Megatron's own attention"
+            )
         return
     written = " ".join(args.spec)
     if len(args.spec) != 2:

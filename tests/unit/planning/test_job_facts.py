@@ -95,10 +95,10 @@ def test_buckets_by_number_are_refused(monkeypatch):
 def test_recompute(monkeypatch):
     assert facts_of(monkeypatch).recompute_granularity == ""
     assert facts_of(monkeypatch).recompute_modules == ()
-    selective = ("--recompute-granularity", "selective", "--recompute-modules", "moe", "layernorm")
+    selective = ("--recompute-granularity", "selective", "--recompute-modules", "moe", "mlp")
     facts = facts_of(monkeypatch, *selective)
     assert (facts.recompute_granularity, facts.recompute_modules) == (
-        "selective", ("moe", "layernorm"),
+        "selective", ("moe", "mlp"),
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def _config(monkeypatch, flags):
         ((*PP2, "--num-layers", "3"), "Megatron refuses the arguments: Number of layers should be"),
         (
             (*PP2, *TWO_CHUNKS, "--num-layers", "4", "--decoder-first-pipeline-num-layers", "3"),
-            "number of layers at first stage: 3",
+            "a stage of 3, 1 layers has no 2 chunks of equal size: give another num_virtual",
         ),
         ((*PP2, "--pipeline-model-parallel-layout", "Ettt|L"), "Number of decoder layers 3"),
         ((*PP2, "--pipeline-model-parallel-layout", "Et|t|L"), "must be divisible"),

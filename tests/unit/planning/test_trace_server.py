@@ -27,7 +27,8 @@ RANKS = 8
 CHUNKS = 2
 MTP = ("--mtp-num-layers", "1")
 INTERLEAVED = (
-    *JOB, *MTP, "--num-layers", "8", "--pipeline-model-parallel-size", "2",
+    *JOB, *MTP, "--global-batch-size", "16",
+    "--num-layers", "8", "--pipeline-model-parallel-size", "2",
     "--num-virtual-stages-per-pipeline-rank", str(CHUNKS), "--expert-model-parallel-size", "2",
     "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather",
 )  # fmt: skip
