@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from megatron_mone.child_processes import end_with
 from tests.processes import Keeper
 
 # Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck; and no
-# deadline on either, for a busy machine is slow.
-settings.register_profile("ci", derandomize=True, deadline=None)
-settings.register_profile("own", deadline=None)
+# deadline on either, nor a look at how fast examples come, for a busy machine is slow.
+_AT_ANY_SPEED = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("ci", derandomize=True, **_AT_ANY_SPEED)
+settings.register_profile("own", **_AT_ANY_SPEED)
 settings.load_profile("ci" if os.environ.get("CI") else "own")
 
 _KEEPER = pytest.StashKey[Keeper]()
