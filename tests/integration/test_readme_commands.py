@@ -81,6 +81,9 @@ FORMS = {
         r"(?s)mone .*moe .*blocks .*wrote out/plan/plan\.json",
         (("configs/plan/moe-671b-a37b-mone-1024.yaml", "small-plan.yaml"), ("1024", "8")),
     ),
+    "python tools/megatron_unit_tests.py CHECKOUT": Form(  # of Megatron-LM, and there is none here
+        r"megatron-mone: error: .*CHECKOUT", status=2
+    ),
     "tools/check_published.py": Form("usage: ", (("tools", "python tools"),), "--help"),
     "python -m launch run --config configs/demo-mone.yaml -- $D --train-iters 60": Form(
         "demo-mone: 1 ranks here, logs in ",
