@@ -22,6 +22,7 @@ from megatron_mone.config_checks import (
     check_model,
     check_ranges,
     check_selection,
+    is_mone,
     layer_pattern,
     mask_steps,
     neurons_per_token,
@@ -123,7 +124,7 @@ class MoNEFields:
     @property
     def mone_enabled(self) -> bool:
         """Whether this model selects neurons at all."""
-        return self.mone_neuron_ratio is not None or self.mone_neurons_per_token is not None
+        return is_mone(self)
 
 
 MONE_FIELD_NAMES = tuple(f.name for f in dataclasses.fields(MoNEFields))
@@ -203,7 +204,7 @@ def check_doors(args: Any) -> None:
             mone_* field where no field turns MoNE on.
     """
     path, spec = os.environ.get(CONFIG_ENV), getattr(args, "spec", None)
-    enabled = args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None
+    enabled = is_mone(args)
     ours = list(spec or ()) == OUR_SPEC
     if enabled and spec and not ours:
         raise ValueError(
@@ -276,7 +277,7 @@ def validate(config: Any) -> None:
             f"mone_neuron_ratio = {config.mone_neuron_ratio} and mone_neurons_per_token = "
             f"{config.mone_neurons_per_token} are both set: give one of them"
         )
-    if config.mone_neuron_ratio is None and config.mone_neurons_per_token is None:
+    if not is_mone(config):
         return
     check_model(config)
     check_selection(config)
@@ -338,9 +339,7 @@ def attach_fields(config: Any, values: Mapping[str, Any]) -> None:
     """Set all mone_* fields on `config` (defaults where `values` has none) and validate it."""
     for f in dataclasses.fields(MoNEFields):
         setattr(config, f.name, values.get(f.name, f.default))
-    config.mone_enabled = (
-        config.mone_neuron_ratio is not None or config.mone_neurons_per_token is not None
-    )
+    config.mone_enabled = is_mone(config)
     validate(config)
 
 

@@ -15,6 +15,15 @@ def check(condition: bool, name: str, value: Any, allowed: str) -> None:
         raise ValueError(f"{name} = {value!r} is not allowed: it must be {allowed}")
 
 
+def is_mone(config: Any) -> bool:
+    """Whether a model selects neurons: either field that says how many turns MoNE on.
+
+    Args:
+        config: anything with mone_* fields: a config, or Megatron's arguments.
+    """
+    return config.mone_neuron_ratio is not None or config.mone_neurons_per_token is not None
+
+
 def neurons_per_token(config: Any) -> int:
     """S: neurons of an expert kept per routed token.
 
@@ -25,7 +34,7 @@ def neurons_per_token(config: Any) -> int:
         ValueError: S is not an integer in [1, F].
     """
     width = config.moe_ffn_hidden_size
-    if config.mone_neuron_ratio is None and config.mone_neurons_per_token is None:
+    if not is_mone(config):
         raise ValueError(
             "neither mone_neuron_ratio nor mone_neurons_per_token is set: give one of them, such "
             "as mone_neuron_ratio = 0.25"

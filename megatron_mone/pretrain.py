@@ -37,6 +37,7 @@ def main() -> None:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone import checks
+    from megatron_mone.checkpoint.schedule import restart_notices
     from megatron_mone.checks.flags import notices
     from megatron_mone.checks.layout_notices import layout_notices
 
@@ -50,7 +51,8 @@ def main() -> None:
         except ValueError as error:
             fail(str(error))
         if args.rank == 0:
-            for line in (*notices(args), *layout_notices(args, sys.argv)):
+            said = (*notices(args), *layout_notices(args, sys.argv), *restart_notices(args))
+            for line in said:
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
         _train(args, model_config, started)
     except SystemExit as ended:
@@ -106,7 +108,6 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     verify.install(fail)
     optimizer_layout.install()
     schedule.install()
-    schedule.say_restart(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
     tracker.log_interval = args.log_interval
@@ -203,6 +204,7 @@ def build_model_config(args: argparse.Namespace):
     from megatron.training.argument_utils import gpt_config_from_args
 
     from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_packages
+    from megatron_mone.config_checks import is_mone
     from megatron_mone.layer_spec import MoNEGPTModelConfig
 
     check_packages(args)
@@ -212,7 +214,7 @@ def build_model_config(args: argparse.Namespace):
             f"num_experts = {args.num_experts}"
         )
     try:
-        if args.mone_neuron_ratio is None and args.mone_neurons_per_token is None:
+        if not is_mone(args):
             stock = _transformer_config(args, TransformerConfig)
             return _with_rope_scaling(gpt_config_from_args(args, stock), args)
         if args.multi_latent_attention:

@@ -11,7 +11,6 @@ the groups of a loaded state.
 from __future__ import annotations
 
 import functools
-import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,26 +104,19 @@ def fit_groups(states: list[State], optimizers: list[Any], args: Namespace) -> N
                     raise ValueError(_difference(field, alike[0].get(field), value))
 
 
-def restart_line(args: Namespace) -> str | None:
-    """What is to be said of a run that leaves the optimizer's state in its checkpoint.
+def restart_notices(args: Namespace) -> list[str]:
+    """A line for a run that leaves the optimizer's state in its checkpoint.
 
     Args:
         args: Megatron's, validated.
     """
     tracker = Path(args.load or "") / TRACKER_NAME
     if not args.no_load_optim or args.finetune or args.skip_train or not tracker.is_file():
-        return None
-    return (
+        return []
+    return [
         f"no_load_optim = True: training goes on from the checkpoint in {args.load}, but the "
         "optimizer's state and the learning-rate schedule begin anew, warm-up included"
-    )
-
-
-def say_restart(args: Namespace) -> None:
-    """Print that line, where there is one, on rank 0."""
-    line = restart_line(args)
-    if line and args.rank == 0:
-        print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
+    ]
 
 
 def _difference(field: str, own: Any, saved: Any) -> str:

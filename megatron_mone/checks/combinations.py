@@ -7,6 +7,8 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib import import_module
 
+from megatron_mone.config_checks import is_mone
+
 OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]
 
 
@@ -23,7 +25,7 @@ def check_combinations(args: Namespace) -> None:
         if wrong:
             raise ValueError(f"{name} = {getattr(args, name)!r} {says}")
     _check_spec(args)
-    if args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None:
+    if is_mone(args):
         for wrong, name, says in _with_mone(args):
             if wrong:
                 raise ValueError(

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megatron_mone.config_checks import is_mone
+
 STOCK_SCRIPT = (
     "this entry has it not; Megatron-LM's own pretrain_gpt.py does, and trains MoNE with --spec "
     "megatron_mone.layer_spec mone_layer_spec and MONE_CONFIG"
@@ -132,7 +134,7 @@ def notices(args: Namespace) -> list[str]:
     Args:
         args: Megatron's, validated.
     """
-    mone = args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None
+    mone = is_mone(args)
     moot = {**MOOT, **(MOOT_WITH_MONE if mone else {})}
     lines = [
         f"{name} = True has no effect: {why}" for name, why in moot.items() if getattr(args, name)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib.util import find_spec
 
+from megatron_mone.config_checks import is_mone
+
 PLAIN = ("adam", "sgd")
 LION_BETAS = {"lion_beta1": 0.95, "lion_beta2": 0.98}  # Megatron's defaults
 SCALED = ("fp16", "fp8")
@@ -23,7 +25,7 @@ def check_optimizer(args: Namespace) -> None:
         ValueError: names the flag, its value and what works.
     """
     name = args.optimizer
-    if args.mone_neuron_ratio is not None or args.mone_neurons_per_token is not None:
+    if is_mone(args):
         _check_stacks(args)
     if name in PLAIN:
         return

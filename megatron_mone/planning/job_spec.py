@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from megatron_mone.config_checks import is_mone
 from megatron_mone.files import atomic_write
 from megatron_mone.profiling.baselines import RunSpec
 from megatron_mone.run_config import PARTS, merge_parts, read_part, read_run
@@ -131,7 +132,7 @@ class JobSpec:
         edited = Namespace(**{**dict.fromkeys(_EDITED), **model})
         spec.edit(edited)
         left = {k: v for k, v in vars(edited).items() if k in model or v is not None}
-        if edited.mone_neuron_ratio is None and edited.mone_neurons_per_token is None:
+        if not is_mone(edited):
             left = {k: v for k, v in left.items() if not k.startswith("mone_")}
         return JobSpec(
             spec.name, _present(left), self.parallel, _without_mone(self.cluster, left),
