@@ -4,7 +4,7 @@
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)
 export PYTHON
-# A command ends with make, also where make is killed (megatron_mone/child_processes.py).
+# A command ends with make, also where make is killed (megatron_mone/common/child_processes.py).
 TIED := MEGATRON_MONE_STARTER=$$PPID exec
 
 setup:

@@ -27,8 +27,8 @@ from launch.start_commands import is_local, job_of, site_of, start_run, submit_r
 from launch.sweep import start_sweep
 from launch.sweep_results import show_results
 from launch.verdict import judge_job
-from megatron_mone.command_line import ERROR, OneLineParser, fail
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.command_line import ERROR, OneLineParser, fail
+from megatron_mone.common.spelling import nearest_name
 
 NO_ANSWER = 75
 """Exit status where Slurm did not answer: EX_TEMPFAIL of sysexits.h, try again later."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.megatron_flags import flag_parser
+from megatron_mone.common.spelling import nearest_name
 from megatron_mone.run_config import to_flags
-from megatron_mone.spelling import nearest_name
 
 SHORT = {"r": "mone_neuron_ratio"}
 """Names of --grid that stand for longer ones."""

@@ -19,8 +19,8 @@ import psutil
 from launch.job_spec import Case, LaunchSpec
 from launch.manifest import begin_attempt, end_attempt, locked
 from launch.progress import step_bar
-from megatron_mone.exit_status import INTERRUPTED, LEASE_LOST, STOPPED
-from megatron_mone.profiling.local_ranks import run_ranks
+from megatron_mone.common.exit_status import INTERRUPTED, LEASE_LOST, STOPPED
+from megatron_mone.common.local_ranks import run_ranks
 
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 

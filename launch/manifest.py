@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.extension import extends
+from megatron_mone.common.files import write_json
 from megatron_mone.data.manifest import load_manifest, manifest_path, sha256_of
-from megatron_mone.files import write_json
 
 MANIFEST = "manifest.json"
 SCHEMA = "megatron-mone/launch/1"

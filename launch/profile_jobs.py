@@ -32,8 +32,8 @@ from launch.spec_checks import checked, limit_seconds
 from launch.submission import SUBMIT_LOCK, noted, refuse_if_submitted
 from launch.training_job import data_prefixes, training_variables
 from launch.verdict import Judge, Refused, judging
-from megatron_mone.command_line import OneLineParser
-from megatron_mone.files import atomic_write
+from megatron_mone.common.command_line import OneLineParser
+from megatron_mone.common.files import atomic_write
 from megatron_mone.profiling.baselines import run_specs
 from megatron_mone.profiling.job_options import Options, add_options, read_options
 from megatron_mone.run_config import load_run

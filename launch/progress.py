@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_mone.step_line import step_of
+from megatron_mone.common.step_line import step_of
 
 _SECONDS = 0.5
 

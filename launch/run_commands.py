@@ -19,8 +19,8 @@ from launch.slurm_state import job_states
 from launch.submission import SUBMIT_LOCK, noted, recover, recover_if_free
 from launch.sweep_cases import case_states, read_cases, runs_here
 from launch.sweep_plan import is_sweep, resume_sweep
-from megatron_mone.child_processes import tied
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.child_processes import tied
+from megatron_mone.common.spelling import nearest_name
 
 SCRIPT = "job.sbatch"
 _TAIL_LINES = "40"

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from launch.job_spec import LaunchSpec
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.spelling import nearest_name
 
 OPTION_FIELDS = {
     "job-name": "name",

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_mone.surroundings import without_ranks
+from megatron_mone.common.surroundings import without_ranks
 
 CLUSTER = frozenset(("SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"))
 """Where the cluster is (a file, or a server that has it), which of several, who one is there."""

@@ -14,7 +14,7 @@ from typing import Any
 from launch.job_spec import Case, Container, LaunchSpec, Variable
 from launch.preflight.limits import read_limits
 from launch.sbatch_options import OPTION_FIELDS, check_options
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.spelling import nearest_name
 
 __all__ = ["OPTION_FIELDS", "OWN_VARIABLES", "checked", "limit_seconds"]
 

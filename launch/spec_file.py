@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from launch.job_spec import SITE_FIELDS, Container, LaunchSpec
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.spelling import nearest_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "configs" / "launch"

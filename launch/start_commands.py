@@ -23,8 +23,8 @@ from launch.slurm_environment import site_defaults
 from launch.spec_file import flag_fields, read_fields
 from launch.submission import SUBMIT_LOCK, noted, refuse_if_submitted
 from launch.training_job import Job, program_job, training_job
-from megatron_mone.exit_status import STOPPED
-from megatron_mone.files import atomic_write
+from megatron_mone.common.exit_status import STOPPED
+from megatron_mone.common.files import atomic_write
 
 
 def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:

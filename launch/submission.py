@@ -23,7 +23,7 @@ from launch.slurm_commands import (
     submit,
 )
 from launch.slurm_state import unfinished_jobs_in
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 
 SUBMIT_LOCK = ".submit.lock"
 """Held from deciding what to submit until it is noted."""

@@ -21,7 +21,7 @@ from launch.sweep_cases import grown, numbers_of, read_cases, write_cases
 from launch.sweep_plan import Plan, elements, plan_of
 from launch.sweep_results import show_results
 from launch.training_job import Job, grid_cases
-from megatron_mone.exit_status import INTERRUPTED, STOPPED
+from megatron_mone.common.exit_status import INTERRUPTED, STOPPED
 
 
 def start_sweep(job: Job, options: argparse.Namespace, judge: Callable[[Job], None]) -> int:

@@ -22,8 +22,8 @@ from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_reasons import WAITING
 from launch.slurm_records import JobState, array_tasks
 from launch.slurm_state import job_states
-from megatron_mone.exit_status import STOPPED
-from megatron_mone.files import write_json
+from megatron_mone.common.exit_status import STOPPED
+from megatron_mone.common.files import write_json
 
 RECORD = "sweep.json"
 SCHEMA = "megatron-mone/sweep/1"

@@ -14,8 +14,8 @@ from pathlib import Path
 from launch.manifest import attempts, gather
 from launch.sweep_cases import FAILED, SINGLE, case_states, read_cases, runs_here
 from launch.training_job import tensorboard_folder
-from megatron_mone.files import atomic_write, write_json
-from megatron_mone.profiling.local_ranks import error_line
+from megatron_mone.common.files import atomic_write, write_json
+from megatron_mone.common.local_ranks import error_line
 from megatron_mone.reporting.sweep_table import Row, csv_bytes, json_value, measure, text_lines
 
 RESULTS = "results"

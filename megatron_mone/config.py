@@ -17,6 +17,9 @@ from typing import Any, Literal, get_type_hints
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from megatron_mone.common.field_values import read_value
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import read_mapping
 from megatron_mone.config_checks import (
     check,
     check_model,
@@ -28,9 +31,6 @@ from megatron_mone.config_checks import (
     neurons_per_token,
     selection_bounds,
 )
-from megatron_mone.field_values import read_value
-from megatron_mone.spelling import nearest_name
-from megatron_mone.yaml_values import read_mapping
 
 Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]

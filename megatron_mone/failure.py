@@ -25,8 +25,8 @@ from typing import Any, NoReturn
 
 import psutil
 
-from megatron_mone.command_line import ERROR
-from megatron_mone.exit_status import USER_ERROR
+from megatron_mone.common.command_line import ERROR
+from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.likely_flags import likely_flags
 from megatron_mone.liveness import PROGRESS_VARIABLE
 

@@ -26,8 +26,8 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_mone.checks.files import read_sequences
+from megatron_mone.common.phases import DATA, OTHER, enter
 from megatron_mone.loss_check import check_loss
-from megatron_mone.profiling.phases import DATA, OTHER, enter
 
 _stragglers = StragglerDetector()  # one a process; it times nothing unless --log-straggler is given
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")

@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_mone import failure, liveness
-from megatron_mone.child_processes import end_with_starter
-from megatron_mone.command_line import ERROR
-from megatron_mone.exit_status import LEASE_LOST, NOT_FINITE, SAVE_FAILED, STOPPED, USER_ERROR
-from megatron_mone.files import write_json
-from megatron_mone.profiling.local_ranks import free_port
+from megatron_mone.common.child_processes import end_with_starter
+from megatron_mone.common.command_line import ERROR
+from megatron_mone.common.exit_status import (
+    LEASE_LOST,
+    NOT_FINITE,
+    SAVE_FAILED,
+    STOPPED,
+    USER_ERROR,
+)
+from megatron_mone.common.files import write_json
+from megatron_mone.common.local_ranks import free_port
 
 
 def main() -> None:
@@ -257,10 +263,10 @@ def _with_rope_scaling(config: Any, args: argparse.Namespace) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
     from megatron_mone.checkpoint import ownership, verify
+    from megatron_mone.common.spelling import nearest_name
     from megatron_mone.config import add_mone_args
     from megatron_mone.flag_values import refuse_in_words
     from megatron_mone.profiling import attach
-    from megatron_mone.spelling import nearest_name
 
     add_mone_args(parser)
     attach.add_arguments(parser)

@@ -17,9 +17,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import read_mapping
 from megatron_mone.flag_values import flag_words
-from megatron_mone.spelling import nearest_name
-from megatron_mone.yaml_values import read_mapping
 
 PARTS = ("model", "parallel", "cluster", "train")
 CONFIG_ROOT = Path(__file__).resolve().parent.parent / "configs"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from megatron_mone.child_processes import end_with
+from megatron_mone.common.child_processes import end_with
 from tests.processes import Keeper
 
 # Fresh examples on a developer's machine, the same ones in CI, which must not fail by luck; and no

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone.child_processes import end_with, named_here
-from megatron_mone.profiling.local_ranks import free_port
+from megatron_mone.common.child_processes import end_with, named_here
+from megatron_mone.common.local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}

@@ -11,7 +11,7 @@ import os
 
 BEFORE = dict(os.environ)
 
-from megatron_mone.child_processes import end_with_starter  # noqa: E402
+from megatron_mone.common.child_processes import end_with_starter  # noqa: E402
 
 end_with_starter()  # a fork server would live as long as any process below it
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.child_processes import end_with
-from megatron_mone.files import write_json
+from megatron_mone.common.child_processes import end_with
+from megatron_mone.common.files import write_json
 
 DISPATCHERS = ("alltoall", "allgather")
 

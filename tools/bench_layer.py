@@ -23,7 +23,7 @@ from megatron_mone.benchmarking.adapters.megatron_sequential import start_one_ra
 from megatron_mone.benchmarking.cases import DTYPES
 from megatron_mone.benchmarking.memory import measure_peaks, saved_bytes
 from megatron_mone.benchmarking.timing import race
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 
 
 def main() -> None:

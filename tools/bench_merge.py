@@ -24,10 +24,11 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
 
 import numpy as np
 
-from megatron_mone.child_processes import tied
-from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.common import machine
+from megatron_mone.common.child_processes import tied
+from megatron_mone.common.command_line import OneLineParser, fail
+from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
 from megatron_mone.profiling.merge import rank_files
-from megatron_mone.profiling.phases import COMMUNICATION, PASSES, PHASES
 from megatron_mone.profiling.rank_record import (
     COORDINATES,
     FOLDER,
@@ -37,7 +38,6 @@ from megatron_mone.profiling.rank_record import (
     record_name,
     write_record,
 )
-from megatron_mone.reporting import machine
 
 RANKS_A_HOST = 8
 STRAGGLER = 3

@@ -22,12 +22,12 @@ import numpy as np
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone.command_line import OneLineParser
-from megatron_mone.files import write_json
+from megatron_mone.common.command_line import OneLineParser
+from megatron_mone.common.files import write_json
+from megatron_mone.common.local_ranks import run_ranks, terminal
+from megatron_mone.common.machine import facts
 from megatron_mone.profiling.job_options import Options
-from megatron_mone.profiling.local_ranks import run_ranks, terminal
 from megatron_mone.profiling.resample import Samples, difference
-from megatron_mone.reporting.machine import facts
 
 WARM_UP = 5
 SCHEMA = "megatron-mone/profiler-cost/1"
@@ -110,7 +110,7 @@ def _measured(meter: Any, run: Any, window: int) -> None:
 
 def marks_in_a_step(step: Any, run: Any) -> int:
     """Calls of phases.enter in one step."""
-    from megatron_mone.profiling import phases
+    from megatron_mone.common import phases
 
     heard: list[str] = []
     phases.listen(heard.append)
@@ -121,7 +121,7 @@ def marks_in_a_step(step: Any, run: Any) -> int:
 
 def switches_in_a_step(clock: Any) -> tuple[int, float]:
     """(switches of phase in the last step, nanoseconds of one)."""
-    from megatron_mone.profiling import phases
+    from megatron_mone.common import phases
 
     switches = len(clock.host_spans())
     clock.begin()
@@ -135,7 +135,7 @@ def report(
     seconds: dict[bool, list[list[float]]], marks: int, switches: tuple[int, float], options: Any
 ) -> None:
     """Print the cost, and write it where asked to."""
-    from megatron_mone.profiling import phases
+    from megatron_mone.common import phases
 
     off, on = (_samples(seconds[kind]) for kind in (False, True))
     cost = difference(off, on, same_job=True)

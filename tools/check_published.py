@@ -17,8 +17,8 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone.command_line import OneLineParser, fail
-from megatron_mone.files import write_json
+from megatron_mone.common.command_line import OneLineParser, fail
+from megatron_mone.common.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 # Numbers that each cluster's calibration runs can tell apart; of the others nothing is known.

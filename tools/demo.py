@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_mone.child_processes import end_with_starter, tied
-from megatron_mone.exit_status import INTERRUPTED
+from megatron_mone.common.child_processes import end_with_starter, tied
+from megatron_mone.common.exit_status import INTERRUPTED
 from megatron_mone.reporting.demo_report import table_rows, write_report
 from megatron_mone.reporting.results import ResultError, RunResult
 from megatron_mone.reporting.training_run import (

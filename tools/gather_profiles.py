@@ -19,7 +19,7 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from launch.manifest import attempts
-from megatron_mone.command_line import ERROR, OneLineParser, fail
+from megatron_mone.common.command_line import ERROR, OneLineParser, fail
 from megatron_mone.profiling.merge import merge
 from megatron_mone.reporting.profile_check import check_one_model
 from megatron_mone.reporting.profile_report import write_report

@@ -21,8 +21,8 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone.command_line import OneLineParser, fail
-from megatron_mone.files import write_json
+from megatron_mone.common.command_line import OneLineParser, fail
+from megatron_mone.common.files import write_json
 from tests import forked_ranks
 
 FOLDER = Path("tests/unit_tests/transformer/moe")

@@ -18,7 +18,7 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
 from rich.console import Console
 from rich.progress import Progress
 
-from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.common.command_line import OneLineParser, fail
 from megatron_mone.profiling.merge import PROFILE, OnFile, merge
 
 _PHASES_SHOWN = 6

@@ -24,9 +24,9 @@ from typing import NoReturn
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone import child_processes
-from megatron_mone.command_line import OneLineParser, fail
-from megatron_mone.exit_status import INTERRUPTED
+from megatron_mone.common import child_processes
+from megatron_mone.common.command_line import OneLineParser, fail
+from megatron_mone.common.exit_status import INTERRUPTED
 
 DOES_NOT_FIT = 4
 

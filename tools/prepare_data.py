@@ -25,14 +25,14 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from rich.progress import TaskID
 
-from megatron_mone.child_processes import end_with_starter
+from megatron_mone.common.child_processes import end_with_starter
+from megatron_mone.common.exit_status import INTERRUPTED, USER_ERROR
 from megatron_mone.data import corpus
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import Manifest
 from megatron_mone.data.merge import OutputPaths
 from megatron_mone.data.plan import PrepareConfig, Progress
 from megatron_mone.data.prepare import prepare
-from megatron_mone.exit_status import INTERRUPTED, USER_ERROR
 
 _SHOWN = 20
 _INPUT_HELP = ".txt, .jsonl, .json, .parquet files (.gz, .bz2, .xz, .zst), or directories of them"

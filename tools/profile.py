@@ -19,11 +19,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone.child_processes import end_with_starter
-from megatron_mone.command_line import OneLineParser, fail
-from megatron_mone.exit_status import INTERRUPTED
+from megatron_mone.common.child_processes import end_with_starter
+from megatron_mone.common.command_line import OneLineParser, fail
+from megatron_mone.common.exit_status import INTERRUPTED
+from megatron_mone.common.local_ranks import run_ranks, terminal
 from megatron_mone.profiling.job_options import Options, add_options, read_options
-from megatron_mone.profiling.local_ranks import run_ranks, terminal
 
 
 def main() -> int:

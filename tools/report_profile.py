@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.common.command_line import OneLineParser, fail
 from megatron_mone.reporting.profile_check import check_one_model, read_profile
 from megatron_mone.reporting.profile_report import write_report
 

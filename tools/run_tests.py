@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-from megatron_mone.child_processes import end_with_starter, tied
+from megatron_mone.common.child_processes import end_with_starter, tied
 from tests.processes import Keeper
 
 PYTEST = (sys.executable, "-m", "pytest")

@@ -19,7 +19,7 @@ from pathlib import Path
 from launch.preflight.check import check
 from launch.preflight.judge import judge
 from launch.preflight.limits import Limits, read_limits
-from megatron_mone.command_line import OneLineParser, fail
+from megatron_mone.common.command_line import OneLineParser, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

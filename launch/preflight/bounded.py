@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron_mone.child_processes import end_with
+from megatron_mone.common.child_processes import end_with
 
 _LONGEST_ERROR = 300
 

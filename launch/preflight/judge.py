@@ -13,7 +13,7 @@ from launch.preflight.limits import Limits
 from launch.preflight.lines import read_lines, task_lines
 from launch.preflight.place import read_hosts
 from launch.preflight.verdict import Verdict, verdict
-from megatron_mone.files import atomic_write, write_json
+from megatron_mone.common.files import atomic_write, write_json
 
 TOO_FEW = 69
 """Exit status when too few nodes are good: EX_UNAVAILABLE of sysexits.h."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.spelling import nearest_name
 
 BACKENDS = ("gloo", "nccl")
 

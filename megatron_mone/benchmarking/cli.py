@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from megatron_mone.exit_status import INTERRUPTED, USER_ERROR
+from megatron_mone.common.exit_status import INTERRUPTED, USER_ERROR
 
 CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0.25,
         "dtype": "fp32", "routing": "balanced"}  # fmt: skip
@@ -142,7 +142,7 @@ def _one(options: argparse.Namespace, cell: Any) -> int:
     from megatron_mone.benchmarking.race import run_cell
     from megatron_mone.benchmarking.report import cell_table
     from megatron_mone.benchmarking.roofline import best_of, measure_peaks
-    from megatron_mone.files import write_json
+    from megatron_mone.common.files import write_json
 
     settings = _settings(options)
     device = environment.device()

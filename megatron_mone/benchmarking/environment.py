@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_mone.reporting import machine
+from megatron_mone.common import machine
 
 PEERS = ("transformers", "deepspeed", "transformer-engine", "scattermoe", "sonic-moe", "megablocks")
 _PACKAGE = Path(__file__).resolve().parents[1]

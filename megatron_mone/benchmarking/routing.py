@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 
 ROUTINGS = ("balanced", "skewed")
 RECORDED = Path(__file__).resolve().parents[2] / "configs" / "bench" / "routing.json"

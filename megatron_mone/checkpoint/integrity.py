@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mone.checkpoint.tracker import sync_folder
-from megatron_mone.files import sync_file, write_json
+from megatron_mone.common.files import sync_file, write_json
 
 SUMS_NAME = "integrity.json"
 ALGORITHM = "sha256"

@@ -26,7 +26,7 @@ from megatron_mone.checkpoint.lease import (
     newest,
     numbers,
 )
-from megatron_mone.files import sync_file
+from megatron_mone.common.files import sync_file
 
 
 class Verdict(enum.Enum):

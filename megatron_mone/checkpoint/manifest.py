@@ -12,8 +12,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.common.files import write_json
 from megatron_mone.config import MONE_FIELD_NAMES
-from megatron_mone.files import write_json
 
 MANIFEST_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"

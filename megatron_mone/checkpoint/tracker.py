@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import sync_file
+from megatron_mone.common.files import sync_file
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 ITERATION_FORMAT = "iter_{:07d}"

@@ -8,7 +8,7 @@ for anybody's script as it is. Every redirection is an entry of `PATCHES` that n
 Megatron that needs it; a test fails when the installed Megatron no longer does.
 """
 
+from megatron_mone.common.patch import Patch
 from megatron_mone.cpu_emulation.install import PATCHES, install, is_installed
-from megatron_mone.cpu_emulation.patch import Patch
 
 __all__ = ["PATCHES", "Patch", "install", "is_installed"]

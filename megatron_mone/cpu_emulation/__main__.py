@@ -6,7 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
-from megatron_mone.child_processes import end_with_starter
+from megatron_mone.common.child_processes import end_with_starter
 from megatron_mone.cpu_emulation import install
 
 USAGE = "usage: python -m megatron_mone.cpu_emulation [SCRIPT | -m MODULE] ARGS..."

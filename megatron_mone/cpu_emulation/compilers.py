@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, megatron_source, rebind
 
 
 def _apply_no_dynamo() -> None:

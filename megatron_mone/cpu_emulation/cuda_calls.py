@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_mone.common.patch import Patch, megatron_source, raises
 from megatron_mone.cpu_emulation.device import CPU
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, raises
 
 CAPABILITY = (8, 0)
 """Reported compute capability: the least that `--moe-grouped-gemm` accepts (arguments.py)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, raises, rebind
+from megatron_mone.common.patch import Patch, megatron_source, raises, rebind
 
 CPU = torch.device("cpu")
 

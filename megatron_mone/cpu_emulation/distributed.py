@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, megatron_source, rebind
 
 
 def gloo_for(backend: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mone.common.patch import Patch
 from megatron_mone.cpu_emulation import (
     compilers,
     cuda_calls,
@@ -17,7 +18,6 @@ from megatron_mone.cpu_emulation import (
     specs,
     training,
 )
-from megatron_mone.cpu_emulation.patch import Patch
 
 # Compilers first: torch._dynamo keeps tables of torch's functions by identity, so it is loaded
 # before they are replaced. Then torch: Megatron's modules take its functions by name on import.

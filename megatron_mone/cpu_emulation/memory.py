@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, raises
+from megatron_mone.common.patch import Patch, megatron_source, raises
 
 _RU_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _STATUS = Path("/proc/self/status")

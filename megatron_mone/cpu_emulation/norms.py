@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, megatron_source
 
 
 def _apply() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, megatron_source
 
 _NO_PARAMETERS = "this rank's shard holds no parameter"
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, raises
+from megatron_mone.common.patch import Patch, megatron_source, raises
 
 _host_state: torch.Tensor | None = None
 

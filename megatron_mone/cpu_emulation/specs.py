@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, megatron_source
 
 
 def _apply_attention() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.cpu_emulation.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, megatron_source, rebind
 
 
 @contextlib.contextmanager

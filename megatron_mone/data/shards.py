@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_mone.common.files import atomic_write, sync_file
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import BAD_LINES_KEPT
 from megatron_mone.data.sources import Unit
 from megatron_mone.data.tokenizers import Encoder
-from megatron_mone.files import atomic_write, sync_file
 
 _LONGEST = 2**31 - 1
 """Megatron's .idx keeps the length of a sequence in an int32 (indexed_dataset._IndexWriter)."""

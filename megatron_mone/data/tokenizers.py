@@ -14,6 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_mone.common.files import atomic_write
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.hugging_face import (
     COPIED,
@@ -22,7 +23,6 @@ from megatron_mone.data.hugging_face import (
     token_text,
     write_config,
 )
-from megatron_mone.files import atomic_write
 
 EOD_TOKEN = "<|endoftext|>"
 SMALLEST_BPE = 258

@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from megatron_mone.child_processes import end_with
+from megatron_mone.common.child_processes import end_with
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.shards import ShardFacts, ShardJob, tokenize_shard
 

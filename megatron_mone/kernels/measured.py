@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 
 TABLE = Path(__file__).with_name("measured.json")
 TABLE_ENV = "MONE_KERNEL_TABLE"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 
 SCHEMA = "megatron-mone/masks/1"
 

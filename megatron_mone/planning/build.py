@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from megatron_mone.exit_status import USER_ERROR
+from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.planning.trace import Trace, merged
 
 TIMEOUT_SECONDS = 600
@@ -147,7 +147,7 @@ def _recompute_is_told(clock: Any) -> Iterator[None]:
     where it is less than a module, as modules alone tell the clock."""
     from megatron.core.tensor_parallel import random
 
-    from megatron_mone.profiling.phases import RECOMPUTE
+    from megatron_mone.common.phases import RECOMPUTE
 
     fork = random._fork_rng
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 from megatron_mone.planning.calibration_result import (
     Calibration,
     CommunicationCheck,

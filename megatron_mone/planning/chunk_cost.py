@@ -16,6 +16,13 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_mone.common.phases import (
+    ATTENTION,
+    BACKWARD,
+    COMBINE,
+    DISPATCH,
+    FORWARD,
+)
 from megatron_mone.planning.collectives import OPERATIONS, collective_cost
 from megatron_mone.planning.efficiency import Efficiency
 from megatron_mone.planning.expert_dispatch import expected_parts, hierarchical_dispatch_cost
@@ -25,13 +32,6 @@ from megatron_mone.planning.op_classes import operation
 from megatron_mone.planning.placement import Placement, place_stride
 from megatron_mone.planning.roofline import Operation
 from megatron_mone.planning.trace import Collective, Op, Trace
-from megatron_mone.profiling.phases import (
-    ATTENTION,
-    BACKWARD,
-    COMBINE,
-    DISPATCH,
-    FORWARD,
-)
 
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.

@@ -17,9 +17,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_mone.common.spelling import nearest_name
 from megatron_mone.planning.hardware import Cluster
 from megatron_mone.planning.placement import Placement
-from megatron_mone.spelling import nearest_name
 
 # Messages of one rank that are under way together in an all-to-all: an assumption.
 PEERS_AT_ONCE = 8

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from megatron_mone.files import write_json
+from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.files import write_json
 from megatron_mone.planning.roofline import DEFAULTS, Curve
-from megatron_mone.profiling.checked_json import Field, check_schema, load
 
 SCHEMA = "megatron-mone/efficiency/1"
 ASSUMED = "assumed: nothing was measured"

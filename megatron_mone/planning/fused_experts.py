@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.registry import GroupedMLPOutput
@@ -53,7 +54,6 @@ from megatron_mone.planning.fused_precision import (
     quantize,
     quantize_weight,
 )
-from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 
 META = torch.device("meta")
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.common.phases import OPTIMIZER
 from megatron_mone.planning.fused_op import note
-from megatron_mone.profiling.phases import OPTIMIZER
 
 FP8 = torch.float8_e4m3fn
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mone.planning.checked_yaml import Section, read_yaml
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.checked_yaml import Section, read_yaml
+from megatron_mone.common.spelling import nearest_name
 
 HARDWARE_ROOT = Path(__file__).resolve().parents[2] / "configs" / "cluster" / "hardware"
 DTYPES = ("bf16", "fp16", "fp8", "tf32", "fp32")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron_mone.profiling.checked_json import Field
+from megatron_mone.common.checked_json import Field
 
 _PEAK_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
+from megatron_mone.common.files import atomic_write
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import read_scalar
 from megatron_mone.config_checks import is_mone
-from megatron_mone.files import atomic_write
 from megatron_mone.profiling.baselines import RunSpec
 from megatron_mone.run_config import PARTS, merge_parts, read_part, read_run
-from megatron_mone.spelling import nearest_name
-from megatron_mone.yaml_values import read_scalar
 
 SHORT = {
     "tp": "tensor_model_parallel_size",

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.phases import COMMUNICATION, DATA, OTHER, PASSES, PHASES
 from megatron_mone.planning.hardware import Cluster
 from megatron_mone.profiling.baselines import MAIN
-from megatron_mone.profiling.checked_json import Field, check_schema, load
 from megatron_mone.profiling.merge import SCHEMA
-from megatron_mone.profiling.phases import COMMUNICATION, DATA, OTHER, PASSES, PHASES
 
 NOT_COMPUTE = (*COMMUNICATION, DATA, OTHER)
 """Phases that no curve describes: waiting for others, reading files, Python of the schedule."""

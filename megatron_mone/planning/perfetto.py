@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 
 FORWARD, BACKWARD = "forward", "backward"
 GATHER, REDUCE, OPTIMIZER = "parameter gather", "gradient reduce", "optimizer"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 from megatron_mone.planning import sweeps
 from megatron_mone.planning.efficiency import Efficiency, efficiency_of
 from megatron_mone.planning.fixes import cheapest_fix

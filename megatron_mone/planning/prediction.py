@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mone.common.phases import OTHER
 from megatron_mone.planning.chunk_cost import ChunkCost, PassCost, chunk_cost, collective_seconds
 from megatron_mone.planning.efficiency import Efficiency
 from megatron_mone.planning.hardware import Cluster
@@ -25,7 +26,6 @@ from megatron_mone.planning.pipeline_order import Schedule
 from megatron_mone.planning.rank_memory import RankMemory, rank_memory
 from megatron_mone.planning.step_cost import StepCost, step_cost
 from megatron_mone.planning.trace import Collective, Trace
-from megatron_mone.profiling.phases import OTHER
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.planning.checked_yaml import read_yaml
+from megatron_mone.common.checked_yaml import read_yaml
+from megatron_mone.common.phases import COMBINE, DISPATCH, PERMUTE, ROUTER, UP_DOWN_GEMM
 from megatron_mone.planning.efficiency import Efficiency
 from megatron_mone.planning.hardware import load_cluster
 from megatron_mone.planning.job_spec import JobSpec
@@ -19,7 +20,6 @@ from megatron_mone.planning.plan_document import GIB
 from megatron_mone.planning.planner import Planned, Planner
 from megatron_mone.planning.routing_skew import ZIPF, Skew
 from megatron_mone.planning.trace_server import Tracer
-from megatron_mone.profiling.phases import COMBINE, DISPATCH, PERMUTE, ROUTER, UP_DOWN_GEMM
 from megatron_mone.run_config import read_part
 
 STEP, MEMORY, EXPOSED, LAYER = "step", "memory", "exposed", "layer"

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mone.common.phases import BACKWARD, FORWARD, RECOMPUTE
+from megatron_mone.common.phases import OPTIMIZER as OPTIMIZER_PHASE
 from megatron_mone.planning.live_bytes import LiveBytes
 from megatron_mone.planning.trace import Collective, Op, StageMemory
 from megatron_mone.planning.unknown_values import tensors_in
@@ -21,8 +23,6 @@ from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import GROUP_NAMES
 from megatron_mone.profiling.flop_counter import FlopCounter
 from megatron_mone.profiling.ledger import GRADIENTS, OPTIMIZER, WEIGHTS
-from megatron_mone.profiling.phases import BACKWARD, FORWARD, RECOMPUTE
-from megatron_mone.profiling.phases import OPTIMIZER as OPTIMIZER_PHASE
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_mone.common.spelling import nearest_name
 from megatron_mone.planning.hardware import Device
-from megatron_mone.spelling import nearest_name
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_mone.profiling.checked_json import Field, load
+from megatron_mone.common.checked_json import Field, load
 
 BALANCED = "balanced"
 ZIPF = "zipf"

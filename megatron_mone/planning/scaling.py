@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from fractions import Fraction
 
+from megatron_mone.common.phases import OPTIMIZER
 from megatron_mone.planning.job_facts import JobFacts
 from megatron_mone.planning.trace import Collective, Op, Trace
-from megatron_mone.profiling.phases import OPTIMIZER
 
 OVER_REPLICAS = ("dp", "dp-cp", "edp", "intra_distributed_optimizer_instance_group", "world")
 _WHOLE = ("aten.zero_",)  # of the optimizer's operators: all gradients, not those this rank owns

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_mone.common.phases import GATE_GEMM, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.registry import GroupedMLPOutput
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
@@ -30,7 +31,6 @@ from megatron_mone.planning import fused_dispatch, fused_experts
 from megatron_mone.planning.fused_experts import kept_entries
 from megatron_mone.planning.recorder import Recorder
 from megatron_mone.profiling.module_flops import LayerShare, RankShare, expert_work
-from megatron_mone.profiling.phases import GATE_GEMM, UP_DOWN_GEMM, enter
 
 
 def balanced_rows(tokens: int, topk: int, experts: int) -> list[int]:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import atomic_write
-from megatron_mone.profiling.checked_json import Field, check_schema, load
+from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.files import atomic_write
+from megatron_mone.common.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
 from megatron_mone.profiling.communication import sent_bytes
-from megatron_mone.profiling.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
 
 SCHEMA = "megatron-mone/trace/1"
 _FIX = "trace the rank again"

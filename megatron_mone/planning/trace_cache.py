@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import megatron_mone
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 
 LARGEST_MIB = 1024
 # Their code decides what a trace holds.

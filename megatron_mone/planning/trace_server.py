@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_mone.common.checked_json import Field, load
 from megatron_mone.planning.gpu_job import is_gpu_job
 from megatron_mone.planning.job_facts import JobFacts
 from megatron_mone.planning.stages import Place, in_job, stage_job
@@ -21,7 +22,6 @@ from megatron_mone.planning.trace import Trace
 from megatron_mone.planning.trace_cache import TraceCache, cache_key
 from megatron_mone.planning.trace_worker import CPU, DESCRIBE, GPU, TRACE
 from megatron_mone.planning.worker_pool import Request, WorkerPool
-from megatron_mone.profiling.checked_json import Field, load
 
 _FIX = "plan the job again"
 

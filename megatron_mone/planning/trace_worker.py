@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone.child_processes import end_with
-from megatron_mone.exit_status import USER_ERROR
-from megatron_mone.files import write_json
+from megatron_mone.common.child_processes import end_with
+from megatron_mone.common.exit_status import USER_ERROR
+from megatron_mone.common.files import write_json
 from megatron_mone.planning.gpu_job import parse_gpu_job, prepare
 
 LONGEST_MESSAGE = 1 << 20

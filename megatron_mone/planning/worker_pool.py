@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone.child_processes import tied
-from megatron_mone.exit_status import USER_ERROR
+from megatron_mone.common.child_processes import tied
+from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.planning.trace_worker import LONGEST_MESSAGE
 
 _ROOT = Path(__file__).resolve().parents[2]

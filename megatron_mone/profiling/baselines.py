@@ -19,8 +19,8 @@ from typing import Any
 
 import yaml
 
-from megatron_mone.spelling import nearest_name
-from megatron_mone.yaml_values import read_scalar
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import read_scalar
 
 MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors

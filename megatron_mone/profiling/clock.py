@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_mone.profiling.phases import BACKWARD, FORWARD, OTHER, RECOMPUTE
+from megatron_mone.common.phases import BACKWARD, FORWARD, OTHER, RECOMPUTE
 
 
 class Stamps(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.clock import PhaseClock
 
 # Megatron's group descriptions (parallel_state.initialize_model_parallel) in the layout's words.

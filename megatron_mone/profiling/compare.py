@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.profiling import checked_json, resample
-from megatron_mone.profiling.checked_json import Field
+from megatron_mone.common import checked_json
+from megatron_mone.common.checked_json import Field
+from megatron_mone.common.phases import PHASES
+from megatron_mone.profiling import resample
 from megatron_mone.profiling.merge import PROFILE
 from megatron_mone.profiling.merge import SCHEMA as PROFILE_SCHEMA
-from megatron_mone.profiling.phases import PHASES
 
 LEAST_SHARE = 0.01
 """Smaller phases of a step are no regression on their own."""

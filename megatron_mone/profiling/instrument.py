@@ -22,7 +22,7 @@ from megatron.core.transformer.multi_token_prediction import MultiTokenPredictio
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import watch_communication
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.communication import tensors_in
 
 WEIGHTS = "weights"

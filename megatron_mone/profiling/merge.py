@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.checked_json import UnreadableFile, differences
+from megatron_mone.common.files import atomic_write
+from megatron_mone.common.phases import PASSES
 from megatron_mone.profiling import skew
-from megatron_mone.profiling.checked_json import UnreadableFile, differences
-from megatron_mone.profiling.phases import PASSES
 from megatron_mone.profiling.rank_record import FOLDER, read_record
 from megatron_mone.profiling.rank_steps import (
     PHASE_NAMES,

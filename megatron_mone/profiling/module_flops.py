@@ -25,8 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from megatron_mone.config import chosen_by_rule, needs_all_gates
-from megatron_mone.profiling.phases import (
+from megatron_mone.common.phases import (
     ATTENTION,
     DENSE_MLP,
     GATE_GEMM,
@@ -36,6 +35,7 @@ from megatron_mone.profiling.phases import (
     SHARED_EXPERTS,
     UP_DOWN_GEMM,
 )
+from megatron_mone.config import chosen_by_rule, needs_all_gates
 
 Kind = Literal["dense", "moe", "mone"]
 WHOLE_LAYER = frozenset(("attention", "mlp", "moe", "mtp"))

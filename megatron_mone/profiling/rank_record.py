@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import atomic_write
-from megatron_mone.profiling import checked_json
-from megatron_mone.profiling.checked_json import Field
-from megatron_mone.profiling.phases import PASSES, PHASES
+from megatron_mone.common import checked_json
+from megatron_mone.common.checked_json import Field
+from megatron_mone.common.files import atomic_write
+from megatron_mone.common.phases import PASSES, PHASES
 
 SCHEMA = "megatron-mone/rank-profile/1"
 FOLDER = "ranks"

@@ -1,7 +1,7 @@
 """The steps of one run over many ranks: taken from records, brought onto common steps, averaged.
 
 Touches numpy arrays only. Shapes: R ranks, S steps, P phases and Q passes in the order of
-profiling/phases.py; all times in ms.
+common/phases.py; all times in ms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mone.profiling.phases import COMMUNICATION, PASSES, PHASES
+from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
 
 Array = NDArray[Any]
 PHASE_NAMES = tuple(PHASES)

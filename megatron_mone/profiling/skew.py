@@ -1,6 +1,6 @@
 """How ranks differ: by rank, over ranks and nodes, stragglers, imbalance within expert groups.
 
-Touches numpy arrays only. Shapes: R ranks, P phases in the order of profiling/phases.py; ms.
+Touches numpy arrays only. Shapes: R ranks, P phases in the order of common/phases.py; ms.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.profiling.phases import COMMUNICATION, GATE_GEMM, SELECTION, UP_DOWN_GEMM
+from megatron_mone.common.phases import COMMUNICATION, GATE_GEMM, SELECTION, UP_DOWN_GEMM
 from megatron_mone.profiling.rank_steps import PHASE_NAMES, Aligned, Array, compute_ms
 
 STRAGGLER_EXCESS = 0.10

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 from megatron_mone.profiling.instrument import Instruments
 from megatron_mone.profiling.ledger import MemoryLedger, persistent_tensors

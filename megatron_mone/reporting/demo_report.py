@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.reporting import machine, plots
+from megatron_mone.common import machine
+from megatron_mone.reporting import plots
 from megatron_mone.reporting.html import Page
 from megatron_mone.reporting.results import (
     LayerLoad,

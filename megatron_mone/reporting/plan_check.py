@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.common import checked_json
+from megatron_mone.common.checked_json import Field
+from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.rank_memory import ORDER
-from megatron_mone.profiling import checked_json
-from megatron_mone.profiling.checked_json import Field
-from megatron_mone.profiling.phases import PHASES
 
 PLAN_SCHEMA = "megatron-mone/plan/1"
 SEARCH_SCHEMA = "megatron-mone/plan-search/1"

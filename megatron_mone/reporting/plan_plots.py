@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.rank_memory import ORDER
-from megatron_mone.profiling.phases import PHASES
 from megatron_mone.reporting.plan_view import (
     Model,
     Plan,

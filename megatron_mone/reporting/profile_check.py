@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.profiling import checked_json
-from megatron_mone.profiling.checked_json import Field, differences
+from megatron_mone.common import checked_json
+from megatron_mone.common.checked_json import Field, differences
+from megatron_mone.common.phases import PASSES, PHASES
 from megatron_mone.profiling.merge import PROFILE, SCHEMA
-from megatron_mone.profiling.phases import PASSES, PHASES
 from megatron_mone.profiling.rank_record import LOAD_EDGES, MOST_RANKS
 
 _FIX = "merge its rank files again with tools/merge_profile.py"

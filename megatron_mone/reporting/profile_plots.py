@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from megatron_mone.profiling.phases import COMMUNICATION, PASSES
+from megatron_mone.common.phases import COMMUNICATION, PASSES
 from megatron_mone.reporting import plots
 from megatron_mone.reporting.profile_view import (
     Profile,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from megatron_mone.profiling.phases import COMMUNICATION
+from megatron_mone.common.phases import COMMUNICATION
 from megatron_mone.reporting import profile_plots, profile_resource_plots, profile_tables
 from megatron_mone.reporting.html import Page
 from megatron_mone.reporting.plots import save

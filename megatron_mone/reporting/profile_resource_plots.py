@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from megatron_mone.profiling.phases import PHASES
+from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling.rank_record import LOAD_EDGES
 from megatron_mone.reporting.profile_plots import RUN_COLOURS, SETTINGS, WIDTH, ink, run_legend
 from megatron_mone.reporting.profile_view import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.compare import STEP
-from megatron_mone.profiling.phases import COMMUNICATION, PHASES
 from megatron_mone.reporting.profile_view import (
     Profile,
     Run,

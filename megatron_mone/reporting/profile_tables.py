@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.compare import STEP, Row
-from megatron_mone.profiling.phases import COMMUNICATION, PHASES
 from megatron_mone.reporting.profile_view import (
     Profile,
     Run,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling.compare import STEP, Row, compare
-from megatron_mone.profiling.phases import PHASES
 
 Run = dict[str, Any]
 Profile = dict[str, Any]

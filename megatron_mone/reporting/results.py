@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 from megatron_mone.reporting.events import Curve, Events, Histogram, read_events
 
 LOAD_TAG = "mone/neuron_load_layer_"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
+from megatron_mone.common.machine import cores
 from megatron_mone.reporting.events import Curve
-from megatron_mone.reporting.machine import cores
 from megatron_mone.reporting.results import LayerLoad, RunResult
 
 TIE_NATS = 0.02

@@ -22,10 +22,10 @@ from typing import Any
 
 import psutil
 
-from megatron_mone.child_processes import named_here, tied
-from megatron_mone.reporting.machine import load_average
+from megatron_mone.common.child_processes import named_here, tied
+from megatron_mone.common.machine import load_average
+from megatron_mone.common.step_line import step_of
 from megatron_mone.reporting.results import RunResult, collect, load_result, save_json, save_result
-from megatron_mone.step_line import step_of
 
 OnStep = Callable[[int, float], None]
 """Called with (step, training loss in nats) for each line of the log."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from megatron_mone import cpu_emulation
-from megatron_mone.files import write_json
+from megatron_mone.common.files import write_json
 from megatron_mone.profiling import process_memory
 from megatron_mone.profiling.ledger import MemoryLedger, persistent_tensors
 from tests import training_cases

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from megatron_mone.files import atomic_write
+from megatron_mone.common.files import atomic_write
 from tests.refusal_cases import BASE, CASES
 
 ELSEWHERE = "elsewhere"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mone.common.phases import COMMUNICATION, GATE_GEMM
 from megatron_mone.planning.calibration import calibrate
 from megatron_mone.planning.hardware import load_cluster
 from megatron_mone.planning.measured_profile import read_profile
 from megatron_mone.planning.trace_cache import TraceCache
 from megatron_mone.planning.trace_server import Tracer
-from megatron_mone.profiling.phases import COMMUNICATION, GATE_GEMM
 
 PROFILE = (
     Path(__file__).resolve().parents[2]

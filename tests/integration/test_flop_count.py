@@ -15,7 +15,7 @@ import sys
 
 import pytest
 
-from megatron_mone.profiling.phases import (
+from megatron_mone.common.phases import (
     ATTENTION,
     DENSE_MLP,
     GATE_GEMM,

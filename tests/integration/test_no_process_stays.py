@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.exit_status import INTERRUPTED
+from megatron_mone.common.exit_status import INTERRUPTED
 from tests.processes import end, gone, marked, new_mark
 from tests.training_cases import MOCK, ROOT, TINY
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.merge import merge
 from tests.parity.layouts import FULL_RECOMPUTE
 from tests.training_cases import MOCK, MONE, TINY, Case, recorded, run_cases

@@ -19,7 +19,7 @@ import pytest
 
 from launch import manifest, slurm_commands
 from launch.slurm_records import JobState
-from megatron_mone.command_line import ERROR
+from megatron_mone.common.command_line import ERROR
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_until

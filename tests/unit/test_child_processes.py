@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone import child_processes
+from megatron_mone.common import child_processes
 from tests.processes import gone, marked, new_mark
 
 ROOT = Path(__file__).resolve().parents[2]
 SLEEP = "[sys.executable, '-c', 'import time; time.sleep(600)']"
-IMPORTS = "import os, subprocess, sys, time\nfrom megatron_mone.child_processes import *\n"
+IMPORTS = "import os, subprocess, sys, time\nfrom megatron_mone.common.child_processes import *\n"
 STARTS = f"{IMPORTS}subprocess.Popen({SLEEP}, preexec_fn=tied(), start_new_session=True)\n"
 WAITS = "print('up', flush=True)\ntime.sleep(600)"
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_mone.common.phases import UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.cpu import build, native
@@ -41,7 +42,6 @@ from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.weight_views import halves_of_one
-from megatron_mone.profiling.phases import UP_DOWN_GEMM, enter
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 

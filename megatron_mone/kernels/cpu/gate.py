@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_mone.common.phases import GATE_GEMM, SELECTION, enter
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.cpu import native
@@ -21,7 +22,6 @@ from megatron_mone.kernels.cpu.products import empty, scratch
 from megatron_mone.kernels.cpu.route import gate_by_gemm
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
-from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, enter
 
 TILE_ROWS = 512  # gate activations [TILE_ROWS, F] live at once
 

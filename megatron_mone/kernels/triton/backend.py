@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_rows
@@ -26,7 +27,6 @@ from megatron_mone.kernels.triton.linears import MatmulLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
 from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.profiling.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 
 TILED_FROM = 128  # neurons of the smallest block that the block-sparse kernels get
 NOTE = "not run on a GPU yet, so only by name"

@@ -17,7 +17,7 @@ from launch.local import run_local
 from launch.script import sbatch_script
 from launch.slurm_commands import SlurmUnavailable
 from launch.slurm_environment import client_environment, site_defaults
-from megatron_mone.surroundings import without_ranks
+from megatron_mone.common.surroundings import without_ranks
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.launch_cases import job
 

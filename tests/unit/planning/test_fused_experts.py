@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_mone.common import phases
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.planning import fused_experts, fused_op
@@ -21,7 +22,6 @@ from megatron_mone.planning.fused_precision import Float8BlockScaling, fp8_autoc
 from megatron_mone.planning.recorder import Recorder
 from megatron_mone.planning.stand_ins import _bias_rows
 from megatron_mone.planning.unknown_values import UnknownValues
-from megatron_mone.profiling import phases
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 N, H, F, S = 96, 256, 160, 40

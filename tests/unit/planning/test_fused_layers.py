@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_mone.common.phases import OPTIMIZER
 from megatron_mone.planning import fused_layers, fused_op, fused_precision
 from megatron_mone.planning.fused_attention import AttentionJob, DotProductAttention, score_pairs
 from megatron_mone.planning.fused_layers import apply_rotary_pos_emb
@@ -29,7 +30,6 @@ from megatron_mone.planning.fused_optimizer import (
 from megatron_mone.planning.recorder import Recorder
 from megatron_mone.planning.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
-from megatron_mone.profiling.phases import OPTIMIZER
 
 S, B, H, HEADS, D, F = 6, 2, 32, 4, 8, 48
 BF16, FP32 = 2, 4

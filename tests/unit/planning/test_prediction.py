@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, RECOMPUTE
 from megatron_mone.planning.chunk_cost import chunk_cost, collective_seconds
 from megatron_mone.planning.plan_document import model_document
 from megatron_mone.planning.prediction import predict, schedule_of
@@ -11,7 +12,6 @@ from megatron_mone.planning.rank_memory import rank_memory
 from megatron_mone.planning.scaling import scaled_facts, scaled_traces
 from megatron_mone.planning.step_cost import step_cost
 from megatron_mone.planning.trace import Collective
-from megatron_mone.profiling.phases import ATTENTION, BACKWARD, FORWARD, RECOMPUTE
 from tests.unit.planning.made_jobs import (
     CLUSTER,
     EXACT,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_mone.common.phases import ATTENTION, BACKWARD
 from megatron_mone.planning import published_fit
 from megatron_mone.planning.efficiency import Efficiency
 from megatron_mone.planning.job_spec import JobSpec
@@ -20,7 +21,6 @@ from megatron_mone.planning.published_fit import (
 from megatron_mone.planning.routing_skew import Skew
 from megatron_mone.planning.trace import Collective
 from megatron_mone.planning.trace_server import TracedJob
-from megatron_mone.profiling.phases import ATTENTION, BACKWARD
 from tests.unit.planning.made_jobs import CLUSTER, facts, move, product, trace
 
 FACTS = facts(pp=1, dp=16, micro_batches=2, tp=2)

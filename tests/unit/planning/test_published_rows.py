@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import yaml
 
+from megatron_mone.common.phases import PERMUTE, ROUTER, UP_DOWN_GEMM
 from megatron_mone.planning import published
 from megatron_mone.planning.job_spec import JobSpec
 from megatron_mone.planning.planner import Planned
@@ -24,7 +25,6 @@ from megatron_mone.planning.published import (
 )
 from megatron_mone.planning.routing_skew import ZIPF, Skew
 from megatron_mone.planning.trace_server import TracedJob
-from megatron_mone.profiling.phases import PERMUTE, ROUTER, UP_DOWN_GEMM
 from tests.training_cases import ROOT
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, FACTS, STAGE, TRACES, move, trace
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from megatron.core.parallel_state import RankGenerator
 
+from megatron_mone.common.phases import DISPATCH, FORWARD
 from megatron_mone.planning.stages import (
     in_job,
     stage_flags,
@@ -14,7 +15,6 @@ from megatron_mone.planning.stages import (
 )
 from megatron_mone.planning.trace import Collective, StageMemory, Trace
 from megatron_mone.pretrain import flag_parser
-from megatron_mone.profiling.phases import DISPATCH, FORWARD
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, ROUTER
 from megatron_mone.planning.recorder import Recorder, stage_memory
 from megatron_mone.planning.stand_ins import balanced_rows, routing_map
 from megatron_mone.planning.trace import Collective, Op, StageMemory, Trace, merged
 from megatron_mone.planning.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
-from megatron_mone.profiling.phases import ATTENTION, BACKWARD, FORWARD, ROUTER
 
 MM = Op(
     name="aten.mm", inputs=((2, 3), (3, 5)), outputs=((2, 5),), dtype="float32", bytes_read=84,

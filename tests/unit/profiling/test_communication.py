@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 from megatron_mone.profiling.communication import phase_of, sent_bytes, watch_communication
 

@@ -118,7 +118,7 @@ def test_shared_experts_and_dense_layers_have_phases():
 def test_nothing_is_left_behind():
     from megatron.core.pipeline_parallel import schedules
 
-    from megatron_mone.profiling import phases
+    from megatron_mone.common import phases
 
     model = build()
     before = [dict(vars(module)) for module in model.modules()], dict(vars(schedules))

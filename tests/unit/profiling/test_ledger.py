@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_mone.benchmarking.memory import _allocated
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.ledger import (
     KINDS,
     TIMELINE_POINTS,

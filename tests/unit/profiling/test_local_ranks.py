@@ -2,7 +2,7 @@
 
 import sys
 
-from megatron_mone.profiling.local_ranks import run_ranks
+from megatron_mone.common.local_ranks import run_ranks
 
 
 def run(tmp_path, code, ranks=2):
@@ -40,7 +40,7 @@ sys.exit(2)"""
 def test_rank_0_has_the_terminal(tmp_path, capfd):
     code = """
 sys.path.insert(0, os.getcwd())
-from megatron_mone.profiling.local_ranks import terminal
+from megatron_mone.common.local_ranks import terminal
 print("rank", os.environ["RANK"], file=terminal(), flush=True)"""
     assert run(tmp_path, code) == 0
     assert capfd.readouterr().err == "rank 0\n"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_mone.profiling import phases
+from megatron_mone.common import phases
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 

@@ -9,8 +9,8 @@ import re
 
 import pytest
 
+from megatron_mone.common import checked_json
 from megatron_mone.moe.neuron_load import HISTOGRAM_EDGES
-from megatron_mone.profiling import checked_json
 from megatron_mone.profiling.rank_record import LOAD_EDGES, read_record, write_record
 from tests.unit.profiling.profile_builders import make_record, make_run
 

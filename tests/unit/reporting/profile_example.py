@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.profiling.phases import COMMUNICATION, PHASES
+from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.rank_record import LOAD_EDGES
 
 MODEL = {

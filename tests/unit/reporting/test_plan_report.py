@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
+from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.rank_memory import ORDER
-from megatron_mone.profiling.phases import PHASES
 from megatron_mone.reporting import plan_curves, plan_plots, plan_tables
 from megatron_mone.reporting.plan_report import TIMELINE, write_plan_files, write_report
 from megatron_mone.reporting.plan_search_report import answer, refusals

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
-from megatron_mone.profiling.phases import COMMUNICATION
+from megatron_mone.common.phases import COMMUNICATION
 from megatron_mone.reporting import (
     profile_plots,
     profile_resource_plots,

@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
-from megatron_mone.child_processes import named_here, tied
-from megatron_mone.command_line import ERROR
-from megatron_mone.surroundings import without_ranks
+from megatron_mone.common.child_processes import named_here, tied
+from megatron_mone.common.command_line import ERROR
+from megatron_mone.common.surroundings import without_ranks
 
 TERMINAL = "MEGATRON_MONE_TERMINAL_FD"
 GRACE_SECONDS = 10.0

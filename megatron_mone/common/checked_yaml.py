@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from megatron_mone.spelling import nearest_name
+from megatron_mone.common.spelling import nearest_name
 
 
 def read_yaml(path: Path, example: str) -> Section:

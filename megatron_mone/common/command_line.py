@@ -9,7 +9,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from megatron_mone.exit_status import USER_ERROR
+from megatron_mone.common.exit_status import USER_ERROR
 
 ERROR = "megatron-mone: error:"
 

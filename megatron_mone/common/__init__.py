@@ -1,0 +1,1 @@
+"""What every room stands on: files, exit statuses, words of a command line. Imports no room."""
