@@ -18,15 +18,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.local import INTERRUPTED
-from launch.profile_jobs import add_profile_flags, refuse_profile_flags, submit_profile
-from launch.run_commands import cancel_run, find_run, resume_run, show_logs, status_lines
-from launch.slurm_commands import SlurmUnavailable
-from launch.spec_file import add_flags
-from launch.start_commands import is_local, job_of, site_of, start_run, submit_run
-from launch.sweep import start_sweep
-from launch.sweep_results import show_results
-from launch.verdict import judge_job
+from launch.runs.local import INTERRUPTED
+from launch.runs.profile_jobs import add_profile_flags, refuse_profile_flags, submit_profile
+from launch.runs.run_commands import cancel_run, find_run, resume_run, show_logs, status_lines
+from launch.runs.start_commands import is_local, job_of, site_of, start_run, submit_run
+from launch.runs.sweep import start_sweep
+from launch.runs.sweep_results import show_results
+from launch.slurm.commands import SlurmUnavailable
+from launch.spec.file import add_flags
+from launch.spec.pre_submit import judge_job
 from megatron_mone.common.command_line import ERROR, OneLineParser, fail
 from megatron_mone.common.spelling import nearest_name
 

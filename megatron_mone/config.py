@@ -181,7 +181,7 @@ def check_packages(config: Any) -> None:
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
+    from megatron_mone.moe.dispatch.flex import check_flex_packages
 
     check_flex_packages(config)
     if getattr(config, "mone_backend", "auto") != "auto":

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone import failure, liveness
 from megatron_mone.common.child_processes import end_with_starter
 from megatron_mone.common.command_line import ERROR
 from megatron_mone.common.exit_status import (
@@ -27,6 +26,7 @@ from megatron_mone.common.exit_status import (
 )
 from megatron_mone.common.files import write_json
 from megatron_mone.common.local_ranks import free_port
+from megatron_mone.model import failure, liveness
 
 
 def main() -> None:
@@ -42,10 +42,10 @@ def main() -> None:
         cpu_emulation.install()
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    from megatron_mone import checks
     from megatron_mone.checkpoint.schedule import restart_notices
-    from megatron_mone.checks.flags import notices
-    from megatron_mone.checks.layout_notices import layout_notices
+    from megatron_mone.model import checks
+    from megatron_mone.model.checks.flags import notices
+    from megatron_mone.model.checks.layout_notices import layout_notices
 
     args = None
     has_stepped, end_watch = failure.watch_first_step()
@@ -91,22 +91,16 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
-    from megatron_mone.checkpoint import (
-        optimizer_layout,
-        ownership,
-        safe_save,
-        schedule,
-        signals,
-        verify,
-    )
-    from megatron_mone.checkpoint.lease import LeaseLostError
-    from megatron_mone.gpt_training import datasets_provider, forward_step
-    from megatron_mone.loss_check import rejection
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.checkpoint import optimizer_layout, ownership, schedule, signals, verify
+    from megatron_mone.checkpoint import save as safe_save
+    from megatron_mone.checkpoint.lease.lease import LeaseLostError
+    from megatron_mone.model.gpt_training import datasets_provider, forward_step
+    from megatron_mone.model.loss_check import rejection
+    from megatron_mone.model.step_flops import step_flops
     from megatron_mone.moe.finite_check import NonFiniteExpertError
-    from megatron_mone.moe.mask_trace import MaskTraceError
+    from megatron_mone.moe.masks.trace import MaskTraceError
+    from megatron_mone.moe.metrics import install_tracker
     from megatron_mone.profiling.attach import attach, window_of
-    from megatron_mone.profiling.flops import step_flops
 
     stop = signals.arm(args) if args.save else None
     safe_save.install()
@@ -174,9 +168,9 @@ def parse_arguments() -> argparse.Namespace:
     from megatron.training import arguments
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
-    from megatron_mone.checks import check_checkpoint, check_layout, check_run
-    from megatron_mone.checks.flags import parse_given
-    from megatron_mone.loss_check import settle_rerun_mode
+    from megatron_mone.model.checks import check_checkpoint, check_layout, check_run
+    from megatron_mone.model.checks.flags import parse_given
+    from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.profiling.attach import window_of
 
     _expand_config()
@@ -211,7 +205,7 @@ def build_model_config(args: argparse.Namespace):
 
     from megatron_mone.config import MoNEConfig, MoNEMLAConfig, check_packages
     from megatron_mone.config_checks import is_mone
-    from megatron_mone.layer_spec import MoNEGPTModelConfig
+    from megatron_mone.model.layer_spec import MoNEGPTModelConfig
 
     check_packages(args)
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
@@ -265,7 +259,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_mone.checkpoint import ownership, verify
     from megatron_mone.common.spelling import nearest_name
     from megatron_mone.config import add_mone_args
-    from megatron_mone.flag_values import refuse_in_words
+    from megatron_mone.model.flag_values import refuse_in_words
     from megatron_mone.profiling import attach
 
     add_mone_args(parser)
@@ -293,7 +287,7 @@ def flag_parser() -> argparse.ArgumentParser:
 
 def _expand_config() -> None:
     """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
-    from megatron_mone.run_config import load_run, to_flags
+    from megatron_mone.model.run_config import load_run, to_flags
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)

@@ -23,9 +23,13 @@ from tests.training_cases import prepare_ahead  # noqa: E402
 cpu_emulation.install()
 for late in (
     *("megatron.core.tokenizers.text", "megatron.training.training", "torch.utils.tensorboard"),
-    *("megatron_mone.gpt_training", "megatron_mone.layer_spec", "megatron_mone.metrics"),
-    *("megatron_mone.checks", "megatron_mone.pretrain", "megatron_mone.profiling.attach"),
-    *("megatron_mone.checkpoint.safe_save", "megatron_mone.checkpoint.signals"),
+    *(
+        "megatron_mone.model.gpt_training",
+        "megatron_mone.model.layer_spec",
+        "megatron_mone.moe.metrics",
+    ),
+    *("megatron_mone.model.checks", "megatron_mone.pretrain", "megatron_mone.profiling.attach"),
+    *("megatron_mone.checkpoint.save", "megatron_mone.checkpoint.signals"),
     "megatron_mone.checkpoint.verify",
 ):
     importlib.import_module(late)

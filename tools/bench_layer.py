@@ -122,7 +122,7 @@ def _build(options: argparse.Namespace, loss: float, mone: bool = True) -> torch
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     from megatron_mone.config import MoNEConfig
-    from megatron_mone.layer_spec import mone_layer_spec
+    from megatron_mone.model.layer_spec import mone_layer_spec
 
     config = MoNEConfig(
         num_layers=1,

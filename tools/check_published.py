@@ -40,11 +40,11 @@ def main() -> int:
 
 
 def _check(folder: Path, only: str, fit: bool, out: Path) -> int:
-    from megatron_mone.planning import published
-    from megatron_mone.planning.efficiency import efficiency_of
+    from megatron_mone.planning.cost.efficiency import efficiency_of
+    from megatron_mone.planning.fitting import published
+    from megatron_mone.planning.fitting.published_fit import replanned
     from megatron_mone.planning.plan_command import progress_bar
-    from megatron_mone.planning.published_fit import replanned
-    from megatron_mone.planning.trace_server import Tracer
+    from megatron_mone.planning.tracing.trace_server import Tracer
 
     paths = sorted(path for path in folder.glob("*.yaml") if only in path.stem)
     if not paths:
@@ -69,8 +69,8 @@ def _check(folder: Path, only: str, fit: bool, out: Path) -> int:
 
 
 def _fit(rows: list) -> None:
-    from megatron_mone.planning.efficiency import FITTED_ROOT
-    from megatron_mone.planning.published_fit import fit_published
+    from megatron_mone.planning.cost.efficiency import FITTED_ROOT
+    from megatron_mone.planning.fitting.published_fit import fit_published
 
     by_cluster = defaultdict(list)
     for run, planned in rows:

@@ -25,9 +25,7 @@ from rich.table import Table
 
 from megatron_mone.common.child_processes import end_with_starter, tied
 from megatron_mone.common.exit_status import INTERRUPTED
-from megatron_mone.reporting.demo_report import table_rows, write_report
-from megatron_mone.reporting.results import ResultError, RunResult
-from megatron_mone.reporting.training_run import (
+from megatron_mone.demo.training_run import (
     OnStep,
     RunSpec,
     TrainingError,
@@ -35,6 +33,8 @@ from megatron_mone.reporting.training_run import (
     finished,
     run_child,
 )
+from megatron_mone.reporting.demo.report import table_rows, write_report
+from megatron_mone.reporting.page.results import ResultError, RunResult
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"mone": "mone", "moe_total": "moe-total", "moe_active": "moe-active"}

@@ -18,11 +18,11 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.manifest import attempts
+from launch.runs.run_manifest import attempts
 from megatron_mone.common.command_line import ERROR, OneLineParser, fail
 from megatron_mone.profiling.merge import merge
-from megatron_mone.reporting.profile_check import check_one_model
-from megatron_mone.reporting.profile_report import write_report
+from megatron_mone.reporting.profile.check import check_one_model
+from megatron_mone.reporting.profile.report import write_report
 
 _LOGS_READ = 16
 _LOG_BYTES = 1 << 20

@@ -75,8 +75,8 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
 def _report(out: Path) -> None:
     """Merge what lies in the folder, and draw it."""
     from megatron_mone.profiling.merge import merge
-    from megatron_mone.reporting.profile_report import write_report
-    from megatron_mone.reporting.profile_tensorboard import write_tensorboard
+    from megatron_mone.reporting.profile.report import write_report
+    from megatron_mone.reporting.profile.tensorboard import write_tensorboard
 
     profile = merge(out)
     write_report(profile, out)

@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_mone.common.command_line import OneLineParser, fail
-from megatron_mone.reporting.plan_check import read_either
-from megatron_mone.reporting.plan_report import write_plan_files
+from megatron_mone.reporting.plan.check import read_either
+from megatron_mone.reporting.plan.report import write_plan_files
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

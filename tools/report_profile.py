@@ -14,8 +14,8 @@ if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from megatron_mone.common.command_line import OneLineParser, fail
-from megatron_mone.reporting.profile_check import check_one_model, read_profile
-from megatron_mone.reporting.profile_report import write_report
+from megatron_mone.reporting.profile.check import check_one_model, read_profile
+from megatron_mone.reporting.profile.report import write_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -139,9 +139,9 @@ def _settings(options: argparse.Namespace) -> Any:
 def _one(options: argparse.Namespace, cell: Any) -> int:
     from megatron_mone.benchmarking import environment
     from megatron_mone.benchmarking.grid import with_limits
+    from megatron_mone.benchmarking.machine_limits import best_of, measure_peaks
     from megatron_mone.benchmarking.race import run_cell
     from megatron_mone.benchmarking.report import cell_table
-    from megatron_mone.benchmarking.roofline import best_of, measure_peaks
     from megatron_mone.common.files import write_json
 
     settings = _settings(options)
@@ -169,7 +169,7 @@ def _one(options: argparse.Namespace, cell: Any) -> int:
 def _grid(options: argparse.Namespace, cells: list[Any]) -> int:
     from megatron_mone.benchmarking.grid import Store, run_grid
     from megatron_mone.benchmarking.report import write_report
-    from megatron_mone.reporting.results import save_json
+    from megatron_mone.reporting.page.results import save_json
 
     settings = _settings(options)
     store = Store(options.out, settings)

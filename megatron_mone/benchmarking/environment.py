@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from megatron_mone.common import machine
+from megatron_mone.common.places import PACKAGE, ROOT
 
 PEERS = ("transformers", "deepspeed", "transformer-engine", "scattermoe", "sonic-moe", "megablocks")
-_PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = (
-    _PACKAGE / "kernels",
-    _PACKAGE / "benchmarking",
-    _PACKAGE.parent / "configs" / "bench",
+    PACKAGE / "kernels",
+    PACKAGE / "benchmarking",
+    ROOT / "configs" / "bench",
 )
 
 

@@ -18,8 +18,8 @@ import torch
 
 from megatron_mone.benchmarking import environment
 from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.benchmarking.machine_limits import PHASES, Peaks, limit_ms, measure_peaks
 from megatron_mone.benchmarking.race import run_cell, with_ratios
-from megatron_mone.benchmarking.roofline import PHASES, Peaks, limit_ms, measure_peaks
 from megatron_mone.common.files import write_json
 
 RATIOS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)

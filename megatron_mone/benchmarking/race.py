@@ -17,7 +17,7 @@ from megatron_mone.benchmarking.cases import Cell, Inputs, make_inputs
 from megatron_mone.benchmarking.summary import AUTO
 from megatron_mone.benchmarking.timing import race
 from megatron_mone.kernels import mone_grouped_mlp
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Relative norm of an output's difference from the reference's."""

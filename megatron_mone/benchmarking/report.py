@@ -16,9 +16,9 @@ from megatron_mone.benchmarking.summary import (
     points,
     where_mone_wins,
 )
-from megatron_mone.reporting.html import Page
-from megatron_mone.reporting.plots import save
-from megatron_mone.reporting.results import write_atomically
+from megatron_mone.reporting.page.html import Page
+from megatron_mone.reporting.page.plots import save
+from megatron_mone.reporting.page.results import write_atomically
 
 TITLE = "What choosing neurons costs next to dense MoE experts"
 METHOD = (

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.files import write_json
+from megatron_mone.common.places import CONFIG_ROOT
 
 ROUTINGS = ("balanced", "skewed")
-RECORDED = Path(__file__).resolve().parents[2] / "configs" / "bench" / "routing.json"
+RECORDED = CONFIG_ROOT / "bench" / "routing.json"
 
 
 def rows_of_experts(routing: str, tokens: int, experts: int) -> list[int]:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_mone.checkpoint.lease import (
+from megatron_mone.checkpoint.lease.keeper import Keeper
+from megatron_mone.checkpoint.lease.lease import (
     DEFAULT_SECONDS,
     LONGEST_SECONDS,
     SHORTEST_SECONDS,
@@ -24,9 +25,8 @@ from megatron_mone.checkpoint.lease import (
     LeaseLostError,
     this_process,
 )
-from megatron_mone.checkpoint.lease_keeper import Keeper
-from megatron_mone.checkpoint.lease_taking import Contender
-from megatron_mone.checkpoint.manifest import write_manifest
+from megatron_mone.checkpoint.lease.taking import Contender
+from megatron_mone.checkpoint.model_file import write_manifest
 
 _PATIENCE = 5.0
 """Seconds of waiting after which the other ranks hear that it goes on, lest they time out."""

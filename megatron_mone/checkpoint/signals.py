@@ -21,7 +21,7 @@ from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
 from megatron_mone.checkpoint import ownership
-from megatron_mone.checkpoint.lease import LeaseLostError
+from megatron_mone.checkpoint.lease.lease import LeaseLostError
 from megatron_mone.common.child_processes import end_with
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)

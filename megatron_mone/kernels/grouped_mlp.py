@@ -17,9 +17,9 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels.activations import ACTIVATIONS
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import check_choice, check_operands
 from megatron_mone.kernels.registry import Call, GroupedMLPOutput, choose_backend
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def mone_grouped_mlp(

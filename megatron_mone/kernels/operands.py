@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels.choice import Selection
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 WEIGHTS = ("w_gate", "w_up", "w_down")
 

@@ -14,10 +14,10 @@ from torch.distributed import ProcessGroup
 from megatron_mone.common.phases import SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
 
 
 def grouped_mlp(

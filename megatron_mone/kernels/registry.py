@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.measured import nearest_cell
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 class GroupedMLPOutput(NamedTuple):

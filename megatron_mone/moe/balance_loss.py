@@ -24,8 +24,8 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.activations import sum_over_group
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.moe.gate_shares import GateShares
-from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
 
 LOSS_SHARES = {
     "raw": "kept |g|: closest to the published text, but shrinking every gate lowers it too",

@@ -38,10 +38,10 @@ from megatron_mone.kernels import (
     Selection,
     grouped_mlp_with_gates,
 )
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
+from megatron_mone.kernels.weight_views import weight_views
 from megatron_mone.moe import matrix_stack
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
-from megatron_mone.moe.weight_views import weight_views
 
 EXTRA_STATE = "._extra_state"
 

@@ -24,7 +24,7 @@ from torch.distributed import ProcessGroup
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.cpu import shares as native
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,17 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_mone.kernels import GroupedMLPOutput
-from megatron_mone.metrics import install_tracker
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.moe.dispatch.flex import check_flex_packages
+from megatron_mone.moe.dispatch.row_sources import rows_by_source
+from megatron_mone.moe.dispatch.stock import build_dispatcher
 from megatron_mone.moe.finite_check import check_finite
-from megatron_mone.moe.mask_dispatch import build_dispatcher
-from megatron_mone.moe.mask_dispatch_flex import check_flex_packages
-from megatron_mone.moe.mask_tape import MaskTape
+from megatron_mone.moe.masks.tape import MaskTape
+from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
 from megatron_mone.moe.neuron_load import LoadSummary
-from megatron_mone.moe.neuron_mask import NeuronMask
 from megatron_mone.moe.padding import unmark_padding
 from megatron_mone.moe.recompute import RecomputeMasks, in_recompute
-from megatron_mone.moe.token_dispatcher import rows_by_source
 
 
 class MoNELayer(MoELayer):

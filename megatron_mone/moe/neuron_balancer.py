@@ -14,16 +14,16 @@ from torch import Tensor
 
 from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
-from megatron_mone.metrics import install_tracker
 from megatron_mone.moe.balance_loss import (
     BlockStatistics,
     gate_shares,
     row_weights,
 )
+from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.gate_shares import kept_counts
+from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.neuron_load import LoadSummary, NeuronLoad, summarise
-from megatron_mone.moe.token_dispatcher import SourceMap, build_source_map
 
 
 class NeuronBalancer:

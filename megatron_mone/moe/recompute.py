@@ -15,7 +15,7 @@ import torch
 from megatron.core.tensor_parallel.random import is_checkpointing
 from torch import Tensor
 
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 def in_recompute() -> bool:

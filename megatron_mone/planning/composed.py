@@ -20,14 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.job_spec import JobSpec
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.routing_skew import hottest
+from megatron_mone.planning.job import JobSpec
 from megatron_mone.planning.planner import Planned, Planner, rows_of
-from megatron_mone.planning.prediction import predict
-from megatron_mone.planning.routing_skew import hottest
 from megatron_mone.planning.scaling import scaled_traces
-from megatron_mone.planning.trace import Collective, Op, StageMemory, Trace
-from megatron_mone.planning.trace_server import TracedJob
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace
+from megatron_mone.planning.tracing.trace_server import TracedJob
 
 UNIT_LAYERS = 2  # of a unit stage; one more tells a layer from the rest
 _THROUGH_STAGES = ("mp", "tp-ep-pp")

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.job_spec import SHORT, recompute_fields
+from megatron_mone.planning.job import SHORT, recompute_fields
 from megatron_mone.planning.planner import Planned, Planner
+from megatron_mone.planning.tracing.job_facts import JobFacts
 
 _SMALL_STATE = {
     "use_precision_aware_optimizer": True,

@@ -16,27 +16,27 @@ from typing import Any
 
 from megatron_mone.common.files import write_json
 from megatron_mone.planning import sweeps
-from megatron_mone.planning.efficiency import Efficiency, efficiency_of
-from megatron_mone.planning.fixes import cheapest_fix
-from megatron_mone.planning.hardware import Cluster, load_cluster
-from megatron_mone.planning.job_spec import JobSpec, job_spec, run_job, short_layout
-from megatron_mone.planning.plan_document import (
+from megatron_mone.planning.cost.efficiency import Efficiency, efficiency_of
+from megatron_mone.planning.cost.hardware import Cluster, load_cluster
+from megatron_mone.planning.cost.routing_skew import Skew, parse_skew
+from megatron_mone.planning.document import (
     GIB,
     SCHEMA,
     cluster_document,
     layout_document,
     model_document,
 )
-from megatron_mone.planning.plan_tables import (
+from megatron_mone.planning.fixes import cheapest_fix
+from megatron_mone.planning.job import JobSpec, job_spec, run_job, short_layout
+from megatron_mone.planning.planner import Planned, Planner, Progress
+from megatron_mone.planning.search import Candidate, Found, explain, pareto, search
+from megatron_mone.planning.terminal_tables import (
     nothing_fits,
     nothing_planned,
     search_table,
     table,
 )
-from megatron_mone.planning.planner import Planned, Planner, Progress
-from megatron_mone.planning.routing_skew import Skew, parse_skew
-from megatron_mone.planning.search import Candidate, Found, explain, pareto, search
-from megatron_mone.planning.trace_server import Tracer
+from megatron_mone.planning.tracing.trace_server import Tracer
 from megatron_mone.profiling.baselines import MAIN, RunSpec, run_specs
 
 SEARCH_SCHEMA = "megatron-mone/plan-search/1"
@@ -73,7 +73,7 @@ def run(parsed: Namespace) -> bool:
         RuntimeError: one line; a trace failed.
     """
     if parsed.calibrate is not None:
-        from megatron_mone.planning.calibration import calibrate_command
+        from megatron_mone.planning.fitting.calibration import calibrate_command
 
         calibrate_command(parsed.calibrate, load_cluster(parsed.cluster), parsed.json)
         return True
@@ -269,7 +269,7 @@ def _write(document: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, document)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of fonts
-    from megatron_mone.reporting.plan_report import write_plan_files
+    from megatron_mone.reporting.plan.report import write_plan_files
 
     write_plan_files(document, path.parent)
 

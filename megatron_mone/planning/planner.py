@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.hardware import Cluster
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.job_spec import JobSpec
-from megatron_mone.planning.prediction import Prediction, predict
-from megatron_mone.planning.routing_skew import Skew, expert_rows, hottest
-from megatron_mone.planning.trace_server import TracedJob, Tracer
-from megatron_mone.run_config import to_flags
+from megatron_mone.model.run_config import to_flags
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.prediction import Prediction, predict
+from megatron_mone.planning.cost.routing_skew import Skew, expert_rows, hottest
+from megatron_mone.planning.job import JobSpec
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 
 Progress = Callable[[int, int], None]
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from fractions import Fraction
 
 from megatron_mone.common.phases import OPTIMIZER
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.trace import Collective, Op, Trace
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Collective, Op, Trace
 
 OVER_REPLICAS = ("dp", "dp-cp", "edp", "intra_distributed_optimizer_instance_group", "world")
 _WHOLE = ("aten.zero_",)  # of the optimizer's operators: all gradients, not those this rank owns

@@ -14,10 +14,10 @@ from itertools import product
 from typing import Any
 
 from megatron_mone.planning.composed import Composer
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.job_spec import SHORT, JobSpec, recompute_fields, short_layout
+from megatron_mone.planning.job import SHORT, JobSpec, recompute_fields, short_layout
 from megatron_mone.planning.planner import Planned, Planner
-from megatron_mone.planning.trace import Trace
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Trace
 
 RECOMPUTES = ("none", "layernorm+moe_act", "full")
 DENSE_RECOMPUTES = ("none", "layernorm+mlp", "full")

@@ -159,7 +159,7 @@ def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
 
 
 def _as_flags(spec: RunSpec) -> list[str]:
+    from megatron_mone.model.run_config import to_flags
     from megatron_mone.pretrain import flag_parser
-    from megatron_mone.run_config import to_flags
 
     return to_flags(spec.fields, flag_parser(), Path(f"--against {spec.name}"))

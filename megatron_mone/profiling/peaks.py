@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mone.kernels.triton import roofline as h100
+from megatron_mone.kernels.triton import limits as h100
 
 SIDES = (256, 512, 1024, 2048, 4096)  # of square products
 LONG_ENOUGH = 0.02  # seconds of a product; a larger one is taken while it takes less

@@ -17,8 +17,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import get_model_config
 
 from megatron_mone.common.machine import cores, cpu_model, facts
+from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share
 from megatron_mone.profiling.load_facts import LoadFacts
-from megatron_mone.profiling.module_flops import expert_bytes, module_flops, rank_share
 from megatron_mone.profiling.peaks import RankPeaks
 from megatron_mone.profiling.rank_record import SCHEMA, clear_records
 from megatron_mone.profiling.run_meter import Run

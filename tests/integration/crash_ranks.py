@@ -256,7 +256,7 @@ def dies_before_mark() -> None:
 
 def dies_before_sums() -> None:
     """Killed with a checkpoint that Megatron takes for complete, before it is summed."""
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     safe_save.write_sums = _die
 

@@ -19,8 +19,8 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches  # no
 from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
 from megatron.training import get_args, training  # noqa: E402
 
+from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share  # noqa: E402
 from megatron_mone.profiling.flop_counter import FlopCounter  # noqa: E402
-from megatron_mone.profiling.module_flops import expert_bytes, module_flops, rank_share  # noqa: E402
 from tests import training_cases  # noqa: E402
 
 MODULES = ("self_attention", "experts", "shared_experts", "router", "output_layer", "eh_proj")

@@ -105,7 +105,7 @@ def run(todo: str, folder: str) -> None:
     """The cases of the file `todo`, as training_cases._main; results under `folder`."""
     from megatron.training import training
 
-    from megatron_mone.planning.stand_ins import known_routing
+    from megatron_mone.planning.tracing.stand_ins.values import known_routing
 
     training.train_step = measured(training.train_step)
     with known_routing():

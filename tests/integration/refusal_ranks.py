@@ -58,8 +58,8 @@ def _checked_elsewhere(flags: list[str], world: int) -> str:
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
-    from megatron_mone import checks
-    from megatron_mone.planning.gpu_job import parse_gpu_job
+    from megatron_mone.model import checks
+    from megatron_mone.planning.tracing.gpu_job import parse_gpu_job
 
     own, here = dict(os.environ), (checks.check_run, checks.check_checkpoint)
     checks.check_run, checks.check_checkpoint = checks.check_values, lambda args: None

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.common.phases import COMMUNICATION, GATE_GEMM
-from megatron_mone.planning.calibration import calibrate
-from megatron_mone.planning.hardware import load_cluster
-from megatron_mone.planning.measured_profile import read_profile
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import Tracer
+from megatron_mone.planning.cost.hardware import load_cluster
+from megatron_mone.planning.fitting.calibration import calibrate
+from megatron_mone.planning.fitting.measured_profile import read_profile
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import Tracer
 
 PROFILE = (
     Path(__file__).resolve().parents[2]

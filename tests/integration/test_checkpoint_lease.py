@@ -20,9 +20,9 @@ import psutil
 import pytest
 
 from megatron_mone.checkpoint.integrity import find_damage, read_sums
-from megatron_mone.checkpoint.lease import ATTEMPT_VARIABLE, asked_path, lease_path
+from megatron_mone.checkpoint.lease.lease import ATTEMPT_VARIABLE, asked_path, lease_path
 from megatron_mone.checkpoint.tracker import iterations, read_tracker
-from megatron_mone.liveness import PROGRESS_VARIABLE
+from megatron_mone.model.liveness import PROGRESS_VARIABLE
 from tests import forked_ranks
 from tests.training_cases import MOCK, MONE, TINY, fork_queue, spare_repeated_work
 
@@ -50,7 +50,7 @@ def train(argv: list[str], save: str, journal: str, freezes: str) -> None:
     from megatron.training import training
 
     from megatron_mone import pretrain
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     notes = os.open(journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.trace import Trace
+from megatron_mone.planning.tracing.trace import Trace
 
 pytestmark = pytest.mark.slow
 

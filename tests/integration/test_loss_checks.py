@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mone import loss_check
-from megatron_mone.gpt_training import loss_func
+from megatron_mone.model import loss_check
+from megatron_mone.model.gpt_training import loss_func
 from tests import forked_ranks
 from tests.training_cases import MOCK, TINY
 

@@ -142,7 +142,7 @@ def test_ranks_under_torchrun_when_the_demo_is_killed(start, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from megatron_mone.reporting.training_run import run_child
+from megatron_mone.demo.training_run import run_child
 run_child([sys.executable, *{ranks!r}, "-m", "megatron_mone.pretrain", *{flags!r}],
           Path({str(tmp_path / "train.log")!r}), lambda step, loss: print(step))
 """

@@ -63,7 +63,7 @@ def test_loss_goes_on_as_in_the_layout_it_came_from(runs, model, saved_by, loade
 
 
 def write_planned_rows(flags, path):
-    from megatron_mone.planning.gpu_job import parse_gpu_job
+    from megatron_mone.planning.tracing.gpu_job import parse_gpu_job
 
     args, model = parse_gpu_job(flags, world_size=2, rank=0)
     assert args.padded_vocab_size == model.vocab_size

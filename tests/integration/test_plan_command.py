@@ -17,16 +17,16 @@ from unittest.mock import patch
 import pytest
 import yaml
 
+from megatron_mone.model.run_config import load_run
 from megatron_mone.planning import plan_command
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.hardware import HARDWARE_ROOT, load_cluster
-from megatron_mone.planning.job_spec import run_job
-from megatron_mone.planning.plan_document import layout_document
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, load_cluster
+from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.document import layout_document
+from megatron_mone.planning.job import run_job
 from megatron_mone.planning.planner import Planner
-from megatron_mone.planning.rank_memory import ORDER
-from megatron_mone.planning.trace_server import Tracer
-from megatron_mone.reporting.plan_check import read_plan, read_search
-from megatron_mone.run_config import load_run
+from megatron_mone.planning.tracing.trace_server import Tracer
+from megatron_mone.reporting.plan.check import read_plan, read_search
 from tests.training_cases import ROOT
 from tools import plan_scale
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.hardware import load_cluster
-from megatron_mone.planning.plan_document import model_document
-from megatron_mone.planning.prediction import Prediction, predict
-from megatron_mone.planning.rank_memory import RankMemory
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import TracedJob, Tracer
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.hardware import load_cluster
+from megatron_mone.planning.cost.prediction import Prediction, predict
+from megatron_mone.planning.cost.rank_memory import RankMemory
+from megatron_mone.planning.document import model_document
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 from megatron_mone.profiling.communication import sent_bytes
 from tests import forked_ranks
 from tests.integration import plan_ranks

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.build import trace_rank
-from megatron_mone.planning.trace import Trace
+from megatron_mone.planning.tracing.build import trace_rank
+from megatron_mone.planning.tracing.trace import Trace
 from tests import forked_ranks
 from tests.integration import traced_ranks
 from tests.parity.layouts import (

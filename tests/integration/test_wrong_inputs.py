@@ -69,7 +69,7 @@ def other_model(folder: Path) -> list[str]:
     """A checkpoint folder whose manifest says hidden_size 64."""
     from argparse import Namespace
 
-    from megatron_mone.checkpoint.manifest import write_manifest
+    from megatron_mone.checkpoint.model_file import write_manifest
 
     write_manifest(folder, Namespace(num_layers=2, hidden_size=64))
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
@@ -330,7 +330,7 @@ def test_good_data_passes_every_check(data, monkeypatch):
     """The table above would prove nothing if the unbroken run were refused too."""
     from megatron.training import arguments
 
-    from megatron_mone.checks import check_run
+    from megatron_mone.model.checks import check_run
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
     check_run(arguments.parse_args(pretrain.add_arguments))

@@ -22,8 +22,8 @@ def measured(train_step):
     from megatron.core.num_microbatches_calculator import get_num_microbatches
     from megatron.training import get_args
 
+    from megatron_mone.model.module_flops import module_flops, rank_share
     from megatron_mone.profiling.ledger import persistent_tensors
-    from megatron_mone.profiling.module_flops import module_flops, rank_share
 
     @functools.wraps(train_step)
     def step(*arguments, **keywords):
@@ -66,7 +66,7 @@ def run(todo: str, folder: str) -> None:
     """The cases of `todo`, as training_cases._main."""
     from megatron.training import training
 
-    from megatron_mone.planning.stand_ins import known_routing
+    from megatron_mone.planning.tracing.stand_ins.values import known_routing
 
     training.train_step = measured(training.train_step)
     with known_routing():
@@ -75,7 +75,7 @@ def run(todo: str, folder: str) -> None:
 
 def trace(job: str, result: str, world_size: int, rank: int) -> None:
     """What planning.build does in a process of its own."""
-    from megatron_mone.planning import build
+    from megatron_mone.planning.tracing import build
 
     training_cases.spare_repeated_work()
     os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0")

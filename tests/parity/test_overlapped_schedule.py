@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mone.moe.mask_trace import mask_file
+from megatron_mone.moe.masks.trace import mask_file
 from tests.training_cases import MOCK, MONE, TINY, Case, recorded, run_cases
 
 pytestmark = pytest.mark.slow

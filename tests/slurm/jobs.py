@@ -7,10 +7,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch import slurm_commands
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_records import FINISHED, JobState
-from launch.slurm_state import job_states
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.records import FINISHED, JobState
+from launch.slurm.state import job_states
 
 PATIENCE_SECONDS = 300.0
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import manifest, slurm_commands, submission
 from launch.__main__ import main
-from launch.slurm_state import job_states
+from launch.runs import run_manifest as manifest
+from launch.runs import submission
+from launch.slurm import commands as slurm_commands
+from launch.slurm.state import job_states
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import submit as submit_script

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.manifest import gather
+from launch.runs.run_manifest import gather
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end
 from tests.slurm.training import launch

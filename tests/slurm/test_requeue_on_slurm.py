@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from launch import slurm_commands
-from launch.job_spec import LaunchSpec
-from launch.manifest import attempts
-from launch.script import sbatch_script
-from launch.slurm_records import JobState
-from launch.spec_checks import checked
+from launch.runs.run_manifest import attempts
+from launch.slurm import commands as slurm_commands
+from launch.slurm.records import JobState
+from launch.slurm.script import sbatch_script
+from launch.spec.checks import checked
+from launch.spec.launch_spec import LaunchSpec
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
 from tests.slurm.jobs import wait_end, wait_state, wait_until

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands, slurm_records
-from launch.slurm_commands import SlurmRefused
-from launch.slurm_reasons import why_waiting
-from launch.slurm_state import job_states
+from launch.slurm import commands as slurm_commands
+from launch.slurm import records as slurm_records
+from launch.slurm.commands import SlurmRefused
+from launch.slurm.reasons import why_waiting
+from launch.slurm.state import job_states
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.jobs import submit, wait_end, wait_state, wait_until
 

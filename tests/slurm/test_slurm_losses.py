@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_state import job_states
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.state import job_states
 from tests.slurm.conftest import Boot, EarlyJobs
 from tests.slurm.jobs import submit, wait_end, wait_until
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands
-from launch.slurm_commands import SlurmRefused
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmRefused
 from tests.slurm.conftest import Boot
 
 SCRIPT = """#!/bin/bash

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands
-from launch.slurm_state import job_states
+from launch.slurm import commands as slurm_commands
+from launch.slurm.state import job_states
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import wait_end, wait_until
 from tests.slurm.training import FLAGS, ends_of_logs, launch

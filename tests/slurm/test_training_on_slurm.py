@@ -17,8 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from launch import manifest, slurm_commands
-from launch.slurm_records import JobState
+from launch.runs import run_manifest as manifest
+from launch.slurm import commands as slurm_commands
+from launch.slurm.records import JobState
 from megatron_mone.common.command_line import ERROR
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from megatron_mone import failure
+from megatron_mone.model import failure
 
 
 def test_ranks_of_one_start_say_a_line_once(tmp_path: Path, capsys):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mone import gpt_training
+from megatron_mone.model import gpt_training
 
 
 @pytest.mark.parametrize(

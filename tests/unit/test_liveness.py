@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.liveness import PROGRESS_VARIABLE, TOUCH_SECONDS, Progress, report_progress
+from megatron_mone.model.liveness import PROGRESS_VARIABLE, TOUCH_SECONDS, Progress, report_progress
 
 
 def test_touched_at_most_once_a_second(tmp_path, monkeypatch):

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_mone.planning.hardware import cluster_names
-from megatron_mone.run_config import CONFIG_ROOT, load_run, to_flags
+from megatron_mone.model.run_config import CONFIG_ROOT, load_run, to_flags
+from megatron_mone.planning.cost.hardware import cluster_names
 
 PUBLISHED = sorted((Path(__file__).resolve().parents[1] / "published").glob("*.yaml"))
 PLANS = sorted((CONFIG_ROOT / "plan").glob("*.yaml"))

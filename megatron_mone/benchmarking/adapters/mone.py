@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_mone.benchmarking.adapters.base import Adapter, Experts
 from megatron_mone.benchmarking.cases import DTYPES, Cell, Inputs, leaf
 from megatron_mone.kernels import mone_grouped_mlp, resolve_backend
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 class MoNE(Adapter):

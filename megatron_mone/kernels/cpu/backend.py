@@ -39,9 +39,9 @@ from megatron_mone.kernels.cpu.products import (
     unit_stride,
 )
 from megatron_mone.kernels.cpu.route import route
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.weight_views import halves_of_one
+from megatron_mone.kernels.weight_views import halves_of_one
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 

@@ -20,8 +20,8 @@ from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.block_products import dense_products
 from megatron_mone.kernels.cpu.products import empty, scratch
 from megatron_mone.kernels.cpu.route import gate_by_gemm
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.kernels.operands import apply_rule
-from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
 
 TILE_ROWS = 512  # gate activations [TILE_ROWS, F] live at once
 

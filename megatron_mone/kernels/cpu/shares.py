@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.backend import available
 from megatron_mone.kernels.cpu.products import empty
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 def usable(gate_K: Tensor) -> bool:

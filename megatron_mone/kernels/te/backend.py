@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.kernels.te.linears import (
     TransformerEngineLinears,
@@ -31,7 +32,6 @@ from megatron_mone.kernels.triton.availability import available as triton_availa
 from megatron_mone.kernels.triton.linears import GroupedLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 NOTE = "not run on a GPU yet, so only by name"
 

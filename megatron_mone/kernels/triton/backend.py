@@ -5,7 +5,7 @@
     ready mask of such blocks               blocks.py
     ready mask, rows of one length          unstructured.py, without selection
     ready mask, rows of several lengths     ragged.py, torch operations around dense products
-In roofline.py's model the block-sparse kernels lose to dense products but for B = 128 backward, so
+In limits.py's model the block-sparse kernels lose to dense products but for B = 128 backward, so
 only those blocks go there until a GPU has answered.
 Not run on a GPU yet. Importing this needs no triton.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_rows
 from megatron_mone.kernels.triton.availability import available, interpreted
@@ -26,7 +27,6 @@ from megatron_mone.kernels.triton.blocks import BLOCK_SIZES, block_grouped_mlp, 
 from megatron_mone.kernels.triton.linears import MatmulLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 TILED_FROM = 128  # neurons of the smallest block that the block-sparse kernels get
 NOTE = "not run on a GPU yet, so only by name"

@@ -3,7 +3,7 @@
 Kept blocks of 16 neurons or more give tensor cores whole tiles, so every product but the choice of
 blocks is sparse, forward and backward. The blocks are given: `choose_blocks` makes them, from a
 dense gate product that the caller pays for. Gathered rows and per-block partial sums cost bytes: in
-roofline.py's model of an H100 the forward pass loses to dense GEMMs at every B up to 128, and the
+limits.py's model of an H100 the forward pass loses to dense GEMMs at every B up to 128, and the
 backward pass wins only at B = 128 with some thousands of rows per expert.
 Not run on a GPU yet. Shapes: N rows, E experts, F neurons, H hidden, Q blocks of B neurons per row.
 """
@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.kernels.neuron_selection import block_scores
 from megatron_mone.kernels.triton.arguments import expert_of_row, uniform_mask
 from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.block_index import block_index
-from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
-from megatron_mone.moe.neuron_selection import block_scores
 
 BLOCK_SIZES = (16, 32, 64, 128)
 

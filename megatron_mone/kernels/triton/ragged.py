@@ -24,10 +24,10 @@ from torch.autograd.function import once_differentiable
 from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.triton.linears import GroupedLinears, weight_grads
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
 
 
 def ragged_grouped_mlp(

@@ -3,7 +3,7 @@
 Contract: value_NF is contiguous [N, F], float32 or bfloat16, F = G groups of at most MAX_WIDTH
 neurons. g = value, or sigma(value) rounded to value's dtype when an activation is fused. Of every
 group the S / G largest |g| are kept: exactly that many, ties to the lower index, NaN ranked as
-infinity (as moe/neuron_selection.py does). Outputs are ascending in each row:
+infinity (as kernels/neuron_selection.py does). Outputs are ascending in each row:
     index_NS int16 while F <= 32,767, else int32       kept_NS = value_NF at those indices
 Each row is read once (a group wider than ON_CHIP again, from cache). The S-th largest is found
 by bisecting the ordered bits on chip, the slots by a prefix sum: the same bits on every run.
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_mone.kernels.neuron_mask import index_dtype
 from megatron_mone.kernels.triton.activations import sigma
-from megatron_mone.moe.neuron_mask import index_dtype
 
 ON_CHIP = 8192
 MAX_WIDTH = 16_384  # twice that spills registers; 32,767 is the counters' own limit

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.triton.arguments import (
     expert_of_row,
     neuron_major,
@@ -31,7 +32,6 @@ from megatron_mone.kernels.triton.arguments import (
 from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.blocks import choose_blocks, neurons_of_blocks
 from megatron_mone.kernels.triton.linears import GroupedLinears, MatmulLinears, weight_grads
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def masked_grouped_mlp(

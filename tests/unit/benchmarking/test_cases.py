@@ -11,7 +11,7 @@ import torch
 from megatron_mone.benchmarking import routing, timing
 from megatron_mone.benchmarking.cases import Cell, make_inputs
 from megatron_mone.benchmarking.grid import GRIDS
-from megatron_mone.benchmarking.roofline import (
+from megatron_mone.benchmarking.machine_limits import (
     Peaks,
     bytes_moved,
     limit_ms,

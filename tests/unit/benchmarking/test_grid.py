@@ -8,7 +8,7 @@ import pytest
 
 from megatron_mone.benchmarking import environment, grid
 from megatron_mone.benchmarking.cases import Cell
-from megatron_mone.benchmarking.roofline import Peaks
+from megatron_mone.benchmarking.machine_limits import Peaks
 from tests.unit.benchmarking.conftest import make_cell
 
 SETTINGS = grid.Settings(seconds=0.01, repeats=1, threads=1)

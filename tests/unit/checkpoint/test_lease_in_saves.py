@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.checkpoint import ownership
-from megatron_mone.checkpoint.lease import LeaseLostError
+from megatron_mone.checkpoint.lease.lease import LeaseLostError
 from megatron_mone.checkpoint.signals import StopHandler
 from megatron_mone.checkpoint.tracker import TRACKER_NAME, read_tracker
 
@@ -46,7 +46,7 @@ class LostKeeper:
 @pytest.fixture
 def save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of iteration 4 that the tracker names, and Megatron's arguments of the run."""
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     folder = tmp_path / "iter_0000004"
     folder.mkdir()
@@ -63,7 +63,7 @@ def untouched(save: Path) -> bool:
 
 
 def test_lost_before_a_save_nothing_is_emptied(save, monkeypatch):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     monkeypatch.setattr(ownership, "_keeper", LostKeeper())
     held = safe_save._held(lambda *args: pytest.fail("the save began"))
@@ -73,7 +73,7 @@ def test_lost_before_a_save_nothing_is_emptied(save, monkeypatch):
 
 
 def test_lost_while_the_shards_are_written_nothing_is_sealed(save, monkeypatch):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     keeper = LostKeeper(after=1)
     monkeypatch.setattr(ownership, "_keeper", keeper)
@@ -86,7 +86,7 @@ def test_lost_while_the_shards_are_written_nothing_is_sealed(save, monkeypatch):
 
 
 def test_a_failed_save_frees_no_space_in_a_lost_folder(save, monkeypatch):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     monkeypatch.setattr(ownership, "_keeper", LostKeeper())
     with pytest.raises(LeaseLostError, match=LOST):
@@ -98,7 +98,7 @@ def test_a_failed_save_frees_no_space_in_a_lost_folder(save, monkeypatch):
 
 
 def test_lost_at_the_last_moment_the_tracker_stays(save, monkeypatch):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     storage = safe_save._HeldTrackerStorage(None)
     for keeper, text in ((LostKeeper(), "4"), (LostKeeper(after=1), "8")):
@@ -113,7 +113,7 @@ def test_lost_at_the_last_moment_the_tracker_stays(save, monkeypatch):
 
 @pytest.mark.parametrize("in_background", [False, True])
 def test_a_background_save_ends_with_the_tracker(save, monkeypatch, in_background):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     keeper = LostKeeper(after=9)
     monkeypatch.setattr(ownership, "_keeper", keeper)
@@ -127,7 +127,7 @@ def test_a_background_save_ends_with_the_tracker(save, monkeypatch, in_backgroun
 
 
 def test_a_save_that_cannot_look_fails(save, monkeypatch):
-    from megatron_mone.checkpoint import safe_save
+    from megatron_mone.checkpoint import save as safe_save
 
     class Unreachable(LostKeeper):
         def begin_save(self) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.checkpoint import lease, lease_keeper, ownership
-from megatron_mone.checkpoint.lease import (
+from megatron_mone.checkpoint import ownership
+from megatron_mone.checkpoint.lease import lease
+from megatron_mone.checkpoint.lease.keeper import Keeper
+from megatron_mone.checkpoint.lease.lease import (
     Holder,
     LeaseLostError,
     asked_path,
@@ -20,8 +22,8 @@ from megatron_mone.checkpoint.lease import (
     numbers,
     this_process,
 )
-from megatron_mone.checkpoint.lease_keeper import Keeper
-from megatron_mone.checkpoint.lease_taking import Contender
+from megatron_mone.checkpoint.lease.lease import keeper as lease_keeper
+from megatron_mone.checkpoint.lease.taking import Contender
 
 NEXT = Holder("42.1", "n4", 99, 5, "another boot", 60.0)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.checkpoint import lease, lease_taking
-from megatron_mone.checkpoint.lease import (
+from megatron_mone.checkpoint.lease import lease
+from megatron_mone.checkpoint.lease.lease import (
     Found,
     Holder,
     asked_path,
@@ -25,7 +25,8 @@ from megatron_mone.checkpoint.lease import (
     numbers,
     this_process,
 )
-from megatron_mone.checkpoint.lease_taking import Candidate, Contender, Verdict, judge
+from megatron_mone.checkpoint.lease.lease import taking as lease_taking
+from megatron_mone.checkpoint.lease.taking import Candidate, Contender, Verdict, judge
 
 ELSEWHERE = Holder("41.0", "n3", 123, 5, "another boot", 60.0)
 
@@ -217,7 +218,7 @@ def test_another_user_s_process_is_not_gone(me, monkeypatch):
 
 def test_the_namespace_counts(me):
     """In a box of its own a process has the same boot id, and a number that others have too."""
-    code = "from megatron_mone.checkpoint.lease import this_process as t; print(t(3).machine)"
+    code = "from megatron_mone.checkpoint.lease.lease import this_process as t; print(t(3).machine)"
     box = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", code]
     shown = subprocess.run(box, capture_output=True, text=True, check=False)
     if shown.returncode:

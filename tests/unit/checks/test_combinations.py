@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.checks.combinations import check_combinations
+from megatron_mone.model.checks.combinations import check_combinations
 from megatron_mone.pretrain import flag_parser
 
 MONE = {"mone_neuron_ratio": 0.25}

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.checks import flags
+from megatron_mone.model.checks import flags
 from megatron_mone.pretrain import flag_parser
 from tests.unit.checks.flag_readers import readers
 

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.checks.layout_notices import OTHERWISE, layout_notices
+from megatron_mone.model.checks.layout_notices import OTHERWISE, layout_notices
 
 
 def notices(*command, **changes):

@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.checks import machine
+from megatron_mone.model.checks import machine
 from megatron_mone.pretrain import flag_parser
 
 

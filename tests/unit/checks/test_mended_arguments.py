@@ -7,7 +7,7 @@ import pytest
 from torch.nn.init import xavier_uniform_
 
 from megatron_mone import pretrain
-from megatron_mone.loss_check import settle_rerun_mode
+from megatron_mone.model.loss_check import settle_rerun_mode
 from tests.training_cases import MOCK, MONE, TINY
 
 pytestmark = pytest.mark.usefixtures("one_rank")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_mone.checks import optimizer
-from megatron_mone.checks.optimizer import check_optimizer, check_optimizer_package
+from megatron_mone.model.checks import optimizer
+from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.pretrain import flag_parser
 
 MONE = "--mone-neuron-ratio 0.25"

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.run_config import load_run, to_flags
+from megatron_mone.model.run_config import load_run, to_flags
 
 PATTERNS = {"moe_freq_type", "la_freq_type", "no_rope_freq_type"}
 TEXTS = [

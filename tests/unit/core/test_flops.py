@@ -5,7 +5,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_mone.kernels.cpu import backend as cpu
-from megatron_mone.profiling import flops
+from megatron_mone.model import step_flops as flops
 from tests.conftest import mone_config
 
 TOKENS = 3 * 32  # batch of 3 samples of 32 tokens

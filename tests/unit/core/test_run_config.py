@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.run_config import CONFIG_ROOT, PARTS, load_run, to_flags
+from megatron_mone.model.run_config import CONFIG_ROOT, PARTS, load_run, to_flags
 
 
 def parser() -> argparse.ArgumentParser:

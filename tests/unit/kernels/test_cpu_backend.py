@@ -12,8 +12,8 @@ from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import backend, native, products
 from megatron_mone.kernels.cpu.backend import masked_grouped_mlp
 from megatron_mone.kernels.cpu.gate import TILE_ROWS, select_rows
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 
 OPERANDS = ("x", "probs", "w_gate", "w_up", "w_down")
 READY, REASON = backend.available()

@@ -8,8 +8,8 @@ from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import backend, native
 from megatron_mone.kernels.cpu.block_products import BlockProducts
 from megatron_mone.kernels.cpu.gate import select_rows
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from tests.unit.kernels.test_cpu_backend import (
     GATES,
     READY,

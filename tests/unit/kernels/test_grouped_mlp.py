@@ -14,7 +14,7 @@ from megatron_mone.kernels import (
     resolve_backend,
 )
 from megatron_mone.kernels.cpu import backend as cpu
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 
 def arguments(**changes):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels import Selection, grouped_mlp_with_gates, resolve_backend
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.te import backend, linears
 from megatron_mone.kernels.te.linears import TransformerEngineLinears
 from megatron_mone.kernels.te.padding import PaddedLinears
 from megatron_mone.kernels.triton.linears import MatmulLinears
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
 from tests.unit.kernels.te_stand_ins import AlignedLinears, Recipe, install
 
 HIDDEN, NEURONS = 16, 32

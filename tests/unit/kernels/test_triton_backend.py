@@ -20,8 +20,9 @@ pytest.importorskip("triton")
 
 from megatron_mone.kernels import Selection, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
-from megatron_mone.kernels.triton import roofline, unstructured
-from megatron_mone.kernels.triton.roofline import Cost, Shape
+from megatron_mone.kernels.triton import limits as roofline
+from megatron_mone.kernels.triton import unstructured
+from megatron_mone.kernels.triton.limits import Cost, Shape
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
 from tests.unit.kernels.triton_aot import ARCHITECTURES, cases
 from tests.unit.kernels.triton_case_tools import CASES

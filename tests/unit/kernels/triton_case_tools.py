@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels import grouped_mlp_with_gates
-from megatron_mone.moe.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_mask import NeuronMask
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 BOTH = (torch.float32, torch.bfloat16)

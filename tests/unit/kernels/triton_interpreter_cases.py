@@ -20,6 +20,8 @@ from torch import Tensor
 
 from megatron_mone.kernels import Selection
 from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.triton import (
     arguments,
     block_grouped_mlp,
@@ -28,8 +30,6 @@ from megatron_mone.kernels.triton import (
 )
 from megatron_mone.kernels.triton.availability import kernels
 from megatron_mone.kernels.triton.block_index import block_index
-from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype
-from megatron_mone.moe.neuron_selection import NeuronSelector
 from tests.unit.kernels import triton_public_cases  # noqa: F401  (registers its cases)
 from tests.unit.kernels.triton_case_tools import (
     BOTH,

@@ -17,11 +17,11 @@ from megatron_mone.kernels import (
     resolve_backend,
 )
 from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.te import backend as te
 from megatron_mone.kernels.te.padding import PaddedLinears
 from megatron_mone.kernels.triton import arguments, backend, blocks, ragged, unstructured
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.moe.neuron_selection import NeuronSelector
 from tests.unit.kernels.te_stand_ins import AlignedLinears
 from tests.unit.kernels.triton_case_tools import (
     against_reference,

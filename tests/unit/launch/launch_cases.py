@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launch.environment import gpu_variables, job_variables
-from launch.job_spec import Case, Container, LaunchSpec
-from launch.script import sbatch_script
-from launch.spec_checks import checked
+from launch.slurm.script import sbatch_script
+from launch.spec.checks import checked
+from launch.spec.environment import gpu_variables, job_variables
+from launch.spec.launch_spec import Case, Container, LaunchSpec
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 HOME = "/home/ada/megatron-mone"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from launch.script import sbatch_script
+from launch.slurm.script import sbatch_script
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.hostile_text import CANARY
 from tests.unit.launch.launch_cases import job

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from launch import script
+from launch.slurm import script
 from tests.slurm.cluster import processes_with
 from tests.unit.launch.test_job_attempts import Job
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.__main__ import main
-from launch.training_job import data_prefixes, training_job
+from launch.spec.training_job import data_prefixes, training_job
 from tests.unit.launch.fake_slurm import sbatch_words
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.environment import gpu_variables, job_variables
+from launch.spec.environment import gpu_variables, job_variables
 
 NAME = "CUDA_DEVICE_MAX_CONNECTIONS"
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launch.job_spec import Case, Container, LaunchSpec, Variable
-from launch.local import check_local, run_local, running
+from launch.runs.local import check_local, run_local, running
+from launch.spec.launch_spec import Case, Container, LaunchSpec, Variable
 from tests.unit.launch.hostile_text import CANARY, HOSTILE
 from tests.unit.launch.launch_cases import job
 
@@ -87,8 +87,8 @@ def test_a_stop_signal_reaches_every_rank(tmp_path, number):
     spec = _local(tmp_path, code, tasks_per_node=2)
     starter = subprocess.Popen(
         [sys.executable, "-c", f"""
-from launch.job_spec import LaunchSpec
-from launch.local import run_local
+from launch.spec.launch_spec import LaunchSpec
+from launch.runs.local import run_local
 raise SystemExit(run_local(LaunchSpec(name="x", command={spec.command!r},
     workdir={spec.workdir!r}, folder={spec.folder!r}, tasks_per_node=2)))
 """], stderr=subprocess.DEVNULL)  # fmt: skip
@@ -116,7 +116,7 @@ def test_a_run_is_run_once(tmp_path):
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    code = "import os, sys; from pathlib import Path; from launch.local import running\n"
+    code = "import os, sys; from pathlib import Path; from launch.runs.local import running\n"
     code += "with running(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], env=dict(os.environ))
     with running(tmp_path / "run"):

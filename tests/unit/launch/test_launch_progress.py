@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.progress import StepReader
+from launch.runs.progress import StepReader
 
 LINE = (
     " [2026-11-22 19:51:05.347240] iteration {step:8d}/ {total:8d} | consumed samples: {step:12d} "

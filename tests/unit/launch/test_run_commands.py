@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import manifest, run_commands, submission
 from launch.__main__ import main
-from launch.local import running
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_records import JobState
+from launch.runs import run_commands, submission
+from launch.runs import run_manifest as manifest
+from launch.runs.local import running
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.records import JobState
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import manifest
+from launch.runs import run_manifest as manifest
 
 CONFIG = {"values": {"lr": 1e-3}, "arguments": ["--seed", "1"]}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.job_spec import LaunchSpec
-from launch.script import _environment, sbatch_script
+from launch.slurm.script import _environment, sbatch_script
+from launch.spec.launch_spec import LaunchSpec
 from tests.unit.launch.fake_slurm import FakeSlurm, sbatch_words
 from tests.unit.launch.launch_cases import SNAPSHOTS, SPECS, job
 

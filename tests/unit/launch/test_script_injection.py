@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from launch.job_spec import Case, Container, LaunchSpec
-from launch.script import sbatch_script
-from launch.spec_checks import checked
+from launch.slurm.script import sbatch_script
+from launch.spec.checks import checked
+from launch.spec.launch_spec import Case, Container, LaunchSpec
 from tests.unit.launch.fake_slurm import FakeSlurm, sbatch_words
 from tests.unit.launch.hostile_text import CANARY, HOSTILE
 

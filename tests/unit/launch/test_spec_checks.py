@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from launch.job_spec import Case, Container
-from launch.script import sbatch_options
-from launch.spec_checks import OPTION_FIELDS, SECONDS_OF_NO_LIMIT, limit_seconds
+from launch.slurm.script import sbatch_options
+from launch.spec.checks import OPTION_FIELDS, SECONDS_OF_NO_LIMIT, limit_seconds
+from launch.spec.launch_spec import Case, Container
 from tests.unit.launch.launch_cases import SPECS, job
 
 WRONG = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.job_spec import SITE_FIELDS, Container
-from launch.spec_file import FOLDER, add_flags, flag_fields, read_fields
+from launch.spec.file import FOLDER, add_flags, flag_fields, read_fields
+from launch.spec.launch_spec import SITE_FIELDS, Container
 
 
 def _file(tmp_path: Path, text: str) -> str:

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from launch import manifest, slurm_commands, submission
 from launch.__main__ import main
-from launch.manifest import locked
-from launch.slurm_commands import SlurmAbsent, SlurmRefused, SlurmUnavailable
-from launch.slurm_state import unfinished_jobs_in
-from launch.submission import MARK, SUBMIT_LOCK, noted, recover, recover_if_free
+from launch.runs import run_manifest as manifest
+from launch.runs import submission
+from launch.runs.run_manifest import locked
+from launch.runs.submission import MARK, SUBMIT_LOCK, noted, recover, recover_if_free
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmAbsent, SlurmRefused, SlurmUnavailable
+from launch.slurm.state import unfinished_jobs_in
 
 Queue = list[dict[str, Any]]
 RECORDED = Path(__file__).parents[1] / "launch_state" / "recorded"

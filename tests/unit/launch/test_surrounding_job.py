@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands
 from launch.__main__ import main
-from launch.local import run_local
-from launch.script import sbatch_script
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_environment import client_environment, site_defaults
+from launch.runs.local import run_local
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.environment import client_environment, site_defaults
+from launch.slurm.script import sbatch_script
 from megatron_mone.common.surroundings import without_ranks
 from tests.unit.launch.fake_slurm import FakeSlurm
 from tests.unit.launch.launch_cases import job

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import Tracer
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import Tracer
 
 _SBATCH = """[ "$(wc -l <"$0.asked")" -lt "$(cat "$0.most")" ] || { echo "sbatch: error: \
 Batch job submission failed: Invalid partition name specified" >&2; exit 1; }

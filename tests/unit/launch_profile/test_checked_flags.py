@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launch.checked_flags import check_data, check_flags, knows_vocabulary, stated_job
-from megatron_mone.planning.trace_server import Tracer
-from megatron_mone.run_config import load_run
+from launch.spec.checked_flags import check_data, check_flags, knows_vocabulary, stated_job
+from megatron_mone.model.run_config import load_run
+from megatron_mone.planning.tracing.trace_server import Tracer
 
 ROOT = Path(__file__).resolve().parents[3]
 DEMO = load_run(ROOT / "configs/demo-mone.yaml")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.manifest import begin_attempt, end_attempt
+from launch.runs.run_manifest import begin_attempt, end_attempt
 from tools import gather_profiles
 from tools.gather_profiles import main, why_missing
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from launch import profile_jobs, submission
 from launch.__main__ import main
-from launch.manifest import gather
-from launch.verdict import Refused
+from launch.runs import profile_jobs, submission
+from launch.runs.run_manifest import gather
+from launch.spec.pre_submit import Refused
 from tests.unit.launch.fake_slurm import sbatch_words
 from tests.unit.launch_profile.conftest import Asked
 
@@ -198,7 +198,7 @@ def test_hostile_words_are_data(here, capsys):
 
 def _sweep(here: Path) -> profile_jobs.ProfileSweep:
     from launch.__main__ import parse, start_parser
-    from launch.start_commands import site_of
+    from launch.runs.start_commands import site_of
 
     options = parse(start_parser(), [*OWN, "--nodes", "2"])
     return profile_jobs.read_sweep(options, FLAGS, site_of(options))

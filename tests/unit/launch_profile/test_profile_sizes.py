@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launch.profile_sizes import Size, Sizes
+from launch.spec.profile_sizes import Size, Sizes
 
 LAYOUT = {
     "tensor_model_parallel_size": 2,

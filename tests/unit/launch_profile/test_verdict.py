@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from launch import verdict
-from launch.training_job import Job, program_job, training_job
-from launch.verdict import Judge, Refused, judge_job, judging, together
+from launch.spec import pre_submit as verdict
+from launch.spec.pre_submit import Judge, Refused, judge_job, judging, together
+from launch.spec.training_job import Job, program_job, training_job
 from megatron_mone.planning import fixes
-from megatron_mone.planning.rank_memory import RankMemory
+from megatron_mone.planning.cost.rank_memory import RankMemory
 from megatron_mone.profiling.baselines import run_specs
 
 ROOT = Path(__file__).resolve().parents[3]

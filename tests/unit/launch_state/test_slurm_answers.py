@@ -13,12 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from launch import slurm_answers, slurm_commands, slurm_records, slurm_state
 from launch.__main__ import main
-from launch.manifest import record_start
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_records import JobState
-from launch.slurm_state import job_states, unfinished_jobs_in
+from launch.runs.run_manifest import record_start
+from launch.slurm import answers as slurm_answers
+from launch.slurm import commands as slurm_commands
+from launch.slurm import records as slurm_records
+from launch.slurm import state as slurm_state
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.records import JobState
+from launch.slurm.state import job_states, unfinished_jobs_in
 from tests.unit.launch_state.test_slurm_state import BY_JSON, BY_TEXT, SACCT, later_form, two_fields
 
 JSON = json.dumps({"jobs": BY_JSON})

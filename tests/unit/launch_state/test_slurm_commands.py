@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import slurm_commands
-from launch.slurm_commands import SlurmRefused, SlurmUnavailable
+from launch.slurm import commands as slurm_commands
+from launch.slurm.commands import SlurmRefused, SlurmUnavailable
 
 RECORDED = Path(__file__).with_name("recorded")
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from launch import slurm_commands, slurm_records
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_reasons import why_waiting
-from launch.slurm_records import JobState
-from launch.slurm_state import job_states
+from launch.slurm import commands as slurm_commands
+from launch.slurm import records as slurm_records
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.reasons import why_waiting
+from launch.slurm.records import JobState
+from launch.slurm.state import job_states
 
 RECORDED = Path(__file__).with_name("recorded")
 BY_JSON = json.loads((RECORDED / "squeue-22.05.json").read_text())["jobs"]

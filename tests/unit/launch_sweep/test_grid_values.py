@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from launch.grid import number_text, read_grid
+from launch.spec.grid import number_text, read_grid
 
 RUN = {"overlap_grad_reduce": True, "gradient_accumulation_fusion": False}
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launch import run_commands, submission, sweep, sweep_cases
 from launch.__main__ import main
-from launch.local import running
-from launch.manifest import begin_attempt, end_attempt
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_records import JobState
+from launch.runs import run_commands, submission, sweep, sweep_cases
+from launch.runs.local import running
+from launch.runs.run_manifest import begin_attempt, end_attempt
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.records import JobState
 from tests.unit.launch.fake_slurm import sbatch_words
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -7,13 +7,10 @@ from typing import Any
 
 import pytest
 
-from launch import sweep_cases
-from launch.grid import Point
-from launch.local import running
-from launch.manifest import begin_attempt, end_attempt
-from launch.slurm_commands import SlurmUnavailable
-from launch.slurm_records import JobState
-from launch.sweep_cases import (
+from launch.runs import sweep_cases
+from launch.runs.local import running
+from launch.runs.run_manifest import begin_attempt, end_attempt
+from launch.runs.sweep_cases import (
     SINGLE,
     case_states,
     grown,
@@ -22,6 +19,9 @@ from launch.sweep_cases import (
     runs_here,
     write_cases,
 )
+from launch.slurm.commands import SlurmUnavailable
+from launch.slurm.records import JobState
+from launch.spec.grid import Point
 
 
 def point(**values: str) -> Point:

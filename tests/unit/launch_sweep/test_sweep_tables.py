@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from launch.manifest import begin_attempt, end_attempt, record_start
-from launch.sweep_cases import SweepCase, write_cases
-from launch.sweep_results import result_rows, show_results
-from megatron_mone.reporting.sweep_page import bars, loss_curves, sweep_page
-from megatron_mone.reporting.sweep_table import (
+from launch.runs.run_manifest import begin_attempt, end_attempt, record_start
+from launch.runs.sweep_cases import SweepCase, write_cases
+from launch.runs.sweep_results import result_rows, show_results
+from megatron_mone.reporting.sweep.page import bars, loss_curves, sweep_page
+from megatron_mone.reporting.sweep.table import (
     Measured,
     Row,
     cells,

@@ -18,7 +18,7 @@ def build_experts(num_experts, **changes):
 def build_layer(kind="mone", **changes):
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_mone.layer_spec import mone_layer_spec
+    from megatron_mone.model.layer_spec import mone_layer_spec
 
     config = mone_config(**changes)
     config.mone_layer_freq = [int(kind == "mone")]

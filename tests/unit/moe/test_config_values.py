@@ -257,8 +257,8 @@ def test_a_layer_without_a_selection_says_so(one_rank):
 def test_a_layer_without_a_number_trains_and_checks(one_rank):
     """As Megatron's unit tests build theirs: no number, fp8 = False."""
     from megatron_mone.moe.finite_check import NonFiniteExpertError
-    from megatron_mone.moe.mask_tape import record_masks
-    from megatron_mone.moe.mask_trace import MaskTrace
+    from megatron_mone.moe.masks.tape import record_masks
+    from megatron_mone.moe.masks.trace import MaskTrace
     from tests.unit.moe.builders import build_layer
 
     layer = build_layer(mone_ng_loss_coeff=0.5)

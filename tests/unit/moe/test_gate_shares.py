@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_mone.kernels.cpu import products, shares
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.gate_shares import GateShares, TorchGateSums
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 pytestmark = pytest.mark.skipif(
     not shares.usable(torch.zeros(1)), reason="the CPU kernels cannot be built here"

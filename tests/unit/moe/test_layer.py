@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
 from megatron_mone.moe.gate_shares import kept_counts
-from megatron_mone.moe.neuron_mask import NeuronMask
 from tests.unit.moe.builders import build_experts, build_layer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -296,7 +296,7 @@ def assert_near(got, wanted, name):
 
 def test_rows_padded_to_capacity_leave_no_trace():
     """Same statistics and loss as without padding, where nothing is dropped."""
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.metrics import install_tracker
 
     x, seen = torch.randn(30, 1, 16), []
     for pad in (False, True):
@@ -321,7 +321,7 @@ def test_rows_padded_to_capacity_leave_no_trace():
 @pytest.mark.parametrize("loss_type", ["selected", "entropy"])
 def test_global_batch_loss_is_the_same_however_the_batch_is_cut(loss_type):
     """Gradient and value over one step of 48 tokens: one micro-batch, or 2, 3 or 6 of them."""
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.metrics import install_tracker
 
     first, second = torch.randn(48, 1, 16), torch.randn(48, 1, 16)
     seen = []
@@ -350,7 +350,7 @@ def test_global_batch_loss_is_the_same_however_the_batch_is_cut(loss_type):
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
     """The attached loss alone has a gradient, and it is the one of the logged value."""
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.metrics import install_tracker
 
     install_tracker().clear()
     layer = build_layer(mone_ng_loss_type=loss_type, mone_ng_loss_scope=scope,
@@ -373,7 +373,7 @@ def test_loss_reaches_the_gate_weights_and_the_tracker(loss_type, scope):
 @pytest.mark.parametrize("scope", ["micro_batch", "global_batch"])
 def test_recompute_changes_nothing(scope, backend):
     """Full gradients, statistics and the logged loss are the same with the layer recomputed."""
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.metrics import install_tracker
 
     x = torch.randn(12, 2, 16)
     seen = []
@@ -398,7 +398,7 @@ def test_recompute_changes_nothing(scope, backend):
 
 
 def test_evaluation_leaves_no_trace():
-    from megatron_mone.metrics import install_tracker
+    from megatron_mone.moe.metrics import install_tracker
 
     install_tracker().clear()
     layer = build_layer().eval()

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
 
@@ -36,7 +36,7 @@ def build(kind, experts, **changes):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe import token_dispatcher as stock
 
-    from megatron_mone.moe import mask_dispatch
+    from megatron_mone.moe.dispatch import stock as mask_dispatch
 
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = mone_config(
@@ -160,7 +160,7 @@ def rows_to_other_ranks(dispatcher, maps, rank):
 
 
 def alltoall_carries():
-    from megatron_mone.moe.mask_dispatch import predicted_mask_bytes
+    from megatron_mone.moe.dispatch.stock import predicted_mask_bytes
 
     for experts in (4, 8):
         dispatcher = build("MaskAlltoAllTokenDispatcher", experts)
@@ -328,7 +328,7 @@ def test_wrong_masks_are_refused(failures):
 
 
 def test_predicted_bytes_are_the_packed_size():
-    from megatron_mone.moe.mask_dispatch import predicted_mask_bytes
+    from megatron_mone.moe.dispatch.stock import predicted_mask_bytes
 
     for rows, neurons in ((0, 8), (5, 8), (5, 9), (7, 20)):
         packed = pack_bits(torch.ones(rows, neurons, dtype=torch.bool))

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_mone.moe.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits
 from megatron_mone.moe.padding import unmark_padding
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
@@ -59,7 +59,7 @@ def build(backend, experts, neurons=20, stock=False, **changes):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 
-    from megatron_mone.moe.mask_dispatch_flex import MaskFlexTokenDispatcher
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
 
     stand_in_deep_ep.forget()
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -108,7 +108,7 @@ def copies_by_hand(dispatcher, maps, rank):
 
 def check_sources(dispatcher, rows, per_expert):
     """`rows_by_source` against the origins that the rows themselves name."""
-    from megatron_mone.moe.token_dispatcher import rows_by_source
+    from megatron_mone.moe.dispatch.row_sources import rows_by_source
 
     owners = group_ranks(dispatcher)
     got_ER = rows_by_source(dispatcher, per_expert)
@@ -162,7 +162,7 @@ def row_bytes_by_hand(backend, neurons):
 
 
 def masks_arrive(backend):
-    from megatron_mone.moe.mask_dispatch_flex import predicted_flex_mask_bytes
+    from megatron_mone.moe.dispatch.flex import predicted_flex_mask_bytes
 
     for experts in (4, 8):
         for neurons in NEURONS:
@@ -274,10 +274,10 @@ def layer_pass(dispatcher_type, backend, experts):
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_mone.layer_spec import mone_layer_spec
+    from megatron_mone.model.layer_spec import mone_layer_spec
     from megatron_mone.moe import layer as layer_module
-    from megatron_mone.moe.mask_dispatch import MaskAlltoAllTokenDispatcher
-    from megatron_mone.moe.mask_dispatch_flex import MaskFlexTokenDispatcher
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
+    from megatron_mone.moe.dispatch.stock import MaskAlltoAllTokenDispatcher
 
     stand_in_deep_ep.forget()
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
@@ -414,7 +414,7 @@ def test_a_missing_library_is_one_line_that_says_what_to_install(
 ):
     from megatron.core.transformer.moe import fused_a2a
 
-    from megatron_mone.moe.mask_dispatch_flex import MaskFlexTokenDispatcher, check_flex_packages
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher, check_flex_packages
 
     monkeypatch.setattr(fused_a2a, flag, False)
     config = flex_config(backend)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.neuron_load import (
     HISTOGRAM_EDGES,
@@ -11,7 +12,6 @@ from megatron_mone.moe.neuron_load import (
     NeuronLoad,
     summarise_counts,
 )
-from megatron_mone.moe.neuron_mask import NeuronMask
 
 
 def facts(counts, rows):

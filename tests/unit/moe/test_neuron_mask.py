@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.moe.neuron_mask import NeuronMask, index_dtype, pack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype, pack_bits
 
 
 @st.composite

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.moe.neuron_selection import NeuronSelector, block_scores, top_neurons
+from megatron_mone.kernels.neuron_selection import NeuronSelector, block_scores, top_neurons
 
 # few distinct values, so that ties are the rule; each is exact in float32
 VALUES = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, -2.0, 3.0, 2.0**-100, float("inf")])

@@ -4,7 +4,7 @@ gradient, the load counts or the selection bias, whatever the loss and the dispa
 import pytest
 import torch
 
-from megatron_mone.metrics import install_tracker
+from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.padding import mark_padding, unmark_padding
 from tests.unit.moe.builders import build_layer
 from tests.unit.moe.test_layer import LOSSES, assert_near, assert_same
@@ -154,8 +154,8 @@ def test_a_loss_per_token_weighs_a_micro_batch_by_its_own_tokens(tokens):
 
 
 def test_masks_are_recorded_and_replayed_for_padding_too(tokens):
-    from megatron_mone.moe.mask_tape import record_masks, replay_masks
-    from megatron_mone.moe.mask_trace import MaskTrace
+    from megatron_mone.moe.masks.tape import record_masks, replay_masks
+    from megatron_mone.moe.masks.trace import MaskTrace
 
     x, padding = tokens
     layer, trace = build_layer(mone_backend="reference"), MaskTrace()
@@ -168,7 +168,7 @@ def test_masks_are_recorded_and_replayed_for_padding_too(tokens):
 
 def test_without_a_mask_nothing_is_done(tokens, monkeypatch):
     from megatron_mone.moe import layer as module
-    from megatron_mone.moe import mask_dispatch
+    from megatron_mone.moe.dispatch import stock as mask_dispatch
 
     def fail(*arguments):
         raise AssertionError

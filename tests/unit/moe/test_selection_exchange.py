@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from megatron_mone.moe.neuron_selection import NeuronSelector, top_neurons
-from megatron_mone.moe.selection_exchange import (
+from megatron_mone.kernels.neuron_selection import NeuronSelector, top_neurons
+from megatron_mone.kernels.selection_exchange import (
     EXCHANGES,
     ExchangeTraffic,
     _ordered_keys,

@@ -5,7 +5,7 @@ import torch
 
 from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels.cpu import backend as cpu
-from megatron_mone.moe.weight_views import halves_of_one
+from megatron_mone.kernels.weight_views import halves_of_one
 from tests.unit.moe.builders import build_experts
 
 pytestmark = pytest.mark.usefixtures("one_rank")

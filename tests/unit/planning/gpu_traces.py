@@ -13,7 +13,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from megatron_mone.planning import build, gpu_job
+from megatron_mone.planning.tracing import build, gpu_job
 
 
 def main(folder: Path, kind: str) -> None:

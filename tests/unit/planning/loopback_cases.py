@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_mone.planning.loopback import Loopback
+from megatron_mone.planning.tracing.loopback import Loopback
 
 WORLD, RANK = 6, 4
 

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 from megatron_mone.common.phases import ATTENTION, BACKWARD, DISPATCH, FORWARD, OPTIMIZER
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.hardware import Cluster, Device, Domain, Network
-from megatron_mone.planning.job_facts import JobFacts
-from megatron_mone.planning.roofline import DEFAULTS, Curve
-from megatron_mone.planning.trace import Collective, Op, StageMemory, Trace
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.hardware import Cluster, Device, Domain, Network
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace
 
 FACTS = JobFacts(
     world_size=16, tp=1, cp=1, pp=2, vp=1, ep=4, etp=1, dp=8, edp=2, micro_batch_size=1,

@@ -1,6 +1,6 @@
 """Jobs of CPU ranks as Megatron reads them, in this process, and what they are made of."""
 
-from megatron_mone.planning.gpu_job import parse_gpu_job
+from megatron_mone.planning.tracing.gpu_job import parse_gpu_job
 from tests.training_cases import MOCK, MONE, TINY
 
 JOB = (*TINY, *MOCK, *MONE, "--mone-backend", "cpu")

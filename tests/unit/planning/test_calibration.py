@@ -19,16 +19,16 @@ from megatron_mone.common.phases import (
     OPTIMIZER,
     SELECTION,
 )
-from megatron_mone.planning import calibration
-from megatron_mone.planning.calibration import calibrate, mean_operations, rank_rows
-from megatron_mone.planning.calibration_result import summary
-from megatron_mone.planning.curve_fit import free_parameters, least_squares, with_parameters
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.measured_profile import check_device, read_profile
-from megatron_mone.planning.phase_fit import PhaseModel, PhaseTime, fit_phases
-from megatron_mone.planning.prediction import predict
-from megatron_mone.planning.roofline import DEFAULTS, Operation, gemm, grouped_gemm
-from megatron_mone.planning.trace_server import JobDescription, TracedJob
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.roofline import DEFAULTS, Operation, gemm, grouped_gemm
+from megatron_mone.planning.fitting import calibration
+from megatron_mone.planning.fitting.calibration import calibrate, mean_operations, rank_rows
+from megatron_mone.planning.fitting.calibration_result import summary
+from megatron_mone.planning.fitting.curve_fit import free_parameters, least_squares, with_parameters
+from megatron_mone.planning.fitting.measured_profile import check_device, read_profile
+from megatron_mone.planning.fitting.phase_fit import PhaseModel, PhaseTime, fit_phases
+from megatron_mone.planning.tracing.trace_server import JobDescription, TracedJob
 from tests.unit.planning.made_jobs import (
     CLUSTER,
     EXACT,

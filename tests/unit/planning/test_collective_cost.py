@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.planning.collectives import (
+from megatron_mone.planning.cost.collectives import (
     OPERATIONS,
     collective_cost,
     serial_all_to_all_cost,
 )
-from megatron_mone.planning.expert_dispatch import expected_parts, hierarchical_dispatch_cost
-from megatron_mone.planning.hardware import Cluster, Device, Domain, Network, load_cluster
-from megatron_mone.planning.placement import Placement, place_ranks, place_stride
+from megatron_mone.planning.cost.expert_dispatch import expected_parts, hierarchical_dispatch_cost
+from megatron_mone.planning.cost.hardware import Cluster, Device, Domain, Network, load_cluster
+from megatron_mone.planning.cost.placement import Placement, place_ranks, place_stride
 
 INSIDE, OUTSIDE = 1e-6, 5e-6  # latencies of `made_up`
 

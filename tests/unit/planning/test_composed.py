@@ -3,12 +3,12 @@
 import pytest
 
 from megatron_mone.planning.composed import Composer, StageContents, stage_contents
-from megatron_mone.planning.hardware import load_cluster
-from megatron_mone.planning.job_spec import JobSpec, job_spec, parse_layout
+from megatron_mone.planning.cost.hardware import load_cluster
+from megatron_mone.planning.job import JobSpec, job_spec, parse_layout
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.search import Held
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import Tracer
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import Tracer
 
 GPUS = 32
 MODEL = {

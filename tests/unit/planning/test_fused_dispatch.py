@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mone.planning import fused_dispatch, fused_op
-from megatron_mone.planning.expert_dispatch import expected_parts
-from megatron_mone.planning.fused_dispatch import KERNELS, Exchange, arriving_tokens
-from megatron_mone.planning.recorder import Recorder
-from megatron_mone.planning.stand_ins import balanced_rows, routing_map
-from megatron_mone.planning.unknown_values import UnknownValues
+from megatron_mone.planning.cost.expert_dispatch import expected_parts
+from megatron_mone.planning.tracing.recorder import Recorder
+from megatron_mone.planning.tracing.stand_ins import dispatch as fused_dispatch
+from megatron_mone.planning.tracing.stand_ins import op as fused_op
+from megatron_mone.planning.tracing.stand_ins.dispatch import KERNELS, Exchange, arriving_tokens
+from megatron_mone.planning.tracing.stand_ins.values import balanced_rows, routing_map
+from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 T, H, E, K, RANKS = 64, 32, 16, 3, 8

@@ -8,20 +8,25 @@ import torch
 
 from megatron_mone.common import phases
 from megatron_mone.kernels.choice import Selection
-from megatron_mone.moe.neuron_mask import NeuronMask
-from megatron_mone.planning import fused_experts, fused_op
-from megatron_mone.planning.build import trace_rank
-from megatron_mone.planning.fused_experts import (
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.planning.tracing.build import trace_rank
+from megatron_mone.planning.tracing.recorder import Recorder
+from megatron_mone.planning.tracing.stand_ins import grouped_linear as fused_experts
+from megatron_mone.planning.tracing.stand_ins import op as fused_op
+from megatron_mone.planning.tracing.stand_ins.fp8 import (
+    Float8BlockScaling,
+    fp8_autocast,
+    fp8_model_init,
+)
+from megatron_mone.planning.tracing.stand_ins.grouped_linear import (
     GroupedLinear,
     RowPadding,
     RowUnpadding,
     keeps_all,
     mone_on_gpu,
 )
-from megatron_mone.planning.fused_precision import Float8BlockScaling, fp8_autocast, fp8_model_init
-from megatron_mone.planning.recorder import Recorder
-from megatron_mone.planning.stand_ins import _bias_rows
-from megatron_mone.planning.unknown_values import UnknownValues
+from megatron_mone.planning.tracing.stand_ins.values import _bias_rows
+from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 N, H, F, S = 96, 256, 160, 40
@@ -244,7 +249,7 @@ def test_mone_holds_wide_operands_while_it_runs(recorder):
 def test_operations_of_mone_are_the_formulas(recorder, block):
     """A gate of all, two products more, six backward: of the kept entries where whole blocks of 128
     are skipped, else of all; the cost model reads rows, neurons, hidden size and kept share."""
-    from megatron_mone.planning.op_classes import operation
+    from megatron_mone.planning.cost.op_classes import operation
 
     output, operands = mone(Selection(S, block=block))
     computed = S if block == 128 else F

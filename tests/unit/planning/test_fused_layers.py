@@ -11,24 +11,30 @@ import torch
 import torch.distributed as dist
 
 from megatron_mone.common.phases import OPTIMIZER
-from megatron_mone.planning import fused_layers, fused_op, fused_precision
-from megatron_mone.planning.fused_attention import AttentionJob, DotProductAttention, score_pairs
-from megatron_mone.planning.fused_layers import apply_rotary_pos_emb
-from megatron_mone.planning.fused_linear import (
+from megatron_mone.planning.tracing.recorder import Recorder
+from megatron_mone.planning.tracing.stand_ins import fp8 as fused_precision
+from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
+from megatron_mone.planning.tracing.stand_ins import op as fused_op
+from megatron_mone.planning.tracing.stand_ins.attention import (
+    AttentionJob,
+    DotProductAttention,
+    score_pairs,
+)
+from megatron_mone.planning.tracing.stand_ins.cross_entropy import native_cross_entropy
+from megatron_mone.planning.tracing.stand_ins.layernorm import LayerNorm, RMSNorm
+from megatron_mone.planning.tracing.stand_ins.layers import apply_rotary_pos_emb
+from megatron_mone.planning.tracing.stand_ins.linear import (
     LayerNormLinear,
     Linear,
     linear_of_megatron,
 )
-from megatron_mone.planning.fused_loss import native_cross_entropy
-from megatron_mone.planning.fused_norm import LayerNorm, RMSNorm
-from megatron_mone.planning.fused_optimizer import (
+from megatron_mone.planning.tracing.stand_ins.optimizers import (
     FusedAdam,
     multi_tensor_applier,
     multi_tensor_l2norm,
     multi_tensor_scale,
 )
-from megatron_mone.planning.recorder import Recorder
-from megatron_mone.planning.unknown_values import UnknownValues
+from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 S, B, H, HEADS, D, F = 6, 2, 32, 4, 8, 48
@@ -304,7 +310,7 @@ class TestTensorParallel:
 
 def test_fused_linear_weight_is_one_storage_fp8_alone(recorder):
     """--fp8-param-gather: 1 byte by rows, moved to where Megatron gathers, 1 by columns."""
-    from megatron_mone.planning import fused_weight
+    from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
 
     with fused_precision.fp8_model_init(True, fused_precision.Float8BlockScaling()):
         module = linear()
@@ -326,7 +332,7 @@ def test_fused_linear_weight_is_one_storage_fp8_alone(recorder):
 
 
 def test_fused_fp8_weights_are_cast_by_shards(recorder, sent):
-    from megatron_mone.planning import fused_weight
+    from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
 
     def built(recipe):
         with fused_precision.fp8_model_init(True, recipe):

@@ -6,8 +6,8 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.planning.gpu_job import check_traceable, is_gpu_job
-from megatron_mone.planning.stage_messages import mtp_layers_before
+from megatron_mone.planning.tracing.gpu_job import check_traceable, is_gpu_job
+from megatron_mone.planning.tracing.stage_messages import mtp_layers_before
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_megatron_builds_its_own_classes_on_the_package():
         "from megatron_mone.planning import fused_package\n"
         "fused_package.install()\n"
         "from megatron.core.extensions import transformer_engine as te\n"
-        "from megatron_mone.planning.fused_linear import Linear\n"
+        "from megatron_mone.planning.tracing.stand_ins.linear import Linear\n"
         "from megatron.core.optimizer import Adam\n"
         "from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available\n"
         "assert te.HAVE_TE and issubclass(te.TEColumnParallelLinear, Linear)\n"

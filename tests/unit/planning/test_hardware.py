@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from megatron_mone import run_config
-from megatron_mone.planning.hardware import HARDWARE_ROOT, cluster_names, load_cluster
+from megatron_mone.model import run_config
+from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, cluster_names, load_cluster
 from megatron_mone.profiling.peaks import published_peaks
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_mone.common.checked_json import Field
-from megatron_mone.planning.job_facts import JobFacts, job_facts
+from megatron_mone.planning.tracing.job_facts import JobFacts, job_facts
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed
 

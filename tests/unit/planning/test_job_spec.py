@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from megatron_mone.planning.job_spec import JobSpec, job_spec, parse_layout, run_job, short_layout
+from megatron_mone.model.run_config import load_run
+from megatron_mone.planning.job import JobSpec, job_spec, parse_layout, run_job, short_layout
 from megatron_mone.profiling.baselines import run_specs
-from megatron_mone.run_config import load_run
 
 JOB = JobSpec(
     "tiny",

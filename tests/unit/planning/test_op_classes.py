@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.live_bytes import LiveBytes
-from megatron_mone.planning.op_classes import operation
-from megatron_mone.planning.roofline import DEFAULTS
-from megatron_mone.planning.trace import Op
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.op_classes import operation
+from megatron_mone.planning.cost.roofline import DEFAULTS
+from megatron_mone.planning.tracing.live_bytes import LiveBytes
+from megatron_mone.planning.tracing.trace import Op
 from tests.unit.planning.made_jobs import EXACT
 
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from megatron_mone.planning.perfetto import step_slices, timeline_events, write_perfetto
+from megatron_mone.reporting.plan.perfetto import step_slices, timeline_events, write_perfetto
 from tests.unit.reporting.plan_example import example_plan
 
 TINY = {

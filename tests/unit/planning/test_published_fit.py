@@ -5,22 +5,22 @@ from dataclasses import replace
 import pytest
 
 from megatron_mone.common.phases import ATTENTION, BACKWARD
-from megatron_mone.planning import published_fit
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.job_spec import JobSpec
-from megatron_mone.planning.planner import Planned
-from megatron_mone.planning.prediction import predict
-from megatron_mone.planning.published import PublishedRun
-from megatron_mone.planning.published_fit import (
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.routing_skew import Skew
+from megatron_mone.planning.fitting import published_fit
+from megatron_mone.planning.fitting.published import PublishedRun
+from megatron_mone.planning.fitting.published_fit import (
     BOUNDS,
     fit_published,
     replanned,
     times_off,
     with_values,
 )
-from megatron_mone.planning.routing_skew import Skew
-from megatron_mone.planning.trace import Collective
-from megatron_mone.planning.trace_server import TracedJob
+from megatron_mone.planning.job import JobSpec
+from megatron_mone.planning.planner import Planned
+from megatron_mone.planning.tracing.trace import Collective
+from megatron_mone.planning.tracing.trace_server import TracedJob
 from tests.unit.planning.made_jobs import CLUSTER, facts, move, product, trace
 
 FACTS = facts(pp=1, dp=16, micro_batches=2, tp=2)

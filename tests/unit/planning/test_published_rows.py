@@ -6,11 +6,10 @@ import pytest
 import yaml
 
 from megatron_mone.common.phases import PERMUTE, ROUTER, UP_DOWN_GEMM
-from megatron_mone.planning import published
-from megatron_mone.planning.job_spec import JobSpec
-from megatron_mone.planning.planner import Planned
-from megatron_mone.planning.prediction import predict
-from megatron_mone.planning.published import (
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
+from megatron_mone.planning.fitting import published
+from megatron_mone.planning.fitting.published import (
     EXPOSED,
     LAYER,
     MEMORY,
@@ -23,8 +22,9 @@ from megatron_mone.planning.published import (
     read_published,
     table,
 )
-from megatron_mone.planning.routing_skew import ZIPF, Skew
-from megatron_mone.planning.trace_server import TracedJob
+from megatron_mone.planning.job import JobSpec
+from megatron_mone.planning.planner import Planned
+from megatron_mone.planning.tracing.trace_server import TracedJob
 from tests.training_cases import ROOT
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, FACTS, STAGE, TRACES, move, trace
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.planning.curve_fit import Measurement, error_ratios, fit
-from megatron_mone.planning.hardware import Device, load_cluster
-from megatron_mone.planning.roofline import DEFAULTS, Curve, Operation, gemm, grouped_gemm
+from megatron_mone.planning.cost.hardware import Device, load_cluster
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation, gemm, grouped_gemm
+from megatron_mone.planning.fitting.curve_fit import Measurement, error_ratios, fit
 
 DEVICE = Device("made up", {"bf16": 1e15, "fp32": 1e14}, 1e11, 2e12)
 # No loss anywhere, so that a time is operations over peak or bytes over bandwidth.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.planning.routing_skew import (
+from megatron_mone.planning.cost.routing_skew import (
     REPLAYED,
     ZIPF,
     Skew,

@@ -7,14 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
 from megatron_mone.planning.fixes import changes, cheapest_fix
-from megatron_mone.planning.job_spec import SHORT, JobSpec
-from megatron_mone.planning.plan_tables import nothing_fits, nothing_planned, search_table, table
+from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.planner import Planned, rows_of
-from megatron_mone.planning.prediction import predict
-from megatron_mone.planning.routing_skew import ZIPF, Skew
 from megatron_mone.planning.search import Found, Held, explain, layouts, pareto, search
-from megatron_mone.planning.trace_server import TracedJob
+from megatron_mone.planning.terminal_tables import (
+    nothing_fits,
+    nothing_planned,
+    search_table,
+    table,
+)
+from megatron_mone.planning.tracing.trace_server import TracedJob
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, MEMORY, STAGE, facts, trace
 
 

@@ -6,14 +6,14 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_mone.common.phases import DISPATCH, FORWARD
-from megatron_mone.planning.stages import (
+from megatron_mone.planning.tracing.stages import (
     in_job,
     stage_flags,
     stage_job,
     stage_keys,
     virtual_stages,
 )
-from megatron_mone.planning.trace import Collective, StageMemory, Trace
+from megatron_mone.planning.tracing.trace import Collective, StageMemory, Trace
 from megatron_mone.pretrain import flag_parser
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed

@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mone.planning.efficiency import Efficiency
-from megatron_mone.planning.hardware import load_cluster
-from megatron_mone.planning.job_spec import JobSpec
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.hardware import load_cluster
+from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.job import JobSpec
 from megatron_mone.planning.planner import Planned
-from megatron_mone.planning.prediction import predict
 from megatron_mone.planning.scaling import scaled_facts, scaled_traces
 from megatron_mone.planning.sweeps import RATIOS, SCALES, expert_sweep, ratio_sweep, scaling_curve
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import TracedJob, Tracer
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 from tests.training_cases import MOCK
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, FACTS, TRACES, facts
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, ROUTER
-from megatron_mone.planning.recorder import Recorder, stage_memory
-from megatron_mone.planning.stand_ins import balanced_rows, routing_map
-from megatron_mone.planning.trace import Collective, Op, StageMemory, Trace, merged
-from megatron_mone.planning.unknown_values import UnknownValues
+from megatron_mone.planning.tracing.recorder import Recorder, stage_memory
+from megatron_mone.planning.tracing.stand_ins.values import balanced_rows, routing_map
+from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace, merged
+from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 MM = Op(

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning import trace_cache
-from megatron_mone.planning.trace_cache import TraceCache, cache_key, default_folder
+from megatron_mone.planning.tracing import trace_cache
+from megatron_mone.planning.tracing.trace_cache import TraceCache, cache_key, default_folder
 
 
 def numbers(path):
@@ -102,7 +102,7 @@ def test_the_digest_reads_the_source(tmp_path, monkeypatch):
     (root / "planning").mkdir(parents=True)
     (root / "__init__.py").write_text("")
     (root / "planning" / "build.py").write_text("a = 1\n")
-    monkeypatch.setattr(trace_cache.megatron_mone, "__file__", str(root / "__init__.py"))
+    monkeypatch.setattr(trace_cache, "PACKAGE", root)
 
     def digest():
         trace_cache._answered_by.cache_clear()

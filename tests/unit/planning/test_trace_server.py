@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.trace import Trace
-from megatron_mone.planning.trace_cache import TraceCache
-from megatron_mone.planning.trace_server import Tracer
-from megatron_mone.planning.trace_worker import CPU, GPU
+from megatron_mone.planning.tracing.trace import Trace
+from megatron_mone.planning.tracing.trace_cache import TraceCache
+from megatron_mone.planning.tracing.trace_server import Tracer
+from megatron_mone.planning.tracing.trace_worker import CPU, GPU
 from tests import forked_ranks
 from tests.integration import traced_ranks
 from tests.training_cases import MOCK

@@ -24,7 +24,7 @@ def fresh_tracker(one_rank):
 def build(**changes):
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    from megatron_mone.layer_spec import mone_layer_spec
+    from megatron_mone.model.layer_spec import mone_layer_spec
 
     config = mone_config(mone_backend="cpu", **changes)
     return GPTModel(

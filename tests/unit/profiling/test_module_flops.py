@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mone.benchmarking import roofline
+from megatron_mone.benchmarking import machine_limits as roofline
 from megatron_mone.benchmarking.cases import Cell
 from megatron_mone.common.phases import (
     ATTENTION,
@@ -21,11 +21,11 @@ from megatron_mone.common.phases import (
 from megatron_mone.kernels import registry
 from megatron_mone.kernels.cpu import backend as cpu
 from megatron_mone.kernels.grouped_mlp import mone_grouped_mlp
-from megatron_mone.profiling import module_flops as flops
+from megatron_mone.model import module_flops as flops
+from megatron_mone.model.module_flops import WHOLE_LAYER, LayerShare, RankShare
+from megatron_mone.model.step_flops import step_flops
 from megatron_mone.profiling import peaks
 from megatron_mone.profiling.flop_counter import FlopCounter
-from megatron_mone.profiling.flops import step_flops
-from megatron_mone.profiling.module_flops import WHOLE_LAYER, LayerShare, RankShare
 from tests.conftest import mone_config
 
 HIDDEN, WIDTH, ROWS, KEPT = 16, 24, 10, 60

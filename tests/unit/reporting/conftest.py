@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_mone.reporting.events import Histogram
-from megatron_mone.reporting.results import LayerLoad, RunResult
+from megatron_mone.reporting.page.events import Histogram
+from megatron_mone.reporting.page.results import LayerLoad, RunResult
 
 LIMITS = (0.25, 0.5, 1.0, 2.0, 4.0)
 

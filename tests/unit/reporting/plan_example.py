@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.planning.pipeline import simulate
-from megatron_mone.planning.pipeline_order import Schedule
-from megatron_mone.planning.rank_memory import ORDER
+from megatron_mone.planning.cost.pipeline import simulate
+from megatron_mone.planning.cost.pipeline_order import Schedule
+from megatron_mone.planning.cost.rank_memory import ORDER
 
 SEQUENCE, BATCH = 4096, 256
 LIMIT = 79.6

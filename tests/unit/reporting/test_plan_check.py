@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from megatron_mone.reporting.plan_check import (
+from megatron_mone.reporting.plan.check import (
     check_plan,
     check_search,
     read_either,

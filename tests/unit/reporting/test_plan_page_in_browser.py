@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_mone.reporting.plan_report import write_plan_files
+from megatron_mone.reporting.plan.report import write_plan_files
 from tests.unit.reporting.plan_example import example_plan, example_search
 from tests.unit.reporting.test_profile_page_in_browser import BROWSER, browser, open_page
 

@@ -11,12 +11,14 @@ import pytest
 from matplotlib import pyplot as plt
 
 from megatron_mone.common.phases import PHASES
-from megatron_mone.planning.rank_memory import ORDER
-from megatron_mone.reporting import plan_curves, plan_plots, plan_tables
-from megatron_mone.reporting.plan_report import TIMELINE, write_plan_files, write_report
-from megatron_mone.reporting.plan_search_report import answer, refusals
-from megatron_mone.reporting.plan_timeline import BUBBLE_COLOUR, COLOURS, colour_of, timeline
-from megatron_mone.reporting.plan_view import basis, headline, layout_text, misfits
+from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.reporting.plan import curves as plan_curves
+from megatron_mone.reporting.plan import plots as plan_plots
+from megatron_mone.reporting.plan import tables as plan_tables
+from megatron_mone.reporting.plan.report import TIMELINE, write_plan_files, write_report
+from megatron_mone.reporting.plan.search_report import answer, refusals
+from megatron_mone.reporting.plan.timeline import BUBBLE_COLOUR, COLOURS, colour_of, timeline
+from megatron_mone.reporting.plan.view import basis, headline, layout_text, misfits
 from tests.unit.reporting.plan_example import LIMIT, example_plan, example_search
 from tests.unit.reporting.test_reporting_html import HOSTILE, tags_of
 from tools import report_plan
@@ -35,7 +37,7 @@ def search():
 @pytest.fixture(scope="module", autouse=True)
 def _few_dots():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("megatron_mone.reporting.plots.DPI", 30)
+        patch.setattr("megatron_mone.reporting.page.plots.DPI", 30)
         yield
 
 
@@ -171,7 +173,7 @@ def test_what_is_not_shown_of_a_step_is_not_drawn_as_waiting(plan):
 
 
 def test_later_chunks_are_lighter_and_the_first_is_the_legends_colour():
-    from megatron_mone.planning.perfetto import BACKWARD, Slice
+    from megatron_mone.reporting.plan.perfetto import BACKWARD, Slice
 
     shades = [colour_of(Slice(0.0, 1.0, BACKWARD, 0, chunk), 4) for chunk in range(4)]
     assert shades[0].lower() == COLOURS[BACKWARD].lower()

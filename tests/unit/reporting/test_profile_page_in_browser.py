@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from megatron_mone.reporting.profile_report import write_report
+from megatron_mone.reporting.profile.report import write_report
 from tests.unit.reporting.profile_example import example_profile
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")

@@ -15,18 +15,16 @@ import pytest
 from matplotlib import pyplot as plt
 
 from megatron_mone.common.phases import COMMUNICATION
-from megatron_mone.reporting import (
-    profile_plots,
-    profile_resource_plots,
-    profile_statement,
-    profile_tables,
-)
-from megatron_mone.reporting.events import read_events
-from megatron_mone.reporting.html import Page
-from megatron_mone.reporting.profile_check import check_one_model, check_profile, read_profile
-from megatron_mone.reporting.profile_report import write_report
-from megatron_mone.reporting.profile_tensorboard import write_tensorboard
-from megatron_mone.reporting.profile_view import (
+from megatron_mone.reporting.page.events import read_events
+from megatron_mone.reporting.page.html import Page
+from megatron_mone.reporting.profile import plots as profile_plots
+from megatron_mone.reporting.profile import resource_plots as profile_resource_plots
+from megatron_mone.reporting.profile import statement as profile_statement
+from megatron_mone.reporting.profile import tables as profile_tables
+from megatron_mone.reporting.profile.check import check_one_model, check_profile, read_profile
+from megatron_mone.reporting.profile.report import write_report
+from megatron_mone.reporting.profile.tensorboard import write_tensorboard
+from megatron_mone.reporting.profile.view import (
     engineering,
     rank_ranges,
     short,
@@ -63,7 +61,7 @@ def coarse(monkeypatch):
         plt.close(figure)
         return picture.getvalue()
 
-    monkeypatch.setattr("megatron_mone.reporting.profile_report.save", save)
+    monkeypatch.setattr("megatron_mone.reporting.profile.report.save", save)
 
 
 def words(figure) -> str:

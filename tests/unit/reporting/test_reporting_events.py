@@ -3,8 +3,8 @@
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_mone.reporting.events import read_events
-from megatron_mone.reporting.results import ResultError, collect, load_result, save_result
+from megatron_mone.reporting.page.events import read_events
+from megatron_mone.reporting.page.results import ResultError, collect, load_result, save_result
 from tests.unit.reporting.conftest import LIMITS, make_result, write_run
 
 KEPT = {"fingerprint": "f", "command": ("c",), "load_average": 0.0}

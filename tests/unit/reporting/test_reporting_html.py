@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from megatron_mone.reporting import plots
-from megatron_mone.reporting.demo_report import write_report
-from megatron_mone.reporting.html import Page
+from megatron_mone.reporting.demo.report import write_report
+from megatron_mone.reporting.page import plots
+from megatron_mone.reporting.page.html import Page
 from tests.unit.reporting.conftest import make_result
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror='x'>\"&"

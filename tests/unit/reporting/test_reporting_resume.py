@@ -7,14 +7,14 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from megatron_mone.reporting.results import ResultError
-from megatron_mone.reporting.training_run import (
+from megatron_mone.demo.training_run import (
     RunSpec,
     TrainingError,
     ensure_run,
     finished,
     run_child,
 )
+from megatron_mone.reporting.page.results import ResultError
 from tests.unit.reporting.conftest import write_run
 
 

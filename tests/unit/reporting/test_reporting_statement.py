@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mone.reporting.demo_report import common_loads, write_report
-from megatron_mone.reporting.results import summary
-from megatron_mone.reporting.statement import (
+from megatron_mone.reporting.demo.report import common_loads, write_report
+from megatron_mone.reporting.demo.statement import (
     TIE_NATS,
     loss_at_flops,
     near_balance,
@@ -18,6 +17,7 @@ from megatron_mone.reporting.statement import (
     statement,
     verdict,
 )
+from megatron_mone.reporting.page.results import summary
 from tests.unit.reporting.conftest import make_load, make_result
 
 UNIGRAM = 5.0

@@ -1,0 +1,1 @@
+"""Run folders: starting, following, stopping and going on with what is in them."""

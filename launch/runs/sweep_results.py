@@ -1,0 +1,84 @@
+"""results: one table of a run or a sweep's cases, printed, and kept beside as JSON, CSV and HTML.
+
+    runs/NAME/results.json, results.csv, results.html, plots/
+
+How a case ended is read from its attempts, its numbers from its TensorBoard folder, what is under
+way from Slurm where it answers. May touch: those files, Slurm through slurm/state.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.runs.run_manifest import attempts, gather
+from launch.runs.sweep_cases import FAILED, SINGLE, case_states, read_cases, runs_here
+from launch.spec.training_job import tensorboard_folder
+from megatron_mone.common.files import atomic_write, write_json
+from megatron_mone.common.local_ranks import error_line
+from megatron_mone.reporting.sweep.table import Row, csv_bytes, json_value, measure, text_lines
+
+RESULTS = "results"
+
+
+def result_rows(folder: Path) -> tuple[list[Row], list[str]]:
+    """A row for each case of a sweep, one for a run that is none; and a line on why each failed.
+
+    Raises:
+        ValueError: the folder's records cannot be read, or it holds no training run.
+    """
+    manifest = gather(folder)
+    if "values" not in manifest["config"]:
+        raise ValueError(f"{folder.name} is no training run (--config): it has no results to show")
+    cases = read_cases(folder) or (SINGLE,)
+    states = case_states(folder, cases, manifest["starts"], here=runs_here(folder), sure=False)
+    rows = [
+        Row(
+            Path(folder, case.folder).name,
+            case.values,
+            str(state),
+            measure(tensorboard_folder(folder, case, manifest["config"])),
+        )
+        for case, state in zip(cases, states, strict=True)
+    ]
+    why = [
+        f"{row.case}: {said}"
+        for row, case, state in zip(rows, cases, states, strict=True)
+        if state.state == FAILED and (said := _last_error(folder / case.folder))
+    ]
+    return rows, why
+
+
+def write_results(folder: Path, rows: Sequence[Row]) -> Path:
+    """Write the files of a table; returns the page's path.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    # matplotlib takes a second to load.
+    from megatron_mone.reporting.sweep.page import sweep_page
+
+    page = sweep_page(folder.name, rows, folder / "plots")
+    atomic_write(folder / f"{RESULTS}.csv", csv_bytes(rows))
+    write_json(folder / f"{RESULTS}.json", json_value(folder.name, rows))
+    atomic_write(folder / f"{RESULTS}.html", page.encode())
+    return folder / f"{RESULTS}.html"
+
+
+def show_results(folder: Path) -> None:
+    """Print the table of a run and keep it.
+
+    Raises:
+        ValueError: as `result_rows`.
+        OSError: a file cannot be written.
+    """
+    rows, why = result_rows(folder)
+    print("\n".join([*text_lines(rows), *why, str(write_results(folder, rows))]), flush=True)
+
+
+def _last_error(case: Path) -> str:
+    """The line in which a rank of the last attempt said why it failed; empty where none did."""
+    tried = attempts(case)
+    if not tried:
+        return ""
+    return error_line(sorted((case / "logs" / tried[-1]["attempt"]).glob("rank-*.log")))

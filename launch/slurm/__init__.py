@@ -1,0 +1,1 @@
+"""The batch script, and what Slurm is asked and answers."""

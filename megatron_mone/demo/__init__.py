@@ -1,0 +1,1 @@
+"""The demo: three models on real text, compared."""

@@ -1,0 +1,159 @@
+"""The one seam into Megatron's layer specs: stock specs with their MoE layers made MoNE.
+
+May touch: Megatron's spec functions and GPT model builder. Works on the local and on the
+Transformer-Engine specs alike, because only the MoE module inside a layer is replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_mtp_block_spec,
+)
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.training.models import gpt as megatron_gpt
+from megatron.training.models.gpt import GPTModelConfig
+
+from megatron_mone.config import (
+    attach_fields_from_env,
+    check_packages,
+    layer_pattern,
+    neurons_per_token,
+)
+from megatron_mone.moe.experts import MoNEExperts
+from megatron_mone.moe.layer import MoNELayer
+from megatron_mone.moe.metrics import follow_training, install_tracker
+
+
+@dataclass
+class MoNEBlockSubmodules(TransformerBlockSubmodules):
+    """A decoder block that `mone_layer_spec` made; multi-token-prediction layers follow it."""
+
+
+def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Decoder block spec of this pipeline stage, MoE layers made MoNE where mone_layer_freq says.
+
+    Accepted by `GPTModelConfig.transformer_layer_spec` and by
+    `--spec megatron_mone.layer_spec mone_layer_spec`. Layers for multi-token prediction become the
+    kind of the last decoder layer, whichever script builds the model.
+
+    Args:
+        config: a GPTModelConfig, or its TransformerConfig. Without mone_* fields it gets them from
+            the YAML named by MONE_CONFIG.
+        vp_stage: virtual pipeline stage, None without interleaving.
+
+    Raises:
+        ValueError: a mone_* field does not fit the model.
+    """
+    transformer = getattr(config, "transformer", config)
+    if not hasattr(transformer, "mone_neuron_ratio"):
+        attach_fields_from_env(transformer)
+    check_packages(transformer)
+    # On every rank: stages without MoNE layers take part in its collectives.
+    follow_training(install_tracker(), transformer)
+    # GPTModelBuilder.build_model resolves it as a module global, and Megatron's asks for stock
+    # decoder specs; there is no argument to pass ours through.
+    megatron_gpt.mtp_block_spec = mtp_block_spec
+    neurons_per_token(transformer)  # one of the two fields is set
+    block = stock_block(transformer, vp_stage)
+    whole = layer_pattern(transformer)
+    pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
+    layers = [
+        _with_mone(spec) if kind == 2 else spec
+        for spec, kind in zip(block.layer_specs, pattern, strict=True)
+    ]
+    return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
+
+
+def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron's own decoder block spec of this pipeline stage, of its TransformerConfig."""
+    return get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=transformer.transformer_impl == "transformer_engine",
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )
+
+
+@dataclass(kw_only=True)
+class MoNEGPTModelConfig(GPTModelConfig):
+    """GPTModelConfig whose decoder and multi-token-prediction layers are MoNE."""
+
+    transformer_layer_spec: Any = mone_layer_spec
+
+
+_stock_mtp_block_spec = megatron_gpt.mtp_block_spec
+
+
+def mtp_block_spec(
+    config: GPTModelConfig, transformer_layer_spec: Any, vp_stage: int | None = None
+) -> Any | None:
+    """Megatron's function of that name; MoNE where the decoder block's spec is ours.
+
+    Args:
+        config: of the model.
+        transformer_layer_spec: of its decoder.
+        vp_stage: virtual pipeline stage, None without interleaving.
+    """
+    if not isinstance(transformer_layer_spec, MoNEBlockSubmodules):
+        return _stock_mtp_block_spec(config, transformer_layer_spec, vp_stage=vp_stage)
+    transformer = config.transformer
+    if transformer.mtp_num_layers is None:
+        return None
+    use_te = transformer.transformer_impl == "transformer_engine"
+    spec = get_gpt_decoder_layer_specs(
+        transformer,
+        use_transformer_engine=use_te,
+        normalization=transformer.normalization,
+        qk_l2_norm=transformer.qk_l2_norm,
+        vp_stage=vp_stage,
+    )[-1]
+    if layer_pattern(transformer)[-1] == 2:
+        spec = _with_mone(spec)
+    return get_gpt_mtp_block_spec(
+        transformer, spec, use_transformer_engine=use_te, vp_stage=vp_stage
+    )
+
+
+def _with_mone(spec: ModuleSpec) -> ModuleSpec:
+    """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
+    assert is_moe(spec), spec.submodules.mlp
+    return with_experts(spec, MoNELayer, MoNEExperts)
+
+
+def is_moe(spec: ModuleSpec) -> bool:
+    """Whether a stock layer's spec has experts."""
+    mlp = spec.submodules.mlp
+    return isinstance(mlp, partial) and mlp.func is MoELayer
+
+
+def with_experts(spec: ModuleSpec, layer: Callable[..., Any], experts: Any) -> ModuleSpec:
+    """A copy of an MoE layer's spec with another MoE layer class and other experts inside."""
+    keywords = spec.submodules.mlp.keywords
+    submodules = replace(keywords["submodules"], experts=experts)
+    mlp = partial(layer, **{**keywords, "submodules": submodules})
+    return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
+
+
+def _stage_layers(config: Any, vp_stage: int | None) -> list[int]:
+    """0-based numbers of the decoder layers of this stage, as get_gpt_decoder_block_spec slices."""
+    layout = config.pipeline_model_parallel_layout
+    if isinstance(layout, PipelineParallelLayerLayout):
+        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))

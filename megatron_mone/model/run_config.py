@@ -1,0 +1,139 @@
+"""YAML run files -> Megatron command-line flags.
+
+A run is one each of model x parallel x cluster x train:
+
+    model: demo-mone            # configs/model/demo-mone.yaml, a path, or the mapping itself
+    parallel: ep2
+    cluster: cpu
+    train: demo
+
+Each part maps Megatron argument names (`num_layers`, `mone_neuron_ratio`, ...) to values. Flags on
+the command line come later and win. May touch: files under configs/, argparse; not Megatron state.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import read_mapping
+from megatron_mone.model.flag_values import flag_words
+
+PARTS = ("model", "parallel", "cluster", "train")
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """The merged Megatron arguments of a run file.
+
+    Args:
+        path: a YAML file with some of the keys in PARTS.
+
+    Returns:
+        Argument name -> value. A key in two parts is an error, so that a run has one meaning.
+
+    Raises:
+        ValueError: one line naming the file, the key and the fix.
+    """
+    return merge_parts(read_run(path), path)
+
+
+def read_run(path: Path) -> dict[str, dict[str, Any]]:
+    """The parts of a run file, each a mapping of Megatron arguments.
+
+    Raises:
+        ValueError: one line naming the file, the key and the fix.
+    """
+    parts = {}
+    for part, choice in read_mapping(path).items():
+        if part not in PARTS:
+            raise ValueError(
+                f"{path}: unknown key {part!r}{nearest_name(str(part), list(PARTS))}; a run file "
+                f"holds {', '.join(PARTS)}"
+            )
+        parts[part] = read_part(path, part, choice)
+    return parts
+
+
+def merge_parts(parts: dict[str, dict[str, Any]], source: Path) -> dict[str, Any]:
+    """All arguments of some parts.
+
+    Args:
+        parts: name -> arguments.
+        source: file named in errors.
+
+    Raises:
+        ValueError: one argument is set by two parts.
+    """
+    merged: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for part, values in parts.items():
+        for name, value in values.items():
+            if name in merged:
+                raise ValueError(f"{source}: {name!r} is set by both {origin[name]} and {part}")
+            merged[name], origin[name] = value, part
+    return merged
+
+
+def to_flags(values: dict[str, Any], parser: argparse.ArgumentParser, source: Path) -> list[str]:
+    """Command-line flags that make `parser` produce `values`.
+
+    Args:
+        values: argument name (argparse dest) -> value; None leaves the default.
+        parser: Megatron's parser with our flags.
+        source: file named in errors.
+
+    Raises:
+        ValueError: an unknown argument (with the nearest known name), or a value whose kind the
+            flag does not take.
+    """
+    by_dest: dict[str, list[argparse.Action]] = {}
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            by_dest.setdefault(action.dest, []).append(action)
+    flags: list[str] = []
+    for name, value in values.items():
+        if name not in by_dest:
+            raise ValueError(f"{source}: unknown key {name!r}{_meant(str(name), by_dest)}")
+        flags += flag_words(name, value, by_dest[name], source)
+    return flags
+
+
+def _meant(name: str, by_dest: dict[str, list[argparse.Action]]) -> str:
+    """The argument that a key stands for: of the flag by that name, or the nearest in spelling."""
+    flag = f"--{name.replace('_', '-')}"
+    for dest, actions in by_dest.items():
+        if any(flag in action.option_strings for action in actions):
+            return f" ({flag} is the flag of {dest!r}: write that)"
+    return nearest_name(name, list(by_dest))
+
+
+def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
+    """The arguments of one part.
+
+    Args:
+        run_path: the run file, beside which a path may lie; named in errors.
+        part: of PARTS.
+        choice: a name under configs/, a path, or the arguments themselves.
+
+    Raises:
+        ValueError: one line naming the part and the nearest known name.
+    """
+    if isinstance(choice, dict):
+        return choice
+    if not isinstance(choice, str):
+        raise ValueError(f"{run_path}: {part} = {choice!r} must be a name, a path or a mapping")
+    for candidate in (
+        CONFIG_ROOT / part / f"{choice}.yaml",
+        run_path.parent / choice,
+        Path(choice),
+    ):
+        if candidate.is_file():
+            return read_mapping(candidate)
+    known = sorted(p.stem for p in (CONFIG_ROOT / part).glob("*.yaml"))
+    raise ValueError(
+        f"{run_path}: {part} = {choice!r} is neither a file nor one of configs/{part}/: "
+        f"{', '.join(known)}{nearest_name(choice, known)}"
+    )

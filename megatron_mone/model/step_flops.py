@@ -1,0 +1,49 @@
+"""Operations of a step over all ranks, executed and active, for the training log.
+
+Megatron's own count of the dense model, less what the experts of MoNE layers do not compute
+(module_flops.py, whose counts by rank and module also hold the router, whole attention scores and
+recompute). Known before the first step: rows and kept neurons are what the config promises.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+from megatron_mone.config import layer_pattern, neurons_per_token
+from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
+
+
+def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, float]:
+    """(executed, active) operations of one optimizer step over all ranks.
+
+    Executed counts what the backend runs, active what the kept neurons need: a dense expert takes
+    9 N H F multiply-adds forward and backward, MoNE N H F (1 + 8 r).
+
+    Args:
+        args: Megatron's arguments.
+        config: the transformer config; with mone_* fields set for a MoNE model.
+        batch_size: samples in the step.
+    """
+    from megatron.training.training import num_floating_point_operations
+
+    dense = float(num_floating_point_operations(args, batch_size))
+    if not getattr(config, "mone_enabled", False):
+        return dense, dense
+    pattern = layer_pattern(config)
+    layers = pattern.count(2) + (config.mtp_num_layers or 0) * (pattern[-1] == 2)
+    tokens = batch_size * args.seq_length
+    rows = tokens * config.moe_router_topk
+    share = RankShare(
+        layers=(), output_uses=0, micro_batches=1, tokens=tokens, sequence_length=args.seq_length,
+        tp=1, etp=1, vocabulary=0, local_experts=config.num_moe_experts,
+    )  # fmt: skip
+    of_mone = _total(config, share, LayerShare("mone", rows, rows * neurons_per_token(config)))
+    of_stock = _total(config, share, LayerShare("moe", rows))
+    executed, active = (layers * (m - s) for m, s in zip(of_mone, of_stock, strict=True))
+    return dense + executed, dense + active
+
+
+def _total(config: Any, share: RankShare, layer: LayerShare) -> tuple[float, float]:
+    works = expert_work(config, share, layer).values()
+    return sum(work.executed for work in works), sum(work.active for work in works)

@@ -1,0 +1,306 @@
+"""Megatron's flex token dispatcher (DeepEP, HybridEP), carrying a neuron mask with each pair.
+
+The same contract as in stock.py. Both libraries move whole rows of 16-bit numbers and
+change no bit of them on dispatch, so a second dispatch with the handle of the tokens' dispatch
+brings the masks to where the tokens went. A token reaches a rank once, however many of its experts
+live there; so its row holds a slot for each expert it is routed to, [expert + 1 | packed mask], and
+the receiver picks the slot of its own expert. Slots are cut to the width of a token's row, which
+the handle of HybridEP fixes and the buffers of DeepEP hold.
+Not run on a GPU, nor with the real libraries: tested on CPU ranks, where a stand-in for deep_ep
+moves the bytes. May touch: Megatron's flex dispatcher and its deep_ep buffers, NeuronMask.
+
+Shapes: as in stock.py, and K experts of a token (`moe_router_topk`), S = 2 + B bytes of a
+slot, W = K * S bytes of a token's row, M rows that arrived, H the tokens' width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_mone.moe.dispatch.stock import MaskCarrier, check_rows, predicted_mask_bytes
+from megatron_mone.moe.padding import mark_padding
+
+TAG_BYTES = 2  # expert + 1, low byte first; 0 is an empty slot
+DEEPEP_ALIGNMENT = 32  # bytes: intranode.cu moves each half of a row as int4
+
+INSTALL = {
+    "deepep": ("HAVE_DEEP_EP", "deep_ep, from https://github.com/deepseek-ai/DeepEP"),
+    "hybridep": ("HAVE_HYBRIDEP", "deep_ep, from the hybrid-ep branch of "
+                 "https://github.com/deepseek-ai/DeepEP"),
+    "ncclep": ("HAVE_TE_EP", "transformer-engine, built with NVTE_BUILD_WITH_NCCL_EP=1"),
+}  # fmt: skip
+
+
+def check_flex_packages(config: TransformerConfig) -> None:
+    """That the library which a flex dispatcher needs can be imported; cheap, no process group.
+
+    Raises:
+        ValueError: it cannot; names the field, its value and what to install. One line.
+    """
+    if config.moe_token_dispatcher_type == "flex":
+        _check_backend(config.moe_flex_dispatcher_backend)
+
+
+def predicted_flex_mask_bytes(copies: int, config: TransformerConfig) -> int:
+    """What `bytes_carried` grows by for `copies` token rows sent to other ranks.
+
+    A token counts once for each other rank that holds an expert of it, and all its slots travel:
+    K * (2 + ceil(F / 8)) bytes, rounded up to 32 (deepep) or to whole token rows of 2 * H bytes
+    (hybridep).
+    """
+    return copies * sum(_wire_widths(config, config.hidden_size))
+
+
+class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
+    """The flex dispatcher with masks; each stage moves the mask after the tokens.
+
+    1. dispatch_preprocess: put each token's masks into the slots of one row
+    2. token_dispatch: send these rows with the handle of the tokens
+    3. dispatch_postprocess: of each row, in expert order, pick the slot of its expert
+
+    The way back (`return_mask`) is not there: both libraries add rows up on combine, in bf16.
+
+    Attributes:
+        bytes_carried: see MaskCarrier; a token's row counts once for each rank that gets it.
+
+    Raises:
+        ValueError: the library of `moe_flex_dispatcher_backend` is not installed.
+    """
+
+    _slots_TW: Tensor | None = None  # from dispatch_preprocess to token_dispatch
+    _slots_MW: Tensor | None = None  # from token_dispatch to dispatch_postprocess
+    _padding_T: Tensor | None = None  # from mark_padding to dispatch_preprocess
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        local_expert_indices: list[int],
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        _check_backend(config.moe_flex_dispatcher_backend)
+        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+
+    def set_mask(self, bits_NB: Tensor | None) -> None:
+        """See MaskCarrier.
+
+        Raises:
+            ValueError: also for the ncclep backend, and where rows are padded to a capacity or
+                an expert rank has one.
+        """
+        if bits_NB is not None:
+            _check_carried(self.config)
+        super().set_mask(bits_NB)
+
+    def mark_padding(self, probs: Tensor, padding_T: Tensor) -> Tensor:
+        """See MaskCarrier; all but hybridep take the largest probabilities for the routed ones."""
+        if self.config.moe_flex_dispatcher_backend == "hybridep":
+            return super().mark_padding(probs, padding_T)
+        self._padding_T = padding_T
+        return probs
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1; see MoEFlexTokenDispatcher.
+
+        Raises:
+            ValueError: a mask whose rows are not the routed pairs, or a token routed to more than
+                `moe_router_topk` experts.
+        """
+        bits_NB = self._start()
+        self._slots_TW = self._slots_MW = None
+        if bits_NB is not None:
+            self._slots_TW = _fill_slots(bits_NB, routing_map.bool(), self.config.moe_router_topk)
+        tokens, token_probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padding_T, self._padding_T = self._padding_T, None
+        if padding_T is not None:
+            token_probs = mark_padding(token_probs, padding_T)
+            self._comm_manager.token_probs = token_probs
+        return tokens, token_probs
+
+    def token_dispatch(
+        self,
+        hidden_states: Tensor,
+        probs: Tensor | None = None,
+        async_finish: bool = True,
+        allocate_on_comm_stream: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 2; see MoEFlexTokenDispatcher."""
+        # First, since it makes the handle.
+        dispatched = super().token_dispatch(
+            hidden_states, probs, async_finish, allocate_on_comm_stream
+        )
+        slots_TW, self._slots_TW = self._slots_TW, None
+        if slots_TW is not None:
+            self._slots_MW = self._send(slots_TW)
+        return dispatched
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 3; see MoEFlexTokenDispatcher.
+
+        Raises:
+            ValueError: rows that a fused kernel padded: their order is not known here.
+        """
+        processed = super().dispatch_postprocess(hidden_states, probs)
+        slots_MW, self._slots_MW = self._slots_MW, None
+        if slots_MW is None:
+            return processed
+        rows, tokens_per_expert, _ = processed
+        if self._is_deepep:
+            # The order of Megatron's `permute`; its map also names rows of no routed pair.
+            map_ME = self._comm_manager.dispatched_routing_map
+            expert_N, row_N = map_ME.T.nonzero(as_tuple=True)
+        else:  # permuted by the library, the slots as the tokens
+            expert_N = torch.arange(self.num_local_experts).repeat_interleave(
+                tokens_per_expert.cpu()
+            )
+            row_N = torch.arange(slots_MW.shape[0], device=slots_MW.device)
+        if expert_N.numel() != rows.shape[0] or row_N.numel() != rows.shape[0]:
+            raise ValueError(
+                f"the experts got {rows.shape[0]} rows for {expert_N.numel()} routed ones: rows "
+                "padded for quantization carry no masks; unset fp8, fp4 and "
+                "use_transformer_engine_op_fuser"
+            )
+        expert_N = torch.tensor(self.local_expert_indices)[expert_N.cpu()].to(slots_MW.device)
+        self._arrived_NB = _pick_slots(slots_MW, row_N, expert_N, self.config)
+        return processed
+
+    @property
+    def _is_deepep(self) -> bool:
+        return self.config.moe_flex_dispatcher_backend == "deepep"
+
+    @torch.no_grad()
+    def _send(self, slots_TW: Tensor) -> Tensor:
+        """[M, W] (hybridep: [N, W], permuted): rows where the tokens went, piece by piece."""
+        manager = self._comm_manager
+        widths = _wire_widths(self.config, self.hidden_shape[-1])
+        self.bytes_carried += self._copies_to_others() * sum(widths)
+        pad_T = 0
+        if not self._is_deepep:  # as the manager pads tokens to the longest rank
+            pad_T = manager.routing_map.shape[0] - slots_TW.shape[0]
+        row_bytes = slots_TW.shape[1]
+        slots_TW = torch.nn.functional.pad(slots_TW, (0, sum(widths) - row_bytes, 0, pad_T))
+        send = _send_deepep if self._is_deepep else _send_hybridep
+        arrived = [
+            send(piece.contiguous().view(torch.bfloat16), manager).contiguous().view(torch.uint8)
+            for piece in slots_TW.split(widths, dim=1)
+        ]
+        return torch.cat(arrived, dim=1)[:, :row_bytes]
+
+    def _copies_to_others(self) -> int:
+        """Rows that leave this rank: tokens, each once for every other rank it goes to."""
+        manager, ranks = self._comm_manager, self.tp_size * self.ep_size
+        if self._is_deepep:
+            # DeepEP routes by the indices: its topk may name experts beyond the routing map.
+            index_TK = manager.token_indices
+            rank_TK = torch.where(index_TK < 0, ranks, index_TK // self.num_local_experts)
+            goes_TR = torch.zeros(
+                (index_TK.shape[0], ranks + 1), dtype=torch.bool, device=index_TK.device
+            ).scatter_(1, rank_TK, True)[:, :ranks]
+        else:
+            goes_TR = manager.routing_map.view(-1, ranks, self.num_local_experts).any(dim=2)
+        return int(goes_TR.sum() - goes_TR[:, manager.group.rank()].sum())
+
+
+def _send_deepep(rows: Tensor, manager: Any) -> Tensor:
+    """Buffer.dispatch in cached mode: the layout of the tokens' dispatch, any row width."""
+    buffer = fused_a2a.get_buffer(manager.group, fused_a2a.get_hidden_bytes(rows))
+    return buffer.dispatch(rows, handle=manager.handle)[0]
+
+
+def _send_hybridep(rows: Tensor, manager: Any) -> Tensor:
+    """The call by which HybridEPCombine.backward reuses a handle; it fixes the row width."""
+    fused = manager.config.moe_permute_fusion_into_hybridep
+    return fused_a2a._hybrid_ep_buffer.dispatch_with_permute(
+        hidden=rows,
+        scaling_factor=None,
+        handle=manager.handle,
+        pad_multiple=manager.pad_multiple,
+        num_permuted_tokens=manager.num_permuted_tokens,
+        **({"fuse_permute_dispatch": fused} if fused else {}),
+    )[0]
+
+
+def _wire_widths(config: TransformerConfig, hidden: int) -> list[int]:
+    """Bytes of the pieces of a token's slots, none wider than a token of `hidden` 16-bit numbers.
+
+    A width at which the library already moved the tokens is one that its kernels and its buffers
+    take. A handle of HybridEP holds that width, so there all pieces have it.
+    """
+    row_bytes = config.moe_router_topk * _slot_bytes(config)
+    whole, rest = divmod(row_bytes, 2 * hidden)
+    widths = [2 * hidden] * whole
+    if rest:
+        deepep = config.moe_flex_dispatcher_backend == "deepep"
+        widths.append(rest + -rest % DEEPEP_ALIGNMENT if deepep else 2 * hidden)
+    return widths
+
+
+def _slot_bytes(config: TransformerConfig) -> int:
+    return TAG_BYTES + predicted_mask_bytes(1, config.moe_ffn_hidden_size)
+
+
+def _fill_slots(bits_NB: Tensor, map_TE: Tensor, topk: int) -> Tensor:
+    """[T, W]: the masks of each token's experts, in ascending order of expert, then empty slots."""
+    expert_N, token_N = map_TE.T.nonzero(as_tuple=True)
+    check_rows(bits_NB, expert_N.numel())
+    most = int(map_TE.sum(dim=1).max()) if map_TE.shape[0] else 0
+    if most > topk:
+        raise ValueError(
+            f"moe_router_topk = {topk}: a token is routed to {most} experts, and its row has a "
+            "slot for each of moe_router_topk"
+        )
+    slot_N = (map_TE.cumsum(dim=1) - 1)[token_N, expert_N]
+    slots_TKS = bits_NB.new_zeros((map_TE.shape[0], topk, TAG_BYTES + bits_NB.shape[1]))
+    tag_N = expert_N + 1
+    tag_N2 = torch.stack([tag_N % 256, tag_N // 256], dim=1).to(torch.uint8)
+    slots_TKS[token_N, slot_N] = torch.cat([tag_N2, bits_NB], dim=1)
+    return slots_TKS.flatten(1)
+
+
+def _pick_slots(
+    slots_MW: Tensor, row_N: Tensor, expert_N: Tensor, config: TransformerConfig
+) -> Tensor:
+    """[N, B]: of each row `row_N` the slot of expert `expert_N`; zeros where there is none.
+
+    There is none where DeepEP's topk filled up with an expert of probability 0.
+    """
+    slots_MKS = slots_MW.view(-1, config.moe_router_topk, _slot_bytes(config))
+    tag_MK = slots_MKS[:, :, 0].long() + 256 * slots_MKS[:, :, 1].long()
+    is_it_NK = tag_MK[row_N] == (expert_N + 1).unsqueeze(1)
+    bits_NB = slots_MKS[row_N, is_it_NK.to(torch.uint8).argmax(dim=1), TAG_BYTES:]
+    return bits_NB * is_it_NK.any(dim=1, keepdim=True)
+
+
+def _check_backend(backend: str) -> None:
+    flag, package = INSTALL.get(backend, ("", ""))
+    if flag and not getattr(fused_a2a, flag):
+        raise ValueError(
+            f"moe_flex_dispatcher_backend = {backend!r} needs a package that is not installed or "
+            f"does not import: install {package}; or set moe_token_dispatcher_type to 'alltoall'"
+        )
+
+
+def _check_carried(config: TransformerConfig) -> None:
+    for refused, name, fix in (
+        (config.moe_flex_dispatcher_backend == "ncclep", "moe_flex_dispatcher_backend",
+         "set it to 'deepep' or 'hybridep'"),
+        (config.moe_pad_expert_input_to_capacity, "moe_pad_expert_input_to_capacity", "unset it"),
+        (config.moe_expert_rank_capacity_factor is not None, "moe_expert_rank_capacity_factor",
+         "unset it"),
+    ):  # fmt: skip
+        if refused:
+            raise ValueError(
+                f"{name} = {getattr(config, name)!r}: the flex dispatcher carries no neuron masks "
+                f"with it; {fix}, or set moe_token_dispatcher_type to 'alltoall'"
+            )

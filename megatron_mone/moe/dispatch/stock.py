@@ -1,0 +1,406 @@
+"""Token dispatchers that carry a neuron mask with each routed (token, expert) pair.
+
+A mask given before dispatch arrives at the expert in the row order of the tokens, bit-packed on the
+wire, and is cut there to the neurons that this expert-tensor rank holds. A mask chosen by the
+experts goes back the same way (`return_mask`), to be recorded. Without a mask they are the stock
+dispatchers: no other call, no other byte.
+May touch: Megatron's dispatchers, NeuronMask.
+
+Shapes: N rows, B = ceil(F / 8) bytes of a packed row, F neurons of a whole expert, T tokens of this
+rank, E experts in all, E_l of this rank, R source ranks of the expert group (ETP x EP), C rows of
+an expert's capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
+from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits, unpack_bits
+from megatron_mone.moe.padding import mark_padding
+
+
+def build_dispatcher(
+    num_local_experts: int,
+    local_expert_indices: list[int],
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> MaskCarrier:
+    """The mask-carrying dispatcher of `moe_token_dispatcher_type`, as MoELayer picks Megatron's."""
+    # Here because that file imports this one.
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
+
+    kinds: dict[str, type[MaskCarrier]] = {
+        "allgather": MaskAllGatherTokenDispatcher,
+        "alltoall": MaskAlltoAllTokenDispatcher,
+        "flex": MaskFlexTokenDispatcher,
+    }
+    kind = kinds[config.moe_token_dispatcher_type]
+    return kind(num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection)
+
+
+def predicted_mask_bytes(rows: int, num_neurons: int) -> int:
+    """Bytes of `rows` packed mask rows over `num_neurons` neurons (F): rows * ceil(F / 8).
+
+    With `rows` the rows a rank sends to other ranks, counted once per receiver, this is what
+    `bytes_carried` grows by.
+    """
+    return rows * ((num_neurons + 7) // 8)
+
+
+class MaskCarrier(MoETokenDispatcher):
+    """What both dispatchers share: the mask on its way, and the count of its bytes.
+
+    Attributes:
+        bytes_carried: mask bytes this rank has sent to other ranks since the dispatcher was made;
+            a row gathered by P ranks is sent P - 1 times.
+    """
+
+    config: TransformerConfig
+    tp_rank: int
+    tp_size: int
+    hidden_shape: torch.Size
+
+    bytes_carried: int = 0
+    _bits_NB: Tensor | None = None  # on its way: from set_mask to dispatch_postprocess
+    _arrived_NB: Tensor | None = None  # from dispatch_postprocess to take_mask
+
+    def set_mask(self, bits_NB: Tensor | None) -> None:
+        """Give the masks of the next dispatch; to be called before `dispatch_preprocess`.
+
+        The mask serves one dispatch. Every rank of the expert group (ETP x EP) sets one, be it of
+        no rows, or none does: carrying it is a collective.
+
+        Args:
+            bits_NB: [N, ceil(F / 8)] uint8 as `NeuronMask.pack` gives it, over the whole expert's F
+                neurons (`moe_ffn_hidden_size`), on the tokens' device; None to carry nothing. One
+                row per True of this rank's `routing_map` ([T, E]), expert-major and tokens
+                ascending: for every expert e in 0..E-1, for every t with routing_map[t, e]. That is
+                the order of Megatron's `permute`, and the same for both dispatchers.
+
+        Raises:
+            ValueError: a shape or type that is not such rows, or a captured dispatcher. The number
+                of rows is checked in `dispatch_preprocess`, where the routing is known.
+        """
+        self._arrived_NB = None
+        self._bits_NB = None
+        if bits_NB is None:
+            return
+        if self.config.cuda_graph_impl != "none":
+            raise ValueError(
+                f"cuda_graph_impl = {self.config.cuda_graph_impl!r}: a captured dispatcher would "
+                "not see a new mask; use 'none' where masks are carried"
+            )
+        width = predicted_mask_bytes(1, self._num_neurons)
+        if bits_NB.dtype != torch.uint8 or bits_NB.dim() != 2 or bits_NB.shape[1] != width:
+            raise ValueError(
+                f"bits_NB is {bits_NB.dtype} of shape {tuple(bits_NB.shape)}: masks over "
+                f"moe_ffn_hidden_size = {self._num_neurons} neurons are packed as "
+                f"[N, {width}] torch.uint8"
+            )
+        self._bits_NB = bits_NB.detach()
+
+    def take_mask(self) -> NeuronMask | None:
+        """The mask of the rows this rank's experts got, in row order, and forget it.
+
+        To be called after `dispatch_postprocess`. Neurons count from 0 within this rank's part of
+        the expert (F / ETP). Rows that Megatron padded keep no neuron. None where no mask was set.
+
+        Raises:
+            ValueError: a bit set beyond neuron F - 1, or an ETP size that does not divide F.
+        """
+        bits_NB, self._arrived_NB = self._arrived_NB, None
+        if bits_NB is None:
+            return None
+        if self._num_neurons % self.tp_size:
+            raise ValueError(f"{self.tp_size} ranks do not divide {self._num_neurons} neurons")
+        width = self._num_neurons // self.tp_size
+        mask_NF = unpack_bits(bits_NB, self._num_neurons)
+        return NeuronMask.from_bool(mask_NF[:, self.tp_rank * width :][:, :width])
+
+    def mark_padding(self, probs: Tensor, padding_T: Tensor) -> Tensor:
+        """Mark the tokens of the next dispatch that are padding; see padding.py.
+
+        Args:
+            probs: [T, E], for `dispatch_preprocess`.
+            padding_T: [T] bool.
+        """
+        return mark_padding(probs, padding_T)
+
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
+        """Bring the masks of this rank's expert rows back to the ranks their tokens came from.
+
+        A collective of the expert group, to be called between `dispatch_postprocess` and
+        `token_combine`.
+
+        Args:
+            mask: over F / ETP neurons, one row for each row of `dispatch_postprocess`.
+            routing_map: [T, E] as it was given to `dispatch_preprocess`.
+
+        Returns:
+            [N, ceil(F / 8)] uint8, packed, in the row order of `set_mask`. A pair that a capacity
+            dropped keeps no neuron.
+
+        Raises:
+            NotImplementedError: a dispatcher that has no such way back.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not bring masks back")
+
+    def _pack_whole(self, mask: NeuronMask) -> Tensor:
+        """[N, ceil(F / 8)]: the neurons of this expert-tensor rank in place, the others 0."""
+        mask_NF, width = mask.to_bool(), mask.num_neurons
+        first = self.tp_rank * width
+        return pack_bits(
+            torch.nn.functional.pad(mask_NF, (first, self._num_neurons - first - width))
+        )
+
+    def _start(self) -> Tensor | None:
+        """The mask of the dispatch that begins now."""
+        bits_NB, self._bits_NB, self._arrived_NB = self._bits_NB, None, None
+        return bits_NB
+
+    @property
+    def _num_neurons(self) -> int:
+        return self.config.moe_ffn_hidden_size
+
+    def _gather(self, bits_NB: Tensor, group: ProcessGroup, rows_R: Sequence[int]) -> Tensor:
+        """The rows of all ranks of `group` in rank order; rank r holds `rows_R[r]` rows."""
+        self._count(bits_NB.shape[0] * (group.size() - 1))
+        equal = len(set(rows_R)) == 1
+        with torch.no_grad():
+            return gather_from_sequence_parallel_region(
+                bits_NB.contiguous(),
+                group=group,
+                output_split_sizes=None if equal else list(rows_R),
+            )
+
+    def _count(self, rows: int) -> None:
+        self.bytes_carried += predicted_mask_bytes(rows, self._num_neurons)
+
+
+class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
+    """The alltoall dispatcher with masks; each stage moves the mask as it moves the tokens.
+
+    1. dispatch_preprocess: rows come permuted; add empty ones where Megatron pads
+    2. token_dispatch: all-to-all over EP with the tokens' splits
+    3. dispatch_postprocess: gather over ETP, sort by local expert
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1; see MoEAlltoAllTokenDispatcher.
+
+        Raises:
+            ValueError: a mask whose rows are not the routed pairs.
+        """
+        bits_NB = self._start()
+        if bits_NB is None:
+            return super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padded = self.config.moe_router_padding_for_quantization
+        routed_TE = routing_map.clone() if padded else routing_map  # pad_routing_map writes to it
+        permuted, permuted_probs = super().dispatch_preprocess(hidden_states, routing_map, probs)
+        padded = padded or self.drop_and_pad
+        # Without padding each permuted row is a routed pair: no need to wait for the device.
+        check_rows(bits_NB, int(routed_TE.sum()) if padded else permuted.shape[0])
+        if self.drop_and_pad:
+            bits_NB = _pad_to_capacity(bits_NB, routed_TE, self.capacity)
+        elif padded:
+            bits_NB = _spread(bits_NB, routed_TE.T.masked_select(self.routing_map.T))
+        self._bits_NB = bits_NB
+        return permuted, permuted_probs
+
+    def token_dispatch(
+        self, permutated_local_input_tokens: Tensor, permuted_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 2; see MoEAlltoAllTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        # First, since it brings the splits to the CPU.
+        dispatched = super().token_dispatch(permutated_local_input_tokens, permuted_probs)
+        rows = self._bits_NB.shape[0]
+        splits = self.input_splits
+        kept_here = rows // self.ep_size if splits is None else int(splits[self.ep_rank])
+        self._count(rows - kept_here)
+        with torch.no_grad():
+            self._bits_NB = all_to_all(
+                self.ep_group,
+                self._bits_NB,
+                self.output_splits,
+                splits,
+                use_nccl_stream=self.use_nccl_stream,
+            )
+        return dispatched
+
+    def dispatch_postprocess(
+        self, global_input_tokens: Tensor, global_probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 3; see MoEAlltoAllTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().dispatch_postprocess(global_input_tokens, global_probs)
+        # First, since it brings the row counts of the sort to the CPU.
+        processed = super().dispatch_postprocess(global_input_tokens, global_probs)
+        bits_NB, self._bits_NB = self._bits_NB, None
+        if self.tp_size > 1:
+            splits = self.output_splits_tp
+            rows_R = [bits_NB.shape[0]] * self.tp_size if splits is None else splits.tolist()
+            bits_NB = self._gather(bits_NB, self.tp_group, rows_R)
+        if self.num_local_experts > 1:
+            # With a capacity every chunk is of that size, so one sort serves both of Megatron's
+            # paths. Its fused kernel is for the tokens' types, not for bytes.
+            bits_NB, _ = sort_chunks_by_idxs(
+                bits_NB,
+                self.num_global_tokens_per_local_expert.ravel(),
+                self.sort_input_by_local_experts,
+            )
+        self._arrived_NB = bits_NB
+        return processed
+
+    @torch.no_grad()
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
+        """See MaskCarrier; undoes stages 3, 2 and 1."""
+        bits_NB = self._pack_whole(mask)
+        if self.num_local_experts > 1:
+            bits_NB, _ = sort_chunks_by_idxs(
+                bits_NB,
+                self.num_global_tokens_per_local_expert.T.ravel(),
+                self.restore_output_by_local_experts,
+            )
+        if self.tp_size > 1:
+            # Each rank filled in its own neurons of the same rows: the sum joins them.
+            torch.distributed.all_reduce(bits_NB, group=self.tp_group)
+            splits = self.output_splits_tp
+            rows = bits_NB.shape[0] // self.tp_size
+            parts = [rows] * self.tp_size if splits is None else splits.tolist()
+            bits_NB = bits_NB.split(parts)[self.tp_rank].contiguous()
+        bits_NB = all_to_all(
+            self.ep_group,
+            bits_NB,
+            self.input_splits,
+            self.output_splits,
+            use_nccl_stream=self.use_nccl_stream,
+        )
+        if self.drop_and_pad:
+            fits_N, real_EC = _capacity_slots(routing_map, self.capacity)
+            returned = bits_NB.new_zeros((fits_N.numel(), bits_NB.shape[1]))
+            returned[fits_N] = bits_NB[real_EC.reshape(-1)]
+            return returned
+        if self.config.moe_router_padding_for_quantization:
+            return bits_NB[routing_map.T.masked_select(self.routing_map.T)]
+        return bits_NB
+
+
+class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
+    """The allgather dispatcher with masks: all packed rows are gathered, as all tokens are.
+
+    1. dispatch_preprocess: check the rows
+    2. token_dispatch: gather over ETP x EP
+    3. dispatch_postprocess: pick the rows of the local experts, in the order of `permute`
+    """
+
+    def dispatch_preprocess(
+        self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Stage 1; see MoEAllGatherTokenDispatcher.
+
+        Raises:
+            ValueError: a mask whose rows are not the routed pairs.
+        """
+        bits_NB = self._start()
+        if bits_NB is not None:
+            check_rows(bits_NB, int(routing_map.sum()))
+            self._bits_NB = bits_NB
+        return super().dispatch_preprocess(hidden_states, routing_map, probs)
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Stage 2; see MoEAllGatherTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().token_dispatch(hidden_states, probs)
+        # First, since it gathers the routing map that tells each rank's rows.
+        dispatched = super().token_dispatch(hidden_states, probs)
+        if self.tp_size > 1 or self.ep_size > 1:
+            rows_R = self._map_RTE().sum(dim=(1, 2)).tolist()
+            self._bits_NB = self._gather(self._bits_NB, self.tp_ep_group, rows_R)
+        return dispatched
+
+    def dispatch_postprocess(
+        self, hidden_states: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Stage 3; see MoEAllGatherTokenDispatcher."""
+        if self._bits_NB is None:
+            return super().dispatch_postprocess(hidden_states, probs)
+        bits_NB, self._bits_NB = self._bits_NB, None
+        map_RET = self._map_RTE().transpose(1, 2).contiguous()  # super() drops routing_map
+        processed = super().dispatch_postprocess(hidden_states, probs)
+        self._arrived_NB = bits_NB[self._local_rows(map_RET)]
+        return processed
+
+    @torch.no_grad()
+    def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
+        """See MaskCarrier; a sum over ETP x EP of the rows that each rank fills in."""
+        bits_NB = self._pack_whole(mask)
+        if self.tp_size == 1 and self.ep_size == 1:
+            return bits_NB  # one source: its rows stand expert-major already
+        gathered = gather_from_sequence_parallel_region(routing_map, group=self.tp_ep_group)
+        map_RTE = gathered.bool().view(self.tp_size * self.ep_size, *routing_map.shape)
+        map_RET = map_RTE.transpose(1, 2).contiguous()
+        whole = bits_NB.new_zeros((int(map_RET.sum()), bits_NB.shape[1]))
+        whole[self._local_rows(map_RET)] = bits_NB
+        torch.distributed.all_reduce(whole, group=self.tp_ep_group)
+        rows_R = map_RET.sum(dim=(1, 2)).tolist()
+        return whole.split(rows_R)[self.tp_ep_group.rank()].contiguous()
+
+    def _map_RTE(self) -> Tensor:
+        """The gathered routing map by source rank; every source has the same T."""
+        sources = self.tp_size * self.ep_size
+        return self.routing_map.bool().view(sources, -1, self.routing_map.shape[1])
+
+    def _local_rows(self, map_RET: Tensor) -> Tensor:
+        """[N] where the rows of the local experts stand among the gathered ones, in row order."""
+        # Gathered rows stand source by source, each expert-major: a running count is their index.
+        row_RET = (map_RET.reshape(-1).cumsum(0) - 1).view(map_RET.shape)
+        first, last = self.local_expert_indices[0], self.local_expert_indices[-1] + 1
+        local_ERT = map_RET[:, first:last].transpose(0, 1)
+        return row_RET[:, first:last].transpose(0, 1)[local_ERT]
+
+
+def check_rows(bits_NB: Tensor, routed: int) -> None:
+    """Raise a ValueError unless `bits_NB` has a row for each of the `routed` pairs."""
+    if bits_NB.shape[0] != routed:
+        raise ValueError(
+            f"bits_NB has {bits_NB.shape[0]} rows: the routing map holds {routed} routed pairs of "
+            "a token and an expert, and each needs a row"
+        )
+
+
+def _spread(bits_NB: Tensor, real_M: Tensor) -> Tensor:
+    """[M, B] with the rows of `bits_NB` where `real_M`, in order, and empty rows elsewhere."""
+    spread_MB = bits_NB.new_zeros((real_M.numel(), bits_NB.shape[1]))
+    spread_MB[real_M] = bits_NB
+    return spread_MB
+
+
+def _pad_to_capacity(bits_NB: Tensor, routing_map: Tensor, capacity: int) -> Tensor:
+    """[E * C, B]: the first C rows of each expert, then empty ones, as `permute` drops and pads."""
+    fits_N, real_EC = _capacity_slots(routing_map, capacity)
+    return _spread(bits_NB[fits_N], real_EC.reshape(-1))
+
+
+def _capacity_slots(routing_map: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """([N] routed pairs that fit, [E, C] slots that hold one), both expert-major."""
+    map_ET = routing_map.bool().T
+    fits_N = (map_ET.cumsum(dim=1) <= capacity).masked_select(map_ET)
+    slots_C = torch.arange(capacity, device=routing_map.device)
+    return fits_N, slots_C < map_ET.sum(dim=1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Neuron masks as data: recorded from a run, replayed into another."""

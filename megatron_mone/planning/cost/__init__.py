@@ -1,0 +1,1 @@
+"""Seconds and bytes of what was traced, on a cluster."""

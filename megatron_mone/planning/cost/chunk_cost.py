@@ -1,0 +1,207 @@
+"""Seconds of one micro-batch's passes through one pipeline chunk, from its trace.
+
+What goes on beside compute, as megatron-core 0.19 does it:
+- tensor parallel, backward: a column-parallel linear gathers its input beside its dgrad GEMM and
+  scatters dgrad beside its wgrad GEMM, so that of a block's three collectives (a row-parallel
+  linear must gather first) two are hidden; without sequence parallelism every all-reduce is. With
+  `tp_comm_overlap` forward and backward alike, but for the first of the tp pieces of each.
+- context parallel: a ring step goes on beside attention on the piece before, the first excepted.
+- expert parallel: nothing, unless `overlap_moe_expert_parallel_comm` (step_cost.py).
+May touch: nothing.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_mone.common.phases import (
+    ATTENTION,
+    BACKWARD,
+    COMBINE,
+    DISPATCH,
+    FORWARD,
+)
+from megatron_mone.planning.cost.collectives import OPERATIONS, collective_cost
+from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.expert_dispatch import expected_parts, hierarchical_dispatch_cost
+from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.op_classes import operation
+from megatron_mone.planning.cost.placement import Placement, place_stride
+from megatron_mone.planning.cost.roofline import Operation
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Collective, Op, Trace
+
+HIERARCHICAL = ("dispatch", "combine")
+# What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
+_HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """One pass, forward or backward (recomputation included), in seconds.
+
+    Attributes:
+        compute: of kernels, their launches, and what overlap adds to them.
+        by_phase: compute -> phase, without overlap's part.
+        expert: expert-parallel communication, dispatch and combine, not hidden.
+        expert_compute: of `compute`, what could hide another pass's expert communication: all.
+        exposed: communication of other groups that is not hidden, by group.
+        hidden: that is.
+    """
+
+    compute: float
+    by_phase: dict[str, float]
+    expert: float
+    exposed: dict[str, float]
+    hidden: float
+
+    @property
+    def seconds(self) -> float:
+        """From the pass's start to its end, if it runs alone."""
+        return self.compute + self.expert + sum(self.exposed.values())
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Both passes of one micro-batch."""
+
+    forward: PassCost
+    backward: PassCost
+
+
+def chunk_cost(
+    trace: Trace, facts: JobFacts, cluster: Cluster, efficiency: Efficiency
+) -> ChunkCost:
+    """Cost of a trace of one micro-batch.
+
+    Args:
+        trace: of one chunk, without interleaving.
+        facts: of the job.
+        cluster: where it runs.
+        efficiency: how near to its peaks.
+
+    Raises:
+        ValueError: the device has no peak for a product's type.
+    """
+    parts = [
+        _pass_cost(
+            [op for op in trace.ops if not op.of_step and is_forward(op) == forward],
+            [c for c in micro_batch_collectives(trace) if is_forward(c) == forward],
+            facts, cluster, efficiency,
+        )
+        for forward in (True, False)
+    ]  # fmt: skip
+    return ChunkCost(*parts)
+
+
+def is_forward(record: Op | Collective) -> bool:
+    """Whether it belongs to the forward pass; a recomputation does not."""
+    return record.pass_ == FORWARD
+
+
+def micro_batch_collectives(trace: Trace) -> Iterator[Collective]:
+    """Those of every micro-batch, transfers between stages left out."""
+    for one in trace.collectives:
+        if one.of_micro_batch and one.group != "pp":
+            yield one
+
+
+def _pass_cost(
+    ops: list[Op],
+    collectives: list[Collective],
+    facts: JobFacts,
+    cluster: Cluster,
+    efficiency: Efficiency,
+) -> PassCost:
+    by_phase: dict[str, float] = defaultdict(float)
+    products: dict[str, float] = defaultdict(float)
+    # A pass of a pipeline also receives from one stage and sends to another.
+    launches = sum(one.count for one in collectives) + (2 if facts.pp > 1 else 0)
+    host = launches * efficiency.host_seconds
+    for op in ops:
+        one = operation(op)
+        seconds = op_seconds(one, cluster, efficiency) * op.count
+        by_phase[op.phase] += seconds
+        host += op.count * launch_seconds(op, efficiency)
+        if one.flops:
+            products[op.phase] += seconds
+    exposed: dict[str, float] = defaultdict(float)
+    expert = hidden = 0.0
+    for group, phase, share, seconds in _communication(collectives, facts, cluster):
+        if phase in (DISPATCH, COMBINE):
+            expert += seconds
+            continue
+        window = products[ATTENTION] if group == "cp" else products[phase]
+        behind = min(share * seconds, window) * efficiency.hidden_share
+        exposed[group] += seconds - behind
+        hidden += behind
+    device = sum(by_phase.values())
+    compute = max(device, host) + efficiency.overlap_tax * hidden
+    return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden)
+
+
+def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> float:
+    """Of one operation on the cluster's device."""
+    return efficiency.curves[one.kind].seconds(one, cluster.device)
+
+
+def launch_seconds(op: Op, efficiency: Efficiency) -> float:
+    """Of the host, for one operator: a plain one of torch, or a fused kernel and its module."""
+    plain = op.name.startswith("aten.")
+    return efficiency.operator_seconds if plain else efficiency.host_seconds
+
+
+def _communication(
+    collectives: list[Collective], facts: JobFacts, cluster: Cluster
+) -> Iterator[tuple[str, str, float, float]]:
+    """(group, phase, share that can be hidden, seconds) of all collectives of a kind and phase."""
+    found: dict[tuple[str, str, float], float] = defaultdict(float)
+    for one in collectives:
+        seconds = one.count * collective_seconds(one, facts, cluster)
+        found[one.group, one.phase, _hideable(one, facts)] += seconds
+    for (group, phase, share), seconds in found.items():
+        yield group, phase, share, seconds
+
+
+def _hideable(one: Collective, facts: JobFacts) -> float:
+    """Share of a collective that can go on beside compute of its own pass."""
+    if one.group == "cp":
+        return 1.0 - 1.0 / one.ranks
+    if one.group != "tp":
+        return 0.0
+    if facts.overlap_tp:
+        return 1.0 - 1.0 / one.ranks
+    return _HIDDEN_IN_BACKWARD.get(one.kind, 0.0) if one.pass_ == BACKWARD else 0.0
+
+
+def collective_seconds(one: Collective, facts: JobFacts, cluster: Cluster) -> float:
+    """Of one collective, if all ranks of its group call together."""
+    placement = place_stride(one.ranks, one.stride, cluster)
+    if one.kind in HIERARCHICAL:
+        return hierarchical_dispatch_cost(
+            one.bytes, 1.0, *_destinations(facts, placement), placement, cluster
+        ).seconds
+    if one.kind not in OPERATIONS:
+        return 0.0  # barriers and gathers of a few bytes, which no training step waits for
+    if one.kind in ("send", "recv"):
+        placement = place_stride(2, one.stride, cluster)
+    return collective_cost(one.kind, one.bytes, placement, cluster).seconds
+
+
+def _destinations(facts: JobFacts, placement: Placement) -> tuple[float, float]:
+    """(domains, ranks) of the group that hold one of a token's experts, on average."""
+    groups, allowed = facts.router_groups or 1, facts.router_group_topk or 1
+    limited = facts.num_experts * allowed // groups
+
+    def parts(count: int) -> float:
+        if count == 1:
+            return 1.0
+        plain = expected_parts(facts.topk, facts.num_experts, count)
+        reached = count * allowed // groups
+        if allowed == groups or reached < 1 or limited % reached:
+            return plain
+        return min(plain, expected_parts(facts.topk, limited, reached))
+
+    return parts(placement.domains), parts(placement.size)

@@ -1,0 +1,99 @@
+"""Efficiency: how near to its data sheets a machine comes; all that the planner cannot compute.
+
+Without a file these are assumptions (roofline.DEFAULTS and the ones here). `--calibrate` writes a
+file that is fitted to a profile, with what it was fitted to. Files are JSON, schema
+"megatron-mone/efficiency/1". Touches the files it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.files import write_json
+from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
+
+SCHEMA = "megatron-mone/efficiency/1"
+ASSUMED = "assumed: nothing was measured"
+FITTED_ROOT = CONFIG_ROOT / "cluster" / "efficiency"
+_FIX = "write it anew with tools/plan_scale.py --calibrate"
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Curves of the device, and what overlap and the host cost.
+
+    Attributes:
+        curves: kind of operation -> its curve; all of roofline.DEFAULTS.
+        host_seconds: of the Python process, for one fused kernel or collective: its module,
+            autograd, the launch. Compute is never faster than its launches.
+        operator_seconds: likewise for a plain operator of torch.
+        overlap_tax: compute is longer by this share of the communication that goes on beside it,
+            for the multiprocessors and bandwidth that collectives take.
+        hidden_share: of communication for which there is enough compute, what is hidden in it.
+        source: what was measured, for reports.
+    """
+
+    curves: Mapping[str, Curve] = field(default_factory=lambda: dict(DEFAULTS))
+    host_seconds: float = 5e-6
+    operator_seconds: float = 5e-6
+    overlap_tax: float = 0.15
+    hidden_share: float = 0.9
+    source: str = ASSUMED
+
+    def __post_init__(self) -> None:
+        missing = sorted(set(DEFAULTS) - set(self.curves))
+        if missing:
+            raise ValueError(f"efficiency has no curve for {', '.join(missing)}: {_FIX}")
+        for name in ("host_seconds", "operator_seconds", "overlap_tax", "hidden_share"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value} of an efficiency must be 0 to 1")
+
+    def write(self, path: Path) -> None:
+        """Write the file, whole or not at all."""
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
+
+    @classmethod
+    def read(cls, path: Path) -> Efficiency:
+        """Read a file.
+
+        Raises:
+            ValueError: one line that names the file, the place and what is wrong there.
+        """
+        document = Field(load(path, _FIX), path, _FIX)
+        check_schema(document, SCHEMA)
+        curves = {}
+        for kind, element in document["curves"].members():
+            if kind not in DEFAULTS:
+                element.fail(f"{kind!r} is no kind of operation; one of {', '.join(DEFAULTS)}")
+            values = {
+                one.name: element[one.name].whole() if one.name == "column_tile"
+                else element[one.name].number()
+                for one in fields(Curve)
+            }  # fmt: skip
+            curves[kind] = Curve(**values)  # type: ignore[arg-type]
+        return cls(
+            curves=curves,
+            host_seconds=document["host_seconds"].number(),
+            operator_seconds=document["operator_seconds"].number(),
+            overlap_tax=document["overlap_tax"].number(),
+            hidden_share=document["hidden_share"].number(),
+            source=document["source"].text(),
+        )
+
+
+def efficiency_of(cluster: str) -> Efficiency:
+    """The efficiency fitted for a cluster of configs/cluster/hardware/; assumptions without one.
+
+    Args:
+        cluster: its name.
+
+    Raises:
+        ValueError: the file is damaged; one line.
+    """
+    path = FITTED_ROOT / f"{cluster}.json"
+    return Efficiency.read(path) if path.is_file() else Efficiency()

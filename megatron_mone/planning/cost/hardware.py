@@ -1,0 +1,212 @@
+"""A cluster as the planner sees it: device, node, NVLink domain and network, from a YAML file.
+
+configs/cluster/hardware/NAME.yaml holds one cluster, in the units of data sheets (TFLOP/s, GB/s,
+MiB, microseconds), with the source of every published figure beside it; here all is in bytes,
+seconds and their quotients. A user's cluster is a file of the same form. May touch: those files,
+read by safe loading.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_mone.common.checked_yaml import Section, read_yaml
+from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.common.spelling import nearest_name
+
+HARDWARE_ROOT = CONFIG_ROOT / "cluster" / "hardware"
+DTYPES = ("bf16", "fp16", "fp8", "tf32", "fp32")
+_EXAMPLE = "configs/cluster/hardware/h100-ndr.yaml is a whole example"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        name: as its maker calls it.
+        flops: dtype (of DTYPES) -> dense peak in operations a second, a multiply-add being two.
+        memory_bytes: of device memory, before any reservation of the driver.
+        memory_bandwidth: peak bytes a second, read and written.
+    """
+
+    name: str
+    flops: dict[str, float]
+    memory_bytes: float
+    memory_bandwidth: float
+
+    def peak(self, dtype: str) -> float:
+        """Dense peak in operations a second; ValueError where the device has no such units."""
+        if dtype not in self.flops:
+            raise ValueError(
+                f"{self.name} has no peak for dtype {dtype!r}: choose one of "
+                f"{', '.join(self.flops)}{nearest_name(dtype, list(self.flops))}"
+            )
+        return self.flops[dtype]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Devices that reach each other over NVLink or xGMI; may be larger than a node (NVL72).
+
+    Attributes:
+        devices: in one domain.
+        bandwidth: bytes a second that one device sends (and receives) to all others together.
+        pair_bandwidth: the most of it that two devices can use: all behind a switch, one link in
+            a mesh.
+        latency: seconds a hop.
+        efficiency: share of the bandwidth that long messages reach, in (0, 1].
+    """
+
+    devices: int
+    bandwidth: float
+    pair_bandwidth: float
+    latency: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """What joins the domains.
+
+    Attributes:
+        bandwidth: bytes a second each device sends (and receives) through its network card.
+        latency: seconds a message.
+        rails: separate switch planes; the i-th device of every node is on plane i modulo rails.
+            Messages between planes first move inside the domain (NCCL's PXN).
+        leaf_nodes: nodes under one leaf switch (of each plane).
+        oversubscription: bandwidth into a leaf from its devices over the bandwidth above it; 1 is
+            non-blocking.
+        efficiency: share of the bandwidth that long messages reach, in (0, 1].
+    """
+
+    bandwidth: float
+    latency: float
+    rails: int
+    leaf_nodes: int
+    oversubscription: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal nodes of equal devices; rank r runs on device r, node after node.
+
+    Attributes:
+        name: of its file.
+        device, domain, network: see there.
+        node_devices: devices of one node; divides domain.devices or is equal to it.
+        launch_latency: seconds any collective takes before its first byte moves.
+        sources: section -> where its figures come from.
+    """
+
+    name: str
+    device: Device
+    node_devices: int
+    domain: Domain
+    network: Network
+    launch_latency: float
+    sources: dict[str, str]
+
+    @property
+    def leaf_devices(self) -> int:
+        """Devices under one leaf of the network (all rails of it together)."""
+        return self.network.leaf_nodes * self.node_devices
+
+
+def cluster_names() -> list[str]:
+    """Names of the clusters in configs/cluster/hardware/, sorted."""
+    return sorted(path.stem for path in HARDWARE_ROOT.glob("*.yaml"))
+
+
+def load_cluster(name: str) -> Cluster:
+    """A cluster by its name or by the path of a YAML file.
+
+    Args:
+        name: one of `cluster_names()`, or a path that ends in .yaml.
+
+    Raises:
+        ValueError: one line naming the file, the field, its value and the fix.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else HARDWARE_ROOT / f"{name}.yaml"
+    if not path.is_file():
+        known = cluster_names()
+        raise ValueError(
+            f"cluster {name!r} is neither a YAML file nor one of {', '.join(known)}"
+            f"{nearest_name(name, known)}"
+        )
+    return _cluster(read_yaml(path, _EXAMPLE))
+
+
+def _cluster(file: Section) -> Cluster:
+    file.only("device", "node", "domain", "network", "collectives")
+    parts = {name: file.section(name) for name in ("device", "node", "domain", "network")}
+    collectives = file.section("collectives")
+    collectives.only("launch_latency_us", "source")
+    parts["node"].only("devices", "source")
+    cluster = Cluster(
+        name=file.path.stem,
+        device=_device(parts["device"]),
+        node_devices=parts["node"].whole("devices"),
+        domain=_domain(parts["domain"]),
+        network=_network(parts["network"]),
+        launch_latency=1e-6 * collectives.number("launch_latency_us", least=0.0),
+        sources={
+            name: part.text("source")
+            for name, part in {**parts, "collectives": collectives}.items()
+        },
+    )
+    if cluster.domain.devices % cluster.node_devices:
+        parts["domain"].fail(
+            "devices", f"must be a multiple of node.devices ({cluster.node_devices})"
+        )
+    if cluster.leaf_devices % cluster.domain.devices:
+        parts["network"].fail(
+            "leaf_nodes",
+            f"times node.devices ({cluster.node_devices}) must be "
+            f"a multiple of domain.devices ({cluster.domain.devices})",
+        )
+    return cluster
+
+
+def _device(part: Section) -> Device:
+    part.only("name", "tflops", "memory_mib", "memory_gb_per_s", "source")
+    rates = part.section("tflops")
+    rates.only(*DTYPES)
+    if not rates.values:
+        part.fail("tflops", f"must give at least one of {', '.join(DTYPES)}")
+    return Device(
+        name=part.text("name"),
+        flops={dtype: 1e12 * rates.number(dtype) for dtype in rates.values},
+        memory_bytes=part.number("memory_mib") * 2**20,
+        memory_bandwidth=1e9 * part.number("memory_gb_per_s"),
+    )
+
+
+def _domain(part: Section) -> Domain:
+    part.only("devices", "gb_per_s", "pair_gb_per_s", "latency_us", "efficiency", "source")
+    domain = Domain(
+        devices=part.whole("devices"),
+        bandwidth=1e9 * part.number("gb_per_s"),
+        pair_bandwidth=1e9 * part.number("pair_gb_per_s"),
+        latency=1e-6 * part.number("latency_us", least=0.0),
+        efficiency=part.share("efficiency"),
+    )
+    if domain.pair_bandwidth > domain.bandwidth:
+        part.fail("pair_gb_per_s", f"must be at most gb_per_s ({part.values['gb_per_s']})")
+    return domain
+
+
+def _network(part: Section) -> Network:
+    part.only(
+        "gb_per_s", "latency_us", "rails", "leaf_nodes", "oversubscription", "efficiency", "source"
+    )
+    return Network(
+        bandwidth=1e9 * part.number("gb_per_s"),
+        latency=1e-6 * part.number("latency_us", least=0.0),
+        rails=part.whole("rails"),
+        leaf_nodes=part.whole("leaf_nodes"),
+        oversubscription=part.number("oversubscription", least=1.0),
+        efficiency=part.share("efficiency"),
+    )

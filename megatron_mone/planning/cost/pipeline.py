@@ -1,0 +1,235 @@
+"""Event simulation of one step of a pipeline: who works when, who waits, and what is kept.
+
+Every stage runs its passes in Megatron's order (pipeline_order.py), each as soon as the stage is
+free and the pass's input has come. What is modelled of the transfers, in megatron-core 0.19:
+- without interleaving every send is waited for, so a stage is held for `p2p_seconds` after each
+  pass whose result goes to another stage (`P2PCommunicator.send_forward_recv_backward` and such);
+- with interleaving (`overlap_p2p_comm`, its default) only a backward's send in the 1F1B phase
+  goes on beside the next pass; a forward's is waited for even there, since its output is freed
+  (`deallocate_pipeline_outputs`, which Megatron's training loop sets).
+A send does not wait for its receiver to be ready. Touches nothing.
+Shapes: P stages, V chunks of a stage, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from megatron_mone.planning.cost.pipeline_order import Schedule, Work
+
+
+@dataclass(frozen=True)
+class Event:
+    """One pass on the time line, in seconds from the step's start; `end` leaves the send out."""
+
+    stage: int
+    work: Work
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """One simulated step.
+
+    Attributes:
+        schedule: whose step it is.
+        seconds: from the first pass to the end of the last pass or send (makespan).
+        busy_P: seconds each stage computes.
+        bubble_P: seconds each stage does not: waiting for another stage, or for a send.
+        end_P: when each stage's last pass ends.
+        in_flight_PV: the most micro-batches of a chunk that wait for their backward at once.
+        events: stage after stage, in order of time.
+    """
+
+    schedule: Schedule
+    seconds: float
+    busy_P: NDArray[np.float64]
+    bubble_P: NDArray[np.float64]
+    end_P: NDArray[np.float64]
+    in_flight_PV: NDArray[np.int64]
+    events: list[Event]
+
+    def last_backward(self, stage: int, chunk: int) -> Event:
+        """A chunk's backward of its last micro-batch: from its start gradients can be reduced."""
+        return [
+            e
+            for e in self.events
+            if e.stage == stage and not e.work.forward and e.work.chunk == chunk
+        ][-1]
+
+
+def simulate(
+    schedule: Schedule,
+    forward_seconds: ArrayLike,
+    backward_seconds: ArrayLike,
+    p2p_seconds: float = 0.0,
+) -> PipelineRun:
+    """Run one step.
+
+    Args:
+        schedule: P, V, M and their order.
+        forward_seconds: of one micro-batch, [P, V, M], or [P, V], [P, V, 1] or a number where
+            they are alike.
+        backward_seconds: likewise, recomputation included.
+        p2p_seconds: of one transfer to the next or previous stage.
+
+    Raises:
+        ValueError: times of another shape, negative or not finite.
+    """
+    forward_PVM = _times("forward_seconds", forward_seconds, schedule)
+    backward_PVM = _times("backward_seconds", backward_seconds, schedule)
+    if not 0 <= p2p_seconds < np.inf:
+        raise ValueError(f"p2p_seconds = {p2p_seconds} must be finite and 0 or more")
+    stages = range(schedule.stages)
+    orders = [schedule.order(stage) for stage in stages]
+    free, nexts = [0.0] * schedule.stages, [0] * schedule.stages
+    arrived: dict[tuple[bool, int, int, int], float] = {}  # (forward, stage, chunk, micro-batch)
+    events: list[list[Event]] = [[] for _ in stages]
+    remaining = sum(map(len, orders))
+    while remaining:
+        before = remaining
+        for stage in stages:
+            while nexts[stage] < len(orders[stage]):
+                work = orders[stage][nexts[stage]]
+                ready = _ready(schedule, stage, work, arrived)
+                if ready is None:
+                    break
+                times_PVM = forward_PVM if work.forward else backward_PVM
+                start = max(free[stage], ready)
+                end = start + float(times_PVM[stage, work.chunk, work.micro_batch])
+                events[stage].append(Event(stage, work, start, end))
+                free[stage] = end + p2p_seconds * _holds(schedule, stage, work)
+                # Chunks of one stage follow each other only where P is 1, which has one chunk.
+                arrived[(work.forward, stage, work.chunk, work.micro_batch)] = end + p2p_seconds
+                nexts[stage] += 1
+                remaining -= 1
+        if remaining == before:
+            raise AssertionError("the order of the passes has a cycle")
+    return _run(schedule, free, events)
+
+
+def _times(name: str, values: ArrayLike, schedule: Schedule) -> NDArray[np.float64]:
+    shape = (schedule.stages, schedule.chunks, schedule.micro_batches)
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim not in (0, 3) or any(
+        have not in (1, want) for have, want in zip(array.shape, shape, strict=False)
+    ):
+        raise ValueError(
+            f"{name} has shape {array.shape}: give a number, [P, V] or [P, V, M], "
+            f"here {list(shape)}"
+        )
+    if not np.isfinite(array).all() or (array < 0).any():
+        raise ValueError(f"{name} has a value that is negative or not finite: give seconds")
+    return np.broadcast_to(array, shape)
+
+
+def _source(schedule: Schedule, stage: int, work: Work) -> tuple[int, int] | None:
+    """(stage, chunk) whose pass gives this one its input from outside; None where none does."""
+    last = schedule.stages - 1
+    if work.forward:
+        if stage > 0:
+            return stage - 1, work.chunk
+        return (last, work.chunk - 1) if work.chunk > 0 else None
+    if stage < last:
+        return stage + 1, work.chunk
+    return (0, work.chunk + 1) if work.chunk < schedule.chunks - 1 else None
+
+
+def _ready(
+    schedule: Schedule, stage: int, work: Work, arrived: dict[tuple[bool, int, int, int], float]
+) -> float | None:
+    """When a pass's input is there; None while its sender has not run."""
+    source = _source(schedule, stage, work)
+    if source is None:
+        return 0.0
+    return arrived.get((work.forward, *source, work.micro_batch))
+
+
+def _holds(schedule: Schedule, stage: int, work: Work) -> bool:
+    """Whether the stage waits for the send of a pass's result; False also where there is none."""
+    if work.forward:
+        ends = stage == schedule.stages - 1 and work.chunk == schedule.chunks - 1
+    else:
+        ends = stage == 0 and work.chunk == 0
+    hidden = schedule.chunks > 1 and work.steady and not work.forward
+    return not ends and not hidden
+
+
+def _run(schedule: Schedule, free: list[float], events: list[list[Event]]) -> PipelineRun:
+    ends = np.array([of_stage[-1].end for of_stage in events])
+    seconds = float(max(ends.max(), max(free)))
+    busy = np.array([sum(e.end - e.start for e in of_stage) for of_stage in events])
+    counts = [np.max(schedule.in_flight(stage), axis=0) for stage in range(schedule.stages)]
+    return PipelineRun(
+        schedule,
+        seconds,
+        busy,
+        seconds - busy,
+        ends,
+        np.array(counts, dtype=np.int64),
+        [event for of_stage in events for event in of_stage],
+    )
+
+
+def peak_activations(
+    schedule: Schedule, kept_PV: ArrayLike, working_PV: ArrayLike
+) -> NDArray[np.float64]:
+    """[P] the most bytes of activations that each stage holds at once.
+
+    Args:
+        schedule: which micro-batches are in flight together.
+        kept_PV: bytes a micro-batch keeps in a chunk from its forward to its backward.
+        working_PV: bytes more while a pass of that chunk runs.
+    """
+    shape = (schedule.stages, schedule.chunks)
+    kept = np.broadcast_to(np.asarray(kept_PV, dtype=np.float64), shape)
+    working = np.broadcast_to(np.asarray(working_PV, dtype=np.float64), shape)
+    peaks = []
+    for stage in range(schedule.stages):
+        after = np.array(schedule.in_flight(stage)) @ kept[stage]
+        order = schedule.order(stage)
+        # During a forward its micro-batch comes to be kept; during a backward it still is.
+        during = [
+            held + working[stage, work.chunk] + (0.0 if work.forward else kept[stage, work.chunk])
+            for held, work in zip(after, order, strict=True)
+        ]
+        peaks.append(max(during))
+    return np.array(peaks)
+
+
+def exposed_communication(
+    communication: float, window: float, buckets: int, idle: float = 0.0
+) -> float:
+    """Seconds that communication in equal buckets adds to the compute it overlaps.
+
+    Megatron's `overlap_grad_reduce`: a bucket is reduced once its share of the last backward is
+    done, buckets follow each other, and the last starts when the backward has ended. The mirror
+    image holds for `overlap_param_gather`: the forward waits for its first bucket.
+
+    Args:
+        communication: seconds of all buckets together, alone on the links.
+        window: seconds of the compute to hide in (the last micro-batch's backward, or the first
+            one's forward).
+        buckets: into which both are divided evenly.
+        idle: seconds the stage waits anyway before what needs the result (its pipeline bubble).
+
+    Returns:
+        max(0, c - w (1 - 1 / buckets), c / buckets if any, less idle): 1 bucket hides nothing in
+        the window.
+
+    Raises:
+        ValueError: fewer than 1 bucket or a negative time.
+    """
+    if buckets < 1 or min(communication, window, idle) < 0:
+        raise ValueError(
+            f"communication = {communication}, window = {window}, idle = {idle}, buckets = "
+            f"{buckets}: times must be 0 or more and buckets 1 or more"
+        )
+    left = max(communication - window * (1 - 1 / buckets), communication / buckets)
+    return max(0.0, left - idle)

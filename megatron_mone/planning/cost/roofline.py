@@ -1,0 +1,182 @@
+"""Seconds of one operation on a device: operations over peak, or bytes over bandwidth, and launch.
+
+    seconds = max(flops / (peak x compute efficiency), bytes / (bandwidth x memory efficiency))
+              + launch
+
+Efficiencies are smooth curves of the shape, one set of parameters per class of operation.
+DEFAULTS are assumptions, not measurements; curve_fit.py fits them. Touches nothing.
+Shapes: a product is [rows, depth] x [depth, columns], a grouped one that for each of its groups.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_mone.common.spelling import nearest_name
+from megatron_mone.planning.cost.hardware import Device
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a kernel does, as the roofline sees it.
+
+    Attributes:
+        kind: of DEFAULTS.
+        dtype: of hardware.DTYPES, whose peak counts.
+        flops: executed, a multiply-add being two.
+        bytes: of device memory read and written.
+        rows: of one product: tokens, rows of one expert (the mean over those that have any), or
+            a sequence's queries for attention.
+        columns: of one product; a sequence's keys for attention.
+        depth: what is summed over; the head size for attention.
+        kept: share of a sparse product's entries that are computed; 1 is dense.
+    """
+
+    kind: str
+    dtype: str
+    flops: float
+    bytes: float
+    rows: float = 1.0
+    columns: int = 1
+    depth: int = 1
+    kept: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in DEFAULTS:
+            raise ValueError(
+                f"operation kind {self.kind!r} is unknown"
+                f"{nearest_name(self.kind, list(DEFAULTS))}; choose one of {', '.join(DEFAULTS)}"
+            )
+        for name in ("flops", "bytes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be finite and 0 or more")
+        for name in ("rows", "columns", "depth"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} must be finite and above 0")
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kept = {self.kept} must be in (0, 1]; 1 is dense")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How near to its peaks a device comes in one class of operations.
+
+    Attributes:
+        peak_share: of the dense peak, for large shapes, in (0, 1].
+        half_rows: rows at which half of that is reached. Half a row tile is what rounding rows up
+            to tiles costs on average; launching too few tiles for all multiprocessors adds to it.
+        half_depth: likewise of the depth: filling and draining a tile's pipeline.
+        column_tile: columns are rounded up to a multiple of it.
+        sparse_loss: a product of which a share r is kept has r ** sparse_loss of the dense
+            efficiency; 0 loses nothing.
+        bandwidth_share: of the memory bandwidth, for large transfers, in (0, 1].
+        half_bytes: bytes at which half of that is reached.
+        launch: seconds before a kernel starts that no other hides.
+    """
+
+    peak_share: float
+    half_rows: float
+    half_depth: float
+    column_tile: int
+    sparse_loss: float
+    bandwidth_share: float
+    half_bytes: float
+    launch: float
+
+    def __post_init__(self) -> None:
+        for name in ("peak_share", "bandwidth_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)} of a curve must be in (0, 1]")
+        for name in ("half_rows", "half_depth", "sparse_loss", "half_bytes", "launch"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)} of a curve must be 0 or more")
+        if self.column_tile < 1:
+            raise ValueError(f"column_tile = {self.column_tile} of a curve must be 1 or more")
+
+    def compute_efficiency(self, operation: Operation) -> float:
+        """Share of the dense peak, in (0, 1]; rises with rows and depth."""
+        tiles = math.ceil(operation.columns / self.column_tile)
+        return (
+            self.peak_share
+            * operation.rows
+            / (operation.rows + self.half_rows)
+            * operation.depth
+            / (operation.depth + self.half_depth)
+            * operation.columns
+            / (tiles * self.column_tile)
+            * operation.kept**self.sparse_loss
+        )
+
+    def memory_efficiency(self, operation: Operation) -> float:
+        """Share of the memory bandwidth, in (0, 1]; rises with the bytes, which are above 0."""
+        return self.bandwidth_share * operation.bytes / (operation.bytes + self.half_bytes)
+
+    def seconds(self, operation: Operation, device: Device) -> float:
+        """Of one kernel; an operation that does and moves nothing launches nothing.
+
+        Raises:
+            ValueError: the device has no peak for the operation's dtype.
+        """
+        if not operation.flops and not operation.bytes:
+            return 0.0
+        computing = 0.0
+        if operation.flops:
+            peak = device.peak(operation.dtype) * self.compute_efficiency(operation)
+            computing = operation.flops / peak
+        moving = 0.0
+        if operation.bytes:  # bytes / (bandwidth x memory_efficiency)
+            share = device.memory_bandwidth * self.bandwidth_share
+            moving = (operation.bytes + self.half_bytes) / share
+        return max(computing, moving) + self.launch
+
+
+# Assumptions: a large product reaches 0.8 of a data sheet's peak and a large copy 0.9 of the
+# bandwidth, tiles are 128 wide, and a launch that nothing hides takes 3 us. Only a fit to
+# measurements makes them more.
+DEFAULTS = {
+    "gemm": Curve(0.80, 128.0, 128.0, 64, 0.0, 0.9, 1e6, 3e-6),
+    "grouped_gemm": Curve(0.75, 128.0, 128.0, 64, 0.5, 0.85, 2e6, 5e-6),
+    "attention": Curve(0.60, 256.0, 16.0, 64, 0.0, 0.8, 1e6, 5e-6),
+    "memory": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.9, 2e6, 3e-6),
+    "selection": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.6, 2e6, 5e-6),
+}
+
+
+def gemm(rows: int, columns: int, depth: int, dtype: str, itemsize: int) -> Operation:
+    """A product whose operands and result move once.
+
+    Args:
+        rows, columns, depth: M, N, K.
+        dtype: of the peak.
+        itemsize: bytes of an element of all three.
+    """
+    moved = itemsize * (rows * depth + depth * columns + rows * columns)
+    return Operation("gemm", dtype, 2.0 * rows * columns * depth, moved, rows, columns, depth)
+
+
+def grouped_gemm(
+    rows_per_group: list[int],
+    columns: int,
+    depth: int,
+    dtype: str,
+    itemsize: int,
+    kept: float = 1.0,
+) -> Operation | None:
+    """Products of one kernel, one a group (expert); None if no group has a row.
+
+    Args:
+        rows_per_group: may be uneven and hold zeros; groups without rows move no weights.
+        columns, depth: of every group.
+        dtype: of the peak.
+        itemsize: bytes of an element.
+        kept: share of the [rows, columns] entries that are computed and written.
+    """
+    counts = [count for count in rows_per_group if count]
+    if not counts:
+        return None
+    rows = sum(counts)
+    moved = itemsize * (rows * depth + len(counts) * depth * columns + kept * rows * columns)
+    flops = 2.0 * rows * columns * depth * kept
+    mean = rows / len(counts)
+    return Operation("grouped_gemm", dtype, flops, moved, mean, columns, depth, kept)

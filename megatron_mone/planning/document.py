@@ -1,0 +1,153 @@
+"""A prediction as the JSON that people and reports read; docs/PLANNER.md is the contract.
+
+May touch: nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from megatron_mone.planning.cost.chunk_cost import collective_seconds
+from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.prediction import Prediction
+from megatron_mone.planning.cost.rank_memory import RankMemory
+from megatron_mone.planning.tracing.job_facts import JobFacts
+from megatron_mone.planning.tracing.trace import Collective
+
+SCHEMA = "megatron-mone/plan/1"
+GIB = 2**30
+MOST_EVENTS = 20_000
+
+
+def model_document(
+    name: str, prediction: Prediction, stage_kinds: Mapping[tuple[int, int], str]
+) -> dict[str, Any]:
+    """One element of a plan's `models`.
+
+    Args:
+        name: of the model compared.
+        prediction: of its step.
+        stage_kinds: (stage, chunk) -> what it holds, in short.
+    """
+    facts, memory_P = prediction.facts, prediction.memory_P
+    fullest = memory_P[prediction.fullest]
+    return {
+        "name": name,
+        "layout": layout_document(facts),
+        "fits": prediction.fits,
+        "first_unfit": fullest.first_that_does_not_fit(prediction.cluster.device),
+        "cheapest_fix": None,
+        **figures(prediction),
+        "memory_gib": memory_document(fullest),
+        "stages": [_stage(prediction, stage, stage_kinds) for stage in range(facts.pp)],
+        "parts_ms": _ms(prediction.parts),
+        "phases_ms": _ms(prediction.phases),
+        "exposed_comm_ms": 1e3 * prediction.exposed,
+        "hidden_comm_ms": 1e3 * prediction.hidden,
+        "bubble_ms": 1e3 * prediction.parts["bubble"],
+        "collectives": _collectives(prediction),
+        "timeline": _timeline(prediction),
+    }
+
+
+def figures(prediction: Prediction) -> dict[str, float]:
+    """Time and rates of a step."""
+    return {
+        "step_ms": 1e3 * prediction.seconds,
+        "tokens_per_s_per_gpu": prediction.tokens_per_second,
+        "tflops_per_gpu": prediction.flops_per_second / 1e12,
+        "mfu": prediction.utilisation,
+        "executed_tflops_per_gpu": prediction.executed_flops / prediction.seconds / 1e12,
+    }
+
+
+def layout_document(facts: JobFacts) -> dict[str, Any]:
+    """The layout of a job."""
+    names = ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "micro_batch_size", "global_batch_size",
+             "micro_batches")  # fmt: skip
+    recompute = facts.recompute_granularity or "none"
+    if recompute == "selective":
+        recompute = "+".join(facts.recompute_modules)
+    sizes = {name: getattr(facts, name) for name in names}
+    return {**sizes, "vpp": facts.vp, "recompute": recompute}
+
+
+def memory_document(memory: RankMemory) -> dict[str, float]:
+    """GiB of one rank, by part, and their sum."""
+    return {**{k: v / GIB for k, v in asdict(memory).items()}, "peak": memory.peak / GIB}
+
+
+def cluster_document(cluster: Cluster) -> dict[str, Any]:
+    """What reports say of a cluster."""
+    return {
+        "name": cluster.name,
+        "device": cluster.device.name,
+        "memory_gib": cluster.device.memory_bytes / GIB,
+        "node_devices": cluster.node_devices,
+        "domain_devices": cluster.domain.devices,
+    }
+
+
+def _stage(
+    prediction: Prediction, stage: int, stage_kinds: Mapping[tuple[int, int], str]
+) -> dict[str, Any]:
+    costs = prediction.costs_PV[stage]
+    return {
+        "stage": stage,
+        "layers": " | ".join(stage_kinds[stage, chunk] for chunk in range(len(costs))),
+        "memory_gib": memory_document(prediction.memory_P[stage]),
+        "end_ms": 1e3 * float(prediction.run.end_P[stage]),
+        "chunks": [
+            {"forward_ms": 1e3 * c.forward.seconds, "backward_ms": 1e3 * c.backward.seconds}
+            for c in costs
+        ],
+    }
+
+
+def _ms(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: 1e3 * value for name, value in seconds.items()}
+
+
+def _collectives(prediction: Prediction) -> list[dict[str, Any]]:
+    """Equal collectives of a rank of the stage that ends last, their calls in a step."""
+    calls: Counter[tuple[str, str, int, int, int]] = Counter()
+    for one in prediction.collectives:
+        calls[one.kind, one.group, one.ranks, one.stride, one.bytes] += one.count * (
+            prediction.facts.micro_batches if one.of_micro_batch else 1
+        )
+    found = []
+    for (kind, group, ranks, stride, size), count in calls.items():
+        one = Collective(kind, size, group, ranks, stride, "other", "forward")
+        seconds = collective_seconds(one, prediction.facts, prediction.cluster)
+        found.append(
+            {"kind": kind, "group": group, "ranks": ranks, "stride": stride, "calls": count,
+             "bytes": size, "ms": 1e3 * seconds}
+        )  # fmt: skip
+    return sorted(found, key=lambda one: -one["calls"] * one["ms"])
+
+
+def _timeline(prediction: Prediction) -> dict[str, Any]:
+    """Passes of every stage; of very many the first and last micro-batches."""
+    run, facts = prediction.run, prediction.facts
+    passes = len(run.events)
+    keep = max(1, MOST_EVENTS * facts.micro_batches // max(passes, 1) // 2)
+    whole = passes <= MOST_EVENTS
+    stages: list[list[list[Any]]] = [[] for _ in range(facts.pp)]
+    for event in run.events:
+        number = event.work.micro_batch
+        if whole or number < keep or number >= facts.micro_batches - keep:
+            kind = "F" if event.work.forward else "B"
+            stages[event.stage].append(
+                [round(1e3 * event.start, 3), round(1e3 * event.end, 3), kind, number,
+                 event.work.chunk]
+            )  # fmt: skip
+    return {
+        "shown": "all" if whole else f"the first and last {keep} micro-batches",
+        "stages": stages,
+        "gather_ms": 1e3 * prediction.gathering,
+        "reduce_ms": [1e3 * seconds for seconds in prediction.reducing_P],
+        "optimizer_ms": 1e3 * prediction.parts["optimizer"],
+    }

@@ -1,0 +1,1 @@
+"""How near to its peaks a device comes: fitted to profiles and to published runs."""

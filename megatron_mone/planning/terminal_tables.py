@@ -1,0 +1,84 @@
+"""A plan and a search in words: tables for a terminal, and why nothing fits.
+
+May touch: nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_mone.planning.cost.hardware import Device
+from megatron_mone.planning.document import GIB
+from megatron_mone.planning.search import Found
+
+
+def table(plan: dict[str, Any]) -> str:
+    """The models of a plan, for a terminal."""
+    limit = plan["cluster"]["memory_gib"]
+    lines = [
+        f"{plan['model']} on {plan['gpus']} x {plan['cluster']['device']}, "
+        f"{plan['routing']['kind']} routing; efficiencies {plan['efficiency'].partition(':')[0]}",
+        f"{'':12} {'step ms':>10} {'tok/s/GPU':>10} {'TFLOP/s':>8} {'MFU':>6} {'exposed':>8} "
+        f"{'bubble':>7} {'peak GiB':>9}  fits {limit:.1f} GiB",
+    ]
+    for one in plan["models"]:
+        step = one["step_ms"]
+        lines.append(
+            f"{one['name']:12} {step:10,.0f} {one['tokens_per_s_per_gpu']:10,.0f} "
+            f"{one['tflops_per_gpu']:8.3g} {one['mfu']:6.1%} {one['exposed_comm_ms'] / step:8.1%} "
+            f"{one['bubble_ms'] / step:7.1%} {one['memory_gib']['peak']:9.1f}  {_verdict(one)}"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(one: dict[str, Any]) -> str:
+    if one["fits"]:
+        return "yes"
+    fix = one["cheapest_fix"]
+    if fix is None:
+        return f"no, by {one['first_unfit']}; no single change makes it fit: try --search"
+    return f"no, by {one['first_unfit']}; cheapest fix: {fix['change']} ({fix['step_ms']:,.0f} ms)"
+
+
+def search_table(document: dict[str, Any]) -> str:
+    """The best of a search, for a terminal."""
+    counts = (
+        f"{len(document['candidates'])} layouts planned, {len(document['refused'])} refused by "
+        f"Megatron, {len(document['hopeless'])} too large without activations, "
+        f"{document['not_tried']} not tried"
+    )
+    lines = [
+        f"{document['model']} on {document['gpus']} x {document['cluster']['device']}: {counts}"
+    ]
+    by_name = {one["name"]: one for one in document["candidates"]}
+    for place, one in enumerate(document["best"], 1):
+        candidate = by_name[one["layout"]]
+        lines.append(
+            f"{place}. {one['layout']}: {candidate['step_ms']:,.0f} ms, "
+            f"{candidate['peak_gib']:.1f} GiB\n   {one['why']}"
+        )
+    return "\n".join(lines)
+
+
+def nothing_planned(found: Found, name: str, gpus: int, device: Device) -> str:
+    """Why a search planned no layout of the model `name`, in one line."""
+    if found.refused:
+        layout, reason = found.refused[0]
+        return f"Megatron refuses every layout of {name}; the first, {layout}: {reason}"
+    return (
+        f"{name} does not fit {gpus} x {device.name} in any of {len(found.hopeless)} layouts, even "
+        "without activations: use more or larger devices"
+    )
+
+
+def nothing_fits(found: Found, name: str, gpus: int, device: Device) -> str:
+    """Why no layout that was planned fits, in one line."""
+    least = min(found.candidates, key=lambda one: one.planned.prediction.peak)
+    prediction = least.planned.prediction
+    memory = prediction.memory_P[prediction.fullest]
+    part = memory.first_that_does_not_fit(device)
+    return (
+        f"none of {len(found.candidates)} layouts of {name} fits {gpus} x "
+        f"{device.memory_bytes / GIB:.0f} GiB: the smallest, {least.layout}, needs "
+        f"{memory.peak / GIB:.0f} GiB and passes the limit at {part}: use more or larger devices"
+    )

@@ -1,0 +1,1 @@
+"""One rank's step of a job, taken down without devices: operators, collectives, kept bytes."""

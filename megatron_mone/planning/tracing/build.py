@@ -1,0 +1,270 @@
+"""Trace one rank of a job of any size: Megatron's own model and step, without weights or peers.
+
+    trace = trace_rank(flags, world_size=1024, rank=0)
+
+Megatron keeps its state in globals, so every trace is a process of its own. There the model is
+built and `training.train_step` runs twice, of which the second is recorded: over loopback process
+groups (`loopback.py`), on tensors without values (`unknown_values.py`), with what follows from
+values supplied (`stand_ins/values.py`). A GPU job is built of Transformer Engine's layers and fused
+kernels, each of which has a stand-in (`gpu_job.py`, `fused_*.py`); a job with `transformer_impl
+local` as its CPU ranks build it, whose core attention keeps whole scores, and without fused
+kernels. May touch: that process, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from megatron_mone.common.exit_status import USER_ERROR
+from megatron_mone.planning.tracing.trace import Trace, merged
+
+TIMEOUT_SECONDS = 600
+
+
+def trace_rank(
+    flags: Sequence[str], world_size: int, rank: int, rows_per_expert: Sequence[int] | None = None
+) -> Trace:
+    """Trace one step of one rank, in a new process.
+
+    Args:
+        flags: as `megatron_mone.pretrain` takes them, on GPUs or CPU ranks; the batch size is
+            replaced by the smallest that the schedule takes.
+        world_size: W, ranks of the job.
+        rank: 0 to W - 1.
+        rows_per_expert: E rows that one micro-batch on one rank sends to each expert; balanced
+            when None.
+
+    Raises:
+        ValueError: one line; the flags are wrong, or cannot be traced.
+        RuntimeError: the trace failed; the end of what it printed.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank = {rank} is not one of the {world_size} ranks, 0 to W - 1")
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "trace.json"
+        job.write_text(json.dumps({"flags": list(flags), "rows": rows_per_expert}))
+        environment = {
+            **os.environ, "WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_mone.planning.tracing.build", str(job), str(result)],
+            env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
+        )  # fmt: skip
+        if done.returncode == USER_ERROR:
+            raise ValueError(done.stderr.strip().splitlines()[-1])
+        if done.returncode:
+            raise RuntimeError(f"trace of rank {rank} failed:\n{done.stderr[-4000:]}")
+        return Trace.read(result)
+
+
+def main(job: str, result: str) -> None:
+    """Trace what the file `job` asks for, in this process, and write it to `result`."""
+    from megatron_mone.planning.tracing.gpu_job import is_gpu_job, parse_gpu_job, prepare
+
+    asked = json.loads(Path(job).read_text())
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    try:
+        prepare(is_gpu_job(asked["flags"]))
+        from megatron.training import global_vars
+
+        for writer in ("_set_tensorboard_writer", "_set_wandb_writer"):
+            setattr(global_vars, writer, lambda args: None)
+        args, model_config = parse_gpu_job(asked["flags"], world_size, rank)
+        trace = _trace(args, model_config, asked["rows"])
+    except ValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(USER_ERROR) from error
+    trace.write(Path(result))
+
+
+def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Trace:
+    from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
+    from megatron.training.initialize import initialize_megatron
+
+    from megatron_mone.planning.tracing.loopback import Loopback
+    from megatron_mone.planning.tracing.recorder import Recorder
+    from megatron_mone.planning.tracing.unknown_values import UnknownValues
+    from megatron_mone.profiling.clock import HostStamps, PhaseClock
+
+    micro_batches = _fewest_micro_batches(args)
+    args.global_batch_size = micro_batches * args.micro_batch_size * args.data_parallel_size
+    reconfigure_num_microbatches_calculator(
+        args.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
+    args.load = args.pretrained_checkpoint = args.save = None
+    args.train_iters, args.train_samples = 1, None
+    args.lr_warmup_iters = args.lr_warmup_samples = 0
+    args.lr_warmup_fraction = args.lr_decay_iters = args.lr_wsd_decay_iters = None
+    # Megatron's flag of this name would also turn off the checks for NaN, which are work.
+    args.fake_process_group = True
+    recorder = Recorder(PhaseClock(HostStamps()))
+    loopback = Loopback(recorder.saw_collective)
+    loopback.start()
+    initialize_megatron()
+    config = model_config.transformer
+    _one_micro_batch_at_a_time(args, config)
+    with _stand_ins(args, config, recorder, rows), UnknownValues(recorder.saw_operator):
+        return _step(args, model_config, recorder, micro_batches)
+
+
+@contextmanager
+def _stand_ins(
+    args: Namespace, config: Any, recorder: Any, rows: Sequence[int] | None
+) -> Iterator[None]:
+    """Everything that stands in for what values or a GPU would decide."""
+    from megatron.core.optimizer import clip_grads
+
+    from megatron_mone.planning.tracing.stage_messages import known_shapes
+    from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
+    from megatron_mone.planning.tracing.stand_ins import op as fused_op
+    from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
+    from megatron_mone.planning.tracing.stand_ins import values as stand_ins
+
+    l2_norm = clip_grads.l2_norm_impl
+    with ExitStack() as stack:
+        stack.enter_context(stand_ins.installed(args, config, recorder, rows))
+        stack.enter_context(known_shapes(args, config))
+        stack.enter_context(_recompute_is_told(recorder.clock))
+        if config.transformer_impl == "transformer_engine":
+            stack.enter_context(fused_op.recording(recorder))
+            stack.enter_context(fused_layers.installed())
+            stack.enter_context(fused_weight.buffers_without_values())
+            stack.enter_context(patch.object(clip_grads, "l2_norm_impl", l2_norm))
+        yield
+
+
+@contextmanager
+def _recompute_is_told(clock: Any) -> Iterator[None]:
+    """While it lasts a forward function that runs again in a backward pass is a recompute even
+    where it is less than a module, as modules alone tell the clock."""
+    from megatron.core.tensor_parallel import random
+
+    from megatron_mone.common.phases import RECOMPUTE
+
+    fork = random._fork_rng
+
+    @contextmanager
+    def told() -> Iterator[None]:
+        before = clock.phase, clock.pass_
+        clock.switch(clock.phase, RECOMPUTE)
+        try:
+            with fork():
+                yield
+        finally:
+            clock.switch(*before)
+
+    with patch.object(random, "_fork_rng", told):
+        yield
+
+
+def _one_micro_batch_at_a_time(args: Namespace, config: Any) -> None:
+    """The same work without the order in which two micro-batches hide each other's exchanges, and
+    launched by modules, which the recorder follows, not from a CUDA graph."""
+    for name in (
+        "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
+        "overlap_dispatch_backward_with_experts_wgrad",
+    ):  # fmt: skip
+        setattr(args, name, False)
+        setattr(config, name, False)
+    args.cuda_graph_impl = config.cuda_graph_impl = "none"
+
+
+def _fewest_micro_batches(args: Namespace) -> int:
+    """1; an interleaved schedule takes multiples of the pipeline's length."""
+    interleaved = args.virtual_pipeline_model_parallel_size is not None
+    return args.pipeline_model_parallel_size if interleaved else 1
+
+
+def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int) -> Trace:
+    from megatron_mone.planning.tracing.recorder import stage_memory
+    from megatron_mone.profiling import live_run
+    from megatron_mone.profiling.baselines import RunSpec
+    from megatron_mone.profiling.instrument import Instruments, moe_layers
+    from megatron_mone.profiling.ledger import expert_tensors, persistent_tensors
+
+    with patch.object(live_run, "training_data", _readers):
+        run = live_run.build_run(RunSpec("traced"), args, model_config)
+    model, optimizer = run.run.model, run.run.optimizer
+    Instruments(recorder.clock).attach(model, optimizer)
+    # A first step makes the optimizer's state and agrees once on what later ones know.
+    run.enter()
+    run.step()
+    run.leave()
+    run.enter()
+    rows = _count_rows(moe_layers(model))
+    recorder.clock.begin()
+    with recorder.watch_kept():
+        run.step()
+    recorder.clock.end()
+    held = persistent_tensors(model, optimizer)
+    return Trace(
+        world_size=args.world_size,
+        rank=args.rank,
+        micro_batches=micro_batches,
+        backend=run.run.backend,
+        rows=rows,
+        ops=merged(recorder.ops),
+        collectives=merged(recorder.collectives),
+        memory=stage_memory(held, expert_tensors(model, optimizer), recorder),
+    )
+
+
+def _count_rows(layers: Sequence[Any]) -> dict[int, int]:
+    """{layer, 1-based: rows that its experts take}, filled by hooks from here on."""
+    import torch
+
+    from megatron_mone.profiling.load_facts import layer_number
+
+    rows = {layer_number(layer): 0 for layer in layers}
+
+    def watch(layer: Any) -> None:
+        def count(_experts: Any, inputs: tuple) -> None:
+            if torch.is_grad_enabled():  # not the first of two passes of a recomputed layer
+                rows[layer_number(layer)] += int(inputs[1].sum())
+
+        layer.experts.register_forward_pre_hook(count)
+
+    for layer in layers:
+        watch(layer)
+    return rows
+
+
+def _readers(args: Namespace, chunks: int) -> Any:
+    """What the training loop reads micro-batches from: one, or one for each model chunk."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    readers = [RerunDataIterator(_micro_batches(args)) for _ in range(chunks)]
+    return readers if args.virtual_pipeline_model_parallel_size is not None else readers[0]
+
+
+def _micro_batches(args: Namespace) -> Iterator[dict[str, Any]]:
+    """Micro-batches as the datasets make them, without values."""
+    import torch
+
+    size, length = args.micro_batch_size, args.seq_length
+    shapes: dict[str, Any] = {
+        **dict.fromkeys(("tokens", "labels", "position_ids"), ((size, length), torch.int64)),
+        "loss_mask": ((size, length), torch.float32),
+    }
+    if args.create_attention_mask_in_dataloader:
+        shapes["attention_mask"] = ((size, 1, length, length), torch.bool)
+    while True:
+        yield {
+            key: torch.empty(shape, dtype=dtype, device="meta")
+            for key, (shape, dtype) in shapes.items()
+        }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,156 @@
+"""Flags of a GPU job, read and checked on a machine without a GPU as GPUs would have it.
+
+Megatron's own parser and checks decide; where they ask the machine, they are told of an NVIDIA GPU
+(compute capability 9.0) with Transformer Engine (stand_ins/package.py), Apex's kernels and DeepEP.
+What only the cluster has is not looked for: data, folders, checkpoints. A job of CPU ranks
+(`transformer_impl local`) is read as its ranks read it. May touch: this process, whole: it is for
+jobs of one kind from the first on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+CAPABILITY = (9, 0)
+"""Reported compute capability: Hopper's, the least with fp8."""
+
+
+def is_gpu_job(flags: Sequence[str]) -> bool:
+    """Whether the layers are Transformer Engine's: `--transformer-impl`, a run file's, or none.
+
+    Args:
+        flags: as `megatron_mone.pretrain` takes them.
+
+    Raises:
+        ValueError: the run file cannot be read.
+    """
+    found = _last(flags, "--transformer-impl")
+    if found is None:
+        run = _last(flags, "--config")
+        if run is not None:
+            from megatron_mone.model.run_config import load_run
+
+            found = load_run(Path(run)).get("transformer_impl")
+    return found in (None, "transformer_engine")
+
+
+def _last(flags: Sequence[str], name: str) -> str | None:
+    """The value of a flag: of the last, as argparse has it."""
+    found = None
+    for place, flag in enumerate(flags):
+        if flag == name and place + 1 < len(flags):
+            found = flags[place + 1]
+        elif flag.startswith(f"{name}="):
+            found = flag.partition("=")[2]
+    return found
+
+
+def prepare(gpu: bool) -> None:
+    """Make this process one for jobs of one kind; before Megatron is imported.
+
+    Args:
+        gpu: whether they are GPU jobs.
+
+    Raises:
+        RuntimeError: Megatron was imported already, for jobs of CPU ranks.
+    """
+    if gpu:
+        from megatron_mone.planning.tracing.stand_ins import package as fused_package
+
+        fused_package.install()
+    from megatron_mone import cpu_emulation
+
+    cpu_emulation.install()
+
+
+def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Namespace, Any]:
+    """Validate a job in this process.
+
+    Args:
+        flags: as `megatron_mone.pretrain` takes them, of a GPU job or of CPU ranks.
+        world_size: W, ranks of the job.
+        rank: 0 to W - 1.
+
+    Returns:
+        Megatron's arguments, and the GPTModelConfig of them.
+
+    Raises:
+        ValueError: one line: Megatron or a check of ours refuses the flags.
+    """
+    gpu = is_gpu_job(flags)
+    prepare(gpu)
+    from megatron_mone.pretrain import build_model_config, parse_arguments
+
+    os.environ.update(
+        WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",
+    )  # fmt: skip
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "argv", ["plan", *flags]))
+        if gpu:
+            stack.enter_context(_as_on_the_cluster())
+        try:
+            args = parse_arguments()
+            config = build_model_config(args)
+            check_traceable(args)
+            return args, config
+        except (ValueError, AssertionError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
+
+
+def check_traceable(args: Namespace) -> None:
+    """What the tracer does not model must be off.
+
+    Args:
+        args: Megatron's, validated.
+
+    Raises:
+        ValueError: names the argument, its value and what to do.
+    """
+    for name in (
+        "fp8_dot_product_attention",
+        "fp8_multi_head_attention",
+        "cpu_offloading",
+        "fine_grained_activation_offloading",
+        "use_megatron_fsdp",
+        "use_torch_fsdp2",
+    ):
+        if getattr(args, name, False):
+            raise ValueError(f"{name} = True cannot be planned: its work is not modelled; unset it")
+    exchanges = args.cp_comm_type or []
+    if args.context_parallel_size > 1 and "a2a+p2p" in exchanges:
+        raise ValueError("cp_comm_type = 'a2a+p2p' cannot be planned: use p2p, all_gather or a2a")
+
+
+@contextmanager
+def _as_on_the_cluster() -> Iterator[None]:
+    """While it lasts the machine answers as one with GPUs, and files are not looked for."""
+    import torch
+    from megatron.core.transformer.moe import fused_a2a
+
+    from megatron_mone import config
+    from megatron_mone.model import checks
+
+    answers: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        (checks, "check_run", checks.check_values),
+        (checks, "check_checkpoint", lambda args: None),
+        (config, "backend_of", _backend_of),
+        *((fused_a2a, name, True) for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP")),
+    ]
+    with ExitStack() as stack:
+        for owner, name, answer in answers:
+            stack.enter_context(patch.object(owner, name, answer))
+        yield
+
+
+def _backend_of(config: Any) -> str:
+    """The backend asked for: whether it can run is known where it runs."""
+    return config.mone_backend

@@ -1,0 +1,232 @@
+"""What a job's arguments say that the cost model needs, as plain numbers that JSON holds.
+
+Read from arguments that Megatron has validated, so that whatever it derives or defaults is its own.
+Touches nothing.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_mone.common.checked_json import Field
+
+_PEAK_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+@dataclass(frozen=True)
+class JobFacts:
+    """The layout, shapes and switches of one job.
+
+    Attributes:
+        world_size: W, ranks.
+        tp, cp, pp, vp: tensor and context parallel sizes, pipeline stages and chunks of each.
+        ep, etp: expert and expert tensor parallel sizes.
+        dp, edp: copies of what is not an expert, and of the experts.
+        micro_batch_size, global_batch_size: samples.
+        micro_batches: of a step, through each pipeline.
+        seq_length: tokens of a sample.
+        params_dtype: "bfloat16", ...
+        fp8: recipe, "" without.
+        num_layers, hidden_size: of the decoder.
+        num_experts, topk: E and K_E; 0 in a dense model.
+        router_groups, router_group_topk: of group-limited routing; 0 without.
+        moe_ffn_hidden_size: F; 0 in a dense model.
+        neurons_per_token: K_N; F where experts are stock.
+        dispatcher: "alltoall", "allgather", or "flex:" and its backend; "" in a dense model.
+        overlap_grad_reduce, overlap_param_gather, overlap_tp, overlap_p2p: which communication
+            goes on beside compute.
+        overlap_expert_parallel: whether that of experts goes on beside another micro-batch.
+        delay_wgrad: whether weight gradients are made apart from input gradients.
+        microbatch_group_size_per_vp_stage: micro-batches in a row through one chunk.
+        distributed_optimizer: whether data-parallel ranks share its state.
+        num_distributed_optimizer_instances: copies of that shared state.
+        bucket_size: parameters of a gradient bucket; 0: all in one.
+        recompute_granularity: "", "selective" or "full".
+        recompute_modules: of selective recompute.
+        model_flops_per_step: of all ranks, the experts read as dense: what published utilisation
+            and TFLOP/s divide by time.
+        executed_flops_per_step, active_flops_per_step: the same with the experts as they run, and
+            with the kept neurons alone.
+    """
+
+    world_size: int
+    tp: int
+    cp: int
+    pp: int
+    vp: int
+    ep: int
+    etp: int
+    dp: int
+    edp: int
+    micro_batch_size: int
+    global_batch_size: int
+    micro_batches: int
+    seq_length: int
+    params_dtype: str
+    fp8: str
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    topk: int
+    router_groups: int
+    router_group_topk: int
+    moe_ffn_hidden_size: int
+    neurons_per_token: int
+    dispatcher: str
+    overlap_grad_reduce: bool
+    overlap_param_gather: bool
+    overlap_tp: bool
+    overlap_expert_parallel: bool
+    overlap_p2p: bool
+    delay_wgrad: bool
+    microbatch_group_size_per_vp_stage: int
+    distributed_optimizer: bool
+    num_distributed_optimizer_instances: int
+    bucket_size: int
+    recompute_granularity: str
+    recompute_modules: tuple[str, ...]
+    model_flops_per_step: float
+    executed_flops_per_step: float
+    active_flops_per_step: float
+
+    @property
+    def peak_dtype(self) -> str:
+        """The parameters' type as hardware.DTYPES names it."""
+        return _PEAK_DTYPES[self.params_dtype]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {**asdict(self), "recompute_modules": list(self.recompute_modules)}
+
+    @classmethod
+    def from_json(cls, document: Field) -> JobFacts:
+        """What `to_json` made.
+
+        Raises:
+            ValueError: one line that names the file, the field and what is wrong there.
+        """
+        read: dict[str, Callable[[Field], Any]] = {
+            "int": Field.whole,
+            "float": Field.number,
+            "bool": Field.flag,
+            "str": _text,
+            "tuple[str, ...]": lambda field: tuple(one.text() for one in field.elements()),
+        }
+        return cls(**{f.name: read[str(f.type)](document[f.name]) for f in fields(cls)})
+
+
+def job_facts(args: Namespace, model_config: Any) -> JobFacts:
+    """The facts of a job.
+
+    Args:
+        args: Megatron's, validated.
+        model_config: the GPTModelConfig made of them.
+    """
+    from megatron.training.training import num_floating_point_operations
+
+    from megatron_mone.model.step_flops import step_flops
+
+    config = model_config.transformer
+    executed, active = step_flops(args, config, args.global_batch_size)
+    return JobFacts(
+        **_layout(args),
+        **_experts(args, config),
+        **_overlap(args),
+        seq_length=args.seq_length,
+        params_dtype=str(config.params_dtype).removeprefix("torch."),
+        fp8=str(args.fp8_recipe) if args.fp8 else "",
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        distributed_optimizer=args.use_distributed_optimizer,
+        num_distributed_optimizer_instances=args.num_distributed_optimizer_instances,
+        bucket_size=_bucket_size(args),
+        recompute_granularity=args.recompute_granularity or "",
+        recompute_modules=_recompute_modules(args, config),
+        model_flops_per_step=float(num_floating_point_operations(args, args.global_batch_size)),
+        executed_flops_per_step=executed,
+        active_flops_per_step=active,
+    )
+
+
+def _layout(args: Namespace) -> dict[str, Any]:
+    pp, etp = args.pipeline_model_parallel_size, args.expert_tensor_parallel_size
+    ep, dp = args.expert_model_parallel_size, args.data_parallel_size
+    return {
+        "world_size": args.world_size,
+        "tp": args.tensor_model_parallel_size,
+        "cp": args.context_parallel_size,
+        "pp": pp,
+        "vp": args.virtual_pipeline_model_parallel_size or 1,
+        "ep": ep,
+        "etp": etp,
+        "dp": dp,
+        "edp": args.world_size // (etp * ep * pp),
+        "micro_batch_size": args.micro_batch_size,
+        "global_batch_size": args.global_batch_size,
+        "micro_batches": args.global_batch_size // (args.micro_batch_size * dp),
+        "microbatch_group_size_per_vp_stage": args.microbatch_group_size_per_vp_stage or pp,
+    }
+
+
+def _experts(args: Namespace, config: Any) -> dict[str, Any]:
+    if args.num_experts is None:
+        numbers = ("num_experts", "topk", "router_groups", "router_group_topk",
+                   "moe_ffn_hidden_size", "neurons_per_token")  # fmt: skip
+        return {**dict.fromkeys(numbers, 0), "dispatcher": ""}
+    from megatron_mone.config import neurons_per_token
+
+    width = config.moe_ffn_hidden_size
+    is_mone = getattr(config, "mone_enabled", False)
+    dispatcher = config.moe_token_dispatcher_type
+    if dispatcher == "flex":
+        dispatcher = f"flex:{config.moe_flex_dispatcher_backend}"
+    return {
+        "num_experts": config.num_moe_experts,
+        "topk": config.moe_router_topk,
+        "router_groups": config.moe_router_num_groups or 0,
+        "router_group_topk": config.moe_router_group_topk or 0,
+        "moe_ffn_hidden_size": width,
+        "neurons_per_token": neurons_per_token(config) if is_mone else width,
+        "dispatcher": dispatcher,
+    }
+
+
+def _overlap(args: Namespace) -> dict[str, Any]:
+    return {
+        "overlap_grad_reduce": args.overlap_grad_reduce,
+        "overlap_param_gather": args.overlap_param_gather,
+        "overlap_tp": args.tp_comm_overlap,
+        "overlap_expert_parallel": args.overlap_moe_expert_parallel_comm,
+        "overlap_p2p": args.overlap_p2p_comm,
+        "delay_wgrad": args.delay_wgrad_compute,
+    }
+
+
+def _bucket_size(args: Namespace) -> int:
+    """As resolve_ddp_bucket_size of megatron/training/training.py.
+
+    Raises:
+        ValueError: the buckets are given by number, which says their size only in a built model.
+    """
+    if args.ddp_num_buckets is not None:
+        raise ValueError(
+            f"ddp_num_buckets = {args.ddp_num_buckets} cannot be planned: give the parameters of a "
+            "bucket instead, --ddp-bucket-size"
+        )
+    if not args.overlap_grad_reduce:
+        return 0
+    replicas = args.data_parallel_size * args.context_parallel_size
+    return args.ddp_bucket_size or max(40_000_000, 1_000_000 * replicas)
+
+
+def _recompute_modules(args: Namespace, config: Any) -> tuple[str, ...]:
+    selective = args.recompute_granularity == "selective"
+    return tuple(config.recompute_modules or ()) if selective else ()
+
+
+def _text(field: Field) -> str:
+    """A text, or none at all."""
+    return "" if field.value == "" else field.text()

@@ -1,0 +1,1 @@
+"""What a GPU job imports and this machine has not: Transformer Engine, DeepEP, our kernels."""

@@ -1,0 +1,448 @@
+"""Routing and dispatch of a GPU job without values: the router's and permutation kernels, DeepEP.
+
+Each kernel of Transformer Engine is one op: fused.router, fused.router_scores,
+fused.router_aux_loss, fused.linear (the router's product), fused.permute, fused.unpermute,
+fused.sort_chunks, and their backward. Sizes of what they keep are those of version 2.x: of a
+permutation of T tokens to E experts the row map, int32 [T, 2 E + 1]; of a sort int32 [N].
+
+DeepEP and HybridEP bring a token once to each rank that holds one of its experts. Their exchanges
+are collectives of the TP x EP group, "dispatch" (also the backward of combine) and "combine" (also
+the backward of dispatch), with the bytes of this rank's T tokens: hidden states, and with a first
+dispatch and its backward a float32 probability for each pair. How often a token travels is for the
+cost model; how many rows arrive is said by `arriving_tokens`.
+May touch: the names in Megatron's and our modules that it replaces while `installed`.
+Shapes: T tokens of this rank, R ranks of the group, K experts of a token, M tokens that arrive, N
+routed rows of them, E experts, H hidden.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from megatron_mone.planning.tracing.recorder import Recorder
+from megatron_mone.planning.tracing.stand_ins.op import note
+
+META = torch.device("meta")
+INT, LONG, FLOAT, BOOL = torch.int32, torch.int64, torch.float32, torch.bool
+Outputs = Sequence[tuple[Sequence[int], torch.dtype]]
+
+
+class _Kernel(torch.autograd.Function):
+    """One op forward and one backward, with the outputs and the kept tensors that it is told."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, outputs: Outputs, kept: Sequence[Tensor], *inputs: Tensor):
+        made = tuple(_unknown(shape, dtype) for shape, dtype in outputs)
+        note(name, [*inputs, *kept], made)
+        ctx.save_for_backward(*kept)
+        ctx.name, ctx.like = name, [(tensor.shape, tensor.dtype) for tensor in inputs]
+        ctx.mark_non_differentiable(*(m for m in made if not m.dtype.is_floating_point))
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        wanted = [
+            _unknown(*like) if need else None
+            for like, need in zip(ctx.like, ctx.needs_input_grad[3:], strict=True)
+        ]
+        read = [g for g in gradients if g is not None]
+        made = [tensor for tensor in wanted if tensor is not None]
+        note(f"{ctx.name}_backward", [*read, *ctx.saved_tensors], made)
+        return None, None, None, *wanted
+
+
+def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device=META)
+
+
+def _run(name: str, inputs: Sequence[Tensor], outputs: Outputs, kept: Sequence[Tensor]) -> Any:
+    return _Kernel.apply(name, outputs, kept, *inputs)
+
+
+def permute_with_probs(
+    tokens: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """moe_permute_with_probs: (rows [N, H], probabilities [N], row map) of tokens [T, H]."""
+    rows, (count, experts) = int(num_out_tokens), routing_map.shape
+    row_map = _unknown((count, 2 * experts + 1), INT)
+    outputs = (((rows, tokens.shape[1]), tokens.dtype), ((rows,), probs.dtype))
+    return *_run("fused.permute", (tokens, probs), outputs, (row_map,)), row_map
+
+
+def permute(tokens: Tensor, routing_map: Tensor, num_out_tokens: Any) -> tuple[Tensor, Tensor]:
+    """moe_permute: (rows [N, H], row map)."""
+    count, experts = routing_map.shape
+    row_map = _unknown((count, 2 * experts + 1), INT)
+    outputs = (((int(num_out_tokens), tokens.shape[1]), tokens.dtype),)
+    return *_run("fused.permute", (tokens,), outputs, (row_map,)), row_map
+
+
+def permute_and_pad_with_probs(
+    tokens: Tensor, probs: Tensor, routing_map: Tensor, tokens_per_expert: Tensor, align_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """moe_permute_and_pad_with_probs: each expert's rows padded to a multiple of `align_size`."""
+    padded = (tokens_per_expert + align_size - 1) // align_size * align_size
+    made = permute_with_probs(tokens, probs, routing_map, padded.sum())
+    return *made, _unknown(padded.shape, INT), padded
+
+
+def unpermute(
+    rows: Tensor, row_map: Tensor, merging_probs: None = None, restore_shape: Any = None,
+    pad_offsets: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """moe_unpermute without probabilities, as the dispatchers call it: [N, H] -> [T, H]."""
+    assert merging_probs is None
+    kept = (row_map,) if pad_offsets is None else (row_map, pad_offsets)
+    (tokens,) = _run("fused.unpermute", (rows,), ((restore_shape, rows.dtype),), kept)
+    return tokens
+
+
+def sort_chunks(rows: Tensor, split_sizes: Tensor, sorted_idxs: Tensor) -> Tensor:
+    """moe_sort_chunks_by_index: [N, H] in another order."""
+    kept = (_unknown(rows.shape[:1], INT),)
+    (moved,) = _run("fused.sort_chunks", (rows,), ((rows.shape, rows.dtype),), kept)
+    return moved
+
+
+def sort_chunks_with_probs(
+    rows: Tensor, probs: Tensor, split_sizes: Tensor, sorted_idxs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """moe_sort_chunks_by_index_with_probs: [N, H] and [N] in another order."""
+    kept = (_unknown(rows.shape[:1], INT),)
+    outputs = ((rows.shape, rows.dtype), (probs.shape, probs.dtype))
+    return _run("fused.sort_chunks", (rows, probs), outputs, kept)
+
+
+def router(logits: Tensor, topk: int, **_options: Any) -> tuple[Tensor, Tensor]:
+    """fused_topk_with_score_function: probabilities [T, E] and the map, which is kept."""
+    kept = (_unknown(logits.shape, FLOAT), _unknown(logits.shape, BOOL))
+    outputs = ((logits.shape, logits.dtype), (logits.shape, BOOL))
+    return _run("fused.router", (logits,), outputs, kept)
+
+
+def router_scores(logits: Tensor, topk: int, score_function: str) -> tuple[Tensor, Tensor]:
+    """fused_compute_score_for_moe_aux_loss: (map, float32 scores), both [T, E]."""
+    kept = (_unknown(logits.shape, FLOAT),)
+    outputs = ((logits.shape, BOOL), (logits.shape, FLOAT))
+    return _run("fused.router_scores", (logits,), outputs, kept)
+
+
+def router_aux_loss(probs: Tensor, tokens_per_expert: Tensor, **_options: Any) -> Tensor:
+    """fused_moe_aux_loss: one number."""
+    outputs = (((), probs.dtype),)
+    (loss,) = _run("fused.router_aux_loss", (probs,), outputs, (tokens_per_expert,))
+    return loss
+
+
+def router_product(
+    a: Tensor, b: Tensor, out_dtype: torch.dtype, layout: str = "TN", **_options: Any
+) -> list[Tensor]:
+    """te_general_gemm of RouterGatingLinearFunction: TN b a^T, NN b a, NT b^T a."""
+    name = {"TN": "fused.linear", "NN": "fused.linear_dgrad", "NT": "fused.linear_wgrad"}[layout]
+    rows = b.shape[1] if layout == "NT" else b.shape[0]
+    columns = a.shape[0] if layout == "TN" else a.shape[1]
+    product = _unknown((rows, columns), out_dtype)
+    depth = b.shape[0] if layout == "NT" else b.shape[1]
+    note(name, (b, a), (product,), flops=2 * rows * columns * depth, dtype=a.dtype)
+    return [product]
+
+
+def arriving_tokens(
+    rows: Sequence[int], tokens: int, topk: int, experts: int, groups: int = 1, group_topk: int = 1
+) -> float:
+    """Tokens of one source that choose at least one expert of a rank.
+
+    Balanced choices of different experts hit a rank as hypergeometric draws do, within `group_topk`
+    of `groups` equal groups drawn alike. An uneven load is an expert's probability to be missed
+    that differs: the same formula for independent draws, to the power by which the two differ when
+    balanced.
+
+    Args:
+        rows: that the source sends to each expert of the rank.
+        tokens: T of the source.
+        topk: K.
+        experts: E, of which equally many are on each rank.
+        groups, group_topk: moe_router_num_groups, moe_router_group_topk; a rank lies in one group,
+            or holds whole ones.
+    """
+    held, q = len(rows), topk / experts
+    if max(rows) >= tokens or topk == experts:
+        return float(tokens)
+    missed = _missed(held, topk, experts, groups, group_topk)
+    shares = [math.log1p(-count / tokens) for count in rows]
+    return tokens * (1.0 - missed ** (sum(shares) / (held * math.log1p(-q))))
+
+
+def _missed(held: int, topk: int, experts: int, groups: int, group_topk: int) -> float:
+    """Probability that balanced choices miss a rank's experts."""
+    size = experts // groups
+    pool = group_topk * size
+    whole = max(1, held // size)  # groups that the rank has a part in
+    chosen = range(max(0, whole + group_topk - groups), min(whole, group_topk) + 1)
+    return sum(
+        math.comb(whole, hit) * math.comb(groups - whole, group_topk - hit)
+        * math.comb(max(0, pool - hit * min(held, size)), topk)
+        for hit in chosen
+    ) / (math.comb(groups, group_topk) * math.comb(pool, topk))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a dispatch leaves for its combine.
+
+    Attributes:
+        tokens: T.
+        arrived: M.
+        pairs: of these tokens and their experts.
+        routed: [M, E_l] bool, experts of this rank that each arrived token has, with values.
+        kept: tensors that both passes hold.
+        group: of the exchange.
+    """
+
+    tokens: int
+    arrived: int
+    pairs: int
+    routed: Tensor
+    kept: tuple[Tensor, ...]
+    group: Any
+
+    @property
+    def row_map(self) -> Tensor:
+        """Of the permutation that HybridEP makes itself."""
+        return self.kept[-1]
+
+    def __getitem__(self, _place: int) -> Tensor:
+        """HybridEP's last entry, the flag of an overflow: there is none."""
+        return torch.zeros(1, dtype=INT)
+
+
+class Exchange:
+    """DeepEP and HybridEP of one model, as megatron/core/transformer/moe/fused_a2a.py calls them.
+
+    Args:
+        config: of the model.
+        recorder: told of the exchanges.
+    """
+
+    def __init__(self, config: Any, recorder: Recorder) -> None:
+        self._config = config
+        self._recorder = recorder
+
+    def fused_dispatch(
+        self, x: Tensor, token_indices: Tensor, token_probs: Tensor, num_experts: int, group: Any,
+        **_flags: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Handle]:  # fmt: skip
+        """Rows [M, H], their local experts [M, K] (-1: none), probabilities, counts, handle."""
+        mine = num_experts // group.size()
+        first = mine * group.rank()
+        sent = torch.bincount(token_indices.flatten(), minlength=num_experts)
+        rows = [int(count) for count in sent[first : first + mine]]
+        tokens, topk = token_indices.shape
+        handle = self._handle(rows, tokens, topk, num_experts, group)
+        indices = _indices(handle.routed, topk)
+        hidden, probs = _Dispatch.apply(x, token_probs, topk, self._recorder, handle)
+        return hidden, indices, probs, torch.tensor(rows) * group.size(), handle
+
+    def fused_combine(
+        self, x: Tensor, group: Any, handle: Handle, **_flags: Any
+    ) -> tuple[Tensor, None]:
+        """[M, H] -> [T, H], summed."""
+        return _Combine.apply(x, self._recorder, handle), None
+
+    def hybrid_dispatch(
+        self, x: Tensor, routing_map: Tensor, probs: Tensor, group: Any, num_local_experts: int,
+        num_permuted_tokens: Any = None, pad_multiple: int | None = None, **_options: Any,
+    ) -> tuple[Tensor, Tensor, None, Tensor, Handle]:  # fmt: skip
+        """Rows [N, H] by expert, their probabilities, counts and handle."""
+        first, experts = num_local_experts * group.rank(), routing_map.shape[1]
+        sent = routing_map.sum(dim=0)[first : first + num_local_experts]
+        topk = -(-int(routing_map.sum()) // max(1, x.shape[0]))
+        handle = self._handle(sent.tolist(), x.shape[0], topk, experts, group)
+        self._recorder.saw_collective("all_gather", routing_map.nbytes, group)
+        counts = sent * group.size()
+        if pad_multiple:
+            counts = (counts + pad_multiple - 1) // pad_multiple * pad_multiple
+        rows = counts.sum() if num_permuted_tokens is None else num_permuted_tokens
+        hidden, weights = _Dispatch.apply(x, probs, num_local_experts, self._recorder, handle)
+        outputs = (((int(rows), x.shape[1]), x.dtype), ((int(rows),), FLOAT))
+        permuted = _run("fused.permute", (hidden, weights), outputs, (handle.row_map,))
+        return *permuted, None, counts, handle
+
+    def hybrid_combine(self, x: Tensor, handle: Handle, **_options: Any) -> Tensor:
+        """[N, H] by expert -> [T, H], summed."""
+        summed = unpermute(x, handle.row_map, restore_shape=(handle.arrived, x.shape[1]))
+        return _Combine.apply(summed, self._recorder, handle)
+
+    def _handle(self, rows: list[int], tokens: int, topk: int, experts: int, group: Any) -> Handle:
+        config, ranks = self._config, group.size()
+        groups = config.moe_router_num_groups or 1
+        # With expert tensor parallelism `experts` and `topk` count each of its ranks.
+        copies = experts // config.num_moe_experts
+        found = arriving_tokens(
+            rows, tokens, topk // copies, config.num_moe_experts, groups,
+            config.moe_router_group_topk or 1,
+        )  # fmt: skip
+        total = sum(rows) * ranks
+        least = max(-(-total // topk), max(rows) * ranks)
+        arrived = min(max(round(found * ranks), least), total)
+        # As DeepEP's handle within a node: is_token_in_rank, send_head, recv_src_idx. HybridEP's
+        # has a place for each rank and token too, and its row map.
+        shapes = [((tokens, ranks), BOOL), ((tokens, ranks), INT), ((arrived,), INT)]
+        if config.moe_flex_dispatcher_backend == "hybridep":
+            shapes.append(((arrived, 2 * len(rows) + 1), INT))
+        kept = tuple(_unknown(*shape) for shape in shapes)
+        with _disable_current_modes():
+            routed = _routed([count * ranks for count in rows], arrived)
+        return Handle(tokens, arrived, tokens * topk, routed, kept, group)
+
+
+def _routed(rows: Sequence[int], tokens: int) -> Tensor:
+    """[M, E_l] bool with `rows` ones in each column: experts in order take tokens in order."""
+    found_ME = torch.zeros(tokens, len(rows), dtype=BOOL)
+    expert_N = torch.arange(len(rows)).repeat_interleave(torch.tensor(rows))
+    found_ME[torch.arange(len(expert_N)) % max(1, tokens), expert_N] = True
+    return found_ME
+
+
+def _indices(routed_ME: Tensor, columns: int) -> Tensor:
+    """[M, K]: the experts of each row in order, then -1."""
+    with _disable_current_modes():
+        found = torch.full((routed_ME.shape[0], columns), -1, dtype=LONG)
+        row_N, expert_N = routed_ME.nonzero(as_tuple=True)
+        found[row_N, (routed_ME.cumsum(dim=1) - 1)[row_N, expert_N]] = expert_N
+    return found
+
+
+def indices_to_multihot(indices: Tensor, probs: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """fused_indices_to_multihot, whose one kernel is also assumed for the operators that Megatron
+    runs without --enable-experimental: (map, probabilities), both [M, E_l], of [M, K]."""
+    with _disable_current_modes():
+        routed = torch.zeros(indices.shape[0], experts + 1, dtype=BOOL)
+        routed = routed.scatter_(1, indices % (experts + 1), True)[:, :experts].contiguous()
+    kept = (_unknown(routed.shape, INT),)
+    outputs = ((routed.shape, probs.dtype),)
+    (spread,) = _run("fused.indices_to_multihot", (indices, probs), outputs, kept)
+    return routed, spread
+
+
+class _Dispatch(torch.autograd.Function):
+    """x [T, H] and probabilities -> [M, H] and [M, columns] on the ranks of their experts."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, probs: Tensor, columns: int, recorder: Recorder, handle: Handle
+    ) -> tuple[Tensor, Tensor]:
+        size = x.nbytes + handle.pairs * FLOAT.itemsize
+        recorder.saw_collective("dispatch", size, handle.group)
+        ctx.save_for_backward(*handle.kept)
+        ctx.back = lambda: recorder.saw_collective("combine", size, handle.group)
+        ctx.like = (x.shape, x.dtype), (probs.shape, probs.dtype)
+        return x.new_empty(handle.arrived, x.shape[1]), _unknown((handle.arrived, columns), FLOAT)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor, dprobs: Tensor):
+        ctx.back()
+        return *(_unknown(*like) for like in ctx.like), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """[M, H] -> [T, H] on the ranks that the tokens came from."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, recorder: Recorder, handle: Handle) -> Tensor:
+        y = rows.new_empty(handle.tokens, rows.shape[1])
+        recorder.saw_collective("combine", y.nbytes, handle.group)
+        ctx.save_for_backward(*handle.kept)
+        ctx.back = lambda size: recorder.saw_collective("dispatch", size, handle.group)
+        ctx.like = rows.shape, rows.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor):
+        ctx.back(dy.nbytes)
+        return _unknown(*ctx.like), None, None
+
+
+def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
+    """`_DeepepManager.setup_metadata` whose indices have values: those of the routing map."""
+
+    def setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
+        original(manager, routing_map, probs)
+        with _disable_current_modes():
+            routed_TE = routing_map.reshape(routing_map.shape[0], -1)
+            manager.token_indices = _indices(routed_TE, manager.router_topk)
+
+    return setup_metadata
+
+
+@contextmanager
+def installed(config: Any, recorder: Recorder) -> Iterator[None]:
+    """While it lasts models are built with these kernels and run on these exchanges.
+
+    Args:
+        config: the transformer config.
+        recorder: told of the exchanges.
+
+    Raises:
+        ValueError: a flex backend that is not traced.
+    """
+    from megatron.core.fusions import fused_pad_routing_map
+    from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
+
+    from megatron_mone.model import layer_spec
+    from megatron_mone.moe import layer
+
+    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
+    if flex and backend not in ("deepep", "hybridep"):
+        raise ValueError(
+            f"moe_flex_dispatcher_backend = {backend!r} is not traced: use deepep or hybridep"
+        )
+    exchange, deepep = Exchange(config, recorder), token_dispatcher._DeepepManager
+    replaced: list[tuple[Any, str, Any]] = [
+        *((moe_utils, name, value) for name, value in KERNELS.items()),
+        (token_dispatcher, "fused_dispatch", exchange.fused_dispatch),
+        (token_dispatcher, "fused_combine", exchange.fused_combine),
+        (token_dispatcher, "hybrid_ep_dispatch", exchange.hybrid_dispatch),
+        (token_dispatcher, "hybrid_ep_combine", exchange.hybrid_combine),
+        (token_dispatcher, "set_deepep_num_sms", lambda _number: None),
+        (token_dispatcher, "fused_indices_to_multihot", indices_to_multihot),
+        (token_dispatcher, "fused_pad_routing_map", moe_utils.pad_routing_map),
+        (fused_pad_routing_map, "fused_pad_routing_map", moe_utils.pad_routing_map),
+        (deepep, "setup_metadata", _known_experts(deepep.setup_metadata)),
+        (deepep, "_indices_to_multihot", lambda manager, indices, probs: indices_to_multihot(
+            indices, probs, manager.num_local_experts)),
+        # The job's packages need not be here.
+        (fused_a2a, "HAVE_DEEP_EP", True),
+        (fused_a2a, "HAVE_HYBRIDEP", True),
+        (layer_spec, "check_packages", lambda _config: None),
+        (layer, "check_flex_packages", lambda _config: None),
+    ]  # fmt: skip
+    with ExitStack() as stack:
+        for owner, name, value in replaced:
+            stack.enter_context(patch.object(owner, name, value))
+        yield
+
+
+KERNELS: dict[str, Any] = {
+    "fused_permute": permute,
+    "fused_permute_with_probs": permute_with_probs,
+    "fused_permute_and_pad_with_probs": permute_and_pad_with_probs,
+    "fused_unpermute": unpermute,
+    "fused_sort_chunks_by_index": sort_chunks,
+    "fused_sort_chunks_by_index_with_probs": sort_chunks_with_probs,
+    "fused_topk_with_score_function": router,
+    "fused_compute_score_for_moe_aux_loss": router_scores,
+    "fused_moe_aux_loss": router_aux_loss,
+    "te_general_gemm": router_product,
+}
+"""What takes the place of Transformer Engine's functions in Megatron's moe_utils."""

@@ -1,0 +1,71 @@
+"""What a stand-in for a fused kernel shares with the others: how it is taken down, as one op.
+
+A stand-in makes its outputs without values, so that no operator inside it is seen, and says what
+the kernel on a GPU would read, write and multiply. May touch: the Recorder that listens, which is
+of this process; nothing is taken down while none does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_mone.planning.tracing.recorder import Recorder
+from megatron_mone.planning.tracing.trace import Op
+
+_recorder: Recorder | None = None
+
+
+@contextmanager
+def recording(recorder: Recorder) -> Iterator[None]:
+    """While it lasts stand-ins of this process tell `recorder` what they stand for."""
+    global _recorder
+    _recorder, before = recorder, _recorder
+    try:
+        yield
+    finally:
+        _recorder = before
+
+
+def note(
+    name: str,
+    inputs: Iterable[Tensor],
+    outputs: Iterable[Tensor],
+    *,
+    flops: int = 0,
+    dtype: torch.dtype | None = None,
+    read: int | None = None,
+    phase: str | None = None,
+) -> None:
+    """Take down one kernel in the phase and pass under way.
+
+    Args:
+        name: "fused.linear", ...
+        inputs, outputs: its tensors; a place that is added to stands in both.
+        flops: of its products.
+        dtype: in which it multiplies; of the first output when None.
+        read: bytes; of all inputs when None.
+        phase: another one than that under way.
+    """
+    if _recorder is not None:
+        _recorder.note(name, inputs, outputs, flops, dtype=dtype, read=read, phase=phase)
+
+
+def note_flat(name: str, elements: int, read: int, written: int, dtype: torch.dtype) -> None:
+    """Take down a kernel over many tensors, one element like another.
+
+    Args:
+        name: "fused.adam", ...
+        elements: of one of its lists.
+        read, written: bytes of all.
+        dtype: in which it computes.
+    """
+    if _recorder is None or not _recorder.clock.running:
+        return
+    shape = ((elements,),)
+    kind = str(dtype).removeprefix("torch.")
+    clock = _recorder.clock
+    _recorder.ops.append(Op(name, shape, shape, kind, read, written, 0, clock.phase, clock.pass_))
