@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
 from megatron_mone.common.field_values import read_value
@@ -172,27 +171,6 @@ def add_mone_args(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def check_packages(config: Any) -> None:
-    """Transformer Engine layers and the flex dispatcher need packages, and Megatron fails deep
-    inside without them; a backend chosen by name needs a compiler, packages or a CUDA device.
-
-    Raises:
-        ValueError: names the field that asks for what is not here.
-    """
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    from megatron_mone.moe.dispatch.flex import check_flex_packages
-
-    check_flex_packages(config)
-    if getattr(config, "mone_backend", "auto") != "auto":
-        backend_of(config)
-    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
-        raise ValueError(
-            "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
-            "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
-        )
-
-
 def check_doors(args: Any) -> None:
     """mone_* fields come from flags or, with --spec alone, from MONE_CONFIG; all are read.
 
@@ -239,25 +217,6 @@ def chosen_by_rule(config: Any) -> bool:
         config.mone_selection != "topk"
         or config.mone_ng_loss_type == "bias"
         or (ranks > 1 and config.mone_neuron_groups % ranks > 0)
-    )
-
-
-def backend_of(config: Any) -> str:
-    """The backend that the experts of this model run on here.
-
-    Raises:
-        ValueError: mone_backend names one that cannot run this model here; says why.
-    """
-    from megatron_mone.kernels import resolve_backend
-
-    return resolve_backend(
-        config.mone_backend,
-        activation=config.mone_activation,
-        dtype=config.params_dtype,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-        all_gates=needs_all_gates(config),
-        by_rule=chosen_by_rule(config),
-        block=config.mone_neuron_block,
     )
 
 

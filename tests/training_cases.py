@@ -218,7 +218,7 @@ def prepare_ahead() -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import arguments
 
-    from megatron_mone.pretrain import add_arguments
+    from megatron_mone.model.arguments import add_arguments
 
     spare_repeated_work()
     argv, sys.argv = sys.argv, ["pretrain", *TINY, *MOCK]

@@ -85,7 +85,7 @@ def _measure(
 ) -> dict[str, Any]:
     """One line of the table, of this rank; times are medians in ms."""
     from megatron_mone.kernels.neuron_mask import pack_bits
-    from megatron_mone.moe.dispatch.stock import predicted_mask_bytes
+    from megatron_mone.moe.dispatch.carrier import predicted_mask_bytes
 
     dispatcher, first = _build(kind, width, options)
     generator = torch.Generator().manual_seed(torch.distributed.get_rank())
@@ -140,7 +140,7 @@ def _build(kind: str, width: int, options: argparse.Namespace) -> tuple[Any, int
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_mone.config import MoNEConfig
-    from megatron_mone.moe.dispatch.stock import build_dispatcher
+    from megatron_mone.moe.dispatch.build import build_dispatcher
 
     config = MoNEConfig(
         num_layers=1,

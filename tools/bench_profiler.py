@@ -57,7 +57,7 @@ def measure(options: argparse.Namespace) -> None:
         from megatron_mone import cpu_emulation
 
         cpu_emulation.install()
-    from megatron_mone.pretrain import fail
+    from megatron_mone.model.failure import fail
     from megatron_mone.profiling.clock import phase_clock
     from megatron_mone.profiling.job import build_runs
     from megatron_mone.profiling.run_meter import RunMeter

@@ -40,10 +40,10 @@ def main() -> int:
 
 
 def _check(folder: Path, only: str, fit: bool, out: Path) -> int:
+    from megatron_mone.common.progress import progress_bar
     from megatron_mone.planning.cost.efficiency import efficiency_of
     from megatron_mone.planning.fitting import published
     from megatron_mone.planning.fitting.published_fit import replanned
-    from megatron_mone.planning.plan_command import progress_bar
     from megatron_mone.planning.tracing.trace_server import Tracer
 
     paths = sorted(path for path in folder.glob("*.yaml") if only in path.stem)

@@ -40,9 +40,9 @@ def main() -> int:
     signal.signal(signal.SIGTERM, _stop)
     signal.signal(signal.SIGHUP, _stop)
     try:
-        from megatron_mone.planning import plan_command
+        from megatron_mone.commands import plan
 
-        return DOES_NOT_FIT if not plan_command.run(parsed) else 0
+        return DOES_NOT_FIT if not plan.run(parsed) else 0
     except (ValueError, RuntimeError, OSError) as error:
         return fail(error if isinstance(error, OSError) else ValueError(str(error)))
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
 
         cpu_emulation.install()
     sys.argv[1:] = megatron_flags
-    from megatron_mone import pretrain
+    from megatron_mone.model import failure
     from megatron_mone.profiling.job import Job, build_runs
 
     try:
@@ -64,7 +64,7 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
             job = Job(runs, options, on_step)
             job.measure()
     except ValueError as error:
-        pretrain.fail(str(error))
+        failure.fail(str(error))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         _report(options.out)

@@ -70,6 +70,6 @@ def flag_parser() -> ArgumentParser:
         # On import Megatron and torch say which GPU packages are missing: no news here.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-        from megatron_mone import pretrain
+        from megatron_mone.model.arguments import flag_parser
 
-        return pretrain.flag_parser()
+        return flag_parser()

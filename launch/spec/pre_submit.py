@@ -90,7 +90,7 @@ def judging(force: bool) -> Iterator[Judge | None]:
         _note(f"flags and memory are not checked: {missing} is not installed here")
         yield None
         return
-    from megatron_mone.planning.plan_command import progress_bar
+    from megatron_mone.common.progress import progress_bar
     from megatron_mone.planning.tracing.trace_cache import TraceCache
     from megatron_mone.planning.tracing.trace_server import Tracer
 

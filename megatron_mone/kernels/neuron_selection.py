@@ -18,7 +18,7 @@ from megatron_mone.kernels.selection_exchange import ExchangeTraffic, top_neuron
 
 @dataclass(frozen=True)
 class NeuronSelector:
-    """The selection rule of one model, the same on every layout (MONE.md, "Forward").
+    """The selection rule of one model, the same on every layout (docs/MODEL.md, "Forward").
 
     Attributes:
         rule: "topk" or "threshold".

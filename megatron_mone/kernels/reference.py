@@ -1,6 +1,6 @@
 """The masked expert in plain torch: the definition every other backend is held to.
 
-It computes every neuron and then masks, so it saves no arithmetic (MONE.md, "What it costs"). With
+It computes every neuron and then masks, so it saves no arithmetic (docs/MODEL.md, "Cost"). With
 all neurons kept it makes the same GEMM calls as a stock Megatron expert (gate and up in one product
 on [2F, H], down on [H, F]) and is therefore equal to it to the bit.
 """

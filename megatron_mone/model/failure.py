@@ -245,3 +245,12 @@ def _status_in(log: Path, otherwise: int) -> int:
         return int(log.read_text(errors="replace").split(maxsplit=1)[0])
     except (OSError, ValueError, IndexError):
         return otherwise
+
+
+def fail(message: str, status: int = USER_ERROR) -> NoReturn:
+    """Print one line, on one rank only, and exit."""
+    said = " ".join(message.split())
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise SystemExit(say_once(said, status, log_file(None)))
+    print(f"{ERROR} {said}", file=sys.stderr, flush=True)
+    raise SystemExit(status)

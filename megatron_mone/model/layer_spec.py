@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron.core.extensions.transformer_engine import HAVE_TE
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -30,13 +31,14 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_mone.config import (
     attach_fields_from_env,
-    check_packages,
     layer_pattern,
     neurons_per_token,
 )
-from megatron_mone.moe.experts import MoNEExperts
+from megatron_mone.model.step_flops import follow_training
+from megatron_mone.moe.dispatch.flex import check_flex_packages
+from megatron_mone.moe.experts import MoNEExperts, backend_of
 from megatron_mone.moe.layer import MoNELayer
-from megatron_mone.moe.metrics import follow_training, install_tracker
+from megatron_mone.moe.metrics import install_tracker
 
 
 @dataclass
@@ -77,6 +79,23 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
         for spec, kind in zip(block.layer_specs, pattern, strict=True)
     ]
     return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
+
+
+def check_packages(config: Any) -> None:
+    """Transformer Engine layers and the flex dispatcher need packages, and Megatron fails deep
+    inside without them; a backend chosen by name needs a compiler, packages or a CUDA device.
+
+    Raises:
+        ValueError: names the field that asks for what is not here.
+    """
+    check_flex_packages(config)
+    if getattr(config, "mone_backend", "auto") != "auto":
+        backend_of(config)
+    if config.transformer_impl == "transformer_engine" and not HAVE_TE:
+        raise ValueError(
+            "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
+            "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
+        )
 
 
 def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -15,7 +15,7 @@ loss have no products and count nothing. Conventions:
   and latent projections around experts. A mask that is replayed (mone_replay_masks) saves the
   native backend part of the gate, which is not taken off.
 `flop_counter.py` counts the same from what really ran. May touch: config, the backends' own rules.
-Symbols as in MONE.md: E_l experts and F_l neurons of this rank, H hidden, N rows, S kept.
+Symbols as in docs/MODEL.md: E_l experts and F_l neurons of this rank, H hidden, N rows, S kept.
 """
 
 from __future__ import annotations

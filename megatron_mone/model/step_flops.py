@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_mone.config import layer_pattern, neurons_per_token
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
+from megatron_mone.moe.metrics import MoNEMetricsTracker
 
 
 def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, float]:
@@ -42,6 +43,25 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     of_stock = _total(config, share, LayerShare("moe", rows))
     executed, active = (layers * (m - s) for m, s in zip(of_mone, of_stock, strict=True))
     return dense + executed, dense + active
+
+
+def follow_training(tracker: MoNEMetricsTracker, transformer: Any) -> None:
+    """Log as often as Megatron does, with its timers, where a stock script brought no settings.
+
+    Args:
+        tracker: of the process.
+        transformer: the model's TransformerConfig, with mone_* fields.
+    """
+    from megatron.training import global_vars
+
+    args = global_vars._GLOBAL_ARGS  # None where a model is built outside a training script
+    if tracker.step_flops is not None or args is None:
+        return
+    tracker.log_interval = args.log_interval
+    tracker.step_flops = lambda: step_flops(args, transformer, args.global_batch_size)
+    tracker.interval_seconds = lambda: global_vars.get_timers()("interval-time").elapsed(
+        reset=False
+    )
 
 
 def _total(config: Any, share: RankShare, layer: LayerShare) -> tuple[float, float]:

@@ -31,12 +31,13 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.config import backend_of, needs_all_gates, selection_bounds
+from megatron_mone.config import chosen_by_rule, needs_all_gates, selection_bounds
 from megatron_mone.kernels import (
     Choose,
     GroupedMLPOutput,
     Selection,
     grouped_mlp_with_gates,
+    resolve_backend,
 )
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
@@ -392,3 +393,20 @@ def _like(
     parameter.allreduce = weight.allreduce  # False: reduced over expert replicas, not over DP
     matrix_stack.declare(parameter, matrices)
     return parameter
+
+
+def backend_of(config: Any) -> str:
+    """The backend that the experts of this model run on here.
+
+    Raises:
+        ValueError: mone_backend names one that cannot run this model here; says why.
+    """
+    return resolve_backend(
+        config.mone_backend,
+        activation=config.mone_activation,
+        dtype=config.params_dtype,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        all_gates=needs_all_gates(config),
+        by_rule=chosen_by_rule(config),
+        block=config.mone_neuron_block,
+    )

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.moe.dispatch.build import build_dispatcher
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.dispatch.row_sources import rows_by_source
-from megatron_mone.moe.dispatch.stock import build_dispatcher
 from megatron_mone.moe.finite_check import check_finite
 from megatron_mone.moe.masks.tape import MaskTape
 from megatron_mone.moe.metrics import install_tracker

@@ -49,7 +49,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         log_interval: steps between summaries (Megatron's --log-interval).
         interval_seconds: seconds of training since the last summary, evaluation left out.
         step_flops: (executed, active) floating-point operations of one step over all ranks, or
-            None; set by the entry point, see `profiling.flops`.
+            None; `model.step_flops` sets it.
     """
 
     def __init__(self) -> None:
@@ -182,27 +182,6 @@ def install_tracker() -> MoNEMetricsTracker:
         set_moe_metrics_tracker(ours)
         return ours
     return tracker
-
-
-def follow_training(tracker: MoNEMetricsTracker, transformer: Any) -> None:
-    """Log as often as Megatron does, with its timers, where a stock script brought no settings.
-
-    Args:
-        tracker: of the process.
-        transformer: the model's TransformerConfig, with mone_* fields.
-    """
-    from megatron.training import global_vars
-
-    from megatron_mone.model.step_flops import step_flops
-
-    args = global_vars._GLOBAL_ARGS  # None where a model is built outside a training script
-    if tracker.step_flops is not None or args is None:
-        return
-    tracker.log_interval = args.log_interval
-    tracker.step_flops = lambda: step_flops(args, transformer, args.global_batch_size)
-    tracker.interval_seconds = lambda: global_vars.get_timers()("interval-time").elapsed(
-        reset=False
-    )
 
 
 def _write_summaries(summaries: dict[int, LoadSummary], iteration: int, writer: Any) -> str:

@@ -76,7 +76,7 @@ class Planner:
             # On import Megatron and torch say which GPU packages are missing: no news here.
             warnings.simplefilter("ignore")
             logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-            from megatron_mone.pretrain import flag_parser
+            from megatron_mone.model.arguments import flag_parser
 
             return flag_parser()
 

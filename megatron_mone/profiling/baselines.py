@@ -135,7 +135,7 @@ def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
     """
     from megatron.training import arguments
 
-    from megatron_mone.pretrain import add_arguments
+    from megatron_mone.model.arguments import add_arguments
 
     flags = sys.argv
     sys.argv = [*flags, *_as_flags(spec)]
@@ -159,7 +159,7 @@ def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
 
 
 def _as_flags(spec: RunSpec) -> list[str]:
+    from megatron_mone.model.arguments import flag_parser
     from megatron_mone.model.run_config import to_flags
-    from megatron_mone.pretrain import flag_parser
 
     return to_flags(spec.fields, flag_parser(), Path(f"--against {spec.name}"))

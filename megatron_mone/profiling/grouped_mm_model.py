@@ -17,9 +17,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mone.benchmarking.adapters.torch_experts import WeightedSwiGLU
 from megatron_mone.model.layer_spec import is_moe, stock_block, with_experts
 from megatron_mone.moe.experts import stock_weights
+from megatron_mone.profiling.weighted_swiglu import WeightedSwiGLU
 
 
 class GroupedMMExperts(MegatronModule):

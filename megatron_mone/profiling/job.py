@@ -42,7 +42,7 @@ def build_runs(options: Options) -> list[LiveRun]:
     """
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_mone.pretrain import parse_arguments
+    from megatron_mone.model.arguments import parse_arguments
 
     specs = run_specs(options.against)
     base = parse_arguments()

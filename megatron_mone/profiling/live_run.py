@@ -23,8 +23,8 @@ from megatron.core.utils import get_model_config
 from megatron.training import global_vars, initialize, training
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 
-from megatron_mone.config import backend_of
 from megatron_mone.model.gpt_training import datasets_provider, forward_step
+from megatron_mone.moe.experts import backend_of
 from megatron_mone.moe.layer import MoNELayer
 from megatron_mone.moe.metrics import MoNEMetricsTracker
 from megatron_mone.profiling.baselines import RunSpec
@@ -117,7 +117,7 @@ def model_config_of(spec: RunSpec, args: Namespace) -> Any:
     Raises:
         ValueError: the model does not fit.
     """
-    from megatron_mone.pretrain import build_model_config
+    from megatron_mone.model.config_builder import build_model_config
     from megatron_mone.profiling.grouped_mm_model import check_grouped_mm, grouped_mm_layer_spec
 
     if not spec.grouped_mm:

@@ -17,8 +17,8 @@ from unittest.mock import patch
 import pytest
 import yaml
 
+from megatron_mone.commands import plan as plan_command
 from megatron_mone.model.run_config import load_run
-from megatron_mone.planning import plan_command
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, load_cluster
 from megatron_mone.planning.cost.rank_memory import ORDER

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone import pretrain
+from megatron_mone.model.arguments import add_arguments, parse_arguments
+from megatron_mone.model.config_builder import build_model_config
 from tests.training_cases import MOCK, MONE, ROOT, TINY
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -261,7 +262,7 @@ def test_one_line(name, data, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", *flags(data, tmp_path), *steps])
     try:
         with pytest.raises((ValueError, SystemExit)) as caught:
-            pretrain.build_model_config(pretrain.parse_arguments())
+            build_model_config(parse_arguments())
         message = " ".join(str(caught.value).split())
         print(f"| {name} | {message} |")
         assert re.search(pattern, message), message
@@ -333,7 +334,7 @@ def test_good_data_passes_every_check(data, monkeypatch):
     from megatron_mone.model.checks import check_run
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
-    check_run(arguments.parse_args(pretrain.add_arguments))
+    check_run(arguments.parse_args(add_arguments))
 
 
 def test_exit_status_and_stderr():

@@ -219,31 +219,32 @@ def megatron_on_gpus(one_rank, monkeypatch):
     from megatron.core.transformer.moe import moe_utils
     from megatron.training import arguments
 
-    from megatron_mone import config, pretrain
+    from megatron_mone.model import config_builder, layer_spec
+    from megatron_mone.model.arguments import add_arguments
 
     for module in (arguments, transformer_config):
         monkeypatch.setattr(module, "is_te_min_version", lambda *_, **__: True)
     for module in (rope_utils, moe_utils):
         for name in [n for n in vars(module) if n.startswith("fused_")]:
             monkeypatch.setattr(module, name, getattr(module, name) or object())
-    monkeypatch.setattr(config, "check_packages", lambda _: None)
+    monkeypatch.setattr(layer_spec, "check_packages", lambda _: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
     def accept(flags: list[str], world_size: int) -> argparse.Namespace:
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
         monkeypatch.setattr(sys, "argv", ["run", *flags])
-        args = arguments.parse_args(pretrain.add_arguments)
+        args = arguments.parse_args(add_arguments)
         arguments.validate_args(args)
         args.padded_vocab_size = args.vocab_size
-        pretrain.build_model_config(args)
+        config_builder.build_model_config(args)
         return args
 
     return accept
 
 
 def flags_of(values: dict[str, Any], path: Path) -> list[str]:
-    from megatron_mone.pretrain import flag_parser
+    from megatron_mone.model.arguments import flag_parser
 
     return to_flags(values, flag_parser(), path)
 

@@ -4,7 +4,7 @@
                               outlive it. A ready mask makes it sparse too.
     choose -> kept (n, j)     exact top-S natively, of neurons or blocks, or the caller's rule
     u = <x_n, W_up_j>, h = p sigma(a) u, y = sum of h W_down_j    kept entries alone
-The backward pass is sparse in the mask throughout (MONE.md, "Backward"). Saved for it, beside x, p
+The backward pass is sparse in the mask throughout (docs/MODEL.md). Saved for it, beside x, p
 and the weights: a, u and the neuron of each kept entry, and the row offsets; nothing of width F.
 Selection is not differentiated. Results do not depend on the number of threads, but for torch's
 own GEMM and sigma. Sums are in float32: bfloat16 is converted where it is loaded, no copy of the

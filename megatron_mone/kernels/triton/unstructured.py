@@ -6,7 +6,7 @@ stay dense GEMMs, one for each expert, around the two kernels that make the rest
     u = x W_up^T      dense      gated.py: h = p sigma(a) u where kept, u of the kept entries
     y = h W_down      dense, h zero elsewhere
 Nothing of width F outlives the call: saved beside x, p and the weights are a, u and the index of
-the kept entries (MONE.md, "What it costs"). The arithmetic is the dense expert's. Without gradients
+the kept entries (docs/MODEL.md, "Cost"). The arithmetic is the dense expert's. Without gradients
 and with few rows (decoding) up and down are gathered, and sparse, instead.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, S kept.
 """

@@ -1,6 +1,6 @@
 """Megatron's flex token dispatcher (DeepEP, HybridEP), carrying a neuron mask with each pair.
 
-The same contract as in stock.py. Both libraries move whole rows of 16-bit numbers and
+The same contract as in carrier.py. Both libraries move whole rows of 16-bit numbers and
 change no bit of them on dispatch, so a second dispatch with the handle of the tokens' dispatch
 brings the masks to where the tokens went. A token reaches a rank once, however many of its experts
 live there; so its row holds a slot for each expert it is routed to, [expert + 1 | packed mask], and
@@ -9,7 +9,7 @@ the handle of HybridEP fixes and the buffers of DeepEP hold.
 Not run on a GPU, nor with the real libraries: tested on CPU ranks, where a stand-in for deep_ep
 moves the bytes. May touch: Megatron's flex dispatcher and its deep_ep buffers, NeuronMask.
 
-Shapes: as in stock.py, and K experts of a token (`moe_router_topk`), S = 2 + B bytes of a
+Shapes: as in carrier.py, and K experts of a token (`moe_router_topk`), S = 2 + B bytes of a
 slot, W = K * S bytes of a token's row, M rows that arrived, H the tokens' width.
 """
 
@@ -24,7 +24,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mone.moe.dispatch.stock import MaskCarrier, check_rows, predicted_mask_bytes
+from megatron_mone.moe.dispatch.carrier import MaskCarrier, check_rows, predicted_mask_bytes
 from megatron_mone.moe.padding import mark_padding
 
 TAG_BYTES = 2  # expert + 1, low byte first; 0 is an empty slot

@@ -1,8 +1,8 @@
 """What Megatron's token dispatchers know about where a routed row came from.
 
 After dispatch an expert's rows come from every rank of its expert group at once. The balance loss
-needs them by source micro-batch (MONE.md, "Scope, and a trap"), so the layer asks for the number of
-rows per local expert and source rank, in the order in which the dispatcher lays them out.
+needs them by source micro-batch (docs/MODEL.md, "Scope"), so the layer asks for the number of rows
+per local expert and source rank, in the order in which the dispatcher lays them out.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@
 
 What is measured are means over ranks, so what is fitted are means over ranks, each traced with the
 rows that its experts took. Communication, waiting and what overlap costs are not fitted: they stay
-what the cluster file and the assumptions say. May touch: the tracer's processes and cache; the
-files asked for.
+what the cluster file and the assumptions say. May touch: the tracer's processes and cache.
 """
 
 from __future__ import annotations
@@ -13,11 +12,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
-from megatron_mone.common.files import write_json
 from megatron_mone.planning.cost.chunk_cost import collective_seconds
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
@@ -37,7 +34,6 @@ from megatron_mone.planning.fitting.measured_profile import (
     MeasuredProfile,
     ProfiledRun,
     check_device,
-    read_profile,
 )
 from megatron_mone.planning.fitting.phase_fit import PhaseModel, PhaseTime, fit_phases
 from megatron_mone.planning.tracing.job_facts import JobFacts
@@ -96,34 +92,6 @@ def calibrate(profile: MeasuredProfile, cluster: Cluster, tracer: Tracer) -> Cal
     return Calibration(
         efficiency, fitted, tuple(steps), tuple(communication), tuple(whole.kinds), tuple(left_out)
     )
-
-
-def calibrate_command(profile: Path, cluster: Cluster, out: Path) -> None:
-    """`tools/plan_scale.py --calibrate`: fit, print how well it fits, write the files.
-
-    Args:
-        profile: profile.json of tools/profile.py.
-        cluster: whose device it was measured on.
-        out: efficiency file to write; STEM-fit.json, .png and .svg go beside it.
-
-    Raises:
-        ValueError: one line; a wrong input.
-    """
-    from megatron_mone.reporting.plan import calibration as calibration_report
-
-    if out.suffix != ".json":
-        raise ValueError(f"--json {out} must end in .json: reports go beside it")
-    measured = read_profile(profile)
-    check_device(measured, cluster)  # before processes start
-    with Tracer() as tracer:
-        found = calibrate(measured, cluster, tracer)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    found.efficiency.write(out)
-    beside = out.with_name(f"{out.stem}-fit.json")
-    write_json(beside, found.to_json())
-    calibration_report.draw(found, beside.with_suffix(""))
-    print(calibration_report.table(found))
-    print(f"wrote {out}, {beside} and {beside.with_suffix('.png')}")
 
 
 def _traced(run: ProfiledRun, profile: MeasuredProfile, tracer: Tracer) -> list[TracedJob]:

@@ -187,8 +187,8 @@ def _flags(
     }
     if not changed:
         return kept
+    from megatron_mone.model.arguments import flag_parser
     from megatron_mone.model.run_config import to_flags
-    from megatron_mone.pretrain import flag_parser
 
     return kept + to_flags(changed, flag_parser(), Path(run["name"].text()))
 

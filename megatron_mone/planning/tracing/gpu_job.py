@@ -86,7 +86,8 @@ def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Nam
     """
     gpu = is_gpu_job(flags)
     prepare(gpu)
-    from megatron_mone.pretrain import build_model_config, parse_arguments
+    from megatron_mone.model.arguments import parse_arguments
+    from megatron_mone.model.config_builder import build_model_config
 
     os.environ.update(
         WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
@@ -135,14 +136,13 @@ def _as_on_the_cluster() -> Iterator[None]:
     import torch
     from megatron.core.transformer.moe import fused_a2a
 
-    from megatron_mone import config
-    from megatron_mone.model import checks
+    from megatron_mone.model import checks, layer_spec
 
     answers: list[tuple[Any, str, Any]] = [
         (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         (checks, "check_run", checks.check_values),
         (checks, "check_checkpoint", lambda args: None),
-        (config, "backend_of", _backend_of),
+        (layer_spec, "backend_of", _backend_of),
         *((fused_a2a, name, True) for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP")),
     ]
     with ExitStack() as stack:

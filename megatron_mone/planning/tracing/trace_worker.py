@@ -1,6 +1,6 @@
 """The process that imports torch and Megatron once and forks a child for every request.
 
-Started by worker_pool.py as `python -m megatron_mone.planning.tracing.trace_worker DESCRIPTOR KIND`,
+Started by worker_pool.py as `python -m megatron_mone.planning.tracing.trace_worker SOCKET KIND`:
 of a socket of whole messages, where {"id", "kind", "job", "result", "log", "seconds"} come and
 {"id", "status"} go, and of jobs, GPU or CPU, which decides what Megatron finds when it is imported.
 Megatron keeps its state in globals; a child has them as they are after import. It writes its answer
@@ -124,9 +124,9 @@ def _describe(job: dict[str, Any], result: Path) -> None:
 
 
 def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
+    from megatron_mone.model.arguments import _expand_config, flag_parser
     from megatron_mone.planning.tracing.job_facts import job_facts
     from megatron_mone.planning.tracing.stages import stage_flags, virtual_stages
-    from megatron_mone.pretrain import _expand_config, flag_parser
 
     sys.argv = ["plan", *flags]
     _expand_config()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.checkpoint import ownership
+from megatron_mone.checkpoint.lease import keeper as lease_keeper
 from megatron_mone.checkpoint.lease import lease
 from megatron_mone.checkpoint.lease.keeper import Keeper
 from megatron_mone.checkpoint.lease.lease import (
@@ -22,7 +23,6 @@ from megatron_mone.checkpoint.lease.lease import (
     numbers,
     this_process,
 )
-from megatron_mone.checkpoint.lease.lease import keeper as lease_keeper
 from megatron_mone.checkpoint.lease.taking import Contender
 
 NEXT = Holder("42.1", "n4", 99, 5, "another boot", 60.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.checkpoint.lease import lease
+from megatron_mone.checkpoint.lease import taking as lease_taking
 from megatron_mone.checkpoint.lease.lease import (
     Found,
     Holder,
@@ -25,7 +26,6 @@ from megatron_mone.checkpoint.lease.lease import (
     numbers,
     this_process,
 )
-from megatron_mone.checkpoint.lease.lease import taking as lease_taking
 from megatron_mone.checkpoint.lease.taking import Candidate, Contender, Verdict, judge
 
 ELSEWHERE = Holder("41.0", "n3", 123, 5, "another boot", 60.0)

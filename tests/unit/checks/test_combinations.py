@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks.combinations import check_combinations
-from megatron_mone.pretrain import flag_parser
 
 MONE = {"mone_neuron_ratio": 0.25}
 CACHE = {"data_cache_path": "cache"}

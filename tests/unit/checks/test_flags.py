@@ -5,8 +5,8 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks import flags
-from megatron_mone.pretrain import flag_parser
 from tests.unit.checks.flag_readers import readers
 
 # arguments.py turns these into other arguments, or refuses them itself.

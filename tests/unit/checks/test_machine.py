@@ -4,8 +4,8 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks import machine
-from megatron_mone.pretrain import flag_parser
 
 
 @pytest.fixture(scope="module")

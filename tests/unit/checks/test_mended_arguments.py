@@ -6,7 +6,8 @@ from argparse import Namespace
 import pytest
 from torch.nn.init import xavier_uniform_
 
-from megatron_mone import pretrain
+from megatron_mone.model.arguments import parse_arguments
+from megatron_mone.model.config_builder import build_model_config
 from megatron_mone.model.loss_check import settle_rerun_mode
 from tests.training_cases import MOCK, MONE, TINY
 
@@ -28,7 +29,7 @@ def test_the_model_config_has_them(model, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *MOCK, *model, *GIVEN])
     try:
-        config = pretrain.build_model_config(pretrain.parse_arguments())
+        config = build_model_config(parse_arguments())
     finally:
         global_vars.destroy_global_vars()
         destroy_num_microbatches_calculator()

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks import optimizer
 from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
-from megatron_mone.pretrain import flag_parser
 
 MONE = "--mone-neuron-ratio 0.25"
 SHARDED = "--use-distributed-optimizer"

@@ -20,7 +20,7 @@ NUMBERS = [0.5, 0, -2, -1e-3, 1e-30, -1e30, 1e6, 3.0]
 
 
 def megatron_parser():
-    from megatron_mone.pretrain import flag_parser
+    from megatron_mone.model.arguments import flag_parser
 
     return flag_parser()
 

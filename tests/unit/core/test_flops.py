@@ -1,4 +1,4 @@
-"""Executed and active operations of a step follow MONE.md's cost table."""
+"""Executed and active operations of a step follow docs/MODEL.md's cost table."""
 
 from argparse import Namespace
 

@@ -52,7 +52,7 @@ def test_later_flags_win():
 def test_committed_run_files_are_known_to_megatron(path, one_rank):
     from megatron.training.arguments import add_megatron_arguments
 
-    from megatron_mone.pretrain import add_arguments
+    from megatron_mone.model.arguments import add_arguments
 
     p = add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     values = load_run(path)

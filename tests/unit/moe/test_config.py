@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from megatron_mone.config import (
-    backend_of,
-    check_packages,
     layer_pattern,
     neurons_per_token,
     selection_bounds,
 )
 from megatron_mone.kernels import BACKENDS
 from megatron_mone.kernels.registry import Backend
+from megatron_mone.model.layer_spec import check_packages
+from megatron_mone.moe.experts import backend_of
 from tests.conftest import mone_config
 
 WRONG = [

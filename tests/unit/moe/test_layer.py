@@ -54,7 +54,7 @@ def plain_choice(g, config):
 
 
 def plain_forward(config, x, p, experts_of_rows, gate, up, down):
-    """y, kept neurons and gates, row by row, as MONE.md writes them."""
+    """y, kept neurons and gates, row by row, as docs/MODEL.md writes them."""
     ys, kept, gates = [], [], []
     for n, e in enumerate(experts_of_rows):
         g = plain_sigma(config.mone_activation, gate[e] @ x[n])

@@ -160,7 +160,7 @@ def rows_to_other_ranks(dispatcher, maps, rank):
 
 
 def alltoall_carries():
-    from megatron_mone.moe.dispatch.stock import predicted_mask_bytes
+    from megatron_mone.moe.dispatch.carrier import predicted_mask_bytes
 
     for experts in (4, 8):
         dispatcher = build("MaskAlltoAllTokenDispatcher", experts)
@@ -328,7 +328,7 @@ def test_wrong_masks_are_refused(failures):
 
 
 def test_predicted_bytes_are_the_packed_size():
-    from megatron_mone.moe.dispatch.stock import predicted_mask_bytes
+    from megatron_mone.moe.dispatch.carrier import predicted_mask_bytes
 
     for rows, neurons in ((0, 8), (5, 8), (5, 9), (7, 20)):
         packed = pack_bits(torch.ones(rows, neurons, dtype=torch.bool))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mone.commands.calibrate import calibrate_command
 from megatron_mone.common.phases import (
     ATTENTION,
     BACKWARD,
@@ -502,7 +503,7 @@ def test_measured_phases_without_operators_are_refused(tmp_path):
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration, "Tracer", lambda: MadeTracer(MONE_JOB, MOE_JOB))
     out = tmp_path / "made" / "efficiency.json"
-    calibration.calibrate_command(made_profile(tmp_path), CPU, out)
+    calibrate_command(made_profile(tmp_path), CPU, out)
     efficiency = Efficiency.read(out)
     document = json.loads(out.with_name("efficiency-fit.json").read_text())
     printed = capsys.readouterr().out
@@ -521,6 +522,6 @@ def test_the_command_refuses_before_it_traces(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "Tracer", lambda: pytest.fail("traced"))
     profile = made_profile(tmp_path)
     with pytest.raises(ValueError, match=r"must end in \.json"):
-        calibration.calibrate_command(profile, CPU, Path("efficiency.yaml"))
+        calibrate_command(profile, CPU, Path("efficiency.yaml"))
     with pytest.raises(ValueError, match="was measured on AMD EPYC"):
-        calibration.calibrate_command(profile, CLUSTER, tmp_path / "efficiency.json")
+        calibrate_command(profile, CLUSTER, tmp_path / "efficiency.json")

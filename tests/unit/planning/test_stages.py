@@ -6,6 +6,7 @@ import pytest
 from megatron.core.parallel_state import RankGenerator
 
 from megatron_mone.common.phases import DISPATCH, FORWARD
+from megatron_mone.model.arguments import flag_parser
 from megatron_mone.planning.tracing.stages import (
     in_job,
     stage_flags,
@@ -14,7 +15,6 @@ from megatron_mone.planning.tracing.stages import (
     virtual_stages,
 )
 from megatron_mone.planning.tracing.trace import Collective, StageMemory, Trace
-from megatron_mone.pretrain import flag_parser
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.profiling.attach import add_arguments, profile_dir, window_of
+from megatron_mone.model.profile_window import add_arguments, profile_dir, window_of
 
 
 def arguments(*flags, **others):

@@ -143,7 +143,7 @@ def expert_totals(layer, config):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=native)])
 def test_experts_follow_the_cost_table(backend):
-    """MONE.md: 9 N H F for a dense expert, N H F (1 + 8 r) for kept neurons."""
+    """docs/MODEL.md: 9 N H F for a dense expert, N H F (1 + 8 r) for kept neurons."""
     config, ratio = config_of(mone_backend=backend), KEPT / ALL
     executed, active = expert_totals(MONE, config)
     assert active == pytest.approx(ALL * (1 + 8 * ratio))

@@ -6,15 +6,13 @@ May touch: the files asked for, beside which reports and run files go; the termi
 from __future__ import annotations
 
 import logging
-import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.files import write_json
+from megatron_mone.common.progress import Say, progress_bar
 from megatron_mone.planning import sweeps
 from megatron_mone.planning.cost.efficiency import Efficiency, efficiency_of
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
@@ -41,7 +39,6 @@ from megatron_mone.profiling.baselines import MAIN, RunSpec, run_specs
 
 SEARCH_SCHEMA = "megatron-mone/plan-search/1"
 BEST = 5
-Say = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ def run(parsed: Namespace) -> bool:
         RuntimeError: one line; a trace failed.
     """
     if parsed.calibrate is not None:
-        from megatron_mone.planning.fitting.calibration import calibrate_command
+        from megatron_mone.commands.calibrate import calibrate_command
 
         calibrate_command(parsed.calibrate, load_cluster(parsed.cluster), parsed.json)
         return True
@@ -125,22 +122,6 @@ def read_question(parsed: Namespace) -> Question:
 
 def _is_mone(job: JobSpec) -> bool:
     return any(name.startswith("mone_") for name in job.model)
-
-
-@contextmanager
-def progress_bar() -> Iterator[Say]:
-    """Told (done, of how many, of what): a bar on a terminal, nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-               TimeElapsedColumn())  # fmt: skip
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda done, total, what: bar.update(
-            task, completed=done, total=total, description=what
-        )
 
 
 def _plan(planner: Planner, question: Question, sweep: bool, say: Say) -> bool:

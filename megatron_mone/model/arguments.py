@@ -1,0 +1,92 @@
+"""A run file and flags -> Megatron's arguments with ours, checked.
+
+May touch: sys.argv, which Megatron's parser reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_mone.model import failure
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read --config and flags, check files and folders, and let Megatron validate the rest.
+
+    Raises:
+        ValueError: anything wrong in the run file, the flags or the files they name.
+    """
+    from megatron.training import arguments
+
+    from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
+    from megatron_mone.model.checks import check_checkpoint, check_layout, check_run
+    from megatron_mone.model.checks.flags import parse_given
+    from megatron_mone.model.loss_check import settle_rerun_mode
+    from megatron_mone.model.profile_window import window_of
+
+    _expand_config()
+    given = parse_given(add_arguments)
+    check_run(given)
+    try:
+        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+    except ValueError:
+        raise
+    except SystemExit:  # the one exit() there is
+        raise ValueError(
+            "checkpoint_activations is no longer read: pass --recompute-activations"
+        ) from None
+    except Exception as error:
+        raise ValueError(f"Megatron refuses the arguments: {failure.words(error)}") from error
+    check_layout(args)
+    check_checkpoint(args)  # compares widths that validation derives
+    keep_padded_vocabulary(args, given.padded_vocab_size)
+    settle_rerun_mode(args)
+    window_of(args)  # refuses a wrong one
+    return args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Our flags, and errors of one line instead of Megatron's thousand lines of usage."""
+    from megatron_mone.checkpoint import ownership, verify
+    from megatron_mone.common.spelling import nearest_name
+    from megatron_mone.config import add_mone_args
+    from megatron_mone.model import profile_window
+    from megatron_mone.model.flag_values import refuse_in_words
+
+    add_mone_args(parser)
+    profile_window.add_arguments(parser)
+    verify.add_arguments(parser)
+    ownership.add_arguments(parser)
+    refuse_in_words(parser)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+
+    def one_line(message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        hint = nearest_name(unknown[0], flags) if message.startswith("unrecognized") else ""
+        raise ValueError(message + hint)
+
+    parser.error = one_line  # type: ignore[method-assign,assignment]
+    return parser
+
+
+def flag_parser() -> argparse.ArgumentParser:
+    """A parser of Megatron's flags and ours, for its actions."""
+    from megatron.training.arguments import add_megatron_arguments
+
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def _expand_config() -> None:
+    """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
+    from megatron_mone.model.run_config import load_run, to_flags
+
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    known, rest = own.parse_known_args(sys.argv[1:])
+    if known.config is None:
+        return
+    flags = to_flags(load_run(known.config), flag_parser(), known.config)
+    sys.argv[1:] = flags + rest

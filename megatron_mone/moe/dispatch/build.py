@@ -1,0 +1,29 @@
+"""Which dispatcher a model has. Touches nothing."""
+
+from __future__ import annotations
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_mone.moe.dispatch.carrier import MaskCarrier
+from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
+from megatron_mone.moe.dispatch.stock import (
+    MaskAllGatherTokenDispatcher,
+    MaskAlltoAllTokenDispatcher,
+)
+
+
+def build_dispatcher(
+    num_local_experts: int,
+    local_expert_indices: list[int],
+    config: TransformerConfig,
+    pg_collection: ProcessGroupCollection,
+) -> MaskCarrier:
+    """The mask-carrying dispatcher of `moe_token_dispatcher_type`, as MoELayer picks Megatron's."""
+    kinds: dict[str, type[MaskCarrier]] = {
+        "allgather": MaskAllGatherTokenDispatcher,
+        "alltoall": MaskAlltoAllTokenDispatcher,
+        "flex": MaskFlexTokenDispatcher,
+    }
+    kind = kinds[config.moe_token_dispatcher_type]
+    return kind(num_local_experts, local_expert_indices, config=config, pg_collection=pg_collection)
