@@ -12,7 +12,7 @@ from argparse import ArgumentParser
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -137,6 +137,10 @@ class MoNEConfig(MoNEFields, TransformerConfig):
     Raises:
         ValueError: names the field, its value and what is allowed.
     """
+
+    if TYPE_CHECKING:  # a model that selects neurons has both
+        num_moe_experts: int = 0  # type: ignore[assignment]
+        moe_ffn_hidden_size: int = 0  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         super().__post_init__()

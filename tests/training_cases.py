@@ -227,7 +227,7 @@ def prepare_ahead() -> None:
     finally:
         sys.argv = argv
     args.padded_vocab_size = args.vocab_size
-    config = GPTDatasetConfig(
+    config: Any = GPTDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, tokenizer=build_tokenizer(args),
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
     )  # fmt: skip

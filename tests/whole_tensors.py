@@ -72,6 +72,7 @@ def _pieces(state: Any) -> Iterable[tuple]:
     elif isinstance(state, ShardedTensorFactory):
         yield from _pieces(state.build())
     elif isinstance(state, ShardedTensor) and is_main_replica(state.replica_id):
+        assert state.data is not None
         yield state.key, state.global_shape, state.global_slice(), state.data.detach().clone()
 
 

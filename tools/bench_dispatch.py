@@ -154,7 +154,7 @@ def _build(kind: str, width: int, options: argparse.Namespace) -> tuple[Any, int
         add_bias_linear=False,
         bias_activation_fusion=False,
         transformer_impl="local",
-        moe_token_dispatcher_type=kind,
+        moe_token_dispatcher_type=kind,  # type: ignore[arg-type]
         expert_model_parallel_size=options.ranks,
         mone_neuron_ratio=0.25,
     )

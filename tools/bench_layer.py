@@ -145,10 +145,10 @@ def _build(options: argparse.Namespace, loss: float, mone: bool = True) -> torch
         mone_ng_loss_coeff=loss,
         mone_layer_freq=[int(mone)],
     )
-    spec = mone_layer_spec(config).layer_specs[0]
+    specs: Any = mone_layer_spec(config).layer_specs
     model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    layer = spec.submodules.mlp(config=config, layer_number=1, pg_collection=groups).train()
+    layer = specs[0].submodules.mlp(config=config, layer_number=1, pg_collection=groups).train()
     if mone and options.fused:
         config.gradient_accumulation_fusion = True
         for parameter in layer.experts.parameters():

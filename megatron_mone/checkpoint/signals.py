@@ -36,7 +36,7 @@ class StopHandler(DistributedSignalHandler):
         super().__init__(signals[0])
         self.released = False
         self.stopped = False
-        self._signal_received: int = False
+        self._signal_received: int = False  # type: ignore[assignment]
         self._originals = {number: signal.getsignal(number) for number in signals}
         for number in signals:
             signal.signal(number, self._receive)
@@ -77,7 +77,7 @@ def arm(args: Namespace) -> StopHandler:
     if getattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None) is not None:
         global_vars.get_signal_handler().release()  # --exit-signal-handler was given
     args.exit_signal_handler = True
-    global_vars._GLOBAL_SIGNAL_HANDLER = handler
+    global_vars._GLOBAL_SIGNAL_HANDLER = handler  # type: ignore[assignment]
     _keep_writer()
     return handler
 

@@ -20,7 +20,7 @@ def _apply() -> None:
         # A persistent kernel is a choice of GPU code, the same function.
         plain.persist_layer_norm = False
         plain.sequence_parallel = False
-        norm = original(cls, plain, hidden_size, eps, *args, **kwargs)
+        norm: Any = original(cls, plain, hidden_size, eps, *args, **kwargs)
         for parameter in norm.parameters():
             # Read by finalize_model_grads, which sums these gradients over the TP group: every
             # rank normalises its own part of the sequence with the same weight.

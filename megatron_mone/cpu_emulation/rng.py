@@ -110,7 +110,7 @@ def _apply_loader() -> None:
 
 
 def _loader_draws_from_default() -> bool:
-    loader = torch.utils.data.DataLoader([0, 1])  # type: ignore[arg-type]
+    loader: Any = torch.utils.data.DataLoader([0, 1])  # type: ignore[arg-type]
     before = torch.get_rng_state()
     iter(loader)
     return not torch.equal(before, torch.get_rng_state())

@@ -6,12 +6,19 @@ and sum are taken over the group. Everything else is elementwise.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-_ELEMENTWISE = {"silu": F.silu, "sigmoid": torch.sigmoid, "gelu": F.gelu, "relu": F.relu}
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
 ACTIVATIONS = (*_ELEMENTWISE, "softmax")
 
 

@@ -21,14 +21,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 
-def weight_views(
-    linear_fc1: Parameter, linear_fc2: Parameter, fused: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def weight_views(linear_fc1: Any, linear_fc2: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """w_gate, w_up and w_down, each a view [E, F, H].
 
     Args:
-        linear_fc1: [E, 2, F, H] gate and up vectors.
-        linear_fc2: [E, F, H] down vectors.
+        linear_fc1: parameter [E, 2, F, H], gate and up vectors; `main_grad` is Megatron's.
+        linear_fc2: parameter [E, F, H], down vectors.
         fused: add gradients to `main_grad` and leave `.grad` a placeholder.
     """
     gate, up, down = _WeightViews.apply(linear_fc1, linear_fc2, fused)
@@ -69,7 +67,7 @@ def halves_of_one(first_EFH: Tensor, second_EFH: Tensor) -> bool:
     """Whether two tensors are [:, 0] and [:, 1] of one contiguous [E, 2, F, H]."""
     _, neurons, hidden = first_EFH.shape
     size = neurons * hidden
-    return (
+    return bool(
         first_EFH.shape == second_EFH.shape
         and first_EFH.untyped_storage().data_ptr() == second_EFH.untyped_storage().data_ptr()
         and second_EFH.storage_offset() - first_EFH.storage_offset() == size

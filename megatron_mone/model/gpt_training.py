@@ -55,7 +55,7 @@ def forward_step(
         batch = get_batch(data_iterator, getattr(_unwrap(model), "vp_stage", None))
     enter(OTHER)
     timers("batch-generator").stop()
-    forward = model.build_schedule_plan if return_schedule_plan else model
+    forward: Any = model.build_schedule_plan if return_schedule_plan else model
     with _stragglers:
         output = forward(
             batch["tokens"],
@@ -64,7 +64,8 @@ def forward_step(
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
         )
-    return output, partial(loss_func, batch["loss_mask"])
+    loss_mask: Any = batch["loss_mask"]
+    return output, partial(loss_func, loss_mask)
 
 
 def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -100,7 +101,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
     mtp = _has_mtp(vp_stage)
     if not (first or last or mtp):
         return dict.fromkeys(BATCH_KEYS)
-    batch: dict[str, Tensor | None] = {}
+    batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
@@ -125,7 +126,7 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
     return get_batch_on_this_cp_rank(batch, False, mpu.get_context_parallel_group())
 
 
-def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
+def datasets_provider(samples: list[int], vp_stage: int | None = None) -> list[Any]:
     """Training, validation and test datasets.
 
     Args:
@@ -167,7 +168,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
         fast_cache_load=args.dataloader_fast_cache_load,
         defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        sequences_per_dataset=read_sequences(args),
+        sequences_per_dataset=read_sequences(args),  # type: ignore[arg-type]
         tokenizer=build_tokenizer(args),
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
@@ -181,10 +182,9 @@ def _leave_out_unread(config: GPTDatasetConfig, samples: Sequence[int]) -> None:
     (`no sample to consume`), and its builder looks for documents that a split may not have."""
     for part, wanted in enumerate(samples):
         if wanted == 0:
-            if config.blend_per_split is not None and any(config.blend_per_split):
-                config.blend_per_split[part] = None
-            else:
-                config.split_matrix[part] = None
+            blended = config.blend_per_split is not None and any(config.blend_per_split)
+            parts: Any = config.blend_per_split if blended else config.split_matrix
+            parts[part] = None
 
 
 def _reads_data() -> bool:
@@ -202,7 +202,7 @@ def _has_mtp(vp_stage: int | None = None) -> bool:
     return mtp_on_this_rank(layout, args.mtp_num_layers, vp_stage is None, vp_stage)
 
 
-def _unwrap(model: torch.nn.Module) -> torch.nn.Module:
+def _unwrap(model: Any) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model

@@ -76,7 +76,7 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
     layers = [
         _with_mone(spec) if kind == 2 else spec
-        for spec, kind in zip(block.layer_specs, pattern, strict=True)
+        for spec, kind in zip(block.layer_specs or (), pattern, strict=True)
     ]
     return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
 
@@ -135,7 +135,7 @@ def mtp_block_spec(
     if transformer.mtp_num_layers is None:
         return None
     use_te = transformer.transformer_impl == "transformer_engine"
-    spec = get_gpt_decoder_layer_specs(
+    spec: ModuleSpec = get_gpt_decoder_layer_specs(  # type: ignore[index]
         transformer,
         use_transformer_engine=use_te,
         normalization=transformer.normalization,
@@ -149,19 +149,19 @@ def mtp_block_spec(
     )
 
 
-def _with_mone(spec: ModuleSpec) -> ModuleSpec:
+def _with_mone(spec: Any) -> ModuleSpec:
     """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
     assert is_moe(spec), spec.submodules.mlp
     return with_experts(spec, MoNELayer, MoNEExperts)
 
 
-def is_moe(spec: ModuleSpec) -> bool:
+def is_moe(spec: Any) -> bool:
     """Whether a stock layer's spec has experts."""
     mlp = spec.submodules.mlp
     return isinstance(mlp, partial) and mlp.func is MoELayer
 
 
-def with_experts(spec: ModuleSpec, layer: Callable[..., Any], experts: Any) -> ModuleSpec:
+def with_experts(spec: Any, layer: Callable[..., Any], experts: Any) -> ModuleSpec:
     """A copy of an MoE layer's spec with another MoE layer class and other experts inside."""
     keywords = spec.submodules.mlp.keywords
     submodules = replace(keywords["submodules"], experts=experts)

@@ -56,7 +56,7 @@ def check_loss(loss: Tensor) -> None:
     if args.check_for_nan_in_loss_and_grad:
         for name, is_wrong in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             message = f"found {name} in local forward loss calculation"
-            machine.validate_result(loss, is_wrong, message, tolerance=0.0, fatal=True)
+            machine.validate_result(loss, is_wrong, message, tolerance=0.0, fatal=True)  # type: ignore[arg-type]
     if args.check_for_spiky_loss:
         is_spike = partial(
             machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"

@@ -31,7 +31,7 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.config import chosen_by_rule, needs_all_gates, selection_bounds
+from megatron_mone.config import MoNEConfig, chosen_by_rule, needs_all_gates, selection_bounds
 from megatron_mone.kernels import (
     Choose,
     GroupedMLPOutput,
@@ -61,10 +61,12 @@ class MoNEExperts(MegatronModule):
         name: of the module, as Megatron passes it down; unused.
     """
 
+    config: MoNEConfig
+
     def __init__(
         self,
         num_local_experts: int,
-        config: TransformerConfig,
+        config: MoNEConfig,
         *,
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
@@ -187,15 +189,15 @@ class MoNEExperts(MegatronModule):
             f"{prefix}linear_fc1": ShardedTensorFactory(
                 f"{prefix}experts.linear_fc1.weight",
                 self.linear_fc1,
-                layout.build_fc1,
-                layout.merge_fc1,
+                layout.build_fc1,  # type: ignore[arg-type]
+                layout.merge_fc1,  # type: ignore[arg-type]
                 replica,
             ),
             f"{prefix}linear_fc2": ShardedTensorFactory(
                 f"{prefix}experts.linear_fc2.weight",
                 self.linear_fc2,
-                layout.build_fc2,
-                layout.merge_fc2,
+                layout.build_fc2,  # type: ignore[arg-type]
+                layout.merge_fc2,  # type: ignore[arg-type]
                 replica,
             ),
         }
@@ -204,8 +206,8 @@ class MoNEExperts(MegatronModule):
                 state[f"{prefix}{name}"] = ShardedTensorFactory(
                     f"{prefix}experts.{name}",
                     getattr(self, name),
-                    layout.build_per_neuron,
-                    torch.stack,
+                    layout.build_per_neuron,  # type: ignore[arg-type]
+                    torch.stack,  # type: ignore[arg-type]
                     replica,
                 )
         # Stock linears save an empty extra state per expert (for TE's fp8) and ask for it on load.
@@ -346,7 +348,7 @@ def stock_weights(
         etp_group: over which an expert's neurons are split.
     """
     for e in range(num_local_experts):
-        expert = _stock_expert(config, etp_group)
+        expert: Any = _stock_expert(config, etp_group)
         stock_fc1, stock_fc2 = expert.linear_fc1.weight, expert.linear_fc2.weight
         hidden, width = stock_fc2.shape
         if e == 0:
@@ -385,10 +387,12 @@ def fc2_matrices(t: Tensor) -> list[Tensor]:
 
 
 def _like(
-    weight: Tensor, shape: tuple[int, ...], matrices: Callable[[Tensor], list[Tensor]]
+    weight: Any, shape: tuple[int, ...], matrices: Callable[[Tensor], list[Tensor]]
 ) -> torch.nn.Parameter:
     """An empty parameter that Megatron's optimizers and gradient clipping treat as `weight`s."""
-    parameter = torch.nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+    parameter: Any = torch.nn.Parameter(
+        torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    )
     copy_tensor_model_parallel_attributes(parameter, weight)
     parameter.allreduce = weight.allreduce  # False: reduced over expert replicas, not over DP
     matrix_stack.declare(parameter, matrices)

@@ -9,14 +9,16 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mone.config import MoNEConfig
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.dispatch.build import build_dispatcher
+from megatron_mone.moe.dispatch.carrier import MaskCarrier
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.dispatch.row_sources import rows_by_source
+from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.finite_check import check_finite
 from megatron_mone.moe.masks.tape import MaskTape
 from megatron_mone.moe.metrics import install_tracker
@@ -36,9 +38,13 @@ class MoNELayer(MoELayer):
     5. combine (stock dispatcher), add shared experts
     """
 
+    config: MoNEConfig
+    experts: MoNEExperts  # type: ignore[assignment]
+    token_dispatcher: MaskCarrier
+
     def __init__(
         self,
-        config: TransformerConfig,
+        config: MoNEConfig,
         submodules: MoESubmodules | None = None,
         layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None,
@@ -166,7 +172,7 @@ class MoNELayer(MoELayer):
             self.mask_tape.record(self.token_dispatcher.return_mask(mask, self._routing_map))
             self._routing_map = None
 
-    def _pads_rows(self) -> bool:
+    def _pads_rows(self) -> bool | None:
         """Whether Megatron adds rows of probability 0 to even out the experts."""
         config = self.config
         return config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization

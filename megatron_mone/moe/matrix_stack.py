@@ -152,8 +152,8 @@ def _install() -> None:
     def is_managed(parameter: Parameter) -> bool:
         return bool(getattr(parameter, ATTRIBUTE, None)) or stock_managed(parameter)
 
-    layer_wise_optimizer.is_managed_by_layer_wise_optimizer = is_managed
-    optimizer.is_managed_by_layer_wise_optimizer = is_managed  # type: ignore[attr-defined]
+    layer_wise_optimizer.is_managed_by_layer_wise_optimizer = is_managed  # type: ignore[assignment]
+    optimizer.is_managed_by_layer_wise_optimizer = is_managed  # type: ignore[assignment]
 
     for entry in emerging_optimizers._EMERGING_OPTIMIZERS.values():
         stock = entry.optimizer_cls

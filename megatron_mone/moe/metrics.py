@@ -70,7 +70,9 @@ class MoNEMetricsTracker(MoEMetricsTracker):
 
         return get_args().curr_iteration + 1
 
-    def report(self, loss_scale: float, iteration: int, **kwargs: Any) -> str:
+    def report(  # type: ignore[override]
+        self, loss_scale: float, iteration: int, **kwargs: Any
+    ) -> str:
         """Megatron's report, with the MoNE metrics; returns its log line extended by ours."""
         layers = [layer for ref in self._layers if (layer := ref()) is not None]
         for layer in layers:

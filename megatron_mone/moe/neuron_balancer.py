@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mone.config import neurons_per_token
+from megatron_mone.config import MoNEConfig, neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.moe.balance_loss import (
     BlockStatistics,
@@ -38,7 +37,7 @@ class NeuronBalancer:
 
     def __init__(
         self,
-        config: TransformerConfig,
+        config: MoNEConfig,
         experts: MoNEExperts,
         pg_collection: ProcessGroupCollection,
         *,
@@ -128,7 +127,7 @@ class NeuronBalancer:
         loss = shares.loss(weight_BF, share_BF, total_N)
         repeats = 1
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
-            repeats = self.config.mtp_num_layers  # counted once a repetition, as the router's
+            repeats = self.config.mtp_num_layers or 1  # counted once a repetition, as the router's
         self._record(loss / repeats)
         if tokens_M is not None:  # a micro-batch's part times its own tokens
             tokens_B1 = tokens_M.to(dtype).repeat(num_blocks // tokens_M.numel()).unsqueeze(1)
@@ -203,7 +202,7 @@ class NeuronBalancer:
         install_tracker().record(
             "ng_loss",
             loss,
-            None if row is None else row + 1,
+            None if row is None else row + 1,  # type: ignore[arg-type]
             self.config.num_layers + (self.config.mtp_num_layers or 0),
             reduce_group=self.tp_cp_group,  # parts of one micro-batch add up; DP ranks average
         )

@@ -38,12 +38,12 @@ class AttachedProfiler:
         folder = profile_dir(args)
         assert folder is not None
         self.args, self.first, self.last, self.folder = args, first, last, folder
-        self._training = training
-        self._train_step = training.train_step
+        self._training: Any = training
+        self._train_step: Any = self._training.train_step
         self._meter: Any = None
         self._facts: dict[str, Any] = {}
         self._written = time.monotonic()
-        training.train_step = self._step
+        training.train_step = self._step  # type: ignore[assignment]
 
     def close(self) -> None:
         """Take everything off; called after the window, and at the run's end whatever ended it."""

@@ -70,7 +70,7 @@ def grouped_mm_layer_spec(config: Any, vp_stage: int | None = None) -> Transform
     block = stock_block(transformer, vp_stage)
     block.layer_specs = [
         with_experts(spec, MoELayer, GroupedMMExperts) if is_moe(spec) else spec
-        for spec in block.layer_specs
+        for spec in block.layer_specs or ()
     ]
     return block
 

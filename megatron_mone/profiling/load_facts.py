@@ -34,7 +34,8 @@ class LoadFacts:
     def attach(self) -> None:
         """Start counting rows."""
         for number, layer in enumerate(self._layers):
-            handle = layer.experts.register_forward_pre_hook(self._counter(number))
+            experts: Any = layer.experts
+            handle = experts.register_forward_pre_hook(self._counter(number))
             self._undo.append(handle.remove)
 
     def detach(self) -> None:
@@ -102,6 +103,7 @@ class LoadFacts:
 
 def layer_number(layer: MoELayer) -> int:
     """1-based, MTP layers after the decoder's."""
+    assert layer.layer_number is not None
     return layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0)
 
 

@@ -64,7 +64,7 @@ def published_peaks(name: str, dtype: torch.dtype) -> RankPeaks:
     return RankPeaks(flops.get(dtype), row[2])
 
 
-def measured_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:
+def measured_peaks(dtype: torch.dtype, barrier: Callable[[], object]) -> RankPeaks:
     """Of this rank's threads on the CPU; some seconds, and 256 MiB for the last of them.
 
     Rates over a while in which every rank works, so that ranks that outnumber the cores have their
@@ -82,7 +82,7 @@ def measured_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks
     return RankPeaks(max(rates), 2 * source.nbytes * copies)
 
 
-def _product_rate(dtype: torch.dtype, barrier: Callable[[], None]) -> float:
+def _product_rate(dtype: torch.dtype, barrier: Callable[[], object]) -> float:
     """Operations a second of the smallest square product that takes long enough."""
     for side in SIDES:
         a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
@@ -94,7 +94,7 @@ def _product_rate(dtype: torch.dtype, barrier: Callable[[], None]) -> float:
     return 2 * side**3 * _calls_per_second(lambda: torch.mm(a, b.t()), barrier)
 
 
-def _calls_per_second(call: Callable[[], object], barrier: Callable[[], None]) -> float:
+def _calls_per_second(call: Callable[[], object], barrier: Callable[[], object]) -> float:
     barrier()
     start = time.perf_counter()
     calls = 0
@@ -104,7 +104,7 @@ def _calls_per_second(call: Callable[[], object], barrier: Callable[[], None]) -
     return calls / (time.perf_counter() - start)
 
 
-def rank_peaks(dtype: torch.dtype, barrier: Callable[[], None]) -> RankPeaks:
+def rank_peaks(dtype: torch.dtype, barrier: Callable[[], object]) -> RankPeaks:
     """`published_peaks` of this rank's GPU where there is one, else `measured_peaks`."""
     if torch.cuda.is_available():
         return published_peaks(torch.cuda.get_device_name(), dtype)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from torch import Tensor
 
 from megatron_mone.moe.recompute import in_recompute
@@ -59,7 +59,7 @@ class RoutingTape:
 
 
 @contextmanager
-def repeated_routing(layers: Sequence[MoELayer]) -> Iterator[Callable[[], None]]:
+def repeated_routing(layers: Sequence[Any]) -> Iterator[Callable[[], None]]:
     """Two steps that route alike, so that they allocate alike.
 
     Args:
@@ -98,7 +98,7 @@ class SharedRouting:
         ValueError: the runs have different MoE layers or top-k, so choices cannot be shared.
     """
 
-    def __init__(self, runs: Sequence[Sequence[MoELayer]]) -> None:
+    def __init__(self, runs: Sequence[Sequence[Any]]) -> None:
         shapes = [[(x.config.num_moe_experts, x.config.moe_router_topk) for x in r] for r in runs]
         if any(shape != shapes[0] for shape in shapes):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class MegatronSequential(Adapter):
             perform_initialization=False,
         )
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        experts = LocalSpecProvider().grouped_mlp_modules(False)(
+        experts: Any = LocalSpecProvider().grouped_mlp_modules(False)(
             cell.experts, config, pg_collection=groups
         )
         for e, expert in enumerate(experts.local_experts):

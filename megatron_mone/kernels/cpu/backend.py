@@ -118,6 +118,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         if a_K is None:
             a_K = _sampled(products, x_NH, w_gate).to(x_NH.dtype)
             gate_K = gate_activation(activation, a_K)
+        assert gate_K is not None
         wide_u_K = _sampled(products, x_NH, w_up)
         u_K = wide_u_K.to(x_NH.dtype)
         h_K = _gated(products, probs_N, gate_K, wide_u_K)

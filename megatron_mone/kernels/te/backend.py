@@ -69,7 +69,10 @@ def grouped_mlp_on(
     x_NH: Tensor,
     probs_N: Tensor,
     counts: list[int],
-    *weights: Tensor,
+    w_gate_EFH: Tensor,
+    w_up_EFH: Tensor,
+    w_down_EFH: Tensor,
+    *,
     choose: Choose,
     activation: str,
 ) -> GroupedMLPOutput:
@@ -77,9 +80,9 @@ def grouped_mlp_on(
 
     Args:
         linears: of fc1, fc2 and their gradients.
-        x_NH, probs_N, counts, weights, choose, activation: as `grouped_mlp_with_gates`.
+        others: as `grouped_mlp_with_gates`.
     """
-    operands = (x_NH, probs_N, counts, *weights)
+    operands = (x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
     if triton_available()[0] and _rows_are_uniform(choose):
         assert isinstance(choose, Selection | NeuronMask)
         made = masked_grouped_mlp(*operands, choose=choose, activation=activation, linears=linears)

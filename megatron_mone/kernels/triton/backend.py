@@ -58,12 +58,13 @@ def why_not(call: Call) -> str | None:
 
 
 def run(
-    x_NH: Tensor, probs_N: Tensor, counts: list[int], *weights: Tensor,
+    x_NH: Tensor, probs_N: Tensor, counts: list[int],
+    w_gate_EFH: Tensor, w_up_EFH: Tensor, w_down_EFH: Tensor, *,
     choose: Choose, activation: str, **_unused: Any,
 ) -> GroupedMLPOutput:  # fmt: skip
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
     assert isinstance(choose, Selection | NeuronMask)  # why_not refuses a rule
-    operands = (x_NH, probs_N, counts, *weights)
+    operands = (x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
     index_NS = uniform_rows(choose) if isinstance(choose, NeuronMask) else None
     if isinstance(choose, NeuronMask) and index_NS is None:
         kept = ragged_grouped_mlp(
@@ -71,7 +72,7 @@ def run(
         )
     elif choose.block in BLOCK_SIZES and choose.block >= TILED_FROM:
         if index_NS is None:
-            blocks_NQ = _blocks(x_NH, weights[0], counts, choose, activation)
+            blocks_NQ = _blocks(x_NH, w_gate_EFH, counts, choose, activation)
         else:
             blocks_NQ = index_NS[:, :: choose.block] // choose.block
         kept = block_grouped_mlp(

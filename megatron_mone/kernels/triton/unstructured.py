@@ -157,6 +157,7 @@ def _gathered(x_NH, p_N, weights, counts, choose, activation, linears) -> _Compu
     enter(GATE_GEMM)
     if isinstance(choose, NeuronMask):
         index_NS = uniform_rows(choose)
+        assert index_NS is not None  # `gathered` asks for uniform rows
         a_NS = sampled.sampled_up(x_NH, w_gate, expert_N, index_NS)
     else:
         a_NF = linears.rows_by_neurons(x_NH, w_gate, counts)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
+from collections.abc import Callable
 
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_mone.config import MoNEConfig
 from megatron_mone.moe.dispatch.carrier import MaskCarrier
 from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
 from megatron_mone.moe.dispatch.stock import (
@@ -16,11 +18,11 @@ from megatron_mone.moe.dispatch.stock import (
 def build_dispatcher(
     num_local_experts: int,
     local_expert_indices: list[int],
-    config: TransformerConfig,
+    config: MoNEConfig,
     pg_collection: ProcessGroupCollection,
 ) -> MaskCarrier:
     """The mask-carrying dispatcher of `moe_token_dispatcher_type`, as MoELayer picks Megatron's."""
-    kinds: dict[str, type[MaskCarrier]] = {
+    kinds: dict[str, Callable[..., MaskCarrier]] = {
         "allgather": MaskAllGatherTokenDispatcher,
         "alltoall": MaskAlltoAllTokenDispatcher,
         "flex": MaskFlexTokenDispatcher,

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_mone.config import MoNEConfig
 from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits, unpack_bits
 from megatron_mone.moe.padding import mark_padding
 
@@ -40,7 +40,7 @@ class MaskCarrier(MoETokenDispatcher):
             a row gathered by P ranks is sent P - 1 times.
     """
 
-    config: TransformerConfig
+    config: MoNEConfig
     tp_rank: int
     tp_size: int
     hidden_shape: torch.Size

@@ -21,9 +21,9 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_mone.config import MoNEConfig
 from megatron_mone.moe.dispatch.carrier import MaskCarrier, check_rows, predicted_mask_bytes
 from megatron_mone.moe.padding import mark_padding
 
@@ -38,7 +38,7 @@ INSTALL = {
 }  # fmt: skip
 
 
-def check_flex_packages(config: TransformerConfig) -> None:
+def check_flex_packages(config: MoNEConfig) -> None:
     """That the library which a flex dispatcher needs can be imported; cheap, no process group.
 
     Raises:
@@ -48,7 +48,7 @@ def check_flex_packages(config: TransformerConfig) -> None:
         _check_backend(config.moe_flex_dispatcher_backend)
 
 
-def predicted_flex_mask_bytes(copies: int, config: TransformerConfig) -> int:
+def predicted_flex_mask_bytes(copies: int, config: MoNEConfig) -> int:
     """What `bytes_carried` grows by for `copies` token rows sent to other ranks.
 
     A token counts once for each other rank that holds an expert of it, and all its slots travel:
@@ -82,7 +82,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         self,
         num_local_experts: int,
         local_expert_indices: list[int],
-        config: TransformerConfig,
+        config: MoNEConfig,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         _check_backend(config.moe_flex_dispatcher_backend)
@@ -182,7 +182,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     @torch.no_grad()
     def _send(self, slots_TW: Tensor) -> Tensor:
         """[M, W] (hybridep: [N, W], permuted): rows where the tokens went, piece by piece."""
-        manager = self._comm_manager
+        manager: Any = self._comm_manager
         widths = _wire_widths(self.config, self.hidden_shape[-1])
         self.bytes_carried += self._copies_to_others() * sum(widths)
         pad_T = 0
@@ -199,7 +199,8 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
 
     def _copies_to_others(self) -> int:
         """Rows that leave this rank: tokens, each once for every other rank it goes to."""
-        manager, ranks = self._comm_manager, self.tp_size * self.ep_size
+        manager: Any = self._comm_manager
+        ranks = self.tp_size * self.ep_size
         if self._is_deepep:
             # DeepEP routes by the indices: its topk may name experts beyond the routing map.
             index_TK = manager.token_indices
@@ -221,7 +222,8 @@ def _send_deepep(rows: Tensor, manager: Any) -> Tensor:
 def _send_hybridep(rows: Tensor, manager: Any) -> Tensor:
     """The call by which HybridEPCombine.backward reuses a handle; it fixes the row width."""
     fused = manager.config.moe_permute_fusion_into_hybridep
-    return fused_a2a._hybrid_ep_buffer.dispatch_with_permute(
+    buffer: Any = fused_a2a._hybrid_ep_buffer
+    return buffer.dispatch_with_permute(
         hidden=rows,
         scaling_factor=None,
         handle=manager.handle,
@@ -231,7 +233,7 @@ def _send_hybridep(rows: Tensor, manager: Any) -> Tensor:
     )[0]
 
 
-def _wire_widths(config: TransformerConfig, hidden: int) -> list[int]:
+def _wire_widths(config: MoNEConfig, hidden: int) -> list[int]:
     """Bytes of the pieces of a token's slots, none wider than a token of `hidden` 16-bit numbers.
 
     A width at which the library already moved the tokens is one that its kernels and its buffers
@@ -246,7 +248,7 @@ def _wire_widths(config: TransformerConfig, hidden: int) -> list[int]:
     return widths
 
 
-def _slot_bytes(config: TransformerConfig) -> int:
+def _slot_bytes(config: MoNEConfig) -> int:
     return TAG_BYTES + predicted_mask_bytes(1, config.moe_ffn_hidden_size)
 
 
@@ -268,9 +270,7 @@ def _fill_slots(bits_NB: Tensor, map_TE: Tensor, topk: int) -> Tensor:
     return slots_TKS.flatten(1)
 
 
-def _pick_slots(
-    slots_MW: Tensor, row_N: Tensor, expert_N: Tensor, config: TransformerConfig
-) -> Tensor:
+def _pick_slots(slots_MW: Tensor, row_N: Tensor, expert_N: Tensor, config: MoNEConfig) -> Tensor:
     """[N, B]: of each row `row_N` the slot of expert `expert_N`; zeros where there is none.
 
     There is none where DeepEP's topk filled up with an expert of probability 0.
@@ -291,7 +291,7 @@ def _check_backend(backend: str) -> None:
         )
 
 
-def _check_carried(config: TransformerConfig) -> None:
+def _check_carried(config: MoNEConfig) -> None:
     for refused, name, fix in (
         (config.moe_flex_dispatcher_backend == "ncclep", "moe_flex_dispatcher_backend",
          "set it to 'deepep' or 'hybridep'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -108,6 +109,7 @@ def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) ->
         if sources == 1:
             return tokens_per_expert.view(experts, 1).long().cpu()
         if dispatcher.drop_and_pad:
+            assert dispatcher.capacity is not None
             return torch.full((experts, sources), dispatcher.capacity, dtype=torch.long)
         if experts == 1:
             # preprocess() keeps the [tp, ep] table only for several local experts
@@ -141,7 +143,8 @@ def _flex_rows(dispatcher: MoEFlexTokenDispatcher, tokens_per_expert: Tensor) ->
     Both lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
     prefix sums of its handle, HybridEP by a scan of the gathered routing map.
     """
-    manager, backend = dispatcher._comm_manager, dispatcher.config.moe_flex_dispatcher_backend
+    manager: Any = dispatcher._comm_manager
+    backend = dispatcher.config.moe_flex_dispatcher_backend
     experts, ranks = tokens_per_expert.numel(), manager.group.size()
     if backend == "deepep":
         index_TK = manager.token_indices

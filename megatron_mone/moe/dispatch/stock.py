@@ -30,6 +30,8 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
     3. dispatch_postprocess: gather over ETP, sort by local expert
     """
 
+    capacity: int  # type: ignore[assignment]  # Megatron sets it in `preprocess`
+
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor]:

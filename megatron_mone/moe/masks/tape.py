@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_mone.config import mask_steps
+from megatron_mone.config import MoNEConfig, mask_steps
 from megatron_mone.moe.masks.trace import MaskTrace, MaskTraceError, TraceModel, recorded_steps
 
 
@@ -47,7 +46,7 @@ class TokenPlaces:
     owns: bool = True
 
     @classmethod
-    def of(cls, config: TransformerConfig, groups: ProcessGroupCollection) -> TokenPlaces:
+    def of(cls, config: MoNEConfig, groups: ProcessGroupCollection) -> TokenPlaces:
         """From `tp`, `cp` and `tp_dp_cp` (ranks ordered TP fastest, then CP, then DP)."""
         split = groups.tp.size() if config.sequence_parallel else 1
         shards = groups.tp.size() * groups.cp.size()
@@ -101,7 +100,7 @@ class MaskTape:
         groups: `tp`, `cp` and `tp_dp_cp` are used.
     """
 
-    def __init__(self, config: TransformerConfig, groups: ProcessGroupCollection) -> None:
+    def __init__(self, config: MoNEConfig, groups: ProcessGroupCollection) -> None:
         self.config = config
         self.group = groups.tp_dp_cp
         self.places = TokenPlaces.of(config, groups)
@@ -275,8 +274,8 @@ def replay_masks(
 @contextmanager
 def _jobs(model: Iterable, name: str, job: _Job) -> Iterator[None]:
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
-    tapes = [
-        module.mask_tape
+    tapes: list[MaskTape] = [
+        module.mask_tape  # type: ignore[misc]
         for chunk in chunks
         for module in chunk.modules()
         if isinstance(getattr(module, "mask_tape", None), MaskTape)

@@ -202,7 +202,9 @@ def test_environment_file_refuses_what_python_refuses(tmp_path_factory, field, v
         return None
 
     try:
-        text = yaml.safe_dump({"mone_neuron_ratio": 0.25, field: value})
+        # In quotes: of a bare 1e-3 PyYAML's writer makes text, and our reader a number.
+        style = '"' if isinstance(value, str) else None
+        text = "mone_neuron_ratio: 0.25\n" + yaml.safe_dump({field: value}, default_style=style)
     except yaml.YAMLError:
         return
     path = tmp_path_factory.mktemp("env") / "mone.yaml"

@@ -185,6 +185,7 @@ def _operand(x_MK: Tensor, gamma: Any, beta: Any, job: LinearJob) -> tuple[Any, 
         source = normed
     else:
         source, stats = x_MK, ()
+    assert source is not None  # it is where the norm made no copies
     if job.recipe is None:
         return source, (source,), stats
     rows, columns = quantize(source, job.recipe)
@@ -205,7 +206,7 @@ def _dgrad(ctx: Any, dy: Tensor | Quantized) -> Tensor:
     return dx_MK
 
 
-def _wgrad(job: LinearJob, weight: Tensor, dy: Tensor | Quantized, x: Tensor | Quantized) -> Any:
+def _wgrad(job: LinearJob, weight: Any, dy: Tensor | Quantized, x: Tensor | Quantized) -> Any:
     """The weight's gradient for autograd: a dummy where it went to `main_grad`."""
     rows = operand_tensors(dy)[0].shape[0]
     fuses = job.fuses_wgrad and hasattr(weight, "main_grad")
@@ -374,7 +375,8 @@ class LayerNormLinear(Linear):
         self.layer_norm_bias = None
         if normalization == "LayerNorm":
             self.layer_norm_bias = torch.nn.Parameter(torch.empty(in_features, **options))
-        for parameter in (self.layer_norm_weight, self.layer_norm_bias):
+        parameters: list[Any] = [self.layer_norm_weight, self.layer_norm_bias]
+        for parameter in parameters:
             if parameter is not None:
                 parameter.sequence_parallel = self.sequence_parallel
 

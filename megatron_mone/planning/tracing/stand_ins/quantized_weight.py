@@ -38,7 +38,7 @@ class QuantizedTensor(Tensor):
         owner, place: the layer, weakly, and the parameter's name in it.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     owner: Any
     place: str
 
