@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mone.common.places import PACKAGE
 from megatron_mone.planning.tracing import trace_cache
 from megatron_mone.planning.tracing.trace_cache import TraceCache, cache_key, default_folder
+from tests.unit.test_rooms import GRAPH, MODULES
 
 
 def numbers(path):
@@ -104,18 +106,11 @@ def test_the_digest_reads_the_source(tmp_path, monkeypatch):
     (root / "planning" / "build.py").write_text("a = 1\n")
     monkeypatch.setattr(trace_cache, "PACKAGE", root)
 
-    def digest():
-        trace_cache._answered_by.cache_clear()
-        return trace_cache._answered_by()["source"]
-
-    try:
-        before = digest()
-        (root / "planning" / "build.py").write_text("a = 2\n")
-        changed = digest()
-        (root / "planning" / "build.py").rename(root / "planning" / "built.py")
-        assert len({before, changed, digest()}) == 3
-    finally:
-        trace_cache._answered_by.cache_clear()
+    before = digest()
+    (root / "planning" / "build.py").write_text("a = 2\n")
+    changed = digest()
+    (root / "planning" / "build.py").rename(root / "planning" / "built.py")
+    assert len({before, changed, digest()}) == 3
 
 
 def test_the_users_folder(monkeypatch, tmp_path):
@@ -131,3 +126,36 @@ def test_a_folder_that_cannot_be_is_one_line(tmp_path):
     with pytest.raises(ValueError, match=r"cache folder .*/file/in' cannot be made") as failure:
         TraceCache(tmp_path / "file" / "in")
     assert "\n" not in str(failure.value)
+
+
+def test_a_changed_file_that_a_trace_may_follow_from_misses(tmp_path, monkeypatch):
+    """Whatever a trace imports, and the table of measured kernels, however deep it lies."""
+    read = {path.relative_to(PACKAGE).as_posix() for path in trace_cache.sources(PACKAGE)}
+    seen: set[str] = set()
+    waiting = {module for module in GRAPH if module.startswith("megatron_mone.planning.tracing")}
+    while waiting:
+        seen |= (now := waiting)
+        waiting = {name for module in now for name in GRAPH[module]} - seen
+    followed = {MODULES[name].relative_to(PACKAGE).as_posix() for name in seen}
+    assert "planning/tracing/stand_ins/op.py" in followed
+    assert followed <= read
+    assert "kernels/measured.json" in read
+
+    for name in read:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((PACKAGE / name).read_bytes())
+    monkeypatch.setattr(trace_cache, "PACKAGE", tmp_path)
+    digests = [digest()]
+    for name in sorted(read)[:: len(read) // 20]:
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"#")
+        digests.append(digest())
+    assert len(set(digests)) == len(digests) > 20
+
+
+def digest() -> str:
+    """Of the source, read anew."""
+    trace_cache._answered_by.cache_clear()
+    try:
+        return trace_cache._answered_by()["source"]
+    finally:
+        trace_cache._answered_by.cache_clear()
