@@ -47,6 +47,7 @@ setup(
         "tokenizers",
         "omegaconf>=2.3",
         "pyyaml",
+        "pydantic>=2.12",
         "jinja2",
         "rich",
         "matplotlib",

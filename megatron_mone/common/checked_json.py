@@ -85,7 +85,7 @@ class Field:
     def members(self) -> Iterator[tuple[str, Field]]:
         """The members of an object; their keys are printable."""
         for key, value in self._typed(dict, "an object").items():
-            if not _is_text(key):
+            if not is_text(key):
                 self.fail(f"has the key {key[:40]!r}, which is no short printable text")
             yield key, self._inside(value, f".{key}" if self._place else key)
 
@@ -97,7 +97,7 @@ class Field:
     def text(self, choices: tuple[str, ...] | None = None) -> str:
         """A short printable text, one of `choices` if they are given."""
         value = self._typed(str, "a text")
-        if not _is_text(value):
+        if not is_text(value):
             self.fail(f"{value[:40]!r} is not a printable text of 1 to {LONGEST_TEXT} characters")
         if choices is not None and value not in choices:
             self.fail(f"{value!r} is none of {', '.join(choices)}")
@@ -158,8 +158,9 @@ class Field:
         return Field(value, self._path, self._fix, self._place + place)
 
 
-def _is_text(value: str) -> bool:
-    return 0 < len(value) <= LONGEST_TEXT and value.isprintable()
+def is_text(value: Any) -> bool:
+    """Whether a value is a short printable text."""
+    return isinstance(value, str) and 0 < len(value) <= LONGEST_TEXT and value.isprintable()
 
 
 def check_schema(document: Field, schema: str) -> None:
