@@ -1,14 +1,17 @@
 """YAML run files -> Megatron command-line flags.
 
-A run is one each of model x parallel x cluster x train:
+A run is one each of model x parallel x cluster x train, and what makes the model MoNE beside it:
 
-    model: demo-mone            # configs/model/demo-mone.yaml, a path, or the mapping itself
-    parallel: ep2
-    cluster: cpu
-    train: demo
+    model: moe-30b-a3b          # configs/model/moe-30b-a3b.yaml, a path, or the mapping itself
+    mone: quarter               # mone_* fields; left out, the model is what its own file says
+    parallel: ep8-node
+    cluster: gpu
+    train: plan-4k
 
-Each part maps Megatron argument names (`num_layers`, `mone_neuron_ratio`, ...) to values. Flags on
-the command line come later and win. May touch: files under configs/, argparse; not Megatron state.
+Each part maps Megatron argument names (`num_layers`, `mone_neuron_ratio`, ...) to values. `base` in
+a part names another of its folder, or a path, to start from; a model file may name its `mone` too.
+Flags on the command line come later and win. May touch: files under configs/, argparse; not
+Megatron state.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from megatron_mone.common.yaml_values import read_mapping
 from megatron_mone.model.flag_values import flag_words
 
 PARTS = ("model", "parallel", "cluster", "train")
+MONE = "mone"
+_KEYS = ("model", MONE, *PARTS[1:])
+_BASE = "base"
 
 
 def load_run(path: Path) -> dict[str, Any]:
@@ -41,19 +47,22 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def read_run(path: Path) -> dict[str, dict[str, Any]]:
-    """The parts of a run file, each a mapping of Megatron arguments.
+    """The parts of a run file, of PARTS, each a mapping of Megatron arguments.
 
     Raises:
         ValueError: one line naming the file, the key and the fix.
     """
     parts = {}
     for part, choice in read_mapping(path).items():
-        if part not in PARTS:
+        if part not in _KEYS:
             raise ValueError(
-                f"{path}: unknown key {part!r}{nearest_name(str(part), list(PARTS))}; a run file "
-                f"holds {', '.join(PARTS)}"
+                f"{path}: unknown key {part!r}{nearest_name(str(part), list(_KEYS))}; a run file "
+                f"holds {', '.join(_KEYS)}"
             )
         parts[part] = read_part(path, part, choice)
+    if MONE in parts:
+        model = {"model": parts.get("model", {}), MONE: parts.pop(MONE)}
+        parts["model"] = merge_parts(model, path)
     return parts
 
 
@@ -110,19 +119,22 @@ def _meant(name: str, by_dest: dict[str, list[argparse.Action]]) -> str:
     return nearest_name(name, list(by_dest))
 
 
-def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
+def read_part(
+    run_path: Path, part: str, choice: Any, above: tuple[Path, ...] = ()
+) -> dict[str, Any]:
     """The arguments of one part.
 
     Args:
         run_path: the run file, beside which a path may lie; named in errors.
-        part: of PARTS.
+        part: of PARTS, or MONE.
         choice: a name under configs/, a path, or the arguments themselves.
+        above: files that this one is the base of.
 
     Raises:
         ValueError: one line naming the part and the nearest known name.
     """
     if isinstance(choice, dict):
-        return choice
+        return _composed(run_path, part, choice, above)
     if not isinstance(choice, str):
         raise ValueError(f"{run_path}: {part} = {choice!r} must be a name, a path or a mapping")
     for candidate in (
@@ -130,10 +142,30 @@ def read_part(run_path: Path, part: str, choice: Any) -> dict[str, Any]:
         run_path.parent / choice,
         Path(choice),
     ):
+        if candidate in above:
+            raise ValueError(f"{run_path}: base = {choice!r} comes back to {candidate}")
         if candidate.is_file():
-            return read_mapping(candidate)
+            return _composed(candidate, part, read_mapping(candidate), (*above, candidate))
     known = sorted(p.stem for p in (CONFIG_ROOT / part).glob("*.yaml"))
     raise ValueError(
         f"{run_path}: {part} = {choice!r} is neither a file nor one of configs/{part}/: "
         f"{', '.join(known)}{nearest_name(choice, known)}"
     )
+
+
+def _composed(
+    source: Path, part: str, own: dict[str, Any], above: tuple[Path, ...]
+) -> dict[str, Any]:
+    """The arguments of `own`, on top of its `base` and, of a model, joined with its `mone`."""
+    values = {name: value for name, value in own.items() if name not in (_BASE, MONE)}
+    if _BASE in own:
+        values = read_part(source, part, own[_BASE], above) | values
+    if MONE in own:
+        if part != "model":
+            raise ValueError(f"{source}: mone stands in a run file or a model, not in {part}")
+        mone = read_part(source, MONE, own[MONE])
+        values = merge_parts({"model": values, MONE: mone}, source)
+    for name in values:
+        if part == MONE and not name.startswith("mone_"):
+            raise ValueError(f"{source}: {name!r} is no mone_* field, which alone {MONE} may hold")
+    return values

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_mone.model.run_config import CONFIG_ROOT, load_run, to_flags
+from megatron_mone.model.run_config import CONFIG_ROOT, load_run, read_part, to_flags
 from megatron_mone.planning.cost.hardware import cluster_names
 
 PUBLISHED = sorted((Path(__file__).resolve().parents[1] / "published").glob("*.yaml"))
@@ -151,7 +151,7 @@ def test_every_model_that_plans_is_sized():
 
 @pytest.mark.parametrize("path", MONE_MODELS, ids=lambda p: p.stem)
 def test_a_model_and_its_dense_form_differ_in_mone_fields_only(path):
-    mone = read(path)
+    mone = read_part(path, "model", path.stem)
     dense = read(path.with_name(path.name.replace("-mone", "")))
     assert {k: v for k, v in mone.items() if not k.startswith("mone_")} == dense
     assert mone["mone_neuron_ratio"] == 0.25
@@ -260,7 +260,7 @@ def test_megatron_accepts_published_run(path, megatron_on_gpus):
 @pytest.mark.parametrize("path", PLANS, ids=lambda p: p.stem)
 def test_megatron_accepts_plan(path, megatron_on_gpus):
     model, _, gpus = path.stem.rpartition("-")
-    assert read(path)["model"] == model
+    assert read(path)["model"] == model.removesuffix("-mone")
     assert int(gpus) >= 128
     args = megatron_on_gpus(flags_of(load_run(path), path), int(gpus))
     assert (args.mone_neuron_ratio is not None) == model.endswith("-mone")

@@ -92,9 +92,7 @@ def read_published(path: Path) -> PublishedRun:
         file.fail("kind", f"must be one of {STEP}, {MEMORY}, {EXPOSED}, {LAYER}")
     flags: dict[str, Any] = read_part(path, "cluster", "gpu")
     for part, folder in _PARTS:
-        own = dict(file.section(part).values)
-        base = own.pop("base", None)
-        flags |= (read_part(path, folder, base) if base else {}) | own
+        flags |= read_part(path, folder, dict(file.section(part).values))
     return PublishedRun(
         name=path.stem,
         kind=file.text("kind"),

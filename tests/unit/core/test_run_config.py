@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.model.run_config import CONFIG_ROOT, PARTS, load_run, to_flags
+from megatron_mone.model.run_config import CONFIG_ROOT, MONE, PARTS, load_run, to_flags
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,4 +67,56 @@ def test_yaml_runs_no_code(tmp_path):
 
 
 def test_parts_are_folders():
-    assert all((CONFIG_ROOT / part).is_dir() for part in PARTS)
+    assert all((CONFIG_ROOT / part).is_dir() for part in (*PARTS, MONE))
+
+
+def run_of(folder: Path, text: str) -> Path:
+    (folder / "run.yaml").write_text(text)
+    return folder / "run.yaml"
+
+
+FIELDS = "{mone_neuron_ratio: 0.25, mone_ng_loss_coeff: 1.0e-3}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: moe-30b-a3b\nmone: quarter\n",
+        f"model: moe-30b-a3b\nmone: {FIELDS}\n",
+        f"model: {{base: moe-30b-a3b, mone: {FIELDS}}}\n",
+        "model: {base: moe-30b-a3b-mone}\n",
+        "model: other.yaml\n",
+    ],
+)
+def test_a_model_beside_its_mone_part_is_the_model_of_the_old_name(text, tmp_path):
+    (tmp_path / "other.yaml").write_text("base: beside.yaml\nmone: quarter\n")
+    (tmp_path / "beside.yaml").write_text("base: moe-30b-a3b\n")
+    old = load_run(run_of(tmp_path, "model: moe-30b-a3b-mone\n"))
+    assert load_run(run_of(tmp_path, text)) == old
+    assert old["mone_neuron_ratio"] == 0.25
+
+
+def test_what_a_file_says_wins_over_its_base(tmp_path):
+    run = run_of(tmp_path, "model: {base: moe-30b-a3b-mone, num_layers: 2, mone_neuron_ratio: 0.5}")
+    assert {"num_layers": 2, "mone_neuron_ratio": 0.5}.items() <= load_run(run).items()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: moe-30b-a3b-mone\nmone: quarter",
+         "'mone_neuron_ratio' is set by both model and mone"),
+        ("model: {mone: quarter, mone_neuron_ratio: 0.5}",
+         "'mone_neuron_ratio' is set by both model and mone"),
+        ("mone: {num_layers: 2}", "'num_layers' is no mone_\\* field"),
+        ("mone: quater", "did you mean 'quarter'"),
+        ("mone: 0.25", "mone = 0.25 must be a name, a path or a mapping"),
+        ("train: {mone: quarter}", "mone stands in a run file or a model, not in train"),
+        ("mnoe: quarter", "unknown key 'mnoe' .*did you mean 'mone'"),
+        ("model: round.yaml", "base = 'round.yaml' comes back to .*round.yaml"),
+    ],
+)  # fmt: skip
+def test_a_mone_part_or_a_base_that_is_wrong_is_named(text, line, tmp_path):
+    (tmp_path / "round.yaml").write_text("base: round.yaml\n")
+    with pytest.raises(ValueError, match=line):
+        load_run(run_of(tmp_path, text + "\n"))
