@@ -6,8 +6,7 @@ Reads FOLDER/ranks/rank-*.json, also of a job that lost ranks. Exit status 2 for
 """
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from typing import Any
 if __package__ in (None, ""):  # run as a file: tools/profile.py must not stand before the library's
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from rich.console import Console
-from rich.progress import Progress
-
 from megatron_mone.common.command_line import OneLineParser, fail
-from megatron_mone.profiling.merge import PROFILE, OnFile, merge
+from megatron_mone.common.progress import WHAT, progress_bar
+from megatron_mone.profiling.merge import PROFILE, merge
 
 _PHASES_SHOWN = 6
 _STRAGGLERS_SHOWN = 5
@@ -34,24 +31,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        with _progress_bar() as on_file:
+        files = "rank files"
+        with progress_bar(WHAT, "bar", "percent", "left", first=files, transient=True) as bar:
             profile = merge(
-                options.folder, skip_unreadable=options.skip_unreadable, on_file=on_file
+                options.folder,
+                skip_unreadable=options.skip_unreadable,
+                on_file=lambda done, total: bar(done, total, files),
             )
     except (ValueError, OSError) as error:
         return fail(error)
     print(summary(profile))
     print(f"written to {options.folder / PROFILE}")
     return 0
-
-
-@contextmanager
-def _progress_bar() -> Iterator[OnFile]:
-    console = Console(stderr=True)
-    # In a log file a bar is one blank line and no news.
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rank files", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def summary(profile: dict[str, Any]) -> str:

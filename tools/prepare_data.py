@@ -13,6 +13,7 @@ or named with the reason. Train with
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,9 @@ from typing import NoReturn
 if __package__ in (None, ""):  # run as a file: the checkout is not on the path yet
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rich.console import Console
-from rich.progress import Progress as Bars
-from rich.progress import TaskID
-
 from megatron_mone.common.child_processes import end_with_starter
 from megatron_mone.common.exit_status import INTERRUPTED, USER_ERROR
+from megatron_mone.common.progress import WHAT, progress_bar
 from megatron_mone.data import corpus
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import Manifest
@@ -122,15 +120,12 @@ def _config(options: argparse.Namespace) -> PrepareConfig:
 @contextmanager
 def _progress_bars() -> Iterator[Progress]:
     """One bar per stage on stderr, in input bytes."""
-    tasks: dict[str, TaskID] = {}
-    console = Console(stderr=True)
-    # In a log file a bar is one blank line and no news.
-    with Bars(console=console, transient=True, disable=not console.is_terminal) as bars:
+    read: Counter[str] = Counter()
+    with progress_bar(WHAT, "bar", "percent", "left", first=None, transient=True) as bars:
 
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.advance(tasks[stage], done)
+        def report(stage: str, more: int, total: int) -> None:
+            read[stage] += more
+            bars(read[stage], total, stage, bar=stage)
 
         yield report
 

@@ -10,10 +10,9 @@ Further flags are Megatron's. Writes DIR/ranks, profile.json, report.html and pl
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a file: it must not stand before the library's `profile`
@@ -55,14 +54,15 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
 
         cpu_emulation.install()
     sys.argv[1:] = megatron_flags
+    from megatron_mone.common.progress import progress_bar
     from megatron_mone.model import failure
     from megatron_mone.profiling.job import Job, build_runs
 
     try:
         runs = build_runs(options)
-        with _progress(options.total_steps) as on_step:
-            job = Job(runs, options, on_step)
-            job.measure()
+        drawn = terminal() if os.environ.get("RANK", "0") == "0" else io.StringIO()
+        with progress_bar(first="steps", stream=drawn) as bar:
+            Job(runs, options, lambda done: bar(done, options.total_steps, "steps")).measure()
     except ValueError as error:
         failure.fail(str(error))
     torch.distributed.barrier()
@@ -82,21 +82,6 @@ def _report(out: Path) -> None:
     write_report(profile, out)
     write_tensorboard(profile, out / "tensorboard")
     print(f"wrote {out / 'profile.json'} and {out / 'report.html'}", file=terminal(), flush=True)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on rank 0, nothing on the others."""
-    if os.environ.get("RANK", "0") != "0":
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("steps"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(file=terminal())) as bar:
-        task = bar.add_task("steps", total=total)
-        yield lambda done: bar.update(task, completed=done)
 
 
 if __name__ == "__main__":

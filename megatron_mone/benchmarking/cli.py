@@ -15,10 +15,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from megatron_mone.common.exit_status import INTERRUPTED, USER_ERROR
+from megatron_mone.common.progress import progress_bar
 
 CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0.25,
         "dtype": "fp32", "routing": "balanced"}  # fmt: skip
@@ -195,16 +193,12 @@ def _command(options: argparse.Namespace) -> str:
 @contextmanager
 def _progress(total: int) -> Iterator[Any]:
     """A bar on a terminal, a line a cell elsewhere."""
-    console = Console()
-    columns = (TextColumn("{task.description:<48}"), BarColumn(),
-               TextColumn("{task.completed:.0f}/{task.total:.0f}"), TimeElapsedColumn(),
-               TextColumn("ETA"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("building", total=total)
+    columns = ("{task.description:<48}", "bar", "count", "elapsed", "ETA", "left")
+    with progress_bar(*columns, first="building", stream=sys.stdout) as bar:
 
         def on_cell(done: int, cell: Any, state: str) -> None:
-            bar.update(task, completed=done, description=cell.label)
-            if not console.is_terminal or state not in ("kept", "measured"):
+            bar(done, total, cell.label)
+            if not bar.drawn or state not in ("kept", "measured"):
                 print(f"{done}/{total} {cell.label}: {state}", flush=True)
 
         yield on_cell

@@ -13,21 +13,21 @@ LINE = (
 )
 
 
-def test_the_last_whole_line_counts(tmp_path):
+def test_whole_lines_count_once(tmp_path):
     log = tmp_path / "rank-00001.log"
     reader = StepReader(log)
-    assert reader.latest() is None
+    assert reader.new() == []
     log.write_text("INFO: loading\n")
-    assert reader.latest() is None
+    assert reader.new() == []
     first, second = (LINE.format(step=s, total=60, loss=f"{s}.5E+00") for s in (1, 2))
     with log.open("a") as stream:
         stream.write(first + second[:120])
         stream.flush()
-        assert reader.latest() == (1, 60, 1.5)
+        assert reader.new() == [(1, 60, 1.5)]
         stream.write(second[120:])
         stream.flush()
-        assert reader.latest() == (2, 60, 2.5)
-    assert reader.latest() is None
+        assert reader.new() == [(2, 60, 2.5)]
+    assert reader.new() == []
 
 
 @pytest.mark.parametrize(
@@ -37,12 +37,11 @@ def test_the_last_whole_line_counts(tmp_path):
 def test_other_lines_are_no_steps(tmp_path, line):
     log = tmp_path / "log"
     log.write_text(line)
-    assert StepReader(log).latest() is None
+    assert StepReader(log).new() == []
 
 
 def test_a_loss_that_is_no_number_is_a_step_too(tmp_path):
     log = tmp_path / "log"
     log.write_text(LINE.format(step=3, total=9, loss="nan"))
-    latest = StepReader(log).latest()
-    assert latest is not None
+    (latest,) = StepReader(log).new()
     assert latest[:2] == (3, 9)
