@@ -71,7 +71,7 @@ def test_other_ranks_and_unwatched_runs_are_left_alone(monkeypatch, rank, name):
 def test_sigusr2_prints_all_stacks_and_the_process_goes_on():
     code = """
 import sys, threading
-from megatron_mone import liveness
+from megatron_mone.model import liveness
 liveness.dump_stacks_on_signal()
 def waits_in_a_collective(): event.wait()
 event = threading.Event()

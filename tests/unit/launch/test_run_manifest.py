@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch.runs import run_manifest as manifest
+from megatron_mone.common.places import ROOT
 
 CONFIG = {"values": {"lr": 1e-3}, "arguments": ["--seed", "1"]}
 
@@ -27,7 +28,7 @@ def test_a_start_is_recorded_with_code_and_config(tmp_path):
     assert written["schema"] == "megatron-mone/launch/1"
     assert written["config"] == CONFIG
     assert written["starts"][0]["job_id"] == "5"
-    pins = manifest.sha256_of(Path(manifest.__file__).parents[1] / "constraints.txt")
+    pins = manifest.sha256_of(ROOT / "constraints.txt")
     assert written["starts"][0]["constraints_sha256"] == pins
 
 

@@ -168,7 +168,7 @@ def test_masks_are_recorded_and_replayed_for_padding_too(tokens):
 
 def test_without_a_mask_nothing_is_done(tokens, monkeypatch):
     from megatron_mone.moe import layer as module
-    from megatron_mone.moe.dispatch import stock as mask_dispatch
+    from megatron_mone.moe.dispatch import carrier as mask_dispatch
 
     def fail(*arguments):
         raise AssertionError

@@ -501,7 +501,9 @@ def test_measured_phases_without_operators_are_refused(tmp_path):
 
 
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(calibration, "Tracer", lambda: MadeTracer(MONE_JOB, MOE_JOB))
+    monkeypatch.setattr(
+        "megatron_mone.commands.calibrate.Tracer", lambda: MadeTracer(MONE_JOB, MOE_JOB)
+    )
     out = tmp_path / "made" / "efficiency.json"
     calibrate_command(made_profile(tmp_path), CPU, out)
     efficiency = Efficiency.read(out)
@@ -519,7 +521,7 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_refuses_before_it_traces(tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration, "Tracer", lambda: pytest.fail("traced"))
+    monkeypatch.setattr("megatron_mone.commands.calibrate.Tracer", lambda: pytest.fail("traced"))
     profile = made_profile(tmp_path)
     with pytest.raises(ValueError, match=r"must end in \.json"):
         calibrate_command(profile, CPU, Path("efficiency.yaml"))

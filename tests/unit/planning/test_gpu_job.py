@@ -75,8 +75,8 @@ def test_the_package_comes_before_megatron():
     """Megatron decides on import whether Transformer Engine is there."""
     done = run(
         "import megatron.core.extensions.transformer_engine\n"
-        "from megatron_mone.planning import fused_package\n"
-        "fused_package.install()"
+        "from megatron_mone.planning.tracing.stand_ins import package\n"
+        "package.install()"
     )
     assert done.returncode != 0
     assert "imported before the stand-in" in done.stderr
@@ -84,14 +84,14 @@ def test_the_package_comes_before_megatron():
 
 def test_megatron_builds_its_own_classes_on_the_package():
     done = run(
-        "from megatron_mone.planning import fused_package\n"
-        "fused_package.install()\n"
+        "from megatron_mone.planning.tracing.stand_ins import package\n"
+        "package.install()\n"
         "from megatron.core.extensions import transformer_engine as te\n"
         "from megatron_mone.planning.tracing.stand_ins.linear import Linear\n"
         "from megatron.core.optimizer import Adam\n"
         "from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available\n"
         "assert te.HAVE_TE and issubclass(te.TEColumnParallelLinear, Linear)\n"
-        "assert Adam.__module__.endswith('fused_optimizer') and _grad_accum_fusion_available\n"
-        "fused_package.install()\n"
+        "assert Adam.__module__.endswith('stand_ins.optimizers') and _grad_accum_fusion_available\n"
+        "package.install()\n"
     )
     assert done.returncode == 0, done.stderr
