@@ -6,6 +6,7 @@ May touch: sys.argv, which Megatron's parser reads.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     ownership.add_arguments(parser)
     refuse_in_words(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
+    for action in parser._actions:
+        # "(e.g. 1.10 = 10%)" of transformer_config.py is a wrong format, which ends --help.
+        action.help = re.sub(r"(?<!%)%(?![(%])", "%%", action.help or "") or None
 
     def one_line(message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
