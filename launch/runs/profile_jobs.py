@@ -34,7 +34,7 @@ from launch.spec.sbatch_options import without_gpus
 from launch.spec.training_job import data_prefixes, training_variables
 from megatron_mone.common.command_line import OneLineParser
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.places import ROOT
+from megatron_mone.common.places import IS_CHECKOUT, ROOT
 from megatron_mone.model.run_config import load_run
 from megatron_mone.profiling.baselines import run_specs
 from megatron_mone.profiling.job_options import Options, add_options, read_options
@@ -43,7 +43,6 @@ PROFILES = "profiles"
 CASES = "cases"
 REPORT = "report"
 PAGE = "report.html"
-_TOOLS = ROOT / "tools"
 _NOT_OURS = ("--out", "--ranks", "--config", "--save", "--load")
 _REPORT_LIMIT = "00:30:00"
 _OWN_FLAGS = {"profile_nodes": None, "profile_steps": 20, "against": "moe", "strong": False}
@@ -190,8 +189,15 @@ def _size_job(
         variables=training_variables(values, words, site),
         **{**site, **once},
     )
-    program = (spec.python, str(_TOOLS / "profile.py"), "--config", str(config.resolve()))
+    program = (spec.python, *_program("profile"), "--config", str(config.resolve()))
     return replace(spec, command=program)
+
+
+def _program(name: str) -> tuple[str, ...]:
+    """Of tools/; an installation has no such folder, and the same as a command."""
+    if IS_CHECKOUT:
+        return (str(ROOT / "tools" / f"{name}.py"),)
+    return ("-m", "megatron_mone", name.replace("_", "-"))
 
 
 def _sized(base: LaunchSpec, size: Size, folder: Path, words: Sequence[str]) -> LaunchSpec:
@@ -214,7 +220,7 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
     if limit is not None and limit_seconds(limit) > limit_seconds(_REPORT_LIMIT):
         limit = _REPORT_LIMIT
     nodes = ",".join(str(size.nodes) for size in sweep.sizes)
-    program = (base.python, str(_TOOLS / "gather_profiles.py"), str(sweep.folder), "--nodes", nodes)
+    program = (base.python, *_program("gather_profiles"), str(sweep.folder), "--nodes", nodes)
     return checked(
         replace(
             base,

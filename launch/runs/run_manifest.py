@@ -24,7 +24,7 @@ from typing import Any
 
 from launch.spec.extension import extends
 from megatron_mone.common.files import write_json
-from megatron_mone.common.places import ROOT
+from megatron_mone.common.places import IS_CHECKOUT, ROOT
 from megatron_mone.data.manifest import load_manifest, manifest_path, sha256_of
 
 MANIFEST = "manifest.json"
@@ -200,8 +200,10 @@ def digest(value: Any) -> str:
 def code_facts() -> dict[str, Any]:
     """The code of this checkout: git commit, whether files differ from it, pinned packages.
 
-    `git_commit` is None outside a git checkout.
+    `git_commit` is None outside a git checkout; a git around an installation knows other code.
     """
+    if not IS_CHECKOUT:
+        return {"git_commit": None, "modified": None, "constraints_sha256": None}
     commit = _git(ROOT, "rev-parse", "HEAD")
     status = _git(ROOT, "status", "--porcelain", "--untracked-files=no")
     constraints = ROOT / "constraints.txt"

@@ -11,14 +11,10 @@ import psutil
 import torch
 
 from megatron_mone.common import machine
-from megatron_mone.common.places import PACKAGE, ROOT
+from megatron_mone.common.places import CONFIG_ROOT, PACKAGE
 
 PEERS = ("transformers", "deepspeed", "transformer-engine", "scattermoe", "sonic-moe", "megablocks")
-_SOURCES = (
-    PACKAGE / "kernels",
-    PACKAGE / "benchmarking",
-    ROOT / "configs" / "bench",
-)
+_SOURCES = (PACKAGE / "kernels", PACKAGE / "benchmarking", CONFIG_ROOT / "bench")
 
 
 def device() -> torch.device:

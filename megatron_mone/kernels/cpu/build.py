@@ -1,9 +1,10 @@
 """Build the native CPU kernels: `python megatron_mone/kernels/cpu/build.py`, or on first use.
 
-One library beside the sources, `mone_cpu-<sources>-<compiler>.so`: both hashes are in its name, so
-that a changed source or compiler is a new library and an old one is never loaded. Where there is no
-compiler, a library that was built elsewhere from the same sources is used. Needs only the standard
-library, so that `make` and setup.py run it before anything is installed.
+One library `mone_cpu-<sources>-<compiler>.so`, beside the sources of a checkout, else in the
+user's cache folder (native.py): both hashes are in its name, so that a changed source or compiler
+is a new library and an old one is never loaded. Where there is no compiler, a library that was
+built elsewhere from the same sources is used. Needs only the standard library, so that `make` and
+setup.py run it before anything is installed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def build(flags: tuple[str, ...] = (), folder: Path = FOLDER) -> Path:
 
     Args:
         flags: added to the compiler's, for instance a sanitizer's.
-        folder: where the library is kept.
+        folder: where a library is kept that is not beside the sources.
 
     Raises:
         BuildError: no compiler, a folder that cannot be written, or a compiler error.
@@ -47,15 +48,17 @@ def build(flags: tuple[str, ...] = (), folder: Path = FOLDER) -> Path:
     sources = _hash(*(p.read_text() for p in sorted(SOURCES.iterdir())), *FLAGS, *flags)
     compiler = find_compiler()
     if compiler is None:
-        built = sorted(folder.glob(f"mone_cpu-{sources}-*.so"))
-        if built:
-            return built[0]
+        for place in (FOLDER, folder):
+            for built in sorted(place.glob(f"mone_cpu-{sources}-*.so")):
+                return built
         raise BuildError("the CPU kernels need a C++ compiler: install g++ or set CXX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    target = folder / f"mone_cpu-{sources}-{_hash(compiler, version)}.so"
-    if not target.exists():
-        _build_locked(compiler, flags, target)
-    return target
+    name = f"mone_cpu-{sources}-{_hash(compiler, version)}.so"
+    if (FOLDER / name).exists():
+        return FOLDER / name
+    if not (folder / name).exists():
+        _build_locked(compiler, flags, folder / name)
+    return folder / name
 
 
 def find_compiler() -> str | None:
@@ -71,6 +74,7 @@ def _hash(*parts: str) -> str:
 def _build_locked(compiler: str, flags: tuple[str, ...], target: Path) -> None:
     """Ranks of one machine may get here together: one compiles, the others wait for it."""
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         with (target.parent / ".mone_cpu.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():
@@ -104,8 +108,9 @@ def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
         done = subprocess.run(link, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(f"{compiler} failed to link the CPU kernels:\n{done.stderr[-2000:]}")
-        for stale in target.parent.glob("mone_cpu-*.so"):
-            stale.unlink(missing_ok=True)
+        if target.parent == FOLDER:  # other versions may share a cache folder
+            for stale in FOLDER.glob("mone_cpu-*.so"):
+                stale.unlink(missing_ok=True)
         Path(library).replace(target)
 
 

@@ -7,15 +7,18 @@ caller in `products.py` and `backend.py`. Calls release the interpreter lock.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
 INTERFACE_VERSION = 6
@@ -103,7 +106,7 @@ def load() -> ctypes.CDLL:
     Raises:
         build.BuildError: no library can be had here; the message says why.
     """
-    path = build.build()
+    path = build.build(folder=_folder())
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
@@ -112,6 +115,13 @@ def load() -> ctypes.CDLL:
     if library.mone_interface_version() != INTERFACE_VERSION:
         raise build.BuildError(f"{path.name} has another interface than {__name__}: rebuild it")
     return library
+
+
+def _folder() -> Path:
+    """Where a library is kept that must be built."""
+    if IS_CHECKOUT and os.access(build.FOLDER, os.W_OK):
+        return build.FOLDER
+    return user_cache("kernels")
 
 
 @cache

@@ -18,19 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.places import PACKAGE
+from megatron_mone.common.places import PACKAGE, user_cache
 
 LARGEST_MIB = 1024
-# Rooms that no trace enters: what they say of one may change while it stays.
-_LEFT_OUT = ("planning/cost", "planning/fitting", "reporting", "benchmarking", "demo", "commands")
-
-
-def default_folder() -> Path:
-    """`megatron-mone/traces` in the user's cache folder: XDG_CACHE_HOME, or ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path is to be ignored, says the XDG base directory specification.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
-    return base / "megatron-mone" / "traces"
+# Rooms that no trace enters: what they say of one may change while it stays. Of an installation's
+# configs the key holds the values that were asked for.
+_LEFT_OUT = (
+    *("planning/cost", "planning/fitting", "reporting", "benchmarking", "demo", "commands"),
+    "configs",
+)
 
 
 class TraceCache:
@@ -45,7 +41,7 @@ class TraceCache:
     """
 
     def __init__(self, folder: Path | None = None, largest_mib: int = LARGEST_MIB) -> None:
-        self.folder = default_folder() if folder is None else folder
+        self.folder = user_cache("traces") if folder is None else folder
         self._largest = largest_mib << 20
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,11 @@ def test_a_start_is_recorded_with_code_and_config(tmp_path):
     assert written["starts"][0]["constraints_sha256"] == pins
 
 
+def test_a_git_around_an_installation_is_not_asked(monkeypatch):
+    monkeypatch.setattr(manifest, "IS_CHECKOUT", False)
+    assert set(manifest.code_facts().values()) == {None}
+
+
 def test_starts_add_up(tmp_path):
     _start(tmp_path, job_id="5")
     _start(tmp_path, job_id="6")

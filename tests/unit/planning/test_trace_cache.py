@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.common.places import PACKAGE
+from megatron_mone.common.places import PACKAGE, user_cache
 from megatron_mone.planning.tracing import trace_cache
-from megatron_mone.planning.tracing.trace_cache import TraceCache, cache_key, default_folder
+from megatron_mone.planning.tracing.trace_cache import TraceCache, cache_key
 from tests.unit.test_rooms import GRAPH, MODULES
 
 
@@ -115,10 +115,10 @@ def test_the_digest_reads_the_source(tmp_path, monkeypatch):
 
 def test_the_users_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_folder() == tmp_path / "megatron-mone" / "traces"
+    assert user_cache("traces") == tmp_path / "megatron-mone" / "traces"
     for none in ("", "relative/path"):
         monkeypatch.setenv("XDG_CACHE_HOME", none)
-        assert default_folder() == Path.home() / ".cache" / "megatron-mone" / "traces"
+        assert user_cache("traces") == Path.home() / ".cache" / "megatron-mone" / "traces"
 
 
 def test_a_folder_that_cannot_be_is_one_line(tmp_path):

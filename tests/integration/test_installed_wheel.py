@@ -1,0 +1,105 @@
+"""A wheel of this project, alone on the path and in another folder, does what a checkout does."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_mone.kernels.cpu import native
+from tests.training_cases import ROOT
+
+SHIPPED = ("megatron_mone", "launch")
+NEEDED = (*SHIPPED, "configs", "tools", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+
+def files(folder: Path) -> set[str]:
+    """All files below a folder that Python did not write, by their paths in it."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(folder).as_posix() for path in found}
+
+
+def pip(*arguments: str, cwd: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", *arguments, "--no-deps", "--quiet"],
+        cwd=cwd, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel is built from, without anything that was built here."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in NEEDED:
+        if (ROOT / name).is_dir():
+            built = shutil.ignore_patterns("__pycache__", "*.so", ".mone_cpu.lock", ".build-*")
+            shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel's content that cannot be written."""
+    work = tmp_path_factory.mktemp("installed")
+    pip("wheel", str(checkout), "--no-build-isolation", "--wheel-dir", "wheels", cwd=work)
+    (wheel,) = (work / "wheels").iterdir()
+    pip("install", str(wheel), "--target", "site", "--no-compile", cwd=work)
+    for path in (work / "site").rglob("*"):
+        path.chmod(path.stat().st_mode & ~0o222)
+    return work / "site"
+
+
+def run(installed: Path, cwd: Path, *command: str, status: int = 0, **environment: str) -> str:
+    """What a command prints that finds this project in the installation alone."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SLURM_", "MONE_"))}
+    clean |= {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=clean, timeout=600,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert done.returncode == status, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_the_wheel_holds_the_packages_and_what_they_read(checkout, installed):
+    found = {path.name for path in installed.iterdir()}
+    assert found == {"bin", *SHIPPED, "megatron_mone-0.1.0.dist-info"}
+    for name in SHIPPED:
+        own = {path for path in files(installed / name) if not path.startswith("configs/")}
+        assert own == files(checkout / name)
+    assert files(installed / "megatron_mone" / "configs") == files(checkout / "configs")
+
+
+def test_the_launcher_writes_a_script_that_needs_no_checkout(installed, tmp_path):
+    assert "python -m launch submit" in run(installed, tmp_path, "-m", "launch", "--help")
+    config = installed / "megatron_mone/configs/plan/moe-30b-a3b-mone-128.yaml"
+    flags = ("--dry-run", "--nodes", "2", "--profile", "--", "--mock-data")
+    script = run(installed, tmp_path, "-m", "launch", "submit", "--config", str(config), *flags)
+    assert f"-m megatron_mone profile --config {config}" in script
+    assert f"-m megatron_mone gather-profiles {tmp_path}/runs/" in script
+    assert "tools/" not in script
+
+
+def test_training_says_its_flags(installed, tmp_path):
+    said = run(installed, tmp_path, "-m", "megatron_mone.pretrain", "--help")
+    assert "--mone-neuron-ratio" in said
+
+
+def test_kernels_are_kept_in_the_cache_folder(installed, tmp_path):
+    """Built there once (as here, by the checkout), and without a compiler one line says so."""
+    here = ("-m", "megatron_mone.kernels")
+    none = run(installed, tmp_path, *here, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "no"))
+    assert "cpu        not usable: the CPU kernels need a C++ compiler: install g++" in none
+    if not native.build.find_compiler():
+        pytest.skip("no C++ compiler")
+    cache = tmp_path / "megatron-mone" / "kernels"
+    cache.mkdir(parents=True)
+    shutil.copy(native.load()._name, cache)
+    held, before = files(cache), files(installed)
+    assert "cpu        usable" in run(installed, tmp_path, *here, XDG_CACHE_HOME=str(tmp_path))
+    assert (files(cache), files(installed)) == (held, before)
