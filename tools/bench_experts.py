@@ -1,19 +1,9 @@
-"""Race MoNE's experts against dense MoE experts: one cell, or a grid with a report.
-
-    python tools/bench_experts.py --tokens 4096 --hidden 512 --neurons 1408 --experts 8 \
-        --ratio 0.25 --dtype fp32 --json out/cell.json
-    python tools/bench_experts.py --grid quick --out out/bench
-
-See megatron_mone/benchmarking/cli.py.
-"""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
+"""Door of megatron_mone/benchmarking/cli.py."""
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    import sys
+
+    sys.path[0] = __file__.rpartition("tools")[0]  # not tools/: profile.py would hide the library's
     from megatron_mone.benchmarking.cli import main
 
     sys.exit(main())

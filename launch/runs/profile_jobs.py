@@ -28,16 +28,16 @@ from launch.slurm.commands import SlurmUnavailable, cancel, submit
 from launch.slurm.script import sbatch_script
 from launch.spec.checks import checked, limit_seconds
 from launch.spec.launch_spec import LaunchSpec
-from launch.spec.pre_submit import PreSubmitChecks, Refused, pre_submit_checks
+from launch.spec.pre_submit import Judge, Refused, judging
 from launch.spec.profile_sizes import Size, Sizes
 from launch.spec.sbatch_options import without_gpus
 from launch.spec.training_job import data_prefixes, training_variables
-from megatron_mone.common.command_line import OneLineParser
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.places import IS_CHECKOUT, ROOT
+from megatron_mone.common.places import program_words
+from megatron_mone.common.program import parse
 from megatron_mone.model.run_config import load_run
 from megatron_mone.profiling.baselines import run_specs
-from megatron_mone.profiling.job_options import Options, add_options, read_options
+from megatron_mone.profiling.job_options import Asked, Options, read_options
 
 PROFILES = "profiles"
 CASES = "cases"
@@ -117,9 +117,9 @@ def submit_profile(
     """
     sweep = read_sweep(options, words, site)
     if not options.dry_run:
-        with pre_submit_checks(options.force) as checks:
-            if checks is not None:
-                sweep = _checked(sweep, checks, options.force)
+        with judging(options.force) as judge:
+            if judge is not None:
+                sweep = _judged(sweep, judge, options.force)
     if not sweep.sizes:
         raise ValueError(f"no number of nodes can be profiled: {'; '.join(sweep.left_out)}")
     for line in sweep.left_out:
@@ -154,11 +154,9 @@ def read_sweep(
             )
     values, name = load_run(options.config), options.name or options.config.stem
     folder = options.runs.resolve() / name
-    parser = OneLineParser(None)
-    add_options(parser)
     steps = ["--steps", str(options.profile_steps), "--against", options.against]
-    parsed, megatron = parser.parse_known_args([*steps, *words])
-    profiler = read_options(parsed)
+    asked, megatron = parse(Asked, [*steps, *words])
+    profiler = read_options(asked)
     base = checked(_size_job(options.config, name, folder, values, megatron, site))
     sizes = Sizes(values, megatron, base.nodes, base.ranks_per_node, options.strong)
     sizes.check_steps(profiler.steps_of_a_run)
@@ -189,15 +187,8 @@ def _size_job(
         variables=training_variables(values, words, site),
         **{**site, **once},
     )
-    program = (spec.python, *_program("profile"), "--config", str(config.resolve()))
+    program = (spec.python, *program_words("profile"), "--config", str(config.resolve()))
     return replace(spec, command=program)
-
-
-def _program(name: str) -> tuple[str, ...]:
-    """Of tools/; an installation has no such folder, and the same as a command."""
-    if IS_CHECKOUT:
-        return (str(ROOT / "tools" / f"{name}.py"),)
-    return ("-m", "megatron_mone", name.replace("_", "-"))
 
 
 def _sized(base: LaunchSpec, size: Size, folder: Path, words: Sequence[str]) -> LaunchSpec:
@@ -220,7 +211,7 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
     if limit is not None and limit_seconds(limit) > limit_seconds(_REPORT_LIMIT):
         limit = _REPORT_LIMIT
     nodes = ",".join(str(size.nodes) for size in sweep.sizes)
-    program = (base.python, *_program("gather_profiles"), str(sweep.folder), "--nodes", nodes)
+    program = (base.python, *program_words("gather_profiles"), str(sweep.folder), "--nodes", nodes)
     return checked(
         replace(
             base,
@@ -243,25 +234,25 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
     )
 
 
-def _checked(sweep: ProfileSweep, checks: PreSubmitChecks, force: bool) -> ProfileSweep:
+def _judged(sweep: ProfileSweep, judge: Judge, force: bool) -> ProfileSweep:
     """The sweep without the sizes that Megatron refuses or that cannot fit the GPUs.
 
     Raises:
         Refused: none is left.
     """
-    main = checks.stated(sweep.name, sweep.values, sweep.words)
-    checks.data(main, data_prefixes(sweep.values, sweep.words))
-    planned = checks.plans(sweep.specs[0]) if sweep.specs else False
+    main = judge.stated(sweep.name, sweep.values, sweep.words)
+    judge.data(main, data_prefixes(sweep.values, sweep.words))
+    planned = judge.plans(sweep.specs[0]) if sweep.specs else False
     kept, refused = [], []
     for size, spec in zip(sweep.sizes, sweep.specs, strict=True):
         words = [*sweep.words, *size.flags]
         try:
-            jobs = checks.compared(
-                checks.stated(sweep.name, sweep.values, words), run_specs(sweep.options.against)[1:]
+            jobs = judge.compared(
+                judge.stated(sweep.name, sweep.values, words), run_specs(sweep.options.against)[1:]
             )
-            known = [checks.flags(job, spec) for job in jobs.values()]
+            known = [judge.flags(job, spec) for job in jobs.values()]
             if planned and all(known):
-                checks.memory(jobs, spec, str(size))
+                judge.memory(jobs, spec, str(size))
         except Refused as error:
             if not force:
                 text = str(error)

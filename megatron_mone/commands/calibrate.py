@@ -8,24 +8,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_mone.common.files import write_json
-from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.fitting.calibration import calibrate
 from megatron_mone.planning.fitting.measured_profile import check_device, read_profile
 from megatron_mone.planning.tracing.trace_server import Tracer
 from megatron_mone.reporting.plan import calibration as calibration_report
 
 
-def calibrate_command(profile: Path, cluster: Cluster, out: Path) -> None:
-    """`tools/plan_scale.py --calibrate`: fit, print how well it fits, write the files.
+def calibrate_command(profile: Path, cluster_name: str, out: Path) -> None:
+    """`plan --calibrate`: fit, print how well it fits, write the files.
 
     Args:
-        profile: profile.json of tools/profile.py.
-        cluster: whose device it was measured on.
+        profile: profile.json of a profile.
+        cluster_name: as of --cluster, whose device it was measured on.
         out: efficiency file to write; STEM-fit.json, .png and .svg go beside it.
 
     Raises:
         ValueError: one line; a wrong input.
     """
+    cluster = load_cluster(cluster_name)
     if out.suffix != ".json":
         raise ValueError(f"--json {out} must end in .json: reports go beside it")
     measured = read_profile(profile)

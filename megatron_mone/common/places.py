@@ -22,3 +22,14 @@ def user_cache(name: str) -> Path:
     # A relative path is to be ignored, says the XDG base directory specification.
     base = Path(home) if Path(home).is_absolute() else Path.home() / ".cache"
     return base / "megatron-mone" / name
+
+
+def program_words(name: str) -> tuple[str, ...]:
+    """What follows `python`: a file of tools/, or, where an installation has none, a command.
+
+    Args:
+        name: of the file, without its suffix; a command's has - for _.
+    """
+    if IS_CHECKOUT:
+        return (str(ROOT / "tools" / f"{name}.py"),)
+    return ("-m", "megatron_mone", name.replace("_", "-"))

@@ -1,11 +1,12 @@
-"""The options of tools/profile.py, shared by the command that starts ranks and by the ranks."""
+"""The options of `megatron-mone profile`, shared by its ranks and by `submit --profile`."""
 
 from __future__ import annotations
 
-import argparse
-from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from typer import Option
 
 from megatron_mone.profiling.baselines import run_specs
 
@@ -56,20 +57,30 @@ class Options:
         return self.steps_of_a_run * (1 + len(self.against))
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the flags to a parser."""
-    add = parser.add_argument
-    add("--steps", type=int, default=20, help="measured steps of each run (20)")
-    add("--windows", type=int, help="turns that the steps are split into (5, or a step each)")
-    add("--warm-up", type=int, default=3, help="steps of each run before the first window (3)")
-    add("--against", default="", help="baselines, by comma: moe, moe-active, grouped_mm, or NAME:field=value")  # fmt: skip  # noqa: E501
-    add("--routing", default="real", help="real, balanced, or replayed: all runs route as the first")  # fmt: skip  # noqa: E501
-    add("--no-memory", action="store_true", help="leave the memory ledger out")
-    add("--trace", action="store_true", help="also write a torch profiler trace of one step a run")
-    add("--out", type=Path, default=Path("out/profile"), help="folder to write (out/profile)")
+@dataclass(frozen=True)
+class Asked:
+    """The options as typed."""
+
+    steps: Annotated[int, Option(help="measured steps of each run")] = 20
+    windows: Annotated[
+        int | None, Option(help="turns that the steps are split into (5, or a step each)")
+    ] = None
+    warm_up: Annotated[int, Option(help="steps of each run before the first window")] = 3
+    against: Annotated[
+        str,
+        Option(help="baselines, by comma: moe, moe-active, grouped_mm, or NAME:field=value"),
+    ] = ""
+    routing: Annotated[
+        str, Option(help="real, balanced, or replayed: all runs route as the first")
+    ] = "real"
+    no_memory: Annotated[bool, Option("--no-memory", help="leave the memory ledger out")] = False
+    trace: Annotated[
+        bool, Option("--trace", help="also write a torch profiler trace of one step a run")
+    ] = False
+    out: Annotated[Path, Option(help="folder to write")] = Path("out/profile")
 
 
-def read_options(parsed: Namespace) -> Options:
+def read_options(parsed: Asked) -> Options:
     """Check what was given.
 
     Raises:

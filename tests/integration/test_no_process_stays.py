@@ -213,7 +213,7 @@ def test_make_test_ends_what_tests_leave(start, tmp_path, how):
 
 ROWS = """
 import sys
-from tools import run_tests
+from tests import run as run_tests
 sleep = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 run_tests.PYTEST, run_tests.BESIDE, run_tests.ROW = tuple(sleep), (), ((), ())
 sys.argv[1:] = []

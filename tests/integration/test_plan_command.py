@@ -25,10 +25,9 @@ from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.document import layout_document
 from megatron_mone.planning.job import run_job
 from megatron_mone.planning.planner import Planner
-from megatron_mone.planning.tracing.trace_server import Tracer
+from megatron_mone.planning.tracing import trace_server
 from megatron_mone.reporting.plan.check import read_plan, read_search
 from tests.training_cases import ROOT
-from tools import plan_scale
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +96,7 @@ def inputs(tmp_path_factory) -> Path:
 def tracer(tmp_path_factory):
     """Of all commands that run in this process."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    with patch.dict(os.environ, XDG_CACHE_HOME=cache), Tracer() as tracer:
+    with patch.dict(os.environ, XDG_CACHE_HOME=cache), trace_server.Tracer() as tracer:
         yield tracer
 
 
@@ -107,16 +106,14 @@ def command(tracer, tmp_path_factory):
 
     def run(*words: str) -> Done:
         folder = tmp_path_factory.mktemp("plan")
-        argv = ["plan_scale.py", "--json", str(folder / "plan.json"), *words]
         out, err = io.StringIO(), io.StringIO()
         with (
-            patch.object(sys, "argv", argv),
-            patch.object(plan_command, "Tracer", lambda: contextlib.nullcontext(tracer)),
+            patch.object(trace_server, "Tracer", lambda: contextlib.nullcontext(tracer)),
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
             try:
-                status = plan_scale.main()
+                status = plan_command.main(["--json", str(folder / "plan.json"), *words])
             except SystemExit as ended:
                 status = int(ended.code or 0)
         return Done(status, out.getvalue(), err.getvalue(), folder)

@@ -29,7 +29,7 @@ ROOMS = (
     ),
     *("profiling", "planning", "reporting"),
     *("benchmarking", "demo", "commands"),
-    *("pretrain", "layer_spec"),
+    *("pretrain", "layer_spec", "__main__"),
 )
 LAUNCHES = ("demo", "commands")  # alone may import `launch`
 NEITHER = {name: ("kernels",) for name in ("config_checks", "config")}  # though it stands above
@@ -151,6 +151,13 @@ def test_a_wrong_import_is_seen(module, source):
         module,
         "from megatron_mone.common import spelling" if "common" not in module else "import os",
     )
+
+
+def test_tools_are_doors():
+    """What they do stands in a room; demo.py, until it has one, is the last of another kind."""
+    for path in (ROOT / "tools").glob("[!_]*.py"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert (len(lines) < 12 and "    sys.exit(main())" in lines) or path.stem == "demo", path
 
 
 def test_packages_are_whole():

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import tokenizers
 
+from megatron_mone.commands.prepare import main
 from megatron_mone.data.tokenizers import Encoder
-from tools.prepare_data import main
 
 ROOT = Path(__file__).resolve().parents[3]
 

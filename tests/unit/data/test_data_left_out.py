@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_mone.commands.prepare import main
 from megatron_mone.data.discovery import discover
 from megatron_mone.data.errors import DataError
-from tools.prepare_data import main
 
 ROW = '{"text": "a row"}\n'
 

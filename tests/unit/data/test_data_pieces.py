@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mone.commands.prepare import main
 from megatron_mone.data.text_pieces import SMALLEST, cut_pieces, piece_bytes
-from tools.prepare_data import main
 
 
 @settings(max_examples=150, deadline=None)

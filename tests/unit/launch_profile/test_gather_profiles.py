@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from launch.runs.run_manifest import begin_attempt, end_attempt
-from tools import gather_profiles
-from tools.gather_profiles import main, why_missing
+from megatron_mone.commands.gather_profiles import main, why_missing
+from megatron_mone.profiling import merge as merging
+from megatron_mone.reporting.profile import report
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def drawn(monkeypatch) -> list:
         ranks = {"world_size": int(world), "present": int(world) - 1, "incomplete": [1]}
         return {"ranks": ranks, "runs": [{"name": "mone", "model": {}}]}
 
-    monkeypatch.setattr(gather_profiles, "write_report", write_report)
-    monkeypatch.setattr(gather_profiles, "merge", merge)
+    monkeypatch.setattr(report, "write_report", write_report)
+    monkeypatch.setattr(merging, "merge", merge)
     return calls
 
 

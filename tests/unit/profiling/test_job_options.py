@@ -1,16 +1,13 @@
 """The options of tools/profile.py: what they count, and what is refused."""
 
-from argparse import ArgumentParser
-
 import pytest
 
-from megatron_mone.profiling.job_options import add_options, read_options
+from megatron_mone.common.program import parse
+from megatron_mone.profiling.job_options import Asked, read_options
 
 
 def options(*flags):
-    parser = ArgumentParser()
-    add_options(parser)
-    return read_options(parser.parse_args(flags))
+    return read_options(parse(Asked, flags)[0])
 
 
 @pytest.mark.parametrize(

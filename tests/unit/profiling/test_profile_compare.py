@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_mone.commands import compare as tool
 from megatron_mone.profiling import resample
 from megatron_mone.profiling.compare import compare, read_profile
 from megatron_mone.profiling.rank_steps import middle_half
 from megatron_mone.profiling.resample import Samples, difference, student_t
 from tests.unit.profiling.profile_builders import make_profile, make_record, make_run
-from tools import compare as tool
 
 ROOT = Path(__file__).resolve().parents[3]
 MEANS = {"attention": 40.0, "up/down GEMM": 50.0, "data": 0.5, "other": 9.5}

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_mone.commands import merge_profile
 from megatron_mone.profiling.merge import merge
 from megatron_mone.profiling.rank_record import LOAD_EDGES, record_name, write_record
 from megatron_mone.profiling.rank_steps import align, common_steps, middle_half, take_steps
@@ -26,7 +27,6 @@ from tests.unit.profiling.profile_builders import (
     make_record,
     make_run,
 )
-from tools import merge_profile
 
 ROOT = Path(__file__).resolve().parents[3]
 

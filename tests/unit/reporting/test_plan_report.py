@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib import pyplot as plt
 
+from megatron_mone.commands import report_plan
 from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.reporting.plan import curves as plan_curves
@@ -21,7 +22,6 @@ from megatron_mone.reporting.plan.timeline import BUBBLE_COLOUR, COLOURS, colour
 from megatron_mone.reporting.plan.view import basis, headline, layout_text, misfits
 from tests.unit.reporting.plan_example import LIMIT, example_plan, example_search
 from tests.unit.reporting.test_reporting_html import HOSTILE, tags_of
-from tools import report_plan
 
 
 @pytest.fixture(scope="module")

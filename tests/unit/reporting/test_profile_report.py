@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot as plt
 
+from megatron_mone.commands import report_profile
 from megatron_mone.common.phases import COMMUNICATION
 from megatron_mone.reporting.page.events import read_events
 from megatron_mone.reporting.page.html import Page
@@ -35,7 +36,6 @@ from megatron_mone.reporting.profile.view import (
 from tests.unit.profiling.profile_builders import make_profile, make_record, make_run
 from tests.unit.reporting.profile_example import example_profile
 from tests.unit.reporting.test_reporting_html import HOSTILE, assert_self_contained
-from tools import report_profile
 
 ROOT = Path(__file__).resolve().parents[3]
 

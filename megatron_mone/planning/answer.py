@@ -1,0 +1,177 @@
+"""A question and a planner -> the document of a plan, or of a search over layouts.
+
+May touch: the planner's tracer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_mone.common.progress import Say
+from megatron_mone.planning import sweeps
+from megatron_mone.planning.document import (
+    GIB,
+    SCHEMA,
+    cluster_document,
+    layout_document,
+    model_document,
+)
+from megatron_mone.planning.fixes import cheapest_fix
+from megatron_mone.planning.job import JobSpec, short_layout
+from megatron_mone.planning.planner import Planned, Planner, Progress
+from megatron_mone.planning.question import Question, is_mone
+from megatron_mone.planning.search import Candidate, Found, explain, pareto, search
+from megatron_mone.planning.terminal_tables import (
+    nothing_fits,
+    nothing_planned,
+    search_table,
+    table,
+)
+from megatron_mone.profiling.baselines import MAIN
+
+SEARCH_SCHEMA = "megatron-mone/plan-search/1"
+BEST = 5
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What there is to write and to say.
+
+    Attributes:
+        document: of a plan, or of a search.
+        runs: name of a run file -> its job.
+        text: for a terminal.
+        fits: whether the layout fits the devices.
+        refusal: one line where no layout of a search fits, or nothing.
+    """
+
+    document: dict[str, Any]
+    runs: Mapping[str, JobSpec]
+    text: str
+    fits: bool = True
+    refusal: str = ""
+
+
+def answer_plan(planner: Planner, question: Question, sweep: bool, say: Say) -> Answer:
+    """The plan of a job and of those it is compared with."""
+    job, gpus = question.job, question.gpus
+    main = MAIN if is_mone(job) else "moe"
+    jobs = {main: job, **{spec.name: job.against(spec) for spec in question.baselines}}
+    planned = {name: planner.plan(one, gpus, _about(say, name)) for name, one in jobs.items()}
+    models = []
+    for name, plan_of in planned.items():
+        document = model_document(name, plan_of.prediction, plan_of.stage_kinds)
+        if not plan_of.prediction.fits:
+            document["cheapest_fix"] = _fix(planner, plan_of, gpus, say)
+        models.append(document)
+    plan: dict[str, Any] = {
+        "schema": SCHEMA,
+        **_head(question, planner, planned[main]),
+        "warnings": _warnings(planner, planned),
+        "models": models,
+        "scaling": sweeps.scaling_curve(planned, planner),
+        "ratio_sweep": [],
+        "expert_sweep": [],
+    }
+    if sweep:
+        plan["ratio_sweep"] = sweeps.ratio_sweep(job, gpus, planner, _about(say, "r"))
+        plan["expert_sweep"] = sweeps.expert_sweep(
+            job, gpus, planner, plan["warnings"], _about(say, "K_E x K_N")
+        )
+    runs = {_file_name(name): plan_of.job for name, plan_of in planned.items()}
+    return Answer(plan, runs, table(plan), planned[main].prediction.fits)
+
+
+def answer_search(planner: Planner, question: Question, limit: int, say: Say) -> Answer:
+    """The search over layouts.
+
+    Raises:
+        ValueError: one line; no layout could be planned.
+    """
+    found = search(planner, question.job, question.gpus, limit, BEST, say)
+    asked = question.job.name, question.gpus, question.cluster.device
+    if not found.candidates:
+        raise ValueError(nothing_planned(found, *asked))
+    best = found.fitting[:BEST]
+    document = {
+        "schema": SEARCH_SCHEMA,
+        **_head(question, planner, found.candidates[0].planned),
+        "warnings": _warnings(planner, {}),
+        **_search_document(found, best),
+    }
+    text = search_table(document)
+    if not best:
+        return Answer(document, {}, text, refusal=nothing_fits(found, *asked))
+    return Answer(document, {"best": best[0].planned.job}, text)
+
+
+def _about(say: Say, what: str) -> Progress:
+    return lambda done, total: say(done, total, what)
+
+
+def _search_document(found: Found, best: list[Candidate]) -> dict[str, Any]:
+    front = pareto(found.candidates)
+    return {
+        "candidates": [_candidate(one, one.layout in front) for one in found.candidates],
+        "refused": [{"layout": layout, "reason": reason} for layout, reason in found.refused],
+        "hopeless": found.hopeless,
+        "not_tried": found.not_tried,
+        "best": [{"layout": one.layout, "why": explain(one, best[0])} for one in best],
+    }
+
+
+def _candidate(one: Candidate, on_front: bool) -> dict[str, Any]:
+    prediction = one.planned.prediction
+    return {
+        "name": one.layout,
+        "layout": layout_document(prediction.facts),
+        "fits": prediction.fits,
+        "step_ms": 1e3 * prediction.seconds,
+        "tokens_per_s_per_gpu": prediction.tokens_per_second,
+        "peak_gib": prediction.peak / GIB,
+        "parts_ms": {name: 1e3 * value for name, value in prediction.parts.items()},
+        "pareto": on_front,
+    }
+
+
+def _head(question: Question, planner: Planner, planned: Planned) -> dict[str, Any]:
+    facts = planned.prediction.facts
+    return {
+        "model": question.job.name,
+        "gpus": question.gpus,
+        "tokens_per_step": facts.global_batch_size * facts.seq_length,
+        "cluster": cluster_document(question.cluster),
+        "efficiency": planner.efficiency.source,
+        "routing": {"kind": question.skew.kind, "hottest": planned.hottest},
+    }
+
+
+def _warnings(planner: Planner, planned: dict[str, Planned]) -> list[str]:
+    found = ["Nothing here was run on a GPU: times are of a model of the machine."]
+    domain = planner.cluster.domain.devices
+    for name, one in planned.items():
+        if one.prediction.facts.tp > domain:
+            found.append(
+                f"{name}: tensor parallelism leaves the NVLink domain of {domain} devices."
+            )
+    return found
+
+
+def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> dict[str, Any] | None:
+    fix = cheapest_fix(planner, planned, gpus, lambda words: say(0, 1, f"trying {words}"))
+    if fix is None:
+        return None
+    words, fitting = fix
+    prediction = fitting.prediction
+    return {
+        "change": words,
+        "layout": short_layout(fitting.job.values()),
+        "step_ms": 1e3 * prediction.seconds,
+        "peak_gib": prediction.peak / GIB,
+    }
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)

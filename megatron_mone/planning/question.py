@@ -1,0 +1,120 @@
+"""What a user asks the planner, as typed and as checked before anything expensive starts.
+
+May touch: files under configs/ and those it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from megatron_mone.planning.cost.efficiency import Efficiency, efficiency_of
+from megatron_mone.planning.cost.hardware import Cluster, load_cluster
+from megatron_mone.planning.cost.routing_skew import Skew, parse_skew
+from megatron_mone.planning.job import JobSpec, job_spec, run_job
+from megatron_mone.profiling.baselines import RunSpec, run_specs
+
+_LAYOUT_HELP = (
+    "of configs/parallel/, a YAML file, or "
+    "tp=..,cp=..,pp=..,vpp=..,ep=..,etp=..,mbs=..,gbs=..,recompute=.."
+)
+_EFFICIENCY_HELP = "file of --calibrate; without, what is fitted for the cluster, or assumptions"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options as typed."""
+
+    model: Annotated[str | None, Option(help="of configs/model/, or a YAML file")] = None
+    config: Annotated[
+        Path | None,
+        Option(help="a whole run file, or its name, instead of --model, --layout and --train"),
+    ] = None
+    gpus: Annotated[int | None, Option(help="devices of the job, W")] = None
+    layout: Annotated[str | None, Option(help=_LAYOUT_HELP)] = None
+    train: Annotated[str, Option(help="of configs/train/, or a YAML file")] = "plan-4k"
+    cluster: Annotated[str, Option(help="of configs/cluster/hardware/, or a YAML file")] = (
+        "h100-ndr"
+    )
+    flags: Annotated[
+        str, Option(help="Megatron's flags on it: of configs/cluster/, or a YAML file")
+    ] = "gpu"
+    against: Annotated[
+        str, Option(help="models compared, by comma: moe, moe-active, NAME:field=value")
+    ] = ""
+    routing: Annotated[
+        str, Option(help="balanced, zipf:EXPONENT, or the profile.json of a run")
+    ] = "balanced"
+    efficiency: Annotated[Path | None, Option(help=_EFFICIENCY_HELP)] = None
+    calibrate: Annotated[
+        Path | None, Option(help="fit efficiencies to a profile.json instead of planning")
+    ] = None
+    search: Annotated[bool, Option("--search", help="try layouts instead of planning one")] = False
+    limit: Annotated[int, Option(help="layouts that a search plans")] = 200
+    sweep: Annotated[bool, Option("--sweep", help="also plan other r, and other K_E x K_N")] = False
+    json: Annotated[Path, Option(help="file to write")] = Path("out/plan/plan.json")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What was asked, checked.
+
+    Attributes:
+        job: of the model asked about.
+        gpus: W.
+        cluster, efficiency, skew: of the planner.
+        baselines: models compared.
+        json: file to write.
+    """
+
+    job: JobSpec
+    gpus: int
+    cluster: Cluster
+    efficiency: Efficiency
+    skew: Skew
+    baselines: tuple[RunSpec, ...]
+    json: Path
+
+
+def read_question(asked: Asked) -> Question:
+    """Check the command line, before anything expensive starts.
+
+    Raises:
+        ValueError: one line naming the option, its value and the fix.
+    """
+    if (asked.model is None) == (asked.config is None):
+        raise ValueError("give --model NAME, or --config RUN.yaml, and not both")
+    if asked.gpus is None or asked.gpus < 1:
+        raise ValueError(f"--gpus {asked.gpus} is not allowed: give the devices of the job, from 1")
+    if asked.limit < 1:
+        raise ValueError(f"--limit {asked.limit} is not allowed: give at least 1")
+    if asked.json.suffix != ".json":
+        raise ValueError(f"--json {asked.json} must end in .json: reports go beside it")
+    if asked.config is None:
+        job = job_spec(str(asked.model), asked.layout, asked.flags, asked.train)
+    else:
+        job = run_job(asked.config)
+        if asked.layout is not None:
+            job = job.with_text_layout(asked.layout)
+    if asked.sweep and not is_mone(job):
+        raise ValueError("--sweep needs a MoNE model: choose one with mone_neuron_ratio")
+    specs = run_specs([name for name in asked.against.split(",") if name])[1:]
+    for spec in specs:
+        if spec.grouped_mm:
+            raise ValueError(f"--against {spec.name} is a CPU baseline: on GPUs `moe` is grouped")
+        job.against(spec)  # refuses what the model has nothing of
+    cluster = load_cluster(asked.cluster)
+    return Question(
+        job, asked.gpus, cluster,
+        efficiency_of(cluster.name) if asked.efficiency is None
+        else Efficiency.read(asked.efficiency),
+        parse_skew(asked.routing), tuple(specs), asked.json,
+    )  # fmt: skip
+
+
+def is_mone(job: JobSpec) -> bool:
+    """Whether a job's model has fields of MoNE."""
+    return any(name.startswith("mone_") for name in job.model)
