@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,13 @@ from megatron_mone.common.local_ranks import free_port
 from megatron_mone.model import failure, liveness
 
 
-def main() -> None:
-    """Run one training job; a user's mistake is one line on stderr and exit status 2."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one training job; a user's mistake is one line on stderr and exit status 2.
+
+    Args:
+        words: of the command line, without the program's name; this process's when None.
+    """
+    words = sys.argv[1:] if words is None else words
     started = failure.begin()
     end_with_starter()  # before the seconds that imports take
     import torch
@@ -43,7 +49,7 @@ def main() -> None:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone.checkpoint.schedule import restart_notices
     from megatron_mone.model import checks
-    from megatron_mone.model.arguments import parse_arguments
+    from megatron_mone.model.arguments import parse_arguments, written_out
     from megatron_mone.model.checks.flags import notices
     from megatron_mone.model.checks.layout_notices import layout_notices
     from megatron_mone.model.config_builder import build_model_config
@@ -52,16 +58,17 @@ def main() -> None:
     has_stepped, end_watch = failure.watch_first_step()
     try:
         try:
-            args = parse_arguments()
+            words = written_out(words)
+            args = parse_arguments(words)
             model_config = build_model_config(args)
             checks.check_length(args)
         except ValueError as error:
             failure.fail(str(error))
         if args.rank == 0:
-            said = (*notices(args), *layout_notices(args, sys.argv), *restart_notices(args))
+            said = (*notices(args), *layout_notices(args, words), *restart_notices(args))
             for line in said:
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
-        _train(args, model_config, started)
+        _train(args, words, model_config, started)
     except SystemExit as ended:
         if args is None or ended.code or has_stepped() or args.ckpt_convert_format:
             raise
@@ -70,12 +77,14 @@ def main() -> None:
     except Exception as error:
         if has_stepped():
             raise
-        failure.end_with_line(error, args)
+        failure.end_with_line(error, args, words)
     finally:
         end_watch()
 
 
-def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
+def _train(
+    args: argparse.Namespace, words: Sequence[str], model_config: Any, started: float
+) -> None:
     import torch
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.enums import ModelType
@@ -107,9 +116,9 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
     tracker.interval_seconds = lambda: get_timers()("interval-time").elapsed(reset=False)
     if args.tensorboard_dir and args.rank == 0:
-        _write_run_facts(Path(args.tensorboard_dir), args, tracker.step_flops())
+        _write_run_facts(Path(args.tensorboard_dir), args, words, tracker.step_flops())
     set_startup_timestamps(program_start=started, main_entry=time.time())
-    end_profile = attach(args, window_of(args))
+    end_profile = attach(args, words, window_of(args))
     end_progress = liveness.report_progress()
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
@@ -139,7 +148,9 @@ def _train(args: argparse.Namespace, model_config: Any, started: float) -> None:
     torch.distributed.destroy_process_group()
 
 
-def _write_run_facts(folder: Path, args: argparse.Namespace, flops: tuple[float, float]) -> None:
+def _write_run_facts(
+    folder: Path, args: argparse.Namespace, words: Sequence[str], flops: tuple[float, float]
+) -> None:
     """run.json beside the event files: the constants a reader needs to scale what they hold."""
     facts = {
         "schema": "megatron-mone/run/1",
@@ -147,7 +158,7 @@ def _write_run_facts(folder: Path, args: argparse.Namespace, flops: tuple[float,
         "tokens_per_step": args.global_batch_size * args.seq_length,
         "executed_flops_per_step": flops[0],
         "active_flops_per_step": flops[1],
-        "argv": sys.argv[1:],
+        "argv": list(words),
     }
     write_json(folder / "run.json", facts)
 

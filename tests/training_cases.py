@@ -218,14 +218,10 @@ def prepare_ahead() -> None:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
     from megatron.training import arguments
 
-    from megatron_mone.model.arguments import add_arguments
+    from megatron_mone.model.arguments import reading
 
     spare_repeated_work()
-    argv, sys.argv = sys.argv, ["pretrain", *TINY, *MOCK]
-    try:
-        args = arguments.parse_args(add_arguments)
-    finally:
-        sys.argv = argv
+    args = arguments.parse_args(reading([*TINY, *MOCK]))
     args.padded_vocab_size = args.vocab_size
     config: Any = GPTDatasetConfig(
         random_seed=args.seed, sequence_length=args.seq_length, tokenizer=build_tokenizer(args),
@@ -297,10 +293,9 @@ def _main(todo: str, folder: str) -> None:
     for name, flags, tensors in json.loads(Path(todo).read_text()):
         (Path(folder) / name).mkdir(parents=True, exist_ok=True)
         keep_in(Path(folder) / name if tensors else None)
-        sys.argv = ["pretrain", *flags, "--tensorboard-dir", f"{folder}/{name}"]
         print(f"=== case {name}", flush=True)
         try:
-            pretrain.main()
+            pretrain.main([*flags, "--tensorboard-dir", f"{folder}/{name}"])
         except SystemExit as stop:  # --exit-interval
             if stop.code:
                 raise

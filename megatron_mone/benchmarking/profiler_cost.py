@@ -41,12 +41,11 @@ def main() -> int:
     if "WORLD_SIZE" not in os.environ:
         with tempfile.TemporaryDirectory() as logs:
             return run_ranks([sys.executable, *sys.argv], options.ranks, Path(logs))
-    sys.argv[1:] = megatron_flags
-    measure(options)
+    measure(options, megatron_flags)
     return 0
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(options: argparse.Namespace, megatron_flags: list[str]) -> None:
     """One rank's part; rank 0 prints."""
     import torch
 
@@ -54,6 +53,7 @@ def measure(options: argparse.Namespace) -> None:
         from megatron_mone import cpu_emulation
 
         cpu_emulation.install()
+    from megatron_mone.model.arguments import written_out
     from megatron_mone.model.failure import fail
     from megatron_mone.profiling.clock import phase_clock
     from megatron_mone.profiling.job import build_runs
@@ -62,7 +62,8 @@ def measure(options: argparse.Namespace) -> None:
     turns = max(2, options.steps // options.window)
     steps = WARM_UP + 2 * turns * (options.window + 1)
     try:
-        (run,) = build_runs(Options(steps, 1, 1, (), "real", False, False, Path()))
+        words = written_out(megatron_flags)
+        (run,) = build_runs(Options(steps, 1, 1, (), "real", False, False, Path()), words)
     except ValueError as error:
         fail(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +97,7 @@ def measure(options: argparse.Namespace) -> None:
     step(partial(_measured, meter, run, turns))
     meter.detach()
     if torch.distributed.get_rank() == 0:
-        report(seconds, marks, switches_in_a_step(meter.clock), options)
+        report(seconds, marks, switches_in_a_step(meter.clock), options, words)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -129,7 +130,11 @@ def switches_in_a_step(clock: Any) -> tuple[int, float]:
 
 
 def report(
-    seconds: dict[bool, list[list[float]]], marks: int, switches: tuple[int, float], options: Any
+    seconds: dict[bool, list[list[float]]],
+    marks: int,
+    switches: tuple[int, float],
+    options: Any,
+    words: list[str],
 ) -> None:
     """Print the cost, and write it where asked to."""
     from megatron_mone.common import phases
@@ -146,7 +151,7 @@ def report(
         "schema": SCHEMA,
         "machine": facts(),
         "ranks": int(os.environ["WORLD_SIZE"]),
-        "argv": sys.argv[1:],
+        "argv": words,
         "steps_each": on.windows.size,
         "step_ms_off": step_ms,
         "step_ms_on": float(cost.b_K[0]),

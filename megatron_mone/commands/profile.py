@@ -50,16 +50,18 @@ def _rank(options: Options, megatron_flags: list[str]) -> int:
         from megatron_mone import cpu_emulation
 
         cpu_emulation.install()
-    sys.argv[1:] = megatron_flags
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.model import failure
+    from megatron_mone.model.arguments import written_out
     from megatron_mone.profiling.job import Job, build_runs
 
     try:
-        runs = build_runs(options)
+        words = written_out(megatron_flags)
+        runs = build_runs(options, words)
         drawn = terminal() if os.environ.get("RANK", "0") == "0" else io.StringIO()
         with progress_bar(first="steps", stream=drawn) as bar:
-            Job(runs, options, lambda done: bar(done, options.total_steps, "steps")).measure()
+            job = Job(runs, options, words, lambda done: bar(done, options.total_steps, "steps"))
+            job.measure()
     except ValueError as error:
         failure.fail(str(error))
     torch.distributed.barrier()

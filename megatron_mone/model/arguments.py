@@ -1,21 +1,26 @@
 """A run file and flags -> Megatron's arguments with ours, checked.
 
-May touch: sys.argv, which Megatron's parser reads.
+Everything is read from the words handed in; sys.argv is neither read nor changed. May touch:
+Megatron's global arguments, which its own validation sets.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_mone.model import failure
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     """Read --config and flags, check files and folders, and let Megatron validate the rest.
+
+    Args:
+        words: of the command line, without the program's name.
 
     Raises:
         ValueError: anything wrong in the run file, the flags or the files they name.
@@ -28,11 +33,11 @@ def parse_arguments() -> argparse.Namespace:
     from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.model.profile_window import window_of
 
-    _expand_config()
-    given = parse_given(add_arguments)
+    words = written_out(words)
+    given = parse_given(words, reading(words))
     check_run(given)
     try:
-        args = arguments.parse_and_validate_args(extra_args_provider=add_arguments)
+        args = arguments.parse_and_validate_args(extra_args_provider=reading(words))
     except ValueError:
         raise
     except SystemExit:  # the one exit() there is
@@ -47,6 +52,21 @@ def parse_arguments() -> argparse.Namespace:
     settle_rerun_mode(args)
     window_of(args)  # refuses a wrong one
     return args
+
+
+def reading(words: Sequence[str]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """An extra_args_provider of Megatron's: adds our flags, and has `words` parsed.
+
+    megatron/training/arguments.py: parse_args takes no words, and asks the parser that its provider
+    hands back for those of sys.argv.
+    """
+
+    def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        add_arguments(parser)
+        parser.parse_args = partial(parser.parse_args, words)  # type: ignore[method-assign, assignment]
+        return parser
+
+    return provide
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -83,14 +103,17 @@ def flag_parser() -> argparse.ArgumentParser:
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
 
 
-def _expand_config() -> None:
-    """Replace `--config FILE` in sys.argv by the flags it stands for, before those given."""
+def written_out(words: Sequence[str]) -> list[str]:
+    """The words with the flags that `--config FILE` stands for in its place, before those given.
+
+    Raises:
+        ValueError: the run file is wrong.
+    """
     from megatron_mone.model.run_config import load_run, to_flags
 
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)
-    known, rest = own.parse_known_args(sys.argv[1:])
+    known, rest = own.parse_known_args(words)
     if known.config is None:
-        return
-    flags = to_flags(load_run(known.config), flag_parser(), known.config)
-    sys.argv[1:] = flags + rest
+        return list(words)
+    return to_flags(load_run(known.config), flag_parser(), known.config) + rest

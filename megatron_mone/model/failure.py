@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,19 +88,20 @@ def _has_no_traceback(record: logging.LogRecord) -> bool:
     return "Traceback (most recent call last)" not in record.getMessage()
 
 
-def end_with_line(error: BaseException, args: Namespace | None) -> NoReturn:
+def end_with_line(error: BaseException, args: Namespace | None, command: Sequence[str]) -> NoReturn:
     """Say the error in one line, write its traceback to a file, and leave.
 
     Args:
         error: that ends this rank.
         args: Megatron's, where they were read.
+        command: its words.
 
     Raises:
         SystemExit: USER_ERROR where another start would end the same way, else UNEXPECTED; where
             another rank failed before, its status.
     """
     log = log_file(args)
-    said = _line(error, args)
+    said = _line(error, args, command)
     if not (_is_ours(error) and isinstance(error, ValueError)):
         said += f"; the traceback is in {log}"
     text = "".join(traceback.format_exception(error))
@@ -165,9 +166,9 @@ def _shortened(said: str) -> str:
     return said if len(said) <= LONGEST_WORDS else f"{said[:LONGEST_WORDS]} ..."
 
 
-def _line(error: BaseException, args: Namespace | None) -> str:
+def _line(error: BaseException, args: Namespace | None, command: Sequence[str]) -> str:
     said = words(error)
-    flags = () if _is_ours(error) else likely_flags(error, said, args)
+    flags = () if _is_ours(error) else likely_flags(error, said, args, command)
     return f"{said}: most likely of {', '.join(flags)}" if flags else said
 
 

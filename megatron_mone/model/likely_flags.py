@@ -6,9 +6,9 @@ Touches nothing.
 from __future__ import annotations
 
 import re
-import sys
 import traceback
 from argparse import Namespace
+from collections.abc import Iterable
 
 MOST = 4
 _LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
@@ -40,18 +40,21 @@ TOPICS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )  # fmt: skip
 
 
-def likely_flags(error: BaseException, said: str, args: Namespace | None) -> tuple[str, ...]:
+def likely_flags(
+    error: BaseException, said: str, args: Namespace | None, words: Iterable[str]
+) -> tuple[str, ...]:
     """At most MOST flags: those named in the words, then those given of what the code is about.
 
     Args:
         error: with its traceback.
         said: its words.
         args: Megatron's, where they were read: what is none of them is no flag.
+        words: of the command line.
     """
     known = vars(args) if args is not None else {}
     in_words = re.findall(r"--([a-z][a-z0-9-]+)|\b([a-z]\w*_\w+)\b", said)
     named = [a.replace("-", "_") or b for a, b in in_words]
-    given = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    given = {word.partition("=")[0] for word in words if word.startswith("--")}
     about = _about(error)
     chosen = [name for name in about if _flag(name) in given] or list(about)
     found = [name for name in named if name in known] + chosen

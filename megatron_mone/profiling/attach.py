@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,15 +29,17 @@ class AttachedProfiler:
 
     Args:
         args: Megatron's arguments, validated.
+        words: of the command line, those of a run file written out.
         first, last: steps, 1-based, both included.
     """
 
-    def __init__(self, args: Namespace, first: int, last: int) -> None:
+    def __init__(self, args: Namespace, words: Sequence[str], first: int, last: int) -> None:
         from megatron.training import training
 
         folder = profile_dir(args)
         assert folder is not None
-        self.args, self.first, self.last, self.folder = args, first, last, folder
+        self.args, self.words, self.folder = args, words, folder
+        self.first, self.last = first, last
         self._training: Any = training
         self._train_step: Any = self._training.train_step
         self._meter: Any = None
@@ -80,7 +82,8 @@ class AttachedProfiler:
         from megatron_mone.profiling.run_meter import Run, RunMeter
 
         run = Run(NAME, self.args, model, optimizer, experts_backend(model))
-        self._facts = rank_facts(self.args, begin_job(self.folder), _routing(self.args))
+        job = begin_job(self.folder)
+        self._facts = rank_facts(self.args, self.words, job, _routing(self.args))
         self._meter = RunMeter(run, phase_clock())
         self._meter.attach()
 
@@ -101,11 +104,13 @@ class AttachedProfiler:
         self._written = time.monotonic()
 
 
-def attach(args: Namespace, window: tuple[int, int] | None) -> Callable[[], None]:
+def attach(
+    args: Namespace, words: Sequence[str], window: tuple[int, int] | None
+) -> Callable[[], None]:
     """Profile `window` of the run that is about to start; returns what ends it."""
     if window is None:
         return lambda: None
-    return AttachedProfiler(args, *window).close
+    return AttachedProfiler(args, words, *window).close
 
 
 def _routing(args: Namespace) -> str:

@@ -10,7 +10,6 @@ May touch: Megatron's argument parser, through the entry point's functions.
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -123,26 +122,22 @@ def _fields(text: str, changes: Sequence[str]) -> dict[str, Any]:
     return fields
 
 
-def parse_run(spec: RunSpec, base: Namespace) -> Namespace:
+def parse_run(spec: RunSpec, base: Namespace, words: Sequence[str]) -> Namespace:
     """Arguments of a further run in a process that has parsed its first.
 
     Args:
         spec: the run.
-        base: the first run's validated arguments; its flags (sys.argv) are parsed anew and changed.
+        base: the first run's validated arguments.
+        words: that they were read from; they are parsed anew and changed.
 
     Raises:
         ValueError: Megatron refuses the run, or it is laid out otherwise than the first.
     """
     from megatron.training import arguments
 
-    from megatron_mone.model.arguments import add_arguments
+    from megatron_mone.model.arguments import reading
 
-    flags = sys.argv
-    sys.argv = [*flags, *_as_flags(spec)]
-    try:
-        args = arguments.parse_args(add_arguments)
-    finally:
-        sys.argv = flags
+    args = arguments.parse_args(reading([*words, *_as_flags(spec)]))
     spec.edit(args)
     try:
         arguments.validate_args(args)

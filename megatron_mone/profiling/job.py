@@ -34,8 +34,12 @@ from megatron_mone.profiling.watched_steps import measure_memory, write_trace
 OnStep = Callable[[int], None]
 
 
-def build_runs(options: Options) -> list[LiveRun]:
-    """All runs of a profile, from the Megatron flags in sys.argv; starts the process groups.
+def build_runs(options: Options, words: Sequence[str]) -> list[LiveRun]:
+    """All runs of a profile; starts the process groups.
+
+    Args:
+        options: of the command.
+        words: Megatron's flags and ours, those of a run file written out.
 
     Raises:
         ValueError: a wrong flag, a baseline that does not fit; before any rank waits for another.
@@ -45,13 +49,13 @@ def build_runs(options: Options) -> list[LiveRun]:
     from megatron_mone.model.arguments import parse_arguments
 
     specs = run_specs(options.against)
-    base = parse_arguments()
+    base = parse_arguments(words)
     if base.train_iters and base.train_iters < options.steps_of_a_run:
         raise ValueError(
             f"train_iters = {base.train_iters} is fewer than the {options.steps_of_a_run} steps "
             "that each run takes: lower --steps or --windows, or raise --train-iters"
         )
-    all_args = [base, *(parse_run(spec, base) for spec in specs[1:])]
+    all_args = [base, *(parse_run(spec, base, words) for spec in specs[1:])]
     for args in all_args:
         args.moe_router_force_load_balancing |= options.routing == "balanced"
     configs = [model_config_of(spec, args) for spec, args in zip(specs, all_args, strict=True)]
@@ -71,10 +75,13 @@ class Job:
     Args:
         runs: in the order of the report, the model under test first.
         options: of the command.
+        words: that the runs were built from.
         on_step: told the number of steps done, of `options.total_steps`.
     """
 
-    def __init__(self, runs: Sequence[LiveRun], options: Options, on_step: OnStep) -> None:
+    def __init__(
+        self, runs: Sequence[LiveRun], options: Options, words: Sequence[str], on_step: OnStep
+    ) -> None:
         self.runs = runs
         self.options = options
         self._on_step = on_step
@@ -83,7 +90,8 @@ class Job:
         self.meters = [RunMeter(run.run, clock) for run in runs]
         layers = [moe_layers(run.run.model) for run in runs]
         self.routing = SharedRouting(layers) if options.routing == "replayed" else None
-        self.facts = rank_facts(runs[0].run.args, begin_job(options.out), options.routing)
+        job = begin_job(options.out)
+        self.facts = rank_facts(runs[0].run.args, words, job, options.routing)
         self.peaks = rank_peaks(runs[0].run.args.params_dtype, torch.distributed.barrier)
 
     def measure(self) -> Path:

@@ -6,8 +6,8 @@ May touch: Megatron's parallel state (read only), module_flops, the rank files o
 from __future__ import annotations
 
 import socket
-import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from megatron_mone.profiling.rank_record import SCHEMA, clear_records
 from megatron_mone.profiling.run_meter import Run
 
 
-def rank_facts(args: Any, job: str, routing: str) -> dict[str, Any]:
+def rank_facts(args: Any, words: Sequence[str], job: str, routing: str) -> dict[str, Any]:
     """The fields of a rank record above its runs.
 
     Args:
         args: Megatron's arguments, for the layout and the batch.
+        words: that they were read from, those of a run file written out.
         job: the same text on all ranks of this job, and on no other's.
         routing: how tokens found their experts: real, balanced or replayed.
     """
@@ -63,7 +64,7 @@ def rank_facts(args: Any, job: str, routing: str) -> dict[str, Any]:
             "routing": routing,
             "micro_batches": micro_batches,
             "tokens_per_step": args.global_batch_size * args.seq_length,
-            "argv": sys.argv[1:],
+            "argv": list(words),
             "machine": machine_facts(),
         },
     }

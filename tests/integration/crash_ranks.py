@@ -213,11 +213,10 @@ def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
         os.close(0)
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.argv = ["pretrain", *command["argv"]]
         _record_losses(Path(f"{command['name']}.{rank}.loss"))
         if command["fork_queue"]:
             fork_queue()
-        pretrain.main()
+        pretrain.main(command["argv"])
         status = 0
     except SystemExit as ended:
         status = ended.code or 0

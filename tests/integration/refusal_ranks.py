@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -38,8 +37,7 @@ def run(name: str, flags: list[str], folder: str) -> None:
     tempfile.tempdir = folder
     if case.prepare is not None:
         case.prepare()
-    sys.argv = ["pretrain", *flags]
-    pretrain.main()
+    pretrain.main(flags)
 
 
 def save_base(folder: str) -> None:
@@ -49,8 +47,7 @@ def save_base(folder: str) -> None:
 
     spare_repeated_work()
     fork_queue()
-    sys.argv = ["pretrain", *BASE, "--save", folder, "--save-interval", "2"]
-    pretrain.main()
+    pretrain.main([*BASE, "--save", folder, "--save-interval", "2"])
 
 
 def _checked_elsewhere(flags: list[str], world: int) -> str:

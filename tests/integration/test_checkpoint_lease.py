@@ -80,8 +80,7 @@ def train(argv: list[str], save: str, journal: str, freezes: str) -> None:
             return original(*args)
 
         setattr(safe_save, freezes, frozen)
-    sys.argv = ["pretrain", *argv]
-    pretrain.main()
+    pretrain.main(argv)
 
 
 class Run:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -79,8 +78,7 @@ def train(flags: list[str]) -> None:
     from tests.training_cases import spare_repeated_work
 
     spare_repeated_work()
-    sys.argv = ["pretrain", *flags]
-    pretrain.main()
+    pretrain.main(flags)
 
 
 @pytest.mark.slow

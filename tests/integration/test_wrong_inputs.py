@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.model.arguments import add_arguments, parse_arguments
+from megatron_mone.model.arguments import parse_arguments, reading
 from megatron_mone.model.config_builder import build_model_config
 from tests.training_cases import MOCK, MONE, ROOT, TINY
 
@@ -253,16 +253,15 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_line(name, data, tmp_path, monkeypatch):
+def test_one_line(name, data, tmp_path):
     from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
     from megatron.training import global_vars
 
     flags, pattern = CASES[name]
     steps = ["--train-iters", "1"]
-    monkeypatch.setattr(sys, "argv", ["pretrain", *flags(data, tmp_path), *steps])
     try:
         with pytest.raises((ValueError, SystemExit)) as caught:
-            build_model_config(parse_arguments())
+            build_model_config(parse_arguments([*flags(data, tmp_path), *steps]))
         message = " ".join(str(caught.value).split())
         print(f"| {name} | {message} |")
         assert re.search(pattern, message), message
@@ -327,14 +326,13 @@ def test_metadata_that_would_run_code(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_good_data_passes_every_check(data, monkeypatch):
+def test_good_data_passes_every_check(data):
     """The table above would prove nothing if the unbroken run were refused too."""
     from megatron.training import arguments
 
     from megatron_mone.model.checks import check_run
 
-    monkeypatch.setattr(sys, "argv", ["pretrain", *TINY, *data_flags(data)])
-    check_run(arguments.parse_args(add_arguments))
+    check_run(arguments.parse_args(reading([*TINY, *data_flags(data)])))
 
 
 def test_exit_status_and_stderr():

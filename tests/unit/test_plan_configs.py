@@ -6,7 +6,6 @@ start from. docs/PUBLISHED_RUNS.md says what the fields are.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def megatron_on_gpus(one_rank, monkeypatch):
     from megatron.training import arguments
 
     from megatron_mone.model import config_builder, layer_spec
-    from megatron_mone.model.arguments import add_arguments
+    from megatron_mone.model.arguments import reading
 
     for module in (arguments, transformer_config):
         monkeypatch.setattr(module, "is_te_min_version", lambda *_, **__: True)
@@ -233,8 +232,7 @@ def megatron_on_gpus(one_rank, monkeypatch):
 
     def accept(flags: list[str], world_size: int) -> argparse.Namespace:
         monkeypatch.setenv("WORLD_SIZE", str(world_size))
-        monkeypatch.setattr(sys, "argv", ["run", *flags])
-        args = arguments.parse_args(add_arguments)
+        args = arguments.parse_args(reading(flags))
         arguments.validate_args(args)
         args.padded_vocab_size = args.vocab_size
         config_builder.build_model_config(args)

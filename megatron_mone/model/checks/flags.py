@@ -2,14 +2,13 @@
 
 Megatron has one parser for all its scripts. What only another of them reads would be taken here and
 do nothing. tests/unit/checks/test_flags.py looks for readers in Megatron's source, and fails where
-a flag has none and is not named here. Reads sys.argv.
+a flag has none and is not named here. Touches nothing.
 """
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -76,24 +75,27 @@ MOOT_WITH_MONE: dict[str, str] = {
 """The same, of flags that stock experts read."""
 
 
-def parse_given(add_arguments: Callable[[ArgumentParser], ArgumentParser]) -> Namespace:
-    """Megatron's arguments as sys.argv gives them, each of which something reads.
+def parse_given(
+    words: Sequence[str], reading: Callable[[ArgumentParser], ArgumentParser]
+) -> Namespace:
+    """Megatron's arguments as `words` give them, each of which something reads.
 
     Args:
-        add_arguments: what adds ours to Megatron's parser.
+        words: of the command line, those of a run file written out.
+        reading: adds our flags to Megatron's parser, and has it parse the words.
 
     Raises:
         ValueError: from the parser or `check_flags`.
     """
     from megatron.training.arguments import parse_args
 
-    if any(word.partition("=")[0] == "--yaml-cfg" for word in sys.argv[1:]):
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
         # What it holds would replace all arguments, ours too.
         raise ValueError("yaml_cfg is not read here: give Megatron's arguments in a --config FILE")
     defaults: dict[str, Any] = {}
 
     def add_and_note_defaults(parser: ArgumentParser) -> ArgumentParser:
-        for action in add_arguments(parser)._actions:
+        for action in reading(parser)._actions:
             defaults.setdefault(action.dest, action.default)
         return parser
 

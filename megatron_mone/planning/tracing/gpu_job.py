@@ -10,10 +10,9 @@ jobs of one kind from the first on.
 from __future__ import annotations
 
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -93,12 +92,9 @@ def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Nam
         WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
         MASTER_PORT="1",
     )  # fmt: skip
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(sys, "argv", ["plan", *flags]))
-        if gpu:
-            stack.enter_context(_as_on_the_cluster())
+    with _as_on_the_cluster() if gpu else nullcontext():
         try:
-            args = parse_arguments()
+            args = parse_arguments(flags)
             config = build_model_config(args)
             check_traceable(args)
             return args, config

@@ -124,14 +124,12 @@ def _describe(job: dict[str, Any], result: Path) -> None:
 
 
 def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
-    from megatron_mone.model.arguments import _expand_config, flag_parser
+    from megatron_mone.model.arguments import flag_parser, written_out
     from megatron_mone.planning.tracing.job_facts import job_facts
     from megatron_mone.planning.tracing.stages import stage_flags, virtual_stages
 
-    sys.argv = ["plan", *flags]
-    _expand_config()
-    written_out = sys.argv[1:]
-    args, model_config = parse_gpu_job(written_out, world_size, rank=0)
+    words = written_out(flags)
+    args, model_config = parse_gpu_job(words, world_size, rank=0)
     stages = virtual_stages(args, model_config.transformer)
     return {
         "facts": job_facts(args, model_config).to_json(),
@@ -139,7 +137,7 @@ def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
             {"stage": p, "chunk": v, "key": stage.key, "first_layer": stage.first_layer}
             for (p, v), stage in stages.items()
         ],
-        "stage_flags": stage_flags(written_out, flag_parser(), stages),
+        "stage_flags": stage_flags(words, flag_parser(), stages),
     }
 
 
