@@ -187,28 +187,13 @@ def queue(job_ids: Sequence[str] = ()) -> list[dict[str, Any]] | None:
 
 
 SACCT_FIELDS = [
-    "JobIDRaw",
-    "JobID",
-    "JobName",
-    "State",
-    "ExitCode",
-    "NodeList",
-    "Start",
-    "End",
-    "TimelimitRaw",
-    "Reason",
-]
+    "JobIDRaw", "JobID", "JobName", "State", "ExitCode", "NodeList", "Start", "End",
+    "TimelimitRaw", "Reason",
+]  # fmt: skip
 # sacct -c reads a text file: it knows fewer fields, and splits a name at its first space.
 COMPLETION_FIELDS = [
-    "JobID",
-    "JobName",
-    "State",
-    "ExitCode",
-    "NodeList",
-    "Start",
-    "End",
-    "Timelimit",
-]
+    "JobID", "JobName", "State", "ExitCode", "NodeList", "Start", "End", "Timelimit",
+]  # fmt: skip
 UNIT_SEPARATOR = "\x1f"  # a job's name may hold any printable character
 
 

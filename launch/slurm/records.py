@@ -12,39 +12,16 @@ from typing import Any
 from launch.slurm.answers import shown
 from launch.slurm.commands import Unreadable
 
-FINISHED = frozenset(
-    (
-        "BOOT_FAIL",
-        "CANCELLED",
-        "COMPLETED",
-        "DEADLINE",
-        "FAILED",
-        "NODE_FAIL",
-        "OUT_OF_MEMORY",
-        "PREEMPTED",
-        "REVOKED",
-        "TIMEOUT",
-    )
-)
+FINISHED = frozenset((
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "PREEMPTED", "REVOKED", "TIMEOUT",
+))  # fmt: skip
 # Flags beside the state in newer JSON (a list); 22.05 and squeue print the flag for the state.
-FLAGS = frozenset(
-    (
-        "COMPLETING",
-        "CONFIGURING",
-        "LAUNCH_FAILED",
-        "POWER_UP_NODE",
-        "RECONFIG_FAIL",
-        "REQUEUED",
-        "REQUEUE_FED",
-        "REQUEUE_HOLD",
-        "RESIZING",
-        "RESV_DEL_HOLD",
-        "SIGNALING",
-        "SPECIAL_EXIT",
-        "STAGE_OUT",
-        "STOPPED",
-    )
-)
+FLAGS = frozenset((
+    "COMPLETING", "CONFIGURING", "LAUNCH_FAILED", "POWER_UP_NODE", "RECONFIG_FAIL", "REQUEUED",
+    "REQUEUE_FED", "REQUEUE_HOLD", "RESIZING", "RESV_DEL_HOLD", "SIGNALING", "SPECIAL_EXIT",
+    "STAGE_OUT", "STOPPED",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)

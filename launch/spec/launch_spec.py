@@ -133,13 +133,7 @@ class LaunchSpec:
 
 
 RUN_FIELDS = (
-    "name",
-    "command",
-    "workdir",
-    "folder",
-    "saves_checkpoints",
-    "variables",
-    "cases",
-)
+    "name", "command", "workdir", "folder", "saves_checkpoints", "variables", "cases",
+)  # fmt: skip
 """What a run brings; all other fields may stand in a file of configs/launch."""
 SITE_FIELDS = tuple(f.name for f in fields(LaunchSpec) if f.name not in RUN_FIELDS)

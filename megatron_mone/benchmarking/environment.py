@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from importlib import metadata
 from typing import Any
 
 import psutil
@@ -28,7 +27,7 @@ def describe() -> dict[str, str]:
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
     facts["Threads"] = str(torch.get_num_threads())
-    found = [f"{name} {version}" for name in PEERS if (version := _version(name))]
+    found = [f"{name} {version}" for name in PEERS if (version := machine.version(name))]
     facts["Peers"] = ", ".join(found) or "none beside torch and Megatron-Core"
     facts["Load average at the start"] = f"{machine.load_average():.2f}"
     return facts
@@ -53,10 +52,3 @@ def free_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
     return psutil.virtual_memory().available
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

@@ -6,27 +6,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_mone.benchmarking.summary import AUTO, Point, fraction, label
+from megatron_mone.reporting.page import plots
 
 # Okabe and Ito's colours: r from all neurons to few.
 RATIO_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
 FORWARD, BOTH, ROOF = "#0072B2", "#D55E00", "#444444"
-SETTINGS = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "megatron-mone",
-}
+SETTINGS = {**plots.SETTINGS, "font.size": 10}
 Drawing = Callable[[dict[str, Any], list[Point]], Figure | None]
 
 

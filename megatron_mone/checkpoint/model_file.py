@@ -18,23 +18,11 @@ from megatron_mone.config import MONE_FIELD_NAMES
 MANIFEST_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"
 SHAPE_FIELDS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_shared_expert_intermediate_size",
-    "mtp_num_layers",
-    "multi_latent_attention",
-    "untie_embeddings_and_output_weights",
-    "position_embedding_type",
-    "normalization",
-    "swiglu",
-)
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
+    "moe_shared_expert_intermediate_size", "mtp_num_layers", "multi_latent_attention",
+    "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "swiglu",
+)  # fmt: skip
 
 
 def write_manifest(folder: Path, args: Namespace) -> None:

@@ -35,7 +35,7 @@ def load_average() -> float:
 
 def facts() -> dict[str, str]:
     """Label -> value, for the foot of a report. Holds no host name and no path."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version(name) for name in PACKAGES}
     return {
         "Processor": f"{cpu_model()}, {cores()} cores",
         "System": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -44,7 +44,8 @@ def facts() -> dict[str, str]:
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package; empty where it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -121,12 +121,6 @@ def module_flops(config: Any, share: RankShare) -> dict[str, dict[str, float]]:
     }
 
 
-def total_flops(modules: Mapping[str, Mapping[str, float]]) -> tuple[float, float]:
-    """(executed, active) over all phases of `module_flops`."""
-    values = modules.values()
-    return sum(m["executed"] for m in values), sum(m["active"] for m in values)
-
-
 def _product(forward: float, times_again: int = 0) -> Work:
     """Of products with `forward` operations: those, both gradients, and recomputed forwards."""
     return Work((3.0 + times_again) * forward, 3.0 * forward)

@@ -15,15 +15,9 @@ from torch.distributed import ProcessGroup
 # Edges of the load histogram, in multiples of a balanced load; the first bin is [0, first edge).
 HISTOGRAM_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
 SUMMARY_FIELDS = (
-    "kept_ratio",
-    "neuron_load_max_over_mean",
-    "neuron_load_p1",
-    "neuron_load_p50",
-    "neuron_load_p99",
-    "dead_neurons",
-    "expert_load_max_over_mean",
-    "routed_rows",
-)
+    "kept_ratio", "neuron_load_max_over_mean", "neuron_load_p1", "neuron_load_p50",
+    "neuron_load_p99", "dead_neurons", "expert_load_max_over_mean", "routed_rows",
+)  # fmt: skip
 
 
 class NeuronLoad:

@@ -25,16 +25,10 @@ MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors
 # What ranks share: a run that changes one of these needs process groups of its own.
 LAYOUT = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
-    "micro_batch_size",
-    "global_batch_size",
-    "seq_length",
-)
+    "tensor_model_parallel_size", "pipeline_model_parallel_size",
+    "virtual_pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size",
+    "expert_tensor_parallel_size", "micro_batch_size", "global_batch_size", "seq_length",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -49,53 +49,38 @@ _NODE = "autograd::engine::evaluate_function"
 Storages = dict[int, Any]  # torch.UntypedStorage by address
 
 
-def persistent_tensors(model_chunks: Iterable[Any], optimizer: Any) -> dict[str, list[Tensor]]:
+def persistent_tensors(
+    model_chunks: Iterable[Any], optimizer: Any, *, of_experts: bool = False
+) -> dict[str, list[Tensor]]:
     """Everything that Megatron keeps from step to step, by kind; views and repeats included.
 
     Args:
         model_chunks: modules, wrapped in Megatron's DistributedDataParallel or not.
         optimizer: a MegatronOptimizer, chained, distributed or neither, or a torch optimizer.
+        of_experts: only what belongs to routed experts, that expert parallelism shards. Megatron
+            marks their parameters with `allreduce` = False and keeps their gradients in buffers,
+            and their state in optimizers, of their own (get_megatron_optimizer).
     """
+    buffers = ("expert_parallel_buffers",) if of_experts else ("buffers", "expert_parallel_buffers")
     found: dict[str, list[Tensor]] = {WEIGHTS: [], GRADIENTS: [], OPTIMIZER: []}
     for chunk in model_chunks:
         # Megatron's wrapper has a list named `buffers` where a module has the method.
         for module in chunk.modules():
-            found[WEIGHTS] += tensors_in([*module._parameters.values(), *module._buffers.values()])
-        for name in ("buffers", "expert_parallel_buffers"):
+            own = [*module._parameters.values()]
+            if of_experts:
+                own = [p for p in own if not getattr(p, "allreduce", True)]
+            if own or not of_experts:
+                found[WEIGHTS] += tensors_in([*own, *module._buffers.values()])
+        for name in buffers:
             for buffer in vars(chunk).get(name, ()):
                 found[WEIGHTS] += tensors_in([buffer.param_data])
                 found[GRADIENTS] += tensors_in([buffer.grad_data])
     for single in _single_optimizers(optimizer):
-        found[OPTIMIZER] += tensors_in(list(vars(single).values()))
-    for parameter in found[WEIGHTS] + found[OPTIMIZER]:
-        if parameter.is_leaf:  # torch warns about `.grad` of any other
-            found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])
-    return found
-
-
-def expert_tensors(model_chunks: Iterable[Any], optimizer: Any) -> dict[str, list[Tensor]]:
-    """Those of `persistent_tensors` that belong to routed experts: that expert parallelism shards.
-
-    Megatron marks their parameters with `allreduce` = False and keeps their gradients in buffers,
-    and their state in optimizers, of their own (get_megatron_optimizer).
-
-    Args:
-        model_chunks, optimizer: as of `persistent_tensors`.
-    """
-    found: dict[str, list[Tensor]] = {WEIGHTS: [], GRADIENTS: [], OPTIMIZER: []}
-    for chunk in model_chunks:
-        for module in chunk.modules():
-            own = [p for p in module._parameters.values() if not getattr(p, "allreduce", True)]
-            found[WEIGHTS] += tensors_in([*own, *(module._buffers.values() if own else ())])
-        for buffer in vars(chunk).get("expert_parallel_buffers", ()):
-            found[WEIGHTS] += tensors_in([buffer.param_data])
-            found[GRADIENTS] += tensors_in([buffer.grad_data])
-    for single in _single_optimizers(optimizer):
         groups = getattr(single, "param_groups", ())
-        if groups and all(group.get("is_expert_parallel") for group in groups):
+        if not of_experts or (groups and all(g.get("is_expert_parallel") for g in groups)):
             found[OPTIMIZER] += tensors_in(list(vars(single).values()))
     for parameter in found[WEIGHTS] + found[OPTIMIZER]:
-        if parameter.is_leaf:
+        if parameter.is_leaf:  # torch warns about `.grad` of any other
             found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])
     return found
 

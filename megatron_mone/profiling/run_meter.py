@@ -130,31 +130,13 @@ def _communication(times: Sequence[StepTimes]) -> dict[str, dict[str, list[float
 
 
 MODEL_FIELDS = (
-    "num_layers",
-    "mtp_num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "seq_length",
-    "padded_vocab_size",
-    "num_experts",
-    "moe_router_topk",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "moe_token_dispatcher_type",
-    "params_dtype",
-    "mone_neuron_ratio",
-    "mone_neurons_per_token",
-    "mone_neuron_block",
-    "mone_neuron_groups",
-    "mone_selection",
-    "mone_activation",
-    "mone_ng_loss_type",
-    "mone_ng_loss_coeff",
-    "mone_ng_loss_scope",
-)
+    "num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+    "num_query_groups", "seq_length", "padded_vocab_size", "num_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq",
+    "moe_token_dispatcher_type", "params_dtype", "mone_neuron_ratio", "mone_neurons_per_token",
+    "mone_neuron_block", "mone_neuron_groups", "mone_selection", "mone_activation",
+    "mone_ng_loss_type", "mone_ng_loss_coeff", "mone_ng_loss_scope",
+)  # fmt: skip
 
 
 def model_fields(args: Any) -> dict[str, Any]:

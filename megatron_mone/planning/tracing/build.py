@@ -191,7 +191,7 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
     from megatron_mone.profiling import live_run
     from megatron_mone.profiling.baselines import RunSpec
     from megatron_mone.profiling.instrument import Instruments, moe_layers
-    from megatron_mone.profiling.ledger import expert_tensors, persistent_tensors
+    from megatron_mone.profiling.ledger import persistent_tensors
 
     with patch.object(live_run, "training_data", _readers):
         run = live_run.build_run(RunSpec("traced"), args, model_config)
@@ -216,7 +216,7 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
         rows=rows,
         ops=merged(recorder.ops),
         collectives=merged(recorder.collectives),
-        memory=stage_memory(held, expert_tensors(model, optimizer), recorder),
+        memory=stage_memory(held, persistent_tensors(model, optimizer, of_experts=True), recorder),
     )
 
 

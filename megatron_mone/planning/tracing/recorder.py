@@ -160,7 +160,7 @@ def stage_memory(
 
     Args:
         held: from step to step, by kind; of ledger.persistent_tensors.
-        of_experts: which of them are of routed experts; of ledger.expert_tensors.
+        of_experts: which of them are of routed experts; as `held`.
         recorder: of the step.
     """
     found = {kind: _storages(held[kind]) for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)}
