@@ -18,6 +18,7 @@ import yaml
 from launch.spec.launch_spec import SITE_FIELDS, Container, LaunchSpec
 from megatron_mone.common.places import CONFIG_ROOT
 from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.yaml_values import KeysOnce
 
 FOLDER = CONFIG_ROOT / "launch"
 # As sbatch reads --gpus-per-node: the type alone is one of it.
@@ -153,18 +154,8 @@ def _read(path: Path) -> dict[Any, Any]:
     return values
 
 
-class _TextLoader(yaml.BaseLoader):
-    """Every scalar as text; a key given twice is an error, where YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are all different."""
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if isinstance(key, str) and keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"{twice[0]!r} is given twice", node.start_mark
-            )
-        return super().construct_mapping(node, deep)
+class _TextLoader(KeysOnce, yaml.BaseLoader):
+    """Every scalar as text."""
 
 
 def _typed(name: str, value: Any) -> Any:

@@ -30,8 +30,8 @@ _SCALARS = (
 )  # fmt: skip
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # as its base class has it
+class KeysOnce(yaml.constructor.BaseConstructor):
+    """Of a safe loader: a key given twice is an error, where PyYAML takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping whose keys are all different."""
@@ -42,6 +42,10 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"{key!r} is given twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+
+class _Loader(KeysOnce, yaml.SafeLoader):
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # as its base class has it
 
     def number(self, node: yaml.ScalarNode) -> float | int:
         """A float; an integer where an exponent makes a whole number."""
