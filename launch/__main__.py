@@ -26,7 +26,7 @@ from launch.runs.sweep import start_sweep
 from launch.runs.sweep_results import show_results
 from launch.slurm.commands import SlurmUnavailable
 from launch.spec.file import add_flags
-from launch.spec.pre_submit import judge_job
+from launch.spec.pre_submit import check_before_submit
 from megatron_mone.common.command_line import ERROR, OneLineParser, fail
 from megatron_mone.common.spelling import nearest_name
 
@@ -51,11 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse_profile_flags(options)
         job = job_of(options, rest)
         if job.points:
-            return start_sweep(job, options, lambda cases: judge_job(cases, options.force))
+            return start_sweep(
+                job, options, lambda cases: check_before_submit(cases, options.force)
+            )
         if is_local(options):
             return start_run(job, options)
         if not options.dry_run:
-            judge_job(job, options.force)
+            check_before_submit(job, options.force)
         submit_run(job, options)
         return 0
     except (ValueError, OSError) as error:

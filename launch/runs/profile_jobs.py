@@ -28,7 +28,7 @@ from launch.slurm.commands import SlurmUnavailable, cancel, submit
 from launch.slurm.script import sbatch_script
 from launch.spec.checks import checked, limit_seconds
 from launch.spec.launch_spec import LaunchSpec
-from launch.spec.pre_submit import Judge, Refused, judging
+from launch.spec.pre_submit import PreSubmitChecks, Refused, pre_submit_checks
 from launch.spec.profile_sizes import Size, Sizes
 from launch.spec.sbatch_options import without_gpus
 from launch.spec.training_job import data_prefixes, training_variables
@@ -117,9 +117,9 @@ def submit_profile(
     """
     sweep = read_sweep(options, words, site)
     if not options.dry_run:
-        with judging(options.force) as judge:
-            if judge is not None:
-                sweep = _judged(sweep, judge, options.force)
+        with pre_submit_checks(options.force) as checks:
+            if checks is not None:
+                sweep = _checked(sweep, checks, options.force)
     if not sweep.sizes:
         raise ValueError(f"no number of nodes can be profiled: {'; '.join(sweep.left_out)}")
     for line in sweep.left_out:
@@ -234,25 +234,25 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
     )
 
 
-def _judged(sweep: ProfileSweep, judge: Judge, force: bool) -> ProfileSweep:
+def _checked(sweep: ProfileSweep, checks: PreSubmitChecks, force: bool) -> ProfileSweep:
     """The sweep without the sizes that Megatron refuses or that cannot fit the GPUs.
 
     Raises:
         Refused: none is left.
     """
-    main = judge.stated(sweep.name, sweep.values, sweep.words)
-    judge.data(main, data_prefixes(sweep.values, sweep.words))
-    planned = judge.plans(sweep.specs[0]) if sweep.specs else False
+    main = checks.stated(sweep.name, sweep.values, sweep.words)
+    checks.data(main, data_prefixes(sweep.values, sweep.words))
+    planned = checks.plans(sweep.specs[0]) if sweep.specs else False
     kept, refused = [], []
     for size, spec in zip(sweep.sizes, sweep.specs, strict=True):
         words = [*sweep.words, *size.flags]
         try:
-            jobs = judge.compared(
-                judge.stated(sweep.name, sweep.values, words), run_specs(sweep.options.against)[1:]
+            jobs = checks.compared(
+                checks.stated(sweep.name, sweep.values, words), run_specs(sweep.options.against)[1:]
             )
-            known = [judge.flags(job, spec) for job in jobs.values()]
+            known = [checks.flags(job, spec) for job in jobs.values()]
             if planned and all(known):
-                judge.memory(jobs, spec, str(size))
+                checks.memory(jobs, spec, str(size))
         except Refused as error:
             if not force:
                 text = str(error)

@@ -1,6 +1,6 @@
 """Before a job waits in a queue: are its flags right, and does it fit the GPUs' memory?
 
-The flags are Megatron's to judge (checked_flags.py), the memory the planner's (docs/PLANNER.md).
+Megatron checks the flags (checked_flags.py), the planner the memory (docs/PLANNER.md).
 May touch: the planner's processes and cache; stderr.
 """
 
@@ -58,7 +58,7 @@ class Memory:
     stage: int
 
 
-def judge_job(job: Job, force: bool) -> None:
+def check_before_submit(job: Job, force: bool) -> None:
     """Say on stderr what is known of a job before it is submitted.
 
     Args:
@@ -71,20 +71,20 @@ def judge_job(job: Job, force: bool) -> None:
     """
     if "values" not in job.config:
         return
-    with judging(force) as judge:
-        if judge is not None:
-            judge.training(job)
+    with pre_submit_checks(force) as checks:
+        if checks is not None:
+            checks.training(job)
 
 
 @contextmanager
-def judging(force: bool) -> Iterator[Judge | None]:
-    """The judge, while its processes run; None, and a line, where nothing can be judged.
+def pre_submit_checks(force: bool) -> Iterator[PreSubmitChecks | None]:
+    """The checks, while its processes run; None, and a line, where nothing can be checked.
 
     Args:
         force: a refusal is printed and ends nothing.
 
     Raises:
-        ValueError: what the judge refuses.
+        ValueError: what the checks refuse.
     """
     if missing := _missing_package():
         _note(f"flags and memory are not checked: {missing} is not installed here")
@@ -102,7 +102,7 @@ def judging(force: bool) -> Iterator[Judge | None]:
         return
     try:
         with Tracer(cache) as tracer, progress_bar() as say:
-            yield Judge(tracer, say)
+            yield PreSubmitChecks(tracer, say)
     except Refused as error:
         if not force:
             raise
@@ -117,7 +117,7 @@ def _missing_package() -> str:
     return ""
 
 
-class Judge:
+class PreSubmitChecks:
     """Asks Megatron and the planner.
 
     Args:
@@ -131,7 +131,7 @@ class Judge:
         self._planners: dict[str, Planner] = {}
 
     def training(self, job: Job) -> None:
-        """Judge a training job, or each case of a grid.
+        """Check a training job, or each case of a grid.
 
         Raises:
             Refused: one line with the fix.
@@ -155,7 +155,7 @@ class Judge:
             self.memory({case: stated[case]}, spec, case)
 
     def stated(self, name: str, values: Mapping[str, Any], words: Sequence[str]) -> JobSpec:
-        """`stated_job`, refusing as a judge does."""
+        """`stated_job`, refusing as a check does."""
         with _refusing(""):
             return stated_job(name, values, words)
 
@@ -196,13 +196,13 @@ class Judge:
                 _note(f"data {prefix} is not on this machine: not checked")
 
     def plans(self, spec: LaunchSpec) -> bool:
-        """Whether there is memory to judge: of GPUs that the launch file names; says where not."""
+        """Whether there is memory to checks: of GPUs that the launch file names; says where not."""
         if spec.gpus_per_node and spec.planner_cluster is None:
             _note("planner: no verdict on memory: the launch file names no planner_cluster")
         return spec.gpus_per_node > 0 and spec.planner_cluster is not None
 
     def memory(self, jobs: Mapping[str, JobSpec], spec: LaunchSpec, case: str = "") -> None:
-        """Have the planner judge the memory of models that train in one process; says so.
+        """Have the planner check the memory of models that train in one process; says so.
 
         Args:
             jobs: name -> model, the one under test first.

@@ -1,7 +1,7 @@
 """A small JSON beside the checkpoints of a run that says which model they hold.
 
 Megatron finds a wrong shape only after every rank has built its model, and then deep inside the
-loader. The manifest is compared before anything starts. May touch: the checkpoint folder.
+loader. The file is compared before anything starts. May touch: the checkpoint folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from megatron_mone.common.files import write_json
 from megatron_mone.config import MONE_FIELD_NAMES
 
-MANIFEST_NAME = "mone_model.json"
+MODEL_FILE_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -25,18 +25,18 @@ SHAPE_FIELDS = (
 )  # fmt: skip
 
 
-def write_manifest(folder: Path, args: Namespace) -> None:
+def write_model_file(folder: Path, args: Namespace) -> None:
     """Record the model of `args` in `folder`, atomically; rank 0 calls it."""
-    manifest = {
+    model = {
         "schema": SCHEMA,
         "shape": {name: getattr(args, name, None) for name in SHAPE_FIELDS},
         "mone": {name: getattr(args, name, None) for name in MONE_FIELD_NAMES},
     }
-    write_json(folder / MANIFEST_NAME, manifest)
+    write_json(folder / MODEL_FILE_NAME, model)
 
 
-def check_manifest(folder: Path, args: Namespace) -> None:
-    """Compare the model of `args` with the checkpoints in `folder`; no manifest, no opinion.
+def check_model_file(folder: Path, args: Namespace) -> None:
+    """Compare the model of `args` with the checkpoints in `folder`; no file, no opinion.
 
     A different shape cannot be loaded and is an error. Different mone_* fields can (a stock
     checkpoint becomes a MoNE one that way) and are a warning.
@@ -44,7 +44,7 @@ def check_manifest(folder: Path, args: Namespace) -> None:
     Raises:
         ValueError: one line naming the folder, the field, both values and the fix.
     """
-    path = folder / MANIFEST_NAME
+    path = folder / MODEL_FILE_NAME
     if not path.is_file():
         return
     try:

@@ -26,7 +26,7 @@ from megatron_mone.checkpoint.lease.lease import (
     this_process,
 )
 from megatron_mone.checkpoint.lease.taking import Contender
-from megatron_mone.checkpoint.model_file import write_manifest
+from megatron_mone.checkpoint.model_file import write_model_file
 
 _PATIENCE = 5.0
 """Seconds of waiting after which the other ranks hear that it goes on, lest they time out."""
@@ -95,7 +95,7 @@ def take_together(args: Namespace) -> None:
     if is_leased(args):
         _take(Path(args.save), args.checkpoint_lease_seconds)
     if torch.distributed.get_rank() == 0:
-        write_manifest(Path(args.save), args)
+        write_model_file(Path(args.save), args)
 
 
 def is_leased(args: Namespace) -> bool:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mone.data.errors import DataError
-from megatron_mone.data.judge import LeftOut, judge, shown_name
 from megatron_mone.data.merge import OutputPaths
+from megatron_mone.data.recognise import LeftOut, recognise, shown_name
 from megatron_mone.data.sources import Source
 
 _KINDS = ".txt, .jsonl, .json or .parquet"
@@ -45,7 +45,7 @@ def discover(
         elif not given.exists():
             raise DataError(f"--input {given}: no such file or directory; give {_EXPECTED}")
         else:
-            found = [judge(given, name_root, json_key)]
+            found = [recognise(given, name_root, json_key)]
             if isinstance(found[0], LeftOut):
                 raise DataError(f"--input {found[0]}; give {_EXPECTED}")
             if given.stat().st_size == 0:
@@ -76,7 +76,7 @@ def _directory(
     folder: Path, name_root: Path | None, json_key: str, outputs: OutputPaths | None
 ) -> Iterator[Source | LeftOut]:
     for entry in _walk(folder, name_root, outputs, {_identity(folder)}):
-        yield judge(entry, name_root, json_key) if isinstance(entry, Path) else entry
+        yield recognise(entry, name_root, json_key) if isinstance(entry, Path) else entry
 
 
 def _walk(

@@ -17,7 +17,6 @@ from megatron_mone.common.files import atomic_write
 from megatron_mone.data.discovery import discover
 from megatron_mone.data.documents import BadLine, read_unit
 from megatron_mone.data.errors import DataError
-from megatron_mone.data.judge import LeftOut
 from megatron_mone.data.manifest import (
     BAD_LINES_KEPT,
     Manifest,
@@ -35,6 +34,7 @@ from megatron_mone.data.merge import (
     verify_merged,
 )
 from megatron_mone.data.plan import Plan, PrepareConfig, Progress, cut_of, make_plan
+from megatron_mone.data.recognise import LeftOut
 from megatron_mone.data.shards import ShardFacts, ShardJob
 from megatron_mone.data.tokenizers import Encoder, TokenizerSpec, parse_spec, write_tokenizer
 from megatron_mone.data.workers import locked_folder, run_shards

@@ -70,9 +70,9 @@ def other_model(folder: Path) -> list[str]:
     """A checkpoint folder whose manifest says hidden_size 64."""
     from argparse import Namespace
 
-    from megatron_mone.checkpoint.model_file import write_manifest
+    from megatron_mone.checkpoint.model_file import write_model_file
 
-    write_manifest(folder, Namespace(num_layers=2, hidden_size=64))
+    write_model_file(folder, Namespace(num_layers=2, hidden_size=64))
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     return ["--load", str(folder)]
 

@@ -29,7 +29,7 @@ from megatron_mone.checkpoint.lease.lease import (
 from megatron_mone.common.files import sync_file
 
 
-class Verdict(enum.Enum):
+class Decision(enum.Enum):
     """What a newcomer does about a lease."""
 
     TAKE = enum.auto()
@@ -38,7 +38,7 @@ class Verdict(enum.Enum):
     REFUSE = enum.auto()
 
 
-def judge(found: Found | None, me: Holder, idle: float, renewed: bool) -> Verdict:
+def decide(found: Found | None, me: Holder, idle: float, renewed: bool) -> Decision:
     """What to do about a lease.
 
     Args:
@@ -48,12 +48,12 @@ def judge(found: Found | None, me: Holder, idle: float, renewed: bool) -> Verdic
         renewed: it was renewed while `me` watched.
     """
     if found is None or found.mtime_ns == 0 or idle > found.holder.seconds:
-        return Verdict.TAKE
+        return Decision.TAKE
     if is_gone(found.holder, me):
-        return Verdict.TAKE
+        return Decision.TAKE
     if is_older_attempt(found.holder.attempt, me.attempt):
-        return Verdict.ASK
-    return Verdict.REFUSE if renewed else Verdict.WATCH
+        return Decision.ASK
+    return Decision.REFUSE if renewed else Decision.WATCH
 
 
 class Candidate:
@@ -152,19 +152,19 @@ class Contender(Candidate):
         # A file server whose clock was set back makes a lease look young for long.
         watched = clock() - self._seen_at
         idle = watched if found is None else max(watched, (now - found.mtime_ns) / 1e9)
-        verdict = judge(found, self._me, idle, self._renewed)
-        if verdict is Verdict.TAKE:
+        decision = decide(found, self._me, idle, self._renewed)
+        if decision is Decision.TAKE:
             number = 1 if found is None else found.number + 1
             return number if self.link(number) else None
         assert found is not None
-        if verdict is Verdict.REFUSE:
+        if decision is Decision.REFUSE:
             raise ValueError(
                 f"checkpoint folder {self._folder} is written by {found.holder}, alive "
                 f"{max(0.0, idle):.0f} s ago: cancel it, or give another --save"
             )
         if known is None or known.number != found.number:
-            self._tell(found, verdict)
-        if verdict is Verdict.ASK:
+            self._tell(found, decision)
+        if decision is Decision.ASK:
             self._ask(found.number)
         return None
 
@@ -175,8 +175,8 @@ class Contender(Candidate):
         except FileExistsError:
             pass
 
-    def _tell(self, found: Found, verdict: Verdict) -> None:
-        until = "it has left" if verdict is Verdict.ASK else "it shows whether it is alive"
+    def _tell(self, found: Found, decision: Decision) -> None:
+        until = "it has left" if decision is Decision.ASK else "it shows whether it is alive"
         print(
             f"megatron-mone: checkpoint folder {self._folder} is held by {found.holder}: waiting "
             f"until {until}, or has not renewed its lease for {found.holder.seconds:g} s",

@@ -11,7 +11,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_mone.checkpoint.model_file import check_manifest
+from megatron_mone.checkpoint.model_file import check_model_file
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
 from megatron_mone.data.blend import check_sources, is_remote, read_data
@@ -108,10 +108,10 @@ def check_checkpoint(args: Namespace) -> None:
     Whether its files are whole is looked at later, by all ranks together (`checkpoint.verify`).
 
     Raises:
-        ValueError: from `checkpoint.manifest.check_manifest` or `checkpoint.verify.folder_to_load`.
+        ValueError: from `check_model_file` or `folder_to_load`, of checkpoint/.
     """
     if args.load and (Path(args.load) / TRACKER_NAME).is_file():
-        check_manifest(Path(args.load), args)
+        check_model_file(Path(args.load), args)
     folder_to_load(args)
 
 

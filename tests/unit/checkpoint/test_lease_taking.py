@@ -26,7 +26,7 @@ from megatron_mone.checkpoint.lease.lease import (
     numbers,
     this_process,
 )
-from megatron_mone.checkpoint.lease.taking import Candidate, Contender, Verdict, judge
+from megatron_mone.checkpoint.lease.taking import Candidate, Contender, Decision, decide
 
 ELSEWHERE = Holder("41.0", "n3", 123, 5, "another boot", 60.0)
 
@@ -170,21 +170,21 @@ def test_attempts_of_one_job_have_an_order(one, other, older):
 
 
 def test_verdicts(me):
-    def verdict(
+    def decision(
         holder: Holder, idle: float = 1.0, renewed: bool = False, mtime: int = 5
-    ) -> Verdict:
-        return judge(Found(3, holder, mtime), me, idle, renewed)
+    ) -> Decision:
+        return decide(Found(3, holder, mtime), me, idle, renewed)
 
     older = replace(ELSEWHERE, attempt="42.0")
-    assert judge(None, me, 0.0, False) is Verdict.TAKE
-    assert verdict(ELSEWHERE, mtime=0) is Verdict.TAKE
-    assert verdict(ELSEWHERE, idle=60.1) is Verdict.TAKE
-    assert verdict(ELSEWHERE, idle=59.9) is Verdict.WATCH
-    assert verdict(ELSEWHERE, renewed=True) is Verdict.REFUSE
-    assert verdict(older) is verdict(older, renewed=True) is Verdict.ASK
-    assert verdict(older, idle=60.1) is Verdict.TAKE
-    assert verdict(replace(ELSEWHERE, attempt="42.2"), renewed=True) is Verdict.REFUSE
-    assert verdict(replace(ELSEWHERE, attempt=None), renewed=True) is Verdict.REFUSE
+    assert decide(None, me, 0.0, False) is Decision.TAKE
+    assert decision(ELSEWHERE, mtime=0) is Decision.TAKE
+    assert decision(ELSEWHERE, idle=60.1) is Decision.TAKE
+    assert decision(ELSEWHERE, idle=59.9) is Decision.WATCH
+    assert decision(ELSEWHERE, renewed=True) is Decision.REFUSE
+    assert decision(older) is decision(older, renewed=True) is Decision.ASK
+    assert decision(older, idle=60.1) is Decision.TAKE
+    assert decision(replace(ELSEWHERE, attempt="42.2"), renewed=True) is Decision.REFUSE
+    assert decision(replace(ELSEWHERE, attempt=None), renewed=True) is Decision.REFUSE
 
 
 def test_a_process_that_ended_on_this_machine_is_gone(tmp_path, me):

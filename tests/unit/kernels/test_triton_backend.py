@@ -20,8 +20,7 @@ pytest.importorskip("triton")
 
 from megatron_mone.kernels import Selection, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
-from megatron_mone.kernels.triton import limits as roofline
-from megatron_mone.kernels.triton import unstructured
+from megatron_mone.kernels.triton import limits, unstructured
 from megatron_mone.kernels.triton.limits import Cost, Shape
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
 from tests.unit.kernels.triton_aot import ARCHITECTURES, cases
@@ -141,19 +140,19 @@ LARGE = Shape(rows=16384, hidden=2048, neurons=1408, kept=256, experts=8, block=
 
 def test_model_by_hand():
     """Two of the formulas written out."""
-    cost = roofline.select(SMALL)
+    cost = limits.select(SMALL)
     assert cost.bytes == 4096 * (1408 * 2 + 352 * 2 + 352 * 2)
     assert cost.integer == 30 * 4096 * 1408
-    assert roofline.dense_product(SMALL) == Cost(
+    assert limits.dense_product(SMALL) == Cost(
         bytes=2 * (4096 * 2048 + 8 * 1408 * 2048 + 4096 * 1408), tensor=2 * 4096 * 1408 * 2048
     )
-    assert roofline.dense_product(SMALL).bound == "tensor"
+    assert limits.dense_product(SMALL).bound == "tensor"
     assert Cost(bytes=3_350_000).seconds == pytest.approx(1e-6)
 
 
 def test_model_of_unstructured_training():
     """Dense products dominate: the masked expert costs more time than the dense one, by < 30%."""
-    for seconds in (roofline.forward_seconds(SMALL), roofline.backward_seconds(SMALL)):
+    for seconds in (limits.forward_seconds(SMALL), limits.backward_seconds(SMALL)):
         assert 1.0 < seconds["unstructured"] / seconds["dense expert"] < 1.3
 
 
@@ -161,7 +160,7 @@ def test_model_of_unstructured_training():
 def test_model_of_decoding(rows, pays):
     """Gathering pays below F / S rows of one expert, as the backend decides."""
     shape = Shape(rows=rows, hidden=4096, neurons=14336, kept=3584, experts=1)
-    seconds = roofline.forward_seconds(shape)
+    seconds = limits.forward_seconds(shape)
     assert (seconds["gathered"] < seconds["dense expert"]) is pays
     assert unstructured.gathering_pays([rows], 3584, 14336) is pays
 
@@ -170,20 +169,20 @@ def test_model_of_decoding(rows, pays):
 def test_model_of_blocks(block):
     """Gathered rows and partial sums cost more than they save, but for a wide block's backward."""
     shape = Shape(LARGE.rows, LARGE.hidden, LARGE.neurons, LARGE.kept, LARGE.experts, block)
-    forward, backward = roofline.forward_seconds(shape), roofline.backward_seconds(shape)
+    forward, backward = limits.forward_seconds(shape), limits.backward_seconds(shape)
     assert forward["blocks"] > forward["dense expert"]
     assert (backward["blocks"] < backward["dense expert"]) is (block == 128)
 
 
 def test_printed_table_says_that_it_is_a_model():
     """Each shape with its routes, in microseconds of the formulas above."""
-    text = roofline.table()
+    text = limits.table()
     assert "model, not measured" in text.splitlines()[0]
-    for name, shape in roofline.SHAPES.items():
+    for name, shape in limits.SHAPES.items():
         part = text.split(f"{name}: ")[1].split("\n\n")[0]
         rows = [line.split() for line in part.splitlines()[2:]]
-        seconds = {"forward": roofline.forward_seconds(shape)}
-        seconds["backward"] = roofline.backward_seconds(shape)
+        seconds = {"forward": limits.forward_seconds(shape)}
+        seconds["backward"] = limits.backward_seconds(shape)
         for which, *route, microseconds, ratio in rows:
             times = seconds[which]
             assert float(microseconds) == pytest.approx(times[" ".join(route)] * 1e6, abs=0.05)

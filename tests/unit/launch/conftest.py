@@ -10,4 +10,4 @@ from launch import __main__ as command
 @pytest.fixture(autouse=True)
 def unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Submit without the verdict, which costs ten seconds: tests/unit/launch_profile has it."""
-    monkeypatch.setattr(command, "judge_job", lambda job, force: None)
+    monkeypatch.setattr(command, "check_before_submit", lambda job, force: None)

@@ -24,7 +24,7 @@ OWN = ["submit", "--config", DEMO, "--tasks-per-node", "1", "--gpus-per-node", "
 FLAGS = ["--mock-data", "--expert-model-parallel-size", "1"]
 
 
-class NoJudge:
+class NoChecks:
     """Finds nothing wrong, but with the numbers of nodes that it is told."""
 
     def __init__(self, *refused: int) -> None:
@@ -51,19 +51,19 @@ class NoJudge:
 
 
 @pytest.fixture
-def judge(monkeypatch) -> NoJudge:
-    judge = NoJudge()
+def checks(monkeypatch) -> NoChecks:
+    checks = NoChecks()
 
     @contextmanager
-    def judging(force):
-        yield judge
+    def pre_submit_checks(force):
+        yield checks
 
-    monkeypatch.setattr(profile_jobs, "judging", judging)
-    return judge
+    monkeypatch.setattr(profile_jobs, "pre_submit_checks", pre_submit_checks)
+    return checks
 
 
 @pytest.fixture
-def here(slurm, judge, tmp_path) -> Path:
+def here(slurm, checks, tmp_path) -> Path:
     return tmp_path / "cwd"
 
 
@@ -154,8 +154,8 @@ def test_test_only_asks_slurm_of_each(here, slurm, capsys):
     assert not (here / "runs").exists()
 
 
-def test_sizes_that_do_not_fit_are_left_out_with_a_line(here, judge, slurm, capsys):
-    judge.refused = (1,)
+def test_sizes_that_do_not_fit_are_left_out_with_a_line(here, checks, slurm, capsys):
+    checks.refused = (1,)
     assert main([*OWN, "--nodes", "2", "--", *FLAGS]) == 0
     assert capsys.readouterr().err == "left out: planner, 1 node: 90 of 80 GiB: does not fit\n"
     assert len(slurm.submitted) == 2
@@ -163,15 +163,15 @@ def test_sizes_that_do_not_fit_are_left_out_with_a_line(here, judge, slurm, caps
     assert report[-2:] == ["--nodes", "2"]
 
 
-def test_where_no_size_fits_nothing_is_submitted(here, judge, slurm, capsys):
-    judge.refused = (1, 2)
-    with pytest.raises(Refused):  # that `judging` raises or prints
-        profile_jobs._judged(_sweep(here), judge, force=False)
+def test_where_no_size_fits_nothing_is_submitted(here, checks, slurm, capsys):
+    checks.refused = (1, 2)
+    with pytest.raises(Refused):  # that `pre_submit_checks` raises or prints
+        profile_jobs._checked(_sweep(here), checks, force=False)
     assert slurm.submitted == []
 
 
-def test_force_keeps_what_does_not_fit(here, judge, slurm, capsys):
-    judge.refused = (1, 2)
+def test_force_keeps_what_does_not_fit(here, checks, slurm, capsys):
+    checks.refused = (1, 2)
     assert main([*OWN, "--nodes", "2", "--force", "--", *FLAGS]) == 0
     assert capsys.readouterr().err.count("warning: ") == 2
     assert len(slurm.submitted) == 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_mone.benchmarking import machine_limits as roofline
+from megatron_mone.benchmarking import machine_limits
 from megatron_mone.benchmarking.cases import Cell
 from megatron_mone.common.phases import (
     ATTENTION,
@@ -209,7 +209,7 @@ def test_bytes_are_those_of_the_roofline():
     for layer, ratio in ((LayerShare("moe", rows), None), (LayerShare("mone", rows, kept), 0.25)):
         found = flops.expert_bytes(config, replace(share, layers=(layer,)))
         more = 0 if ratio is None else rows * 16 * 4 + kept * (4 + 2)
-        expected = roofline.bytes_moved(cell, ratio, "forward_backward") + more
+        expected = machine_limits.bytes_moved(cell, ratio, "forward_backward") + more
         assert sum(found.values()) == pytest.approx(expected)
     assert flops.expert_bytes(config, replace(SHARE, layers=(DENSE, LayerShare("moe")))) == {}
 

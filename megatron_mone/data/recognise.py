@@ -35,7 +35,7 @@ class LeftOut:
         return f"{self.name}: {self.reason}"
 
 
-def judge(path: Path, name_root: Path | None, json_key: str) -> Source | LeftOut:
+def recognise(path: Path, name_root: Path | None, json_key: str) -> Source | LeftOut:
     """The source that a file is, or why it is none."""
     name = shown_name(path, name_root)
     if not path.is_file():
