@@ -52,7 +52,6 @@ def _fits(asked: Asked) -> bool:
         calibrate_command(asked.calibrate, asked.cluster, asked.json)
         return True
     question = read_question(asked)
-    from megatron_mone.common.files import write_json
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.planning.answer import answer_plan, answer_search
     from megatron_mone.planning.planner import Planner
@@ -67,7 +66,7 @@ def _fits(asked: Asked) -> bool:
             answer = answer_plan(planner, question, asked.sweep, say)
     folder = asked.json.parent
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(asked.json, answer.document)
+    answer.document.write(asked.json)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of fonts
     write_plan_files(answer.document, folder)
     for name, job in answer.runs.items():

@@ -26,8 +26,7 @@ def report_plan(
     it also writes timeline.json.gz, one step to open in ui.perfetto.dev. Exit status 2 for wrong
     input.
     """
-    from megatron_mone.reporting.plan.check import read_either
-    from megatron_mone.reporting.plan.report import write_plan_files
+    from megatron_mone.reporting.plan.report import read_either, write_plan_files
 
     folder = file.parent if out is None else out
     print(f"wrote {write_plan_files(read_either(file), folder)}")

@@ -13,16 +13,26 @@ from megatron_mone.common.progress import Say
 from megatron_mone.planning import sweeps
 from megatron_mone.planning.document import (
     GIB,
-    SCHEMA,
     cluster_document,
     layout_document,
     model_document,
 )
 from megatron_mone.planning.fixes import cheapest_fix
 from megatron_mone.planning.job import JobSpec, short_layout
+from megatron_mone.planning.plan_document import (
+    Best,
+    CandidateLayout,
+    ExpertPoint,
+    Fix,
+    Plan,
+    RatioPoint,
+    Refused,
+    Routing,
+    Search,
+)
 from megatron_mone.planning.planner import Planned, Planner, Progress
 from megatron_mone.planning.question import Question, is_mone
-from megatron_mone.planning.search import Candidate, Found, explain, pareto, search
+from megatron_mone.planning.search import Candidate, explain, pareto, search
 from megatron_mone.planning.terminal_tables import (
     nothing_fits,
     nothing_planned,
@@ -31,7 +41,6 @@ from megatron_mone.planning.terminal_tables import (
 )
 from megatron_mone.profiling.baselines import MAIN
 
-SEARCH_SCHEMA = "megatron-mone/plan-search/1"
 BEST = 5
 
 
@@ -40,14 +49,14 @@ class Answer:
     """What there is to write and to say.
 
     Attributes:
-        document: of a plan, or of a search.
+        document: to be written.
         runs: name of a run file -> its job.
         text: for a terminal.
         fits: whether the layout fits the devices.
         refusal: one line where no layout of a search fits, or nothing.
     """
 
-    document: dict[str, Any]
+    document: Plan | Search
     runs: Mapping[str, JobSpec]
     text: str
     fits: bool = True
@@ -60,26 +69,25 @@ def answer_plan(planner: Planner, question: Question, sweep: bool, say: Say) -> 
     main = MAIN if is_mone(job) else "moe"
     jobs = {main: job, **{spec.name: job.against(spec) for spec in question.baselines}}
     planned = {name: planner.plan(one, gpus, _about(say, name)) for name, one in jobs.items()}
-    models = []
-    for name, plan_of in planned.items():
-        document = model_document(name, plan_of.prediction, plan_of.stage_kinds)
-        if not plan_of.prediction.fits:
-            document["cheapest_fix"] = _fix(planner, plan_of, gpus, say)
-        models.append(document)
-    plan: dict[str, Any] = {
-        "schema": SCHEMA,
-        **_head(question, planner, planned[main]),
-        "warnings": _warnings(planner, planned),
-        "models": models,
-        "scaling": sweeps.scaling_curve(planned, planner),
-        "ratio_sweep": [],
-        "expert_sweep": [],
-    }
+    models = [
+        model_document(name, one.prediction, one.stage_kinds, _fix(planner, one, gpus, say))
+        for name, one in planned.items()
+    ]
+    warnings = _warnings(planner, planned)
+    scaling = sweeps.scaling_curve(planned, planner)
+    by_ratio: list[RatioPoint] = []
+    by_experts: list[ExpertPoint] = []
     if sweep:
-        plan["ratio_sweep"] = sweeps.ratio_sweep(job, gpus, planner, _about(say, "r"))
-        plan["expert_sweep"] = sweeps.expert_sweep(
-            job, gpus, planner, plan["warnings"], _about(say, "K_E x K_N")
-        )
+        by_ratio = sweeps.ratio_sweep(job, gpus, planner, _about(say, "r"))
+        by_experts = sweeps.expert_sweep(job, gpus, planner, warnings, _about(say, "K_E x K_N"))
+    plan = Plan(
+        **_head(question, planner, planned[main]),
+        warnings=warnings,
+        models=models,
+        scaling=scaling,
+        ratio_sweep=by_ratio,
+        expert_sweep=by_experts,
+    )
     runs = {_file_name(name): plan_of.job for name, plan_of in planned.items()}
     return Answer(plan, runs, table(plan), planned[main].prediction.fits)
 
@@ -95,12 +103,16 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
     if not found.candidates:
         raise ValueError(nothing_planned(found, *asked))
     best = found.fitting[:BEST]
-    document = {
-        "schema": SEARCH_SCHEMA,
+    front = pareto(found.candidates)
+    document = Search(
         **_head(question, planner, found.candidates[0].planned),
-        "warnings": _warnings(planner, {}),
-        **_search_document(found, best),
-    }
+        warnings=_warnings(planner, {}),
+        candidates=[_candidate(one, one.layout in front) for one in found.candidates],
+        refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
+        hopeless=found.hopeless,
+        not_tried=found.not_tried,
+        best=[Best(layout=one.layout, why=explain(one, best[0])) for one in best],
+    )
     text = search_table(document)
     if not best:
         return Answer(document, {}, text, refusal=nothing_fits(found, *asked))
@@ -111,32 +123,22 @@ def _about(say: Say, what: str) -> Progress:
     return lambda done, total: say(done, total, what)
 
 
-def _search_document(found: Found, best: list[Candidate]) -> dict[str, Any]:
-    front = pareto(found.candidates)
-    return {
-        "candidates": [_candidate(one, one.layout in front) for one in found.candidates],
-        "refused": [{"layout": layout, "reason": reason} for layout, reason in found.refused],
-        "hopeless": found.hopeless,
-        "not_tried": found.not_tried,
-        "best": [{"layout": one.layout, "why": explain(one, best[0])} for one in best],
-    }
-
-
-def _candidate(one: Candidate, on_front: bool) -> dict[str, Any]:
+def _candidate(one: Candidate, on_front: bool) -> CandidateLayout:
     prediction = one.planned.prediction
-    return {
-        "name": one.layout,
-        "layout": layout_document(prediction.facts),
-        "fits": prediction.fits,
-        "step_ms": 1e3 * prediction.seconds,
-        "tokens_per_s_per_gpu": prediction.tokens_per_second,
-        "peak_gib": prediction.peak / GIB,
-        "parts_ms": {name: 1e3 * value for name, value in prediction.parts.items()},
-        "pareto": on_front,
-    }
+    return CandidateLayout(
+        name=one.layout,
+        layout=layout_document(prediction.facts),
+        fits=prediction.fits,
+        step_ms=1e3 * prediction.seconds,
+        tokens_per_s_per_gpu=prediction.tokens_per_second,
+        peak_gib=prediction.peak / GIB,
+        parts_ms={name: 1e3 * value for name, value in prediction.parts.items()},
+        pareto=on_front,
+    )
 
 
 def _head(question: Question, planner: Planner, planned: Planned) -> dict[str, Any]:
+    """What a plan and a search begin with."""
     facts = planned.prediction.facts
     return {
         "model": question.job.name,
@@ -144,7 +146,7 @@ def _head(question: Question, planner: Planner, planned: Planned) -> dict[str, A
         "tokens_per_step": facts.global_batch_size * facts.seq_length,
         "cluster": cluster_document(question.cluster),
         "efficiency": planner.efficiency.source,
-        "routing": {"kind": question.skew.kind, "hottest": planned.hottest},
+        "routing": Routing(kind=question.skew.kind, hottest=planned.hottest),
     }
 
 
@@ -159,18 +161,20 @@ def _warnings(planner: Planner, planned: dict[str, Planned]) -> list[str]:
     return found
 
 
-def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> dict[str, Any] | None:
+def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> Fix | None:
+    if planned.prediction.fits:
+        return None
     fix = cheapest_fix(planner, planned, gpus, lambda words: say(0, 1, f"trying {words}"))
     if fix is None:
         return None
     words, fitting = fix
     prediction = fitting.prediction
-    return {
-        "change": words,
-        "layout": short_layout(fitting.job.values()),
-        "step_ms": 1e3 * prediction.seconds,
-        "peak_gib": prediction.peak / GIB,
-    }
+    return Fix(
+        change=words,
+        layout=short_layout(fitting.job.values()),
+        step_ms=1e3 * prediction.seconds,
+        peak_gib=prediction.peak / GIB,
+    )
 
 
 def _file_name(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A prediction as the JSON that people and reports read; docs/PLANNER.md is the contract.
+"""A prediction as the parts of a plan (plan_document.py) that people and reports read.
 
 May touch: nothing.
 """
@@ -8,49 +8,65 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+
+import numpy as np
 
 from megatron_mone.planning.cost.chunk_cost import collective_seconds
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.prediction import Prediction
 from megatron_mone.planning.cost.rank_memory import RankMemory
+from megatron_mone.planning.plan_document import (
+    ChunkTimes,
+    ClusterFacts,
+    Fix,
+    Layout,
+    Memory,
+    Pass,
+    PlannedModel,
+    Stage,
+    Timeline,
+)
+from megatron_mone.planning.plan_document import Collective as CollectiveCalls
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective
 
-SCHEMA = "megatron-mone/plan/1"
 GIB = 2**30
 MOST_EVENTS = 20_000
 
 
 def model_document(
-    name: str, prediction: Prediction, stage_kinds: Mapping[tuple[int, int], str]
-) -> dict[str, Any]:
+    name: str,
+    prediction: Prediction,
+    stage_kinds: Mapping[tuple[int, int], str],
+    cheapest_fix: Fix | None = None,
+) -> PlannedModel:
     """One element of a plan's `models`.
 
     Args:
         name: of the model compared.
         prediction: of its step.
         stage_kinds: (stage, chunk) -> what it holds, in short.
+        cheapest_fix: where it does not fit.
     """
     facts, memory_P = prediction.facts, prediction.memory_P
     fullest = memory_P[prediction.fullest]
-    return {
-        "name": name,
-        "layout": layout_document(facts),
-        "fits": prediction.fits,
-        "first_unfit": fullest.first_that_does_not_fit(prediction.cluster.device),
-        "cheapest_fix": None,
+    return PlannedModel(
+        name=name,
+        layout=layout_document(facts),
+        fits=prediction.fits,
+        first_unfit=fullest.first_that_does_not_fit(prediction.cluster.device),
+        cheapest_fix=cheapest_fix,
         **figures(prediction),
-        "memory_gib": memory_document(fullest),
-        "stages": [_stage(prediction, stage, stage_kinds) for stage in range(facts.pp)],
-        "parts_ms": _ms(prediction.parts),
-        "phases_ms": _ms(prediction.phases),
-        "exposed_comm_ms": 1e3 * prediction.exposed,
-        "hidden_comm_ms": 1e3 * prediction.hidden,
-        "bubble_ms": 1e3 * prediction.parts["bubble"],
-        "collectives": _collectives(prediction),
-        "timeline": _timeline(prediction),
-    }
+        memory_gib=memory_document(fullest),
+        stages=[_stage(prediction, stage, stage_kinds) for stage in range(facts.pp)],
+        parts_ms=_ms(prediction.parts),
+        phases_ms=_ms(prediction.phases),
+        exposed_comm_ms=1e3 * prediction.exposed,
+        hidden_comm_ms=1e3 * prediction.hidden,
+        bubble_ms=1e3 * prediction.parts["bubble"],
+        collectives=_collectives(prediction),
+        timeline=_timeline(prediction),
+    )
 
 
 def figures(prediction: Prediction) -> dict[str, float]:
@@ -64,54 +80,54 @@ def figures(prediction: Prediction) -> dict[str, float]:
     }
 
 
-def layout_document(facts: JobFacts) -> dict[str, Any]:
+def layout_document(facts: JobFacts) -> Layout:
     """The layout of a job."""
-    names = ("tp", "cp", "pp", "dp", "ep", "etp", "edp", "micro_batch_size", "global_batch_size",
-             "micro_batches")  # fmt: skip
     recompute = facts.recompute_granularity or "none"
     if recompute == "selective":
         recompute = "+".join(facts.recompute_modules)
-    sizes = {name: getattr(facts, name) for name in names}
-    return {**sizes, "vpp": facts.vp, "recompute": recompute}
-
-
-def memory_document(memory: RankMemory) -> dict[str, float]:
-    """GiB of one rank, by part, and their sum."""
-    return {**{k: v / GIB for k, v in asdict(memory).items()}, "peak": memory.peak / GIB}
-
-
-def cluster_document(cluster: Cluster) -> dict[str, Any]:
-    """What reports say of a cluster."""
-    return {
-        "name": cluster.name,
-        "device": cluster.device.name,
-        "memory_gib": cluster.device.memory_bytes / GIB,
-        "node_devices": cluster.node_devices,
-        "domain_devices": cluster.domain.devices,
+    sizes = {
+        name: getattr(facts, name)
+        for name in Layout.model_fields
+        if name not in ("vpp", "recompute")
     }
+    return Layout(**sizes, vpp=facts.vp, recompute=recompute)
 
 
-def _stage(
-    prediction: Prediction, stage: int, stage_kinds: Mapping[tuple[int, int], str]
-) -> dict[str, Any]:
+def memory_document(memory: RankMemory) -> Memory:
+    """GiB of one rank, by part, and their sum."""
+    return Memory(**{k: v / GIB for k, v in asdict(memory).items()}, peak=memory.peak / GIB)
+
+
+def cluster_document(cluster: Cluster) -> ClusterFacts:
+    """What reports say of a cluster."""
+    return ClusterFacts(
+        name=cluster.name,
+        device=cluster.device.name,
+        memory_gib=cluster.device.memory_bytes / GIB,
+        node_devices=cluster.node_devices,
+        domain_devices=cluster.domain.devices,
+    )
+
+
+def _stage(prediction: Prediction, stage: int, stage_kinds: Mapping[tuple[int, int], str]) -> Stage:
     costs = prediction.costs_PV[stage]
-    return {
-        "stage": stage,
-        "layers": " | ".join(stage_kinds[stage, chunk] for chunk in range(len(costs))),
-        "memory_gib": memory_document(prediction.memory_P[stage]),
-        "end_ms": 1e3 * float(prediction.run.end_P[stage]),
-        "chunks": [
-            {"forward_ms": 1e3 * c.forward.seconds, "backward_ms": 1e3 * c.backward.seconds}
+    return Stage(
+        stage=stage,
+        layers=" | ".join(stage_kinds[stage, chunk] for chunk in range(len(costs))),
+        memory_gib=memory_document(prediction.memory_P[stage]),
+        end_ms=1e3 * float(prediction.run.end_P[stage]),
+        chunks=[
+            ChunkTimes(forward_ms=1e3 * c.forward.seconds, backward_ms=1e3 * c.backward.seconds)
             for c in costs
         ],
-    }
+    )
 
 
 def _ms(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: 1e3 * value for name, value in seconds.items()}
 
 
-def _collectives(prediction: Prediction) -> list[dict[str, Any]]:
+def _collectives(prediction: Prediction) -> list[CollectiveCalls]:
     """Equal collectives of a rank of the stage that ends last, their calls in a step."""
     calls: Counter[tuple[str, str, int, int, int]] = Counter()
     for one in prediction.collectives:
@@ -121,33 +137,31 @@ def _collectives(prediction: Prediction) -> list[dict[str, Any]]:
     found = []
     for (kind, group, ranks, stride, size), count in calls.items():
         one = Collective(kind, size, group, ranks, stride, "other", "forward")
-        seconds = collective_seconds(one, prediction.facts, prediction.cluster)
+        ms = 1e3 * collective_seconds(one, prediction.facts, prediction.cluster)
         found.append(
-            {"kind": kind, "group": group, "ranks": ranks, "stride": stride, "calls": count,
-             "bytes": size, "ms": 1e3 * seconds}
+            CollectiveCalls(kind=kind, group=group, ranks=ranks, stride=stride, calls=count,
+                            bytes=size, ms=ms)
         )  # fmt: skip
-    return sorted(found, key=lambda one: -one["calls"] * one["ms"])
+    return sorted(found, key=lambda one: -one.calls * one.ms)
 
 
-def _timeline(prediction: Prediction) -> dict[str, Any]:
+def _timeline(prediction: Prediction) -> Timeline:
     """Passes of every stage; of very many the first and last micro-batches."""
     run, facts = prediction.run, prediction.facts
     passes = len(run.events)
     keep = max(1, MOST_EVENTS * facts.micro_batches // max(passes, 1) // 2)
     whole = passes <= MOST_EVENTS
-    stages: list[list[list[Any]]] = [[] for _ in range(facts.pp)]
+    stages: list[list[Pass]] = [[] for _ in range(facts.pp)]
     for event in run.events:
         number = event.work.micro_batch
         if whole or number < keep or number >= facts.micro_batches - keep:
+            start, end = round(1e3 * event.start, 3), round(1e3 * event.end, 3)
             kind = "F" if event.work.forward else "B"
-            stages[event.stage].append(
-                [round(1e3 * event.start, 3), round(1e3 * event.end, 3), kind, number,
-                 event.work.chunk]
-            )  # fmt: skip
-    return {
-        "shown": "all" if whole else f"the first and last {keep} micro-batches",
-        "stages": stages,
-        "gather_ms": 1e3 * prediction.gathering,
-        "reduce_ms": [1e3 * seconds for seconds in prediction.reducing_P],
-        "optimizer_ms": 1e3 * prediction.parts["optimizer"],
-    }
+            stages[event.stage].append((start, end, kind, number, event.work.chunk))
+    return Timeline(
+        shown="all" if whole else f"the first and last {keep} micro-batches",
+        stages=stages,
+        gather_ms=1e3 * prediction.gathering,
+        reduce_ms=np.array([1e3 * seconds for seconds in prediction.reducing_P]),
+        optimizer_ms=1e3 * prediction.parts["optimizer"],
+    )

@@ -13,6 +13,7 @@ from megatron_mone.common.phases import COMBINE, DISPATCH, GATE_GEMM, SELECTION,
 from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.document import GIB, figures
 from megatron_mone.planning.job import JobSpec
+from megatron_mone.planning.plan_document import ExpertPoint, RatioPoint, ScaledModel, ScalingPoint
 from megatron_mone.planning.planner import Planned, Planner, Progress
 from megatron_mone.planning.scaling import scaled_facts, scaled_traces
 
@@ -22,7 +23,7 @@ _EXPERT_PHASES = (GATE_GEMM, SELECTION, UP_DOWN_GEMM, DISPATCH, COMBINE)
 _MULTIPLE = 8  # of K_N, so that rows of kept neurons stay aligned
 
 
-def scaling_curve(models: Mapping[str, Planned], planner: Planner) -> list[dict[str, Any]]:
+def scaling_curve(models: Mapping[str, Planned], planner: Planner) -> list[ScalingPoint]:
     """Every model in its layout on 128 to 16,384 devices, as many samples on each.
 
     Args:
@@ -39,13 +40,13 @@ def scaling_curve(models: Mapping[str, Planned], planner: Planner) -> list[dict[
             traces = scaled_traces(planned.traced.traces, planned.traced.facts, gpus)
             found[name] = _point(predict(traces, facts, planner.cluster, planner.efficiency))
         if found:
-            curve.append({"gpus": gpus, "models": found})
+            curve.append(ScalingPoint(gpus=gpus, models=found))
     return curve
 
 
 def ratio_sweep(
     job: JobSpec, gpus: int, planner: Planner, progress: Progress | None = None
-) -> list[dict[str, Any]]:
+) -> list[RatioPoint]:
     """A MoNE model at each of RATIOS.
 
     Args:
@@ -61,7 +62,8 @@ def ratio_sweep(
         if progress is not None:
             progress(done, len(kept))
         planned = planner.plan(_with_neurons(job, neurons), gpus)
-        points.append({"r": neurons / width, "neurons": neurons, **_experts(planned.prediction)})
+        swept = _experts(planned.prediction)
+        points.append(RatioPoint(r=neurons / width, neurons=neurons, **swept))
     return points
 
 
@@ -71,7 +73,7 @@ def expert_sweep(
     planner: Planner,
     skipped: list[str],
     progress: Progress | None = None,
-) -> list[dict[str, Any]]:
+) -> list[ExpertPoint]:
     """K_E x K_N at equal operations of the active experts: fewer experts, more neurons of each.
 
     A token's experts take 2 H K_E (F + 8 K_N) operations forward and backward: the gate is whole,
@@ -96,8 +98,10 @@ def expert_sweep(
             continue
         prediction = planned.prediction
         points.append(
-            {"topk": topk, "neurons": neurons, "r": neurons / width, **_experts(prediction),
-             "exposed_comm_ms": 1e3 * prediction.exposed}
+            ExpertPoint(
+                topk=topk, neurons=neurons, r=neurons / width, **_experts(prediction),
+                exposed_comm_ms=1e3 * prediction.exposed,
+            )
         )  # fmt: skip
     return points
 
@@ -129,24 +133,24 @@ def _with_neurons(job: JobSpec, neurons: int, **changes: Any) -> JobSpec:
     return JobSpec(job.name, model, job.parallel, job.cluster, job.train)
 
 
-def _point(prediction: Prediction) -> dict[str, Any]:
-    names = ("step_ms", "tokens_per_s_per_gpu", "tflops_per_gpu")
+def _point(prediction: Prediction) -> ScaledModel:
     rates = figures(prediction)
+    return ScaledModel(
+        step_ms=rates["step_ms"],
+        tokens_per_s_per_gpu=rates["tokens_per_s_per_gpu"],
+        tflops_per_gpu=rates["tflops_per_gpu"],
+        fits=prediction.fits,
+        peak_gib=prediction.peak / GIB,
+    )
+
+
+def _experts(prediction: Prediction) -> dict[str, float]:
+    """What a point of either sweep says of a step."""
+    spent = sum(prediction.phases.get(phase, 0.0) for phase in _EXPERT_PHASES)
     return {
-        **{name: rates[name] for name in names},
-        "fits": prediction.fits,
+        "step_ms": 1e3 * prediction.seconds,
+        "tokens_per_s_per_gpu": prediction.tokens_per_second,
         "peak_gib": prediction.peak / GIB,
-    }
-
-
-def _experts(prediction: Prediction) -> dict[str, Any]:
-    point = _point(prediction)
-    phases = prediction.phases
-    spent = sum(phases.get(phase, 0.0) for phase in _EXPERT_PHASES)
-    return {
-        "step_ms": point["step_ms"],
-        "tokens_per_s_per_gpu": point["tokens_per_s_per_gpu"],
-        "peak_gib": point["peak_gib"],
         "expert_ms": 1e3 * spent,
         "active_flops": prediction.facts.active_flops_per_step,
     }

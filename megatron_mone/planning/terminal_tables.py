@@ -5,57 +5,54 @@ May touch: nothing.
 
 from __future__ import annotations
 
-from typing import Any
-
 from megatron_mone.planning.cost.hardware import Device
 from megatron_mone.planning.document import GIB
+from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.planning.search import Found
 
 
-def table(plan: dict[str, Any]) -> str:
+def table(plan: Plan) -> str:
     """The models of a plan, for a terminal."""
-    limit = plan["cluster"]["memory_gib"]
+    limit = plan.cluster.memory_gib
     lines = [
-        f"{plan['model']} on {plan['gpus']} x {plan['cluster']['device']}, "
-        f"{plan['routing']['kind']} routing; efficiencies {plan['efficiency'].partition(':')[0]}",
+        f"{plan.model} on {plan.gpus} x {plan.cluster.device}, "
+        f"{plan.routing.kind} routing; efficiencies {plan.efficiency.partition(':')[0]}",
         f"{'':12} {'step ms':>10} {'tok/s/GPU':>10} {'TFLOP/s':>8} {'MFU':>6} {'exposed':>8} "
         f"{'bubble':>7} {'peak GiB':>9}  fits {limit:.1f} GiB",
     ]
-    for one in plan["models"]:
-        step = one["step_ms"]
+    for one in plan.models:
+        step = one.step_ms
         lines.append(
-            f"{one['name']:12} {step:10,.0f} {one['tokens_per_s_per_gpu']:10,.0f} "
-            f"{one['tflops_per_gpu']:8.3g} {one['mfu']:6.1%} {one['exposed_comm_ms'] / step:8.1%} "
-            f"{one['bubble_ms'] / step:7.1%} {one['memory_gib']['peak']:9.1f}  {_verdict(one)}"
+            f"{one.name:12} {step:10,.0f} {one.tokens_per_s_per_gpu:10,.0f} "
+            f"{one.tflops_per_gpu:8.3g} {one.mfu:6.1%} {one.exposed_comm_ms / step:8.1%} "
+            f"{one.bubble_ms / step:7.1%} {one.memory_gib.peak:9.1f}  {_verdict(one)}"
         )
     return "\n".join(lines)
 
 
-def _verdict(one: dict[str, Any]) -> str:
-    if one["fits"]:
+def _verdict(one: PlannedModel) -> str:
+    if one.fits:
         return "yes"
-    fix = one["cheapest_fix"]
+    fix = one.cheapest_fix
     if fix is None:
-        return f"no, by {one['first_unfit']}; no single change makes it fit: try --search"
-    return f"no, by {one['first_unfit']}; cheapest fix: {fix['change']} ({fix['step_ms']:,.0f} ms)"
+        return f"no, by {one.first_unfit}; no single change makes it fit: try --search"
+    return f"no, by {one.first_unfit}; cheapest fix: {fix.change} ({fix.step_ms:,.0f} ms)"
 
 
-def search_table(document: dict[str, Any]) -> str:
+def search_table(document: Search) -> str:
     """The best of a search, for a terminal."""
     counts = (
-        f"{len(document['candidates'])} layouts planned, {len(document['refused'])} refused by "
-        f"Megatron, {len(document['hopeless'])} too large without activations, "
-        f"{document['not_tried']} not tried"
+        f"{len(document.candidates)} layouts planned, {len(document.refused)} refused by "
+        f"Megatron, {len(document.hopeless)} too large without activations, "
+        f"{document.not_tried} not tried"
     )
-    lines = [
-        f"{document['model']} on {document['gpus']} x {document['cluster']['device']}: {counts}"
-    ]
-    by_name = {one["name"]: one for one in document["candidates"]}
-    for place, one in enumerate(document["best"], 1):
-        candidate = by_name[one["layout"]]
+    lines = [f"{document.model} on {document.gpus} x {document.cluster.device}: {counts}"]
+    by_name = {one.name: one for one in document.candidates}
+    for place, one in enumerate(document.best, 1):
+        candidate = by_name[one.layout]
         lines.append(
-            f"{place}. {one['layout']}: {candidate['step_ms']:,.0f} ms, "
-            f"{candidate['peak_gib']:.1f} GiB\n   {one['why']}"
+            f"{place}. {one.layout}: {candidate.step_ms:,.0f} ms, "
+            f"{candidate.peak_gib:.1f} GiB\n   {one.why}"
         )
     return "\n".join(lines)
 

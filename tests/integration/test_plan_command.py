@@ -24,9 +24,9 @@ from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, load_cluster
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.document import layout_document
 from megatron_mone.planning.job import run_job
+from megatron_mone.planning.plan_document import Plan, Search
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.tracing import trace_server
-from megatron_mone.reporting.plan.check import read_plan, read_search
 from tests.training_cases import ROOT
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ class Done:
     @property
     def plan(self) -> dict:
         """The checked plan.json."""
-        return read_plan(self.folder / "plan.json")
+        return Plan.read(self.folder / "plan.json", "").plain()
 
     def model(self, name: str) -> dict:
         """One model of the plan."""
@@ -240,7 +240,7 @@ def test_a_search(command, inputs, tracer):
     done = command("--model", f"{inputs}/tiny.yaml", *ON_16, "--layout", "gbs=64", "--search",
                    "--limit", "6")  # fmt: skip
     assert done.status == 0, done.err
-    found = read_search(done.folder / "plan.json")
+    found = Search.read(done.folder / "plan.json", "").plain()
     assert len(found["candidates"]) == 6
     steps = [one["step_ms"] for one in found["candidates"]]
     assert steps == sorted(steps)

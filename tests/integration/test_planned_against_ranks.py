@@ -148,7 +148,7 @@ def _traffic_planned(job: TracedJob, prediction: Prediction, stage: int) -> Traf
     """Of the stage, by the rows that a plan has for the stage that ends last."""
     ours = [c for v in range(job.facts.vp) for c in job.traces[stage, v].collectives]
     names = dict.fromkeys(job.traces, "")
-    document = model_document("planned", replace(prediction, collectives=ours), names)
+    document = model_document("planned", replace(prediction, collectives=ours), names).plain()
     rows = (
         (row["kind"], row["group"], row["calls"],
          row["calls"] * round(sent_bytes(row["kind"], row["bytes"], row["ranks"])))

@@ -1,6 +1,6 @@
 """Curves of a plan and of a search: scaling, sweeps, time against memory. Draws; writes nothing.
 
-Each function takes a checked plan or search (check.py) and returns a figure, or None where
+Each function takes a checked plan or search (plan_document.py) and returns a figure, or None where
 there is nothing to draw. A hollow mark needs more memory than the device has.
 """
 
@@ -16,8 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
+from megatron_mone.planning.plan_document import (
+    Plan,
+    RatioPoint,
+    ScalingPoint,
+    Search,
+)
 from megatron_mone.reporting.plan.plots import LIMIT_COLOUR, WHOLE
-from megatron_mone.reporting.plan.view import Plan, Search, best_candidates, over_limit, time
+from megatron_mone.reporting.plan.view import best_candidates, over_limit, time
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH
 from megatron_mone.reporting.profile.view import name_of
 
@@ -28,17 +34,17 @@ Points = list[tuple[float, float, bool]]
 
 def scaling(plan: Plan) -> Figure | None:
     """tokens/s of a GPU by number of GPUs, and the first model's over each other's."""
-    if not plan["scaling"]:
+    if not plan.scaling:
         return None
-    models, points = plan["models"], sorted(plan["scaling"], key=lambda one: one["gpus"])
-    sizes = [point["gpus"] for point in points]
+    models, points = plan.models, sorted(plan.scaling, key=lambda one: one.gpus)
+    sizes = [point.gpus for point in points]
     compared = len(models) > 1
     with plt.rc_context({**SETTINGS, "font.size": 9}):
         figure, panels = plt.subplots(1, 1 + compared, figsize=(WIDTH, 3.6), squeeze=False,
                                       layout="constrained")  # fmt: skip
         rates = panels[0][0]
         for i, model in enumerate(models):
-            _curve(rates, rate_points(points, model["name"]), _colour(i))
+            _curve(rates, rate_points(points, model.name), _colour(i))
         rates.set_ylabel("tokens / s of one GPU")
         rates.yaxis.set_major_formatter(WHOLE)
         rates.set_ylim(0, 1.08 * rates.get_ylim()[1])
@@ -53,13 +59,13 @@ def scaling(plan: Plan) -> Figure | None:
     return figure
 
 
-def rate_points(points: Sequence[dict[str, Any]], name: str) -> Points:
+def rate_points(points: Sequence[ScalingPoint], name: str) -> Points:
     """(GPUs, tokens/s of one GPU, fits) of one model, where it was planned."""
-    found = [(point["gpus"], point["models"].get(name)) for point in points]
-    return [(gpus, at["tokens_per_s_per_gpu"], at["fits"]) for gpus, at in found if at is not None]
+    found = [(point.gpus, point.models.get(name)) for point in points]
+    return [(gpus, at.tokens_per_s_per_gpu, at.fits) for gpus, at in found if at is not None]
 
 
-def ratio_points(points: Sequence[dict[str, Any]], first: str, other: str) -> Points:
+def ratio_points(points: Sequence[ScalingPoint], first: str, other: str) -> Points:
     """(GPUs, tokens/s of `first` over those of `other`, both fit), where both were planned."""
     ours = {gpus: (rate, fits) for gpus, rate, fits in rate_points(points, first)}
     return [
@@ -71,30 +77,30 @@ def ratio_points(points: Sequence[dict[str, Any]], first: str, other: str) -> Po
 
 def ratio_sweep(plan: Plan) -> Figure | None:
     """Step, expert time and peak memory by the share r of neurons kept."""
-    entries = sorted(plan["ratio_sweep"], key=lambda entry: entry["r"])
+    entries = sorted(plan.ratio_sweep, key=lambda entry: entry.r)
     if not entries:
         return None
     panels = {"step_ms": "ms a step", "expert_ms": "ms of the experts", "peak_gib": "peak, GiB"}
     with plt.rc_context({**SETTINGS, "font.size": 9}):
         figure, axes = plt.subplots(1, 3, figsize=(WIDTH, 3.0), layout="constrained")
         for panel, (field, label) in zip(axes, panels.items(), strict=True):
-            _curve(panel, _swept(plan, entries, "r", field), RUN_COLOURS[0])
+            _curve(panel, _swept(plan, entries, field), RUN_COLOURS[0])
             panel.set_xscale("log", base=2)
-            panel.set_xticks([entry["r"] for entry in entries], [_r(e["r"]) for e in entries])
+            panel.set_xticks([entry.r for entry in entries], [_r(e.r) for e in entries])
             panel.minorticks_off()
             panel.set(xlabel="r, share of neurons kept", title=label)
         _references(plan, axes[0], axes[2])
         for panel in axes:
             _from_zero(panel)
-        compared = [(name_of(m), _colour(i)) for i, m in enumerate(plan["models"]) if i]
-        _legend(figure, [(name_of(plan["models"][0]), RUN_COLOURS[0])],
+        compared = [(name_of(m), _colour(i)) for i, m in enumerate(plan.models) if i]
+        _legend(figure, [(name_of(plan.models[0]), RUN_COLOURS[0])],
                 [*compared, ("device", LIMIT_COLOUR)])  # fmt: skip
     return figure
 
 
 def expert_sweep(plan: Plan) -> Figure | None:
     """Step, expert time, exposed communication and memory by experts a token x neurons of each."""
-    entries = plan["expert_sweep"]
+    entries = plan.expert_sweep
     if not entries:
         return None
     panels = {
@@ -103,14 +109,14 @@ def expert_sweep(plan: Plan) -> Figure | None:
         "exposed_comm_ms": "ms of exposed communication",
         "peak_gib": "peak, GiB",
     }
-    labels = [f"{entry['topk']} x {entry['neurons']:,}" for entry in entries]
+    labels = [f"{entry.topk} x {entry.neurons:,}" for entry in entries]
     with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 9}):
         height = 0.9 + 2 * (0.5 + 0.24 * len(entries))
         figure, axes = plt.subplots(2, 2, figsize=(WIDTH, height), sharey=True,
                                     layout="constrained")  # fmt: skip
         for panel, (field, label) in zip(axes.flat, panels.items(), strict=True):
-            values = [entry[field] for entry in entries]
-            colours = ["white" if over_limit(plan, e["peak_gib"]) else RUN_COLOURS[0]
+            values = [getattr(entry, field) for entry in entries]
+            colours = ["white" if over_limit(plan, e.peak_gib) else RUN_COLOURS[0]
                        for e in entries]  # fmt: skip
             bars = panel.barh(range(len(entries)), values, color=colours,
                               edgecolor=RUN_COLOURS[0])  # fmt: skip
@@ -127,21 +133,21 @@ def expert_sweep(plan: Plan) -> Figure | None:
 
 def candidates(search: Search) -> Figure | None:
     """Step time against memory of every layout, the Pareto front, the limit and the best."""
-    found, limit = search["candidates"], search["cluster"]["memory_gib"]
+    found, limit = search.candidates, search.cluster.memory_gib
     if not found:
         return None
-    front = sorted((one for one in found if one["pareto"]), key=lambda one: one["peak_gib"])
+    front = sorted((one for one in found if one.pareto), key=lambda one: one.peak_gib)
     with plt.rc_context({**SETTINGS, "font.size": 9}):
         figure, axes = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-        axes.plot([one["peak_gib"] for one in front], [one["step_ms"] for one in front],
+        axes.plot([one.peak_gib for one in front], [one.step_ms for one in front],
                   color=RUN_COLOURS[0], linewidth=1.6, drawstyle="steps-post")  # fmt: skip
         for one in found:
-            colour = RUN_COLOURS[0] if one["pareto"] else _GREY
-            axes.plot([one["peak_gib"]], [one["step_ms"]], marker="o", markersize=5.5, color=colour,
-                      markerfacecolor=colour if one["fits"] else "white")  # fmt: skip
+            colour = RUN_COLOURS[0] if one.pareto else _GREY
+            axes.plot([one.peak_gib], [one.step_ms], marker="o", markersize=5.5, color=colour,
+                      markerfacecolor=colour if one.fits else "white")  # fmt: skip
         axes.axvline(limit, color=LIMIT_COLOUR, linewidth=1.4, linestyle="--")
         axes.set(xlabel="peak memory of a rank (GiB)", ylabel="ms a step")
-        axes.set_xlim(0, 1.06 * max(limit, *(one["peak_gib"] for one in found)))
+        axes.set_xlim(0, 1.06 * max(limit, *(one.peak_gib for one in found)))
         axes.yaxis.set_major_formatter(WHOLE)
         axes.margins(y=0.1)
         figure.legend(
@@ -160,12 +166,12 @@ def _name_best(axes: Axes, search: Search) -> None:
     best = best_candidates(search)
     taken: list[Bbox] = []
     for one in best:
-        x, y = axes.transData.transform((one["peak_gib"], one["step_ms"]))
+        x, y = axes.transData.transform((one.peak_gib, one.step_ms))
         taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
     for number, one in enumerate(best, 1):
         for away in product(range(11, 67, 11), ((0, -1), (1, 0), (-1, 0), (0, 1))):
             distance, (right, up) = away
-            label = axes.annotate(str(number), (one["peak_gib"], one["step_ms"]),
+            label = axes.annotate(str(number), (one.peak_gib, one.step_ms),
                                   xytext=(distance * right, distance * up), fontsize=9,
                                   textcoords="offset points", ha="center", va="center",
                                   fontweight="bold")  # fmt: skip
@@ -176,10 +182,10 @@ def _name_best(axes: Axes, search: Search) -> None:
             label.remove()
 
 
-def _ratio_panel(axes: Axes, plan: Plan, points: Sequence[dict[str, Any]]) -> None:
-    first = plan["models"][0]
-    for i, other in enumerate(plan["models"][1:], 1):
-        _curve(axes, ratio_points(points, first["name"], other["name"]),
+def _ratio_panel(axes: Axes, plan: Plan, points: Sequence[ScalingPoint]) -> None:
+    first = plan.models[0]
+    for i, other in enumerate(plan.models[1:], 1):
+        _curve(axes, ratio_points(points, first.name, other.name),
                _colour(i))  # fmt: skip
     axes.axhline(1.0, color="#444444", linewidth=1, linestyle=":")
     axes.set_ylabel(f"{name_of(first)}'s tokens / s over the other's")
@@ -189,16 +195,16 @@ def _ratio_panel(axes: Axes, plan: Plan, points: Sequence[dict[str, Any]]) -> No
 
 def _references(plan: Plan, step: Axes, memory: Axes) -> None:
     """What the other models take, and the device's limit."""
-    for i, model in enumerate(plan["models"][1:], 1):
+    for i, model in enumerate(plan.models[1:], 1):
         style: dict[str, Any] = {"color": _colour(i), "linewidth": 1.2, "linestyle": "--"}
-        step.axhline(model["step_ms"], **style)
-        memory.axhline(model["memory_gib"]["peak"], **style)
-    memory.axhline(plan["cluster"]["memory_gib"], color=LIMIT_COLOUR, linewidth=1.4,
+        step.axhline(model.step_ms, **style)
+        memory.axhline(model.memory_gib.peak, **style)
+    memory.axhline(plan.cluster.memory_gib, color=LIMIT_COLOUR, linewidth=1.4,
                    linestyle="--")  # fmt: skip
 
 
-def _swept(plan: Plan, entries: Sequence[dict[str, Any]], x: str, y: str) -> Points:
-    return [(e[x], e[y], not over_limit(plan, e["peak_gib"])) for e in entries]
+def _swept(plan: Plan, entries: Sequence[RatioPoint], field: str) -> Points:
+    return [(e.r, getattr(e, field), not over_limit(plan, e.peak_gib)) for e in entries]
 
 
 def _curve(axes: Axes, points: Points, colour: str) -> None:

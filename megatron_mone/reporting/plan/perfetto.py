@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.files import atomic_write
+from megatron_mone.planning.plan_document import Plan, PlannedModel, Timeline
 
 FORWARD, BACKWARD = "forward", "backward"
 GATHER, REDUCE, OPTIMIZER = "parameter gather", "gradient reduce", "optimizer"
@@ -44,7 +45,7 @@ class Slice:
         return f"{self.category[0].upper()}{self.micro_batch}.{self.chunk}"
 
 
-def step_slices(timeline: dict[str, Any]) -> list[list[Slice]]:
+def step_slices(timeline: Timeline) -> list[list[Slice]]:
     """[P] what each stage does in the step, in order of time; slices of no length are left out.
 
     Parameters are gathered before the first pass; a stage's gradients are reduced after its last
@@ -54,10 +55,10 @@ def step_slices(timeline: dict[str, Any]) -> list[list[Slice]]:
     Args:
         timeline: of a model in plan.json.
     """
-    origin = min(passes[0][0] for passes in timeline["stages"]) - timeline["gather_ms"]
+    origin = min(passes[0][0] for passes in timeline.stages) - timeline.gather_ms
     rows = []
-    for passes, reduce_ms in zip(timeline["stages"], timeline["reduce_ms"], strict=True):
-        row = [Slice(0.0, timeline["gather_ms"], GATHER)]
+    for passes, reduce_ms in zip(timeline.stages, timeline.reduce_ms, strict=True):
+        row = [Slice(0.0, timeline.gather_ms, GATHER)]
         for start, end, kind, micro_batch, chunk in passes:
             category = FORWARD if kind == "F" else BACKWARD
             row.append(Slice(start - origin, end - origin, category, micro_batch, chunk))
@@ -65,11 +66,11 @@ def step_slices(timeline: dict[str, Any]) -> list[list[Slice]]:
         rows.append(row)
     update = max(row[-1].end for row in rows)
     for row in rows:
-        row.append(Slice(update, update + timeline["optimizer_ms"], OPTIMIZER))
+        row.append(Slice(update, update + timeline.optimizer_ms, OPTIMIZER))
     return [[one for one in row if one.end > one.start] for row in rows]
 
 
-def timeline_events(model: dict[str, Any]) -> dict[str, Any]:
+def timeline_events(model: PlannedModel) -> dict[str, Any]:
     """The trace of one model's step, in Chrome's JSON format.
 
     Args:
@@ -78,14 +79,14 @@ def timeline_events(model: dict[str, Any]) -> dict[str, Any]:
     return _document(_events(model, 1))
 
 
-def write_perfetto(path: Path, plan: dict[str, Any]) -> None:
+def write_perfetto(path: Path, plan: Plan) -> None:
     """Write the steps of all models compared as one gzipped trace, whole or not at all.
 
     Args:
         path: ends in .json.gz, by which the viewers know it.
         plan: checked.
     """
-    events = [e for i, model in enumerate(plan["models"], 1) for e in _events(model, i)]
+    events = [e for i, model in enumerate(plan.models, 1) for e in _events(model, i)]
     text = json.dumps(_document(events), separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, gzip.compress(text.encode(), mtime=0))
@@ -95,14 +96,14 @@ def _document(events: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> dict[s
     return {"displayTimeUnit": "ms", "traceEvents": list(events)}
 
 
-def _events(model: dict[str, Any], process: int) -> Iterator[dict[str, Any]]:
-    name = f"{model['name']}, predicted"
+def _events(model: PlannedModel, process: int) -> Iterator[dict[str, Any]]:
+    name = f"{model.name}, predicted"
     yield _label("process_name", process, 0, name=name)
     yield _label("process_sort_index", process, 0, sort_index=process)
-    for stage, row in zip(model["stages"], step_slices(model["timeline"]), strict=True):
-        track = stage["stage"] + 1  # 0 would be the process's own
+    for stage, row in zip(model.stages, step_slices(model.timeline), strict=True):
+        track = stage.stage + 1  # 0 would be the process's own
         yield _label("thread_name", process, track,
-                     name=f"stage {stage['stage']}: {stage['layers']}")  # fmt: skip
+                     name=f"stage {stage.stage}: {stage.layers}")  # fmt: skip
         yield _label("thread_sort_index", process, track, sort_index=track)
         for one in row:
             yield _slice(one, process, track)

@@ -1,6 +1,6 @@
 """Bars of a plan: memory of every stage, parts of the step. Draws; writes nothing.
 
-Each function takes a checked plan or search (check.py) and returns a figure, or None where
+Each function takes a checked plan or search (plan_document.py) and returns a figure, or None where
 there is nothing to draw. Colours mean the same as in a profile's report.
 """
 
@@ -18,10 +18,8 @@ from matplotlib.ticker import FuncFormatter
 
 from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.reporting.plan.view import (
-    Model,
-    Plan,
-    Search,
     best_candidates,
     layout_text,
     over_limit,
@@ -66,13 +64,13 @@ class Part(NamedTuple):
 
 def memory_bars(plan: Plan) -> Figure:
     """A panel a model, a stacked bar a stage in GiB, and the device's limit."""
-    models, limit = plan["models"], plan["cluster"]["memory_gib"]
+    models, limit = plan.models, plan.cluster.memory_gib
     columns = min(2, len(models))
     panel_rows = math.ceil(len(models) / columns)
-    stages = max(len(model["stages"]) for model in models)
+    stages = max(len(model.stages) for model in models)
     row = min(0.36, (_TALLEST / panel_rows - 1.0) / stages)
     height = panel_rows * (0.75 + row * stages) + 0.4
-    longest = max(limit, *(s["memory_gib"]["peak"] for m in models for s in m["stages"]))
+    longest = max(limit, *(s.memory_gib.peak for m in models for s in m.stages))
     with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 9}):
         figure, panels = plt.subplots(panel_rows, columns, figsize=(WIDTH, height),
                                       squeeze=False, layout="constrained")  # fmt: skip
@@ -87,24 +85,24 @@ def memory_bars(plan: Plan) -> Figure:
 
 def parts_bars(plan: Plan) -> Figure:
     """A stacked bar a model: compute by phase, exposed communication by group, and the rest."""
-    models = plan["models"]
+    models = plan.models
     return _time_bars([(name_of(model), model_parts(model)) for model in models])
 
 
 def best_bars(search: Search) -> Figure | None:
     """A stacked bar for each of the best layouts; None where there is none."""
     rows = [
-        (f"{number}: {layout_text(one['layout'], batch=False)}", parts_of(one["parts_ms"]))
+        (f"{number}: {layout_text(one.layout, batch=False)}", parts_of(one.parts_ms))
         for number, one in enumerate(best_candidates(search), 1)
     ]
     return _time_bars(rows) if rows else None
 
 
-def model_parts(model: Model) -> list[Part]:
+def model_parts(model: PlannedModel) -> list[Part]:
     """The parts of a model's step, its compute divided into phases; ms."""
-    phases = model["phases_ms"]
+    phases = model.phases_ms
     compute = [Part(p, phases[p], PHASE_COLOURS[p]) for p in PHASES if phases.get(p)]
-    rest = [part for part in parts_of(model["parts_ms"]) if part.name != "compute" or not compute]
+    rest = [part for part in parts_of(model.parts_ms) if part.name != "compute" or not compute]
     return [*compute, *rest]
 
 
@@ -161,18 +159,20 @@ def _total(row: int, rows: Sequence[tuple[str, list[Part]]]) -> str:
     return text
 
 
-def _memory_panel(axes: Axes, model: Model, plan: Plan, size: float) -> None:
-    limit = plan["cluster"]["memory_gib"]
-    stages = model["stages"]
+def _memory_panel(axes: Axes, model: PlannedModel, plan: Plan, size: float) -> None:
+    limit = plan.cluster.memory_gib
+    stages = model.stages
     axes.set_ylim(len(stages) - 0.5, -0.5)
-    axes.set_yticks(range(len(stages)), [f"stage {stage['stage']}" for stage in stages])
+    axes.set_yticks(range(len(stages)), [f"stage {stage.stage}" for stage in stages])
     axes.tick_params(axis="y", length=0, labelsize=size)
     for stage in stages:
-        memory = stage["memory_gib"]
-        parts = [Part(part, memory[part], MEMORY_COLOURS[part]) for part in ORDER if memory[part]]
-        _stack(axes, stage["stage"], parts)
-        over = over_limit(plan, memory["peak"])
-        axes.text(0.995 * axes.get_xlim()[1], stage["stage"], f"{memory['peak']:,.1f}",
+        memory = stage.memory_gib
+        parts = [
+            Part(part, size, MEMORY_COLOURS[part]) for part, size in memory.parts.items() if size
+        ]
+        _stack(axes, stage.stage, parts)
+        over = over_limit(plan, memory.peak)
+        axes.text(0.995 * axes.get_xlim()[1], stage.stage, f"{memory.peak:,.1f}",
                   va="center", ha="right", fontsize=size, fontweight="bold",
                   color=LIMIT_COLOUR if over else "black")  # fmt: skip
     axes.axvline(limit, color=LIMIT_COLOUR, linewidth=1.4, linestyle="--")

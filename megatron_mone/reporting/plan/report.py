@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mone.common.checked_json import load
+from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
-from megatron_mone.reporting.plan.check import SEARCH_SCHEMA, check_plan, read_plan
 from megatron_mone.reporting.plan.page import PAGE, PlanPage
 from megatron_mone.reporting.plan.perfetto import write_perfetto
 from megatron_mone.reporting.plan.search_report import write_search_report
 from megatron_mone.reporting.plan.timeline import detailed, timeline
 from megatron_mone.reporting.plan.view import (
-    Model,
-    Plan,
-    Search,
     basis,
     full_layout_text,
     headline,
@@ -34,40 +32,37 @@ TIMELINE = "timeline.json.gz"
 _OVER = "A hollow mark, a white bar or a * needs more memory than the device has."
 
 
-def write_plan_files(document: Plan | Search, folder: Path) -> Path:
-    """Write the page of a plan or of a search, whichever it is; returns the page's path.
+def read_either(path: Path) -> Plan | Search:
+    """The plan or the search in a file, whichever its `schema` says that it is.
 
     Raises:
-        ValueError: it lacks a field, or its numbers disagree; one line.
+        ValueError: neither; one line that names the file.
     """
-    if document.get("schema") == SEARCH_SCHEMA:
+    found = load(path, "name a file that tools/plan_scale.py wrote")
+    is_search = isinstance(found, dict) and found.get("schema") == Search.SCHEMA
+    return (Search if is_search else Plan).of(found, path)
+
+
+def write_plan_files(document: Plan | Search, folder: Path) -> Path:
+    """Write the page of a plan or of a search, whichever it is; returns the page's path."""
+    if isinstance(document, Search):
         return write_search_report(document, folder)
     return write_report(document, folder)
 
 
-def write_report(plan: Plan | Path, folder: Path) -> Path:
-    """Write report.html, the plots and the trace.
+def write_report(plan: Plan, folder: Path) -> Path:
+    """Write report.html, the plots and the trace; returns the page's path.
 
     Args:
-        plan: content of a plan.json, or its path.
+        plan: drawn.
         folder: where they go; made if it is not there.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: the plan lacks a field, or its numbers disagree; one line.
     """
-    if isinstance(plan, Path):
-        plan = read_plan(plan)
-    else:
-        check_plan(plan)
     write_perfetto(folder / TIMELINE, plan)
     page = PlanPage(title(plan, "Plan"), folder)
     _head(page, plan)
     _memory(page, plan)
     _time(page, plan)
-    for model in plan["models"]:
+    for model in plan.models:
         _collectives(page, model)
     _scaling(page, plan)
     _sweeps(page, plan)
@@ -102,9 +97,9 @@ def _time(page: PlanPage, plan: Plan) -> None:
         "Where the step goes on the stage that ends last: compute by phase, then (hatched) "
         "communication that nothing hides, by group, and waiting for other stages.",
     )  # fmt: skip
-    longest = max(model["step_ms"] for model in plan["models"])
-    for i, model in enumerate(plan["models"]):
-        drawn = model["timeline"]["shown"]
+    longest = max(model.step_ms for model in plan.models)
+    for i, model in enumerate(plan.models):
+        drawn = model.timeline.shown
         part = "" if drawn == "all" else f" Of the passes only these are drawn: {drawn}."
         many = " Below, its beginning and its end enlarged." if detailed(model) else ""
         page.vector_plot(
@@ -113,11 +108,11 @@ def _time(page: PlanPage, plan: Plan) -> None:
             f"passes of later chunks are lighter.{many}{part}",
         )  # fmt: skip
     page.file_beside("The same to zoom into: open ", TIMELINE, " in ui.perfetto.dev.")
-    for model in plan["models"]:
+    for model in plan.models:
         page.titled_table(f"Stages of {name_of(model)}", plan_tables.stages_table(model))
 
 
-def _collectives(page: PlanPage, model: Model) -> None:
+def _collectives(page: PlanPage, model: PlannedModel) -> None:
     table, left = plan_tables.collectives_table(model)
     page.titled_table(f"Collectives of {name_of(model)}", table)
     if left:
@@ -133,26 +128,26 @@ def _scaling(page: PlanPage, plan: Plan) -> None:
 
 
 def _sweeps(page: PlanPage, plan: Plan) -> None:
-    if plan["ratio_sweep"]:
+    if plan.ratio_sweep:
         page.heading("Neurons kept, r")
         page.plot("ratio", plan_curves.ratio_sweep(plan),
                   f"The same model keeping another share of neurons; dashed: the models it is "
                   f"compared with. {_OVER}")  # fmt: skip
-        page.table(*plan_tables.sweep_table(plan, "ratio_sweep"))
-    if plan["expert_sweep"]:
+        page.table(*plan_tables.sweep_table(plan, plan.ratio_sweep))
+    if plan.expert_sweep:
         page.heading("Experts a token against neurons of each, K_E x K_N")
         page.plot("experts", plan_curves.expert_sweep(plan),
                   f"The same active operations spread over more experts with fewer neurons each. "
                   f"{_OVER}")  # fmt: skip
-        page.table(*plan_tables.sweep_table(plan, "expert_sweep"))
+        page.table(*plan_tables.sweep_table(plan, plan.expert_sweep))
 
 
 def _configuration(page: PlanPage, plan: Plan) -> None:
-    cluster = plan["cluster"]
+    cluster = plan.cluster
     page.heading("Configuration")
     page.bullets([
-        *(f"{name_of(model)}: {full_layout_text(model['layout'])}" for model in plan["models"]),
-        f"Cluster {cluster['name']}: {cluster['device']}, {cluster['memory_gib']:,.1f} GiB, "
-        f"{cluster['node_devices']} devices a node, {cluster['domain_devices']} in an NVLink "
+        *(f"{name_of(model)}: {full_layout_text(model.layout)}" for model in plan.models),
+        f"Cluster {cluster.name}: {cluster.device}, {cluster.memory_gib:,.1f} GiB, "
+        f"{cluster.node_devices} devices a node, {cluster.domain_devices} in an NVLink "
         "domain",
     ])  # fmt: skip

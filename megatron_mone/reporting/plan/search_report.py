@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_mone.planning.plan_document import Search
 from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
-from megatron_mone.reporting.plan.check import check_search, read_search
 from megatron_mone.reporting.plan.page import PAGE, PlanPage
 from megatron_mone.reporting.plan.view import (
     MOST_TEXT,
-    Search,
     basis,
     best_candidates,
     gibibytes,
@@ -28,23 +27,13 @@ from megatron_mone.reporting.profile.view import milliseconds, short
 _MOST_LAYOUTS = 12  # named of those that are refused for one reason
 
 
-def write_search_report(search: Search | Path, folder: Path) -> Path:
-    """Write report.html and the plots of a search.
+def write_search_report(search: Search, folder: Path) -> Path:
+    """Write report.html and the plots of a search; returns the page's path.
 
     Args:
-        search: content of a search's file, or its path.
+        search: drawn.
         folder: where they go; made if it is not there.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: the search lacks a field, or its numbers disagree; one line.
     """
-    if isinstance(search, Path):
-        search = read_search(search)
-    else:
-        check_search(search)
     page = PlanPage(title(search, "Search of layouts"), folder)
     page.paragraph(answer(search))
     page.warning(basis(search))
@@ -65,22 +54,22 @@ def write_search_report(search: Search | Path, folder: Path) -> Path:
 
 def answer(search: Search) -> str:
     """How many layouts were tried, how many fit, and the fastest, in one sentence."""
-    found = search["candidates"]
-    fit = sum(one["fits"] for one in found)
+    found = search.candidates
+    fit = sum(one.fits for one in found)
     counted = f"{len(found):,} layouts were predicted and {fit:,} fit"
-    if search["refused"]:
-        counted += f"; Megatron refuses {len(search['refused']):,} more"
-    if search["hopeless"]:
-        counted += f"; {len(search['hopeless']):,} are too large without any activation"
-    if search["not_tried"]:
-        counted += f"; {search['not_tried']:,} beyond the limit were not tried"
-    if not search["best"]:
+    if search.refused:
+        counted += f"; Megatron refuses {len(search.refused):,} more"
+    if search.hopeless:
+        counted += f"; {len(search.hopeless):,} are too large without any activation"
+    if search.not_tried:
+        counted += f"; {search.not_tried:,} beyond the limit were not tried"
+    if not search.best:
         return f"No layout fits: {counted}."
     best = best_candidates(search)[0]
     return (
-        f"The fastest layout that fits is {layout_text(best['layout'])}: "
-        f"{milliseconds(best['step_ms'])} ms a step, {best['tokens_per_s_per_gpu']:,.0f} tokens/s "
-        f"a GPU, {best['peak_gib']:,.1f} of {gibibytes(search['cluster']['memory_gib'])}; "
+        f"The fastest layout that fits is {layout_text(best.layout)}: "
+        f"{milliseconds(best.step_ms)} ms a step, {best.tokens_per_s_per_gpu:,.0f} tokens/s "
+        f"a GPU, {best.peak_gib:,.1f} of {gibibytes(search.cluster.memory_gib)}; "
         f"{counted}."
     )
 
@@ -88,8 +77,8 @@ def answer(search: Search) -> str:
 def refusals(search: Search) -> list[str]:
     """A text a reason, the most frequent first: how many layouts, the reason, some of them."""
     by_reason: dict[str, list[str]] = {}
-    for refused in search["refused"]:
-        by_reason.setdefault(refused["reason"], []).append(refused["layout"])
+    for refused in search.refused:
+        by_reason.setdefault(refused.reason, []).append(refused.layout)
     return [
         f"{short(reason, MOST_TEXT)}: {_some(layouts)}"
         for reason, layouts in sorted(by_reason.items(), key=lambda item: -len(item[1]))
@@ -105,12 +94,12 @@ def _some(layouts: list[str]) -> str:
 
 
 def _best(page: PlanPage, search: Search) -> None:
-    if not search["best"]:
+    if not search.best:
         return
     page.heading("The fastest that fit")
     page.table(*plan_tables.best_table(search))
     page.bullets([
-        f"{number}: {short(one['why'], MOST_TEXT)}" for number, one in enumerate(search["best"], 1)
+        f"{number}: {short(one.why, MOST_TEXT)}" for number, one in enumerate(search.best, 1)
     ])  # fmt: skip
     page.plot("best", plan_plots.best_bars(search), "Where the step of each goes.")
 
@@ -124,7 +113,7 @@ def _front(page: PlanPage, search: Search) -> None:
 
 def _left_out(page: PlanPage, search: Search) -> None:
     """What was not predicted, and why; folded, as it may be long."""
-    refused, hopeless = search["refused"], search["hopeless"]
+    refused, hopeless = search.refused, search.hopeless
     if refused or hopeless:
         page.heading("Not predicted")
     if refused:

@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from megatron_mone.planning.plan_document import PlannedModel
 from megatron_mone.reporting.plan.perfetto import (
     BACKWARD,
     FORWARD,
@@ -22,7 +23,6 @@ from megatron_mone.reporting.plan.perfetto import (
     step_slices,
 )
 from megatron_mone.reporting.plan.plots import WHOLE
-from megatron_mone.reporting.plan.view import Model
 from megatron_mone.reporting.profile.plots import PHASE_COLOURS, SETTINGS, WIDTH, ink
 from megatron_mone.reporting.profile.view import name_of
 
@@ -40,14 +40,14 @@ MANY_PASSES = 72
 _HALF_ROW = 0.42
 
 
-def timeline(model: Model, longest_ms: float) -> Figure:
+def timeline(model: PlannedModel, longest_ms: float) -> Figure:
     """One step of a model; gaps are waiting for other stages.
 
     Args:
         model: of a checked plan.
         longest_ms: the longest step of the models compared, for one scale in all pictures.
     """
-    rows = step_slices(model["timeline"])
+    rows = step_slices(model.timeline)
     end = max(one.end for row in rows for one in row)
     details = detailed(model)
     tall = min(0.27, 3.6 / len(rows)) * len(rows)
@@ -56,7 +56,7 @@ def timeline(model: Model, longest_ms: float) -> Figure:
         figure = plt.figure(figsize=(WIDTH, height), layout="constrained")
         grid = figure.add_gridspec(2 if details else 1, 2)
         whole = figure.add_subplot(grid[0, :])
-        ground = model["timeline"]["shown"] == "all"  # else what is not shown looks like waiting
+        ground = model.timeline.shown == "all"  # else what is not shown looks like waiting
         _draw(whole, rows, (0.0, max(end, longest_ms)), ground)
         if details:
             whole.set_rasterized(True)  # thousands of boxes, a pixel wide
@@ -76,9 +76,9 @@ def timeline(model: Model, longest_ms: float) -> Figure:
     return figure
 
 
-def detailed(model: Model) -> bool:
+def detailed(model: PlannedModel) -> bool:
     """Whether the step has so many passes that its ends are drawn in detail as well."""
-    return max(len(row) for row in model["timeline"]["stages"]) > MANY_PASSES
+    return max(len(row) for row in model.timeline.stages) > MANY_PASSES
 
 
 @lru_cache(maxsize=1024)  # thousands of boxes share a few colours

@@ -27,9 +27,9 @@ _GPU_BACKENDS = {"triton", "te"}
 MINUS = "\u2212"
 
 
-def name_of(run: Run) -> str:
+def name_of(run: Any) -> str:
     """The run's name for people, short enough for a table's head."""
-    name = str(run["name"])
+    name = str(run["name"] if isinstance(run, dict) else run.name)
     return short(NAMES.get(name, name), 24)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from megatron_mone.planning.cost.pipeline import simulate
 from megatron_mone.planning.cost.pipeline_order import Schedule
 from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 
 SEQUENCE, BATCH = 4096, 256
 LIMIT = 79.6
@@ -20,6 +22,21 @@ _EXPERTS = {
     "moe-active": {"up/down GEMM": 0.9},
 }
 _EXPOSED = {"expert parallel": 0.9, "tensor parallel": 0.15}
+
+
+def as_plan(document: dict[str, Any]) -> Plan:
+    """The plan of an example, perhaps changed."""
+    return Plan.of(document, Path("plan.json"))
+
+
+def as_model(document: dict[str, Any]) -> PlannedModel:
+    """One of an example's `models`, perhaps changed."""
+    return PlannedModel.model_validate(document)
+
+
+def as_search(document: dict[str, Any]) -> Search:
+    """The search of an example, perhaps changed."""
+    return Search.of(document, Path("search.json"))
 
 
 def example_plan(

@@ -7,14 +7,9 @@ import json
 
 import pytest
 
-from megatron_mone.reporting.plan.check import (
-    check_plan,
-    check_search,
-    read_either,
-    read_plan,
-    read_search,
-)
-from tests.unit.reporting.plan_example import example_plan, example_search
+from megatron_mone.planning.plan_document import Plan, Search
+from megatron_mone.reporting.plan.report import read_either
+from tests.unit.reporting.plan_example import as_plan, as_search, example_plan, example_search
 
 PLAN = json.loads(json.dumps(example_plan(micro_batches=8)))
 SEARCH = json.loads(json.dumps(example_search(12)))
@@ -43,6 +38,7 @@ def refusal(check, document) -> str:
 
 
 MODEL = ("models", 0)
+POINT = PLAN["scaling"][1]["models"]["moe"]
 FAULTS = [
     (("schema",), "megatron-mone/plan/0", "schema is megatron-mone/plan/0, this version reads /1"),
     (("model",), ..., "has no field 'model'"),
@@ -75,7 +71,7 @@ FAULTS = [
     ((*MODEL, "timeline", "stages", 0, 0, 2), "W", "stages[0][0][2]: 'W' is none of F, B"),
     ((*MODEL, "timeline", "stages", 0, 1, 0), 0.0, "stages[0][1][0]: 0.0 is before the end of"),
     (("scaling", 1, "gpus"), 128, "scaling[1].gpus: 128 stands in two points"),
-    (("scaling", 1, "models", "other"), {}, "scaling[1].models: 'other' is none of the models"),
+    (("scaling", 1, "models", "other"), POINT, "scaling[1].models: 'other' is none of the models,"),
     (("ratio_sweep", 0, "r"), 0.0, "ratio_sweep[0].r: is 0"),
     (("expert_sweep", 0, "topk"), ..., "expert_sweep[0]: has no field 'topk'"),
 ]  # fmt: skip
@@ -83,7 +79,7 @@ FAULTS = [
 
 @pytest.mark.parametrize(("place", "value", "words"), FAULTS)
 def test_a_fault_of_a_plan_is_named(place, value, words):
-    assert words in refusal(check_plan, changed(PLAN, place, value))
+    assert words in refusal(as_plan, changed(PLAN, place, value))
 
 
 @pytest.mark.parametrize(
@@ -99,34 +95,34 @@ def test_a_fault_of_a_plan_is_named(place, value, words):
     ],
 )
 def test_a_fault_of_a_search_is_named(place, value, words):
-    assert words in refusal(check_search, changed(SEARCH, place, value))
+    assert words in refusal(as_search, changed(SEARCH, place, value))
 
 
 def test_rounding_below_zero_is_no_fault():
     """A stage that never waits: its last pass ends where its passes' sum does, but for rounding."""
     for place in ((*MODEL, "bubble_ms"), (*MODEL, "exposed_comm_ms")):
-        check_plan(changed(PLAN, place, -3.6e-12))
+        as_plan(changed(PLAN, place, -3.6e-12))
     assert "bubble_ms: -0.001 is not" in refusal(
-        check_plan, changed(PLAN, (*MODEL, "bubble_ms"), -0.001)
+        as_plan, changed(PLAN, (*MODEL, "bubble_ms"), -0.001)
     )
 
 
 def test_what_may_be_absent():
     for place in (("scaling",), ("ratio_sweep",), ("expert_sweep",), (*MODEL, "collectives")):
-        check_plan(changed(PLAN, place, []))
-    check_plan(changed(PLAN, (*MODEL, "collectives", 0, "exposed"), ...))
+        as_plan(changed(PLAN, place, []))
+    as_plan(changed(PLAN, (*MODEL, "collectives", 0, "exposed"), ...))
     for place in (("candidates",), ("refused",)):
-        check_search({**changed(SEARCH, place, []), "best": []})
+        as_search({**changed(SEARCH, place, []), "best": []})
 
 
 def test_files_are_read_by_what_they_say_they_are(tmp_path):
-    for name, document, read in (("p", PLAN, read_plan), ("s", SEARCH, read_search)):
+    for name, document, kind in (("p", PLAN, Plan), ("s", SEARCH, Search)):
         path = tmp_path / name
         path.write_text(json.dumps(document))
-        assert read(path) == document
-        assert read_either(path) == document
+        for found in (kind.read(path, "look elsewhere"), read_either(path)):
+            assert json.loads(json.dumps(found.plain())) == document
     with pytest.raises(ValueError, match="schema is megatron-mone/plan-search/1, not"):
-        read_plan(tmp_path / "s")
+        Plan.read(tmp_path / "s", "look elsewhere")
     (tmp_path / "text").write_text("{")
     for name in ("text", "absent"):
         with pytest.raises(ValueError, match=r"name a file that tools/plan_scale\.py wrote"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_mone.reporting.plan.report import write_plan_files
-from tests.unit.reporting.plan_example import example_plan, example_search
+from tests.unit.reporting.plan_example import as_plan, as_search, example_plan, example_search
 from tests.unit.reporting.test_profile_page_in_browser import BROWSER, browser, open_page
 
 pytestmark = pytest.mark.skipif(
@@ -27,7 +27,7 @@ def pages(tmp_path_factory):
     search["refused"][0]["reason"] = "x" * 900
     return {
         name: write_plan_files(document, folder / name)
-        for name, document in (("plan", plan), ("search", search))
+        for name, document in (("plan", as_plan(plan)), ("search", as_search(search)))
     }
 
 

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from megatron_mone.commands import report_plan
 from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.plan_document import Layout
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -20,7 +21,14 @@ from megatron_mone.reporting.plan.report import TIMELINE, write_plan_files, writ
 from megatron_mone.reporting.plan.search_report import answer, refusals
 from megatron_mone.reporting.plan.timeline import BUBBLE_COLOUR, COLOURS, colour_of, timeline
 from megatron_mone.reporting.plan.view import basis, headline, layout_text, misfits
-from tests.unit.reporting.plan_example import LIMIT, example_plan, example_search
+from tests.unit.reporting.plan_example import (
+    LIMIT,
+    as_model,
+    as_plan,
+    as_search,
+    example_plan,
+    example_search,
+)
 from tests.unit.reporting.test_reporting_html import HOSTILE, tags_of
 
 
@@ -49,7 +57,7 @@ def _close_figures():
 
 @pytest.fixture(scope="module")
 def page(plan, tmp_path_factory):
-    return write_report(plan, tmp_path_factory.mktemp("page") / "new")
+    return write_report(as_plan(plan), tmp_path_factory.mktemp("page") / "new")
 
 
 def words(figure) -> str:
@@ -64,7 +72,7 @@ def bars(axes) -> list[tuple[float, float]]:
 
 def test_the_headline_answers_in_one_sentence(plan):
     mone, moe = plan["models"]
-    line = headline(plan)
+    line = headline(as_plan(plan))
     assert f"fits on 128 NVIDIA H100 SXM5 80 GB of cluster h100-ndr (75.8 of {LIMIT} GiB" in line
     assert f"{mone['tokens_per_s_per_gpu']:,.0f} tokens/s a GPU" in line
     assert f"{mone['step_ms'] / moe['step_ms']:.2f} of the step time" in line
@@ -74,13 +82,13 @@ def test_the_headline_answers_in_one_sentence(plan):
 
 
 def test_what_does_not_fit_is_warned_of_with_its_cure(plan):
-    (text,) = misfits(plan)
+    (text,) = misfits(as_plan(plan))
     assert text.startswith("MoE does not fit")
     assert "passed at activations" in text
     assert "Cheapest change that makes it fit: recompute moe_act" in text
     uncured = copy.deepcopy(plan)
     uncured["models"][1]["cheapest_fix"] = None
-    assert "No single change that was tried makes it fit" in misfits(uncured)[0]
+    assert "No single change that was tried makes it fit" in misfits(as_plan(uncured))[0]
 
 
 def test_the_assumptions_are_a_warning_on_the_page(plan, page):
@@ -90,11 +98,11 @@ def test_the_assumptions_are_a_warning_on_the_page(plan, page):
     assert "assumed: nothing was measured" in boxes[0]
     assert "Routing: balanced, hottest rank&#x27;s rows over the mean 1.00" in boxes[0]
     assert any(plan["warnings"][0] in box for box in boxes)
-    assert basis(plan) != basis({**plan, "efficiency": "fitted to run.json"})
+    assert basis(as_plan(plan)) != basis(as_plan({**plan, "efficiency": "fitted to run.json"}))
 
 
 def test_ratios_of_models_are_those_of_their_numbers(plan):
-    header, rows = plan_tables.models_table(plan)
+    header, rows = plan_tables.models_table(as_plan(plan))
     assert header == ["", "MoNE", "MoE", "MoNE / MoE"]
     by_name = {row[0]: row[1:] for row in rows}
     mone, moe = plan["models"]
@@ -102,12 +110,14 @@ def test_ratios_of_models_are_those_of_their_numbers(plan):
     assert by_name["fits"] == ["yes", "no", "-"]
     free = copy.deepcopy(plan)
     free["models"][1]["bubble_ms"] = 0.0
-    row = next(r for r in plan_tables.models_table(free)[1] if r[0].startswith("pipeline bubble"))
+    row = next(
+        r for r in plan_tables.models_table(as_plan(free))[1] if r[0].startswith("pipeline bubble")
+    )
     assert row[3] == "-"
 
 
 def test_memory_bars_are_stacked_to_each_stages_peak(plan):
-    figure = plan_plots.memory_bars(plan)
+    figure = plan_plots.memory_bars(as_plan(plan))
     for axes, model in zip(figure.axes, plan["models"], strict=True):
         drawn = bars(axes)
         assert len(drawn) == len(ORDER) * len(model["stages"])
@@ -124,7 +134,7 @@ def test_memory_bars_are_stacked_to_each_stages_peak(plan):
 
 def test_parts_of_the_step_add_up_and_compute_is_split_by_phase(plan):
     for model in plan["models"]:
-        parts = plan_plots.model_parts(model)
+        parts = plan_plots.model_parts(as_model(model))
         assert sum(part.size for part in parts) == pytest.approx(model["step_ms"])
         names = [part.name for part in parts]
         assert "compute" not in names
@@ -133,8 +143,8 @@ def test_parts_of_the_step_add_up_and_compute_is_split_by_phase(plan):
             "expert parallel", "tensor parallel", "bubble", "data parallel"
         }  # fmt: skip
     whole = {**plan["models"][0], "phases_ms": {}}
-    assert plan_plots.model_parts(whole)[0].name == "compute"
-    figure = plan_plots.parts_bars(plan)
+    assert plan_plots.model_parts(as_model(whole))[0].name == "compute"
+    figure = plan_plots.parts_bars(as_plan(plan))
     assert sum(width for _, width in bars(figure.axes[0])) == pytest.approx(
         sum(model["step_ms"] for model in plan["models"])
     )
@@ -150,25 +160,25 @@ def test_a_part_that_rounding_left_below_zero_is_not_drawn():
 
 def test_the_timeline_draws_every_pass_and_details_only_of_many(plan):
     model = plan["models"][0]
-    figure = timeline(model, model["step_ms"])
+    figure = timeline(as_model(model), model["step_ms"])
     assert len(figure.axes) == 1
     drawn = sum(len(c.get_paths()) for c in figure.axes[0].collections)
     stages, passes = 4, 2 * 2 * 16
     assert drawn == stages * (passes + len(("gather", "reduce", "optimizer")) + len(("ground",)))
     many = example_plan(("mone",), micro_batches=64, sweeps=False)["models"][0]
-    assert "its beginning" in words(timeline(many, many["step_ms"]))
-    begin, end = timeline(many, many["step_ms"]).axes[2].get_xlim()
+    assert "its beginning" in words(timeline(as_model(many), many["step_ms"]))
+    begin, end = timeline(as_model(many), many["step_ms"]).axes[2].get_xlim()
     assert end == pytest.approx(many["step_ms"])
     assert 0 < begin < end
 
 
 def test_what_is_not_shown_of_a_step_is_not_drawn_as_waiting(plan):
     model = copy.deepcopy(plan["models"][0])
-    colours = [c.get_facecolor() for c in timeline(model, 1.0).axes[0].collections]
+    colours = [c.get_facecolor() for c in timeline(as_model(model), 1.0).axes[0].collections]
     bubble = [plt.matplotlib.colors.to_rgba(BUBBLE_COLOUR)]
     assert any(colour.tolist() == [list(*bubble)] for colour in colours)
     model["timeline"]["shown"] = "the first and last 2 micro-batches"
-    colours = [c.get_facecolor() for c in timeline(model, 1.0).axes[0].collections]
+    colours = [c.get_facecolor() for c in timeline(as_model(model), 1.0).axes[0].collections]
     assert not any(colour.tolist() == [list(*bubble)] for colour in colours)
 
 
@@ -183,14 +193,14 @@ def test_later_chunks_are_lighter_and_the_first_is_the_legends_colour():
 
 
 def test_scaling_marks_what_does_not_fit_hollow_and_gives_the_ratio(plan):
-    figure = plan_curves.scaling(plan)
+    figure = plan_curves.scaling(as_plan(plan))
     rates, ratio = figure.axes
     marks = [line for line in rates.lines if line.get_marker() == "o"]
     hollow = [line.get_xdata()[0] for line in marks if line.get_markerfacecolor() == "white"]
     unfit = [point["gpus"] for point in plan["scaling"] if not point["models"]["moe"]["fits"]]
     assert hollow == unfit
     assert rates.get_xscale() == ratio.get_xscale() == "log"
-    points = plan_curves.ratio_points(plan["scaling"], "mone", "moe")
+    points = plan_curves.ratio_points(as_plan(plan).scaling, "mone", "moe")
     at = plan["scaling"][3]["models"]
     expected = at["mone"]["tokens_per_s_per_gpu"] / at["moe"]["tokens_per_s_per_gpu"]
     assert points[3] == (1024, pytest.approx(expected), False)
@@ -200,30 +210,30 @@ def test_a_model_that_was_not_planned_at_a_size_leaves_a_gap(plan):
     partly = copy.deepcopy(plan)
     del partly["scaling"][2]["models"]["moe"]
     del partly["scaling"][0]["models"]["mone"]
-    points = plan_curves.ratio_points(partly["scaling"], "mone", "moe")
+    points = plan_curves.ratio_points(as_plan(partly).scaling, "mone", "moe")
     assert [gpus for gpus, _, _ in points] == [256, 1024, 2048, 4096, 8192, 16384]
-    row = plan_tables.scaling_table(partly)[1][2]
+    row = plan_tables.scaling_table(as_plan(partly))[1][2]
     assert row[0] == "512"
     assert row[4:7] == ["-", "-", "-"]
     assert row[-1] == "-"
 
 
 def test_sweeps_show_their_numbers(plan):
-    header, rows = plan_tables.sweep_table(plan, "ratio_sweep")
+    header, rows = plan_tables.sweep_table(as_plan(plan), as_plan(plan).ratio_sweep)
     steps = [entry["step_ms"] for entry in plan["ratio_sweep"]]
     column = header.index("step / step at r = 1")
     assert [row[column] for row in rows] == [f"{step / steps[0]:.2f}" for step in steps]
     assert rows[0][-1].endswith(" *") == (plan["ratio_sweep"][0]["peak_gib"] > LIMIT)
-    text = words(plan_curves.expert_sweep(plan))
+    text = words(plan_curves.expert_sweep(as_plan(plan)))
     for entry in plan["expert_sweep"]:
         assert f"{entry['topk']} x {entry['neurons']}" in text
-    assert "1/8" in words(plan_curves.ratio_sweep(plan))
+    assert "1/8" in words(plan_curves.ratio_sweep(as_plan(plan)))
 
 
 def test_collectives_that_take_most_come_first_and_may_not_say_whether_they_are_exposed(plan):
     model = copy.deepcopy(plan["models"][0])
     model["collectives"].reverse()
-    (header, rows), left = plan_tables.collectives_table(model)
+    (header, rows), left = plan_tables.collectives_table(as_model(model))
     taken = [one["calls"] * one["ms"] for one in plan["models"][0]["collectives"]]
     assert taken == sorted(taken, reverse=True)
     assert [row[0] for row in rows] == [o["kind"] for o in plan["models"][0]["collectives"]]
@@ -232,7 +242,7 @@ def test_collectives_that_take_most_come_first_and_may_not_say_whether_they_are_
     for one in model["collectives"]:
         del one["exposed"]
     model["collectives"] *= 10
-    (header, rows), left = plan_tables.collectives_table(model)
+    (header, rows), left = plan_tables.collectives_table(as_model(model))
     assert header[-1] == "ms of one"
     assert len(rows) + left == 50
     assert left > 0
@@ -241,13 +251,13 @@ def test_collectives_that_take_most_come_first_and_may_not_say_whether_they_are_
 def test_absent_parts_leave_no_trace(tmp_path):
     bare = example_plan(("moe",), pp=1, vpp=1, sweeps=False)
     bare["models"][0]["collectives"] = []
-    text = write_report(bare, tmp_path).read_text()
+    text = write_report(as_plan(bare), tmp_path).read_text()
     headings = re.findall(r"<h2>(.*?)</h2>", text)
     assert headings == ["Memory", "Time", "Stages of MoE", "Configuration"]
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == {
         "memory", "parts", "timeline-0"
     }  # fmt: skip
-    assert "against" not in headline(bare)
+    assert "against" not in headline(as_plan(bare))
 
 
 def test_the_files_beside_the_page(page):
@@ -275,7 +285,7 @@ def test_hostile_text_stays_text(tmp_path):
     search = {**example_search(12), **names}
     search["refused"][0] |= {"layout": HOSTILE, "reason": HOSTILE}
     search["best"][0]["why"] = HOSTILE
-    for name, document in {"plan": plan, "search": search}.items():
+    for name, document in {"plan": as_plan(plan), "search": as_search(search)}.items():
         text = write_plan_files(document, tmp_path / name).read_text()
         for tag, attributes in tags_of(text):
             assert tag not in {"script", "link", "iframe", "object", "embed"}, tag
@@ -291,22 +301,24 @@ def test_hostile_text_stays_text(tmp_path):
 def test_a_search_says_what_is_best_and_what_was_left_out(search, tmp_path):
     fit = [one for one in search["candidates"] if one["fits"]]
     assert 0 < len(fit) < len(search["candidates"])
-    text = answer(search)
-    assert text.startswith(f"The fastest layout that fits is {layout_text(fit[0]['layout'])}")
+    text = answer(as_search(search))
+    assert text.startswith(
+        f"The fastest layout that fits is {layout_text(Layout(**fit[0]['layout']))}"
+    )
     assert f"{len(search['candidates'])} layouts were predicted and {len(fit)} fit" in text
     assert "Megatron refuses 3 more" in text
     assert "1 are too large without any activation" in text
     assert "24 beyond the limit were not tried" in text
-    assert answer({**search, "best": []}).startswith("No layout fits: ")
-    page = write_plan_files(search, tmp_path).read_text()
+    assert answer(as_search({**search, "best": []})).startswith("No layout fits: ")
+    page = write_plan_files(as_search(search), tmp_path).read_text()
     assert re.search(r"<summary>3 layouts that Megatron refuses</summary>", page)
-    (reason,) = refusals(search)
+    (reason,) = refusals(as_search(search))
     assert reason.startswith("Megatron refuses pipeline_model_parallel_size")
     assert reason.endswith(": 3 layouts: tp=1,ep=8,pp=5; tp=2,ep=8,pp=5; tp=4,ep=8,pp=5")
 
 
 def test_the_scatter_shows_every_candidate_once_and_the_front_as_a_line(search):
-    figure = plan_curves.candidates(search)
+    figure = plan_curves.candidates(as_search(search))
     front, *marks, limit = figure.axes[0].lines
     found = search["candidates"]
     on_front = sorted((one["peak_gib"], one["step_ms"]) for one in found if one["pareto"])
@@ -321,7 +333,7 @@ def test_the_scatter_shows_every_candidate_once_and_the_front_as_a_line(search):
     assert [text.get_text() for text in figure.axes[0].texts] == ["1", "2", "3", "4", "5"]
     for i, box in enumerate(boxes):
         assert not any(box.overlaps(other) for other in boxes[:i])
-    assert plan_curves.candidates({**search, "candidates": [], "best": []}) is None
+    assert plan_curves.candidates(as_search({**search, "candidates": [], "best": []})) is None
 
 
 def test_the_tool_draws_beside_the_file_or_where_it_is_told(tmp_path, capsys):
