@@ -61,7 +61,7 @@ def main() -> int:
         parser.error(f"--out {options.out} is not empty; name a new folder")
     try:
         files = rank_files(options.folder) if options.folder else []
-        small = [read_record(path) for path in files] or built_in_records()
+        small = [read_record(path).plain() for path in files] or built_in_records()
         size = make_files(small, options)
     except ValueError as error:
         return fail(error)

@@ -17,10 +17,9 @@ from megatron_mone.profiling.compare import (
     Comparison,
     Row,
     compare,
-    profile_path,
-    read_profile,
     run_names,
 )
+from megatron_mone.profiling.profile_document import Profile, path_of
 
 SCHEMA = "megatron-mone/profile-comparison/1"
 REGRESSION = 3
@@ -79,10 +78,10 @@ def _compare_all(
     path_b, name_b = _split(run_b)
     if run and (name_a or name_b):
         raise ValueError("--run names the run of both profiles: leave it out, or the :NAME")
-    a, b = read_profile(path_a), read_profile(path_b)
+    a, b = Profile.read_folder(path_a), Profile.read_folder(path_b)
     name_a = name_a or name_b or run
     pairs = [(name_a, name_b or name_a)] if name_a else _common(a, b)
-    same_job = profile_path(path_a).resolve() == profile_path(path_b).resolve()
+    same_job = path_of(path_a).resolve() == path_of(path_b).resolve()
     return [
         compare(
             a, b, one, other, threshold=threshold, same_job=same_job,
@@ -102,7 +101,7 @@ def _split(argument: str) -> tuple[Path, str | None]:
     return Path(path), name
 
 
-def _common(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, str]]:
+def _common(a: Profile, b: Profile) -> list[tuple[str, str]]:
     common = [name for name in run_names(a) if name in run_names(b)]
     if not common:
         raise ValueError(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from megatron_mone.common.command_line import ERROR
 from megatron_mone.common.program import Program
+
+if TYPE_CHECKING:
+    from megatron_mone.profiling.profile_document import Profile
 
 _LOGS_READ = 16
 _LOG_BYTES = 1 << 20
@@ -52,21 +55,21 @@ def gather(run: Path, expected: Sequence[str] = ()) -> Path:
     from megatron_mone.reporting.profile.report import write_report
 
     here = [path.name for path in (run / "profiles").glob("*-nodes")]
-    found: list[tuple[str, dict[str, Any]]] = []
+    found: list[tuple[str, Profile]] = []
     for name in sorted({*expected, *here}):
         try:
             profile = merge(run / "profiles" / name, skip_unreadable=True)
         except (ValueError, OSError) as error:
             print(f"{name}: missing: {why_missing(run / 'cases' / name, error)}")
             continue
-        ranks = profile["ranks"]
-        gone = ranks["world_size"] - ranks["present"] + len(ranks["incomplete"])
+        ranks = profile.ranks
+        gone = ranks.world_size - ranks.present + len(ranks.incomplete)
         note = f", {gone} of them missing or incomplete" if gone else ""
-        print(f"{name}: {ranks['world_size']} ranks{note}")
+        print(f"{name}: {ranks.world_size} ranks{note}")
         found.append((name, profile))
     if not found:
         raise ValueError(f"{run / 'profiles'} has no profile: no job left a rank's file")
-    found.sort(key=lambda one: -one[1]["ranks"]["world_size"])
+    found.sort(key=lambda one: -one[1].ranks.world_size)
     names, profiles = zip(*found, strict=True)
     check_one_model(profiles, names)
     return write_report(profiles[0], run / "profiles" / "report", profiles[1:])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
 from megatron_mone.common.program import Program
+
+if TYPE_CHECKING:
+    from megatron_mone.profiling.profile_document import Profile, ProfiledRun
 
 _PHASES_SHOWN = 6
 _STRAGGLERS_SHOWN = 5
@@ -30,7 +33,8 @@ def merge_profile(
     Reads FOLDER/ranks/rank-*.json, also of a job that lost ranks. Exit status 2 for wrong input.
     """
     from megatron_mone.common.progress import WHAT, progress_bar
-    from megatron_mone.profiling.merge import PROFILE, merge
+    from megatron_mone.profiling.merge import merge
+    from megatron_mone.profiling.profile_document import PROFILE
 
     files = "rank files"
     with progress_bar(WHAT, "bar", "percent", "left", first=files, transient=True) as bar:
@@ -43,47 +47,45 @@ def merge_profile(
     print(f"written to {folder / PROFILE}")
 
 
-def summary(profile: dict[str, Any]) -> str:
+def summary(profile: Profile) -> str:
     """The ranks there are, then a few lines a run."""
-    ranks = profile["ranks"]
-    lines = [
-        f"ranks          {ranks['present']} of {ranks['world_size']} "
-        f"on {len(ranks['hosts'])} host(s)"
-    ]
+    ranks = profile.ranks
+    lines = [f"ranks          {ranks.present} of {ranks.world_size} on {len(ranks.hosts)} host(s)"]
     for what in ("missing", "incomplete"):
-        if ranks[what]:
-            lines.append(f"{what:15}{len(ranks[what])}: {number_ranges(ranks[what])}")
-    for run in profile["runs"]:
+        numbers = getattr(ranks, what)
+        if numbers:
+            lines.append(f"{what:15}{len(numbers)}: {number_ranges(numbers)}")
+    for run in profile.runs:
         lines += ["", *_run_lines(run)]
     return "\n".join(lines)
 
 
-def _run_lines(run: dict[str, Any]) -> list[str]:
-    step_ms = run["step_ms"]
-    spread = run["over_ranks"]["step_ms"]
+def _run_lines(run: ProfiledRun) -> list[str]:
+    step_ms = run.step_ms
+    spread = run.over_ranks["step_ms"]
     lines = [
-        f"{run['name']} ({run['backend']})",
-        f"  step         {step_ms:.2f} ms, ranks {spread['min']:.2f} (rank {spread['min_rank']}) "
-        f"to {spread['max']:.2f} (rank {spread['max_rank']})",
+        f"{run.name} ({run.backend})",
+        f"  step         {step_ms:.2f} ms, ranks {spread.min:.2f} (rank {spread.min_rank}) "
+        f"to {spread.max:.2f} (rank {spread.max_rank})",
     ]
-    biggest = sorted(run["phases"].items(), key=lambda item: -item[1])[:_PHASES_SHOWN]
+    biggest = sorted(run.phases.items(), key=lambda item: -item[1])[:_PHASES_SHOWN]
     for phase, ms in biggest:
         lines.append(f"    {phase:24}{ms:10.2f} ms {ms / step_ms:6.1%}")
-    if run["neurons"]:
-        lines.append(f"  kept neurons {run['neurons']['kept_ratio']:.1%}")
-    lines.append(f"  expert rows  {run['routing']['rows_max_over_mean']:.2f} max over mean")
-    if run["memory"]:
-        peak = run["memory"]
+    if run.neurons:
+        lines.append(f"  kept neurons {run.neurons.kept_ratio:.1%}")
+    lines.append(f"  expert rows  {run.routing.rows_max_over_mean:.2f} max over mean")
+    if run.memory:
+        peak = run.memory
         lines.append(
-            f"  peak memory  {peak['peak_bytes'] / 2**20:.1f} MiB on rank {peak['peak_rank']}, in "
-            f"{peak['peak_phase']} {peak['peak_pass']}"
+            f"  peak memory  {peak.peak_bytes / 2**20:.1f} MiB on rank {peak.peak_rank}, in "
+            f"{peak.peak_phase} {peak.peak_pass}"
         )
-    for one in run["stragglers"][:_STRAGGLERS_SHOWN]:
+    for one in run.stragglers[:_STRAGGLERS_SHOWN]:
         lines.append(
-            f"  straggler    rank {one['rank']} on {one['host']}: computes {one['compute_ms']:.2f} "
-            f"ms, its stage's median is {one['median_ms']:.2f}; mostly {one['phase']}"
+            f"  straggler    rank {one.rank} on {one.host}: computes {one.compute_ms:.2f} "
+            f"ms, its stage's median is {one.median_ms:.2f}; mostly {one.phase}"
         )
-    more = len(run["stragglers"]) - _STRAGGLERS_SHOWN
+    more = len(run.stragglers) - _STRAGGLERS_SHOWN
     return lines + ([f"               and {more} more stragglers"] if more > 0 else [])
 
 

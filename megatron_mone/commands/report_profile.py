@@ -24,9 +24,10 @@ def report_profile(
     Reads FOLDER/profile.json of each; the report is the first one's, the others (the same model on
     other numbers of ranks) add a scaling curve to it. Exit status 2 for wrong input.
     """
-    from megatron_mone.reporting.profile.check import check_one_model, read_profile
+    from megatron_mone.profiling.profile_document import Profile
+    from megatron_mone.reporting.profile.check import check_one_model
     from megatron_mone.reporting.profile.report import write_report
 
-    profiles = [read_profile(folder) for folder in folders]
+    profiles = [Profile.read_folder(folder) for folder in folders]
     check_one_model(profiles, [str(folder) for folder in folders])
     print(f"wrote {write_report(profiles[0], folders[0], profiles[1:])}")

@@ -110,6 +110,13 @@ def _any_text(value: Any) -> str:
 
 
 def _column(value: Any) -> NDArray[Any]:
+    array = _signed_column(value)
+    if len(array) and array.min() < 0:
+        raise fault("has a value that is not a finite number of 0 or more")
+    return array
+
+
+def _signed_column(value: Any) -> NDArray[Any]:
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, list):
@@ -122,7 +129,7 @@ def _column(value: Any) -> NDArray[Any]:
         raise fault("must be a list of numbers") from None
     if array.ndim != 1 or array.dtype.kind not in "if":
         raise fault("must be a list of numbers")
-    if not np.isfinite(array).all() or array.min() < 0:
+    if not np.isfinite(array).all():
         raise fault("has a value that is not a finite number of 0 or more")
     return array
 
@@ -175,6 +182,8 @@ Words = Annotated[str, Kind("text", _words)]
 AnyText = Annotated[str, Kind("text", _any_text)]
 Column = Annotated[NDArray[Any], Kind("list of numbers", _column)]
 """[N] finite numbers of 0 or more, int64 or float64 as they are written."""
+SignedColumn = Annotated[NDArray[Any], Kind("list of numbers", _signed_column)]
+"""The same, of either sign: found by subtraction."""
 
 
 # Objects ------------------------------------------------------------------------------------------
@@ -190,7 +199,12 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not value.keys() <= cls.model_fields.keys():
+        known = cls.model_fields.keys()
+        if (
+            isinstance(value, dict)
+            and cls.model_config.get("extra") != "allow"
+            and value.keys() - known
+        ):
             unknown = next(key for key in value if key not in cls.model_fields)
             raise fault(f"{unknown[:40]!r} is none of {', '.join(cls.model_fields)}")
         return value

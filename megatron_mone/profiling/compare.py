@@ -6,23 +6,19 @@ Reads the profiles it is given and writes nothing. Imports no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_mone.common import checked_json
-from megatron_mone.common.checked_json import Field
+from megatron_mone.common.checked_json import differences
 from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling import resample
-from megatron_mone.profiling.merge import PROFILE
-from megatron_mone.profiling.merge import SCHEMA as PROFILE_SCHEMA
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun
 
 LEAST_SHARE = 0.01
 """Smaller phases of a step are no regression on their own."""
 STEP = "step_ms"
 PEAK_MEMORY = "peak memory"
-_FIX = "merge its rank files again with tools/merge_profile.py"
 _CONFIG = ("routing", "micro_batches", "tokens_per_step")
 
 
@@ -75,59 +71,14 @@ class Comparison:
         return [row.what for row in self.rows if row.regression]
 
 
-def profile_path(path: Path) -> Path:
-    """The profile of a folder, or the file itself."""
-    return path / PROFILE if path.is_dir() else path
-
-
-def read_profile(path: Path) -> dict[str, Any]:
-    """The profile in a file, or in a folder's profile.json; the fields read here are checked.
-
-    Raises:
-        ValueError: one line that names the file, the field and the fix.
-    """
-    path = profile_path(path)
-    profile = checked_json.load(path, f"give a {PROFILE} or its folder")
-    root = Field(profile, path, _FIX)
-    checked_json.check_schema(root, PROFILE_SCHEMA)
-    root["ranks"]["world_size"].whole()
-    list(root["config"]["layout"].members())
-    root["config"]["routing"].text()
-    root["config"]["micro_batches"].whole()
-    root["config"]["tokens_per_step"].whole()
-    for run in root["runs"].elements():
-        _check_run(run)
-    return profile
-
-
-def _check_run(run: Field) -> None:
-    run["name"].text()
-    run["backend"].text()
-    list(run["model"].members())
-    samples = run["samples"]
-    steps = len(samples["steps"].numbers())
-    if not steps:
-        samples["steps"].fail("is empty")
-    samples["windows"].numbers(steps)
-    samples["step_ms"].numbers(steps)
-    for phase, times in samples["phases"].members():
-        if phase not in PHASES:
-            samples["phases"].fail(f"{phase!r} is no phase of this version")
-        times.numbers(steps)
-    if not samples["phases"].value:
-        samples["phases"].fail("is empty")
-    if run["memory"].value is not None:
-        run["memory"]["peak_bytes"].whole()
-
-
-def run_names(profile: dict[str, Any]) -> list[str]:
+def run_names(profile: Profile) -> list[str]:
     """Names of a profile's runs, in order."""
-    return [run["name"] for run in profile["runs"]]
+    return [run.name for run in profile.runs]
 
 
 def compare(
-    profile_a: dict[str, Any],
-    profile_b: dict[str, Any],
+    profile_a: Profile,
+    profile_b: Profile,
     name_a: str,
     name_b: str,
     *,
@@ -138,7 +89,7 @@ def compare(
     """Compare run `name_b` of one profile with run `name_a` of another.
 
     Args:
-        profile_a, profile_b: from `read_profile`.
+        profile_a, profile_b: hold the runs.
         threshold: growth that is a regression, as a share of A's value.
         same_job: both runs were measured in interleaved windows of one job.
         allow_different: compare runs of different models and layouts. Runs of different names may
@@ -149,7 +100,7 @@ def compare(
     """
     run_a, run_b = _find(profile_a, name_a, "A"), _find(profile_b, name_b, "B")
     settings = _differing_settings(profile_a, profile_b)
-    model = _named("model", run_a["model"], run_b["model"])
+    model = _named("model", run_a.model, run_b.model)
     refused = settings + (model if name_a == name_b else [])
     if refused and not allow_different:
         field, value_a, value_b = refused[0]
@@ -157,11 +108,9 @@ def compare(
             f"{field} is {value_a!r} in A and {value_b!r} in B: profile both with one value, or "
             "compare all the same with --allow-different"
         )
-    backend = _named("", {"backend": run_a["backend"]}, {"backend": run_b["backend"]})
+    backend = _named("", {"backend": run_a.backend}, {"backend": run_b.backend})
     names = [
-        phase
-        for phase in PHASES
-        if phase in run_a["samples"]["phases"] or phase in run_b["samples"]["phases"]
+        phase for phase in PHASES if phase in run_a.samples.phases or phase in run_b.samples.phases
     ]
     samples_a, samples_b = _samples(run_a, names), _samples(run_b, names)
     interval = resample.difference(samples_a, samples_b, same_job=same_job)
@@ -175,37 +124,37 @@ def compare(
     )
 
 
-def _find(profile: dict[str, Any], name: str, side: str) -> dict[str, Any]:
-    for run in profile["runs"]:
-        if run["name"] == name:
+def _find(profile: Profile, name: str, side: str) -> ProfiledRun:
+    for run in profile.runs:
+        if run.name == name:
             return run
     there = ", ".join(run_names(profile)) or "none"
     raise ValueError(f"{side} has no run {name!r}; its runs are: {there}")
 
 
-def _differing_settings(a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _differing_settings(a: Profile, b: Profile) -> list[tuple[str, Any, Any]]:
     return (
-        _named("config.layout", a["config"]["layout"], b["config"]["layout"])
-        + _named("config", *({key: one["config"][key] for key in _CONFIG} for one in (a, b)))
-        + _named("ranks", *({"world_size": one["ranks"]["world_size"]} for one in (a, b)))
+        _named("config.layout", a.config.layout.plain(), b.config.layout.plain())
+        + _named("config", *({key: getattr(one.config, key) for key in _CONFIG} for one in (a, b)))
+        + _named("ranks", *({"world_size": one.ranks.world_size} for one in (a, b)))
     )
 
 
 def _named(place: str, a: dict[str, Any], b: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     return [
         (f"{place}.{key}" if place else key, value_a, value_b)
-        for key, value_a, value_b in checked_json.differences(a, b)
+        for key, value_a, value_b in differences(a, b)
     ]
 
 
-def _samples(run: dict[str, Any], names: list[str]) -> resample.Samples:
+def _samples(run: ProfiledRun, names: list[str]) -> resample.Samples:
     """The steps of a run: their time, mean over ranks, then the phases `names`."""
-    samples = run["samples"]
-    none = [0.0] * len(samples["steps"])
-    phases = np.array([samples["phases"].get(name, none) for name in names], dtype=np.float64)
+    samples = run.samples
+    none = [0.0] * len(samples.steps)
+    phases = np.array([samples.phases.get(name, none) for name in names], dtype=np.float64)
     return resample.Samples(
-        windows=np.asarray(samples["windows"]),
-        slowest_ms=np.asarray(samples["step_ms"], dtype=np.float64),
+        windows=np.asarray(samples.windows),
+        slowest_ms=np.asarray(samples.step_ms, dtype=np.float64),
         # A step is in one phase at any moment, so that phases add up to its mean over ranks.
         values_KS=np.vstack([phases.sum(axis=0), phases]),
     )
@@ -224,9 +173,9 @@ def _rows(names: list[str], interval: resample.Interval, threshold: float) -> li
     return rows
 
 
-def _memory_row(run_a: dict[str, Any], run_b: dict[str, Any], threshold: float) -> list[Row]:
-    if run_a["memory"] is None or run_b["memory"] is None:
+def _memory_row(run_a: ProfiledRun, run_b: ProfiledRun, threshold: float) -> list[Row]:
+    if run_a.memory is None or run_b.memory is None:
         return []
-    a, b = (float(run["memory"]["peak_bytes"]) for run in (run_a, run_b))
+    a, b = float(run_a.memory.peak_bytes), float(run_b.memory.peak_bytes)
     worse = b > (1 + threshold) * a
     return [Row(PEAK_MEMORY, a, b, b / a if a else None, None, None, worse)]

@@ -8,7 +8,6 @@ rank record is in memory at a time. Imports no torch.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.checked_json import UnreadableFile, differences
-from megatron_mone.common.files import atomic_write
 from megatron_mone.common.phases import PASSES
 from megatron_mone.profiling import skew
-from megatron_mone.profiling.rank_record import FOLDER, read_record
+from megatron_mone.profiling.profile_document import PROFILE, Profile
+from megatron_mone.profiling.rank_record import FOLDER, RankRecord, RankRun, read_record
 from megatron_mone.profiling.rank_steps import (
     PHASE_NAMES,
     Aligned,
@@ -30,17 +29,14 @@ from megatron_mone.profiling.rank_steps import (
 )
 from megatron_mone.profiling.totals import Totals
 
-SCHEMA = "megatron-mone/profile/1"
-PROFILE = "profile.json"
 _RANK_FILE = re.compile(r"rank-(\d+)\.json", re.ASCII)
+_ONE_CONFIG = "profile all ranks with one config"
 _AGREED_CONFIG = ("layout", "routing", "micro_batches", "tokens_per_step")
 
 OnFile = Callable[[int, int], None]
 
 
-def merge(
-    folder: Path, *, skip_unreadable: bool = False, on_file: OnFile | None = None
-) -> dict[str, Any]:
+def merge(folder: Path, *, skip_unreadable: bool = False, on_file: OnFile | None = None) -> Profile:
     """Merge `folder/ranks/rank-*.json` and write `folder/profile.json` atomically.
 
     Args:
@@ -56,12 +52,11 @@ def merge(
         ValueError: one line that names the file at fault.
     """
     profile = combine(_read(rank_files(folder), skip_unreadable, on_file))
-    text = json.dumps(profile, separators=(",", ":"), allow_nan=False)
-    atomic_write(folder / PROFILE, text.encode() + b"\n")
+    profile.write(folder / PROFILE)
     return profile
 
 
-def combine(records: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def combine(records: Iterable[tuple[Path, RankRecord]]) -> Profile:
     """The profile of checked rank records, each with the file that errors are to name.
 
     Raises:
@@ -72,12 +67,12 @@ def combine(records: Iterable[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
         job.add(record, path)
     if not job.hosts:
         raise ValueError("no rank's file can be read; profile again")
-    return job.profile()
+    return Profile.of(job.profile(), Path(PROFILE))
 
 
 def _read(
     files: list[Path], skip_unreadable: bool, on_file: OnFile | None
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+) -> Iterator[tuple[Path, RankRecord]]:
     for done, path in enumerate(files, start=1):
         try:
             yield path, read_record(path)
@@ -126,26 +121,24 @@ class _Job:
         self._runs: dict[str, _Run] = {}
         self._run_names: dict[int, set[str]] = {}
 
-    def add(self, record: dict[str, Any], path: Path) -> None:
-        """Take what is needed from a checked record; refuse one of another job."""
+    def add(self, record: RankRecord, path: Path) -> None:
+        """Take what is needed from a record; refuse one of another job."""
         for field in ("job", "world_size"):
-            self._agree(field, record[field], path, "the files are of two jobs: delete one's")
+            value = getattr(record, field)
+            self._agree(field, value, path, "the files are of two jobs: delete one's")
+        config = record.config.plain()
         for field in _AGREED_CONFIG:
-            value = record["config"][field]
-            self._agree(f"config.{field}", value, path, "profile all ranks with one config")
+            self._agree(f"config.{field}", config[field], path, _ONE_CONFIG)
         if not self.hosts:
-            self._config = record["config"]
-        rank = record["rank"]
-        self.hosts[rank] = record["host"]
-        self._run_names[rank] = {run["name"] for run in record["runs"]}
-        if not record["complete"]:
-            self._stopped.add(rank)
-        for run in record["runs"]:
-            name = run["name"]
+            self._config = config
+        self.hosts[record.rank] = record.host
+        self._run_names[record.rank] = {run.name for run in record.runs}
+        if not record.complete:
+            self._stopped.add(record.rank)
+        for run in record.runs:
             for field in ("backend", "model"):
-                place = f"runs.{name}.{field}"
-                self._agree(place, run[field], path, "profile all ranks with one config")
-            self._runs.setdefault(name, _Run(name, run["backend"], run["model"])).add(record, run)
+                self._agree(f"runs.{run.name}.{field}", getattr(run, field), path, _ONE_CONFIG)
+            self._runs.setdefault(run.name, _Run(run)).add(record, run)
 
     def _agree(self, field: str, value: Any, path: Path, fix: str) -> None:
         agreed, first = self._agreed.setdefault(field, (value, path.name))
@@ -173,7 +166,7 @@ class _Job:
         for rank in sorted(self.hosts):
             by_host.setdefault(self.hosts[rank], []).append(rank)
         return {
-            "schema": SCHEMA,
+            "schema": Profile.SCHEMA,
             "config": self._config,
             "ranks": {
                 "world_size": world_size,
@@ -189,12 +182,12 @@ class _Job:
 class _Run:
     """One run of the job over its ranks."""
 
-    def __init__(self, name: str, backend: str, model: dict[str, Any]) -> None:
-        self._head = {"name": name, "backend": backend, "model": model}
+    def __init__(self, run: RankRun) -> None:
+        self._head = {"name": run.name, "backend": run.backend, "model": run.model}
         self._ranks: list[RankSteps] = []
         self._totals = Totals()
 
-    def add(self, record: dict[str, Any], run: dict[str, Any]) -> None:
+    def add(self, record: RankRecord, run: RankRun) -> None:
         """Take one rank's."""
         self._ranks.append(take_steps(record, run))
         self._totals.add(record, run)

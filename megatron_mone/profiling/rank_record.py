@@ -1,29 +1,279 @@
-"""What one rank measured, as a file: its schema, written whole, read with every field checked.
+"""What one rank measured, as a file: the classes that write it whole and read it checked.
 
-docs/PROFILER.md describes the fields. Touches the folder it is given; imports no torch, so that
-ranks can be merged where none is installed.
+docs/PROFILER.md has the fields. Touches the folder it is given; imports no torch, so that ranks can
+be merged where none is installed.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from megatron_mone.common import checked_json
-from megatron_mone.common.checked_json import Field
-from megatron_mone.common.files import atomic_write
+from pydantic import ConfigDict, model_validator
+
+from megatron_mone.common.documents import (
+    AnyText,
+    AtLeast1,
+    Column,
+    Document,
+    Key,
+    Number,
+    Part,
+    Place,
+    Text,
+    Whole,
+    check_lengths,
+    check_names,
+    fault,
+    one_of,
+    texts_of,
+    whole,
+)
 from megatron_mone.common.phases import PASSES, PHASES
 
-SCHEMA = "megatron-mone/rank-profile/1"
 FOLDER = "ranks"
-COORDINATES = ("tp", "cp", "dp", "pp", "ep", "etp", "edp")
-LAYOUT = ("tp", "cp", "dp", "pp", "vpp", "ep", "etp", "edp")
 LOAD_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
 """moe/neuron_load.HISTOGRAM_EDGES, which importing would bring torch along."""
 MOST_RANKS = 1_000_000
 MOST_EXPERTS = 1_000_000
-_FIX = "profile again with this version, or delete the file to merge the other ranks"
+
+Phase = Annotated[str, one_of(tuple(PHASES))]
+PassName = Annotated[str, one_of(PASSES)]
+_Ranks = Annotated[int, whole(MOST_RANKS)]
+
+
+class Coordinates(Part):
+    """Of a rank in each group."""
+
+    tp: _Ranks
+    cp: _Ranks
+    dp: _Ranks
+    pp: _Ranks
+    ep: _Ranks
+    etp: _Ranks
+    edp: _Ranks
+
+
+class Layout(Part):
+    """Sizes of the groups."""
+
+    tp: _Ranks
+    cp: _Ranks
+    dp: _Ranks
+    pp: _Ranks
+    vpp: _Ranks
+    ep: _Ranks
+    etp: _Ranks
+    edp: _Ranks
+
+
+COORDINATES, LAYOUT = tuple(Coordinates.model_fields), tuple(Layout.model_fields)
+
+
+class Config(Part):
+    """Of the job."""
+
+    layout: Layout
+    routing: Text
+    """`real`, `balanced` or `replayed`"""
+    micro_batches: Whole
+    tokens_per_step: AtLeast1
+    argv: list[AnyText]
+    machine: dict[Key, Any]
+    """what was installed, by name"""
+
+
+class Traffic(Part):
+    """Collectives of one kind in one group; one value a step."""
+
+    calls: Column
+    bytes: Column
+    """sent by this rank"""
+    ms: Column
+    """overlap the phases"""
+
+
+class LayerRows(Part):
+    """A MoE layer of this rank."""
+
+    layer: Whole
+    first_expert: Annotated[int, whole(MOST_EXPERTS)]
+    rows: Column
+    """of each local expert, summed over the steps"""
+
+    @model_validator(mode="after")
+    def _has_experts(self) -> Self:
+        if not 1 <= len(self.rows) <= MOST_EXPERTS:
+            raise fault(f"must have the rows of 1 to {MOST_EXPERTS} experts", "rows")
+        return self
+
+
+class Rows(Part):
+    """What was routed."""
+
+    layers: list[LayerRows]
+
+
+class LayerNeurons(Part):
+    """The neurons of a MoNE layer on this rank."""
+
+    layer: Whole
+    rows: Whole
+    kept: Whole
+    width: Whole
+    dead: Whole
+    max_over_mean: Number
+    histogram: Column
+    """neurons by relative load, in the bins of moe/neuron_load.HISTOGRAM_EDGES"""
+
+    @model_validator(mode="after")
+    def _has_all_bins(self) -> Self:
+        check_lengths(len(LOAD_EDGES) + 1, [(("histogram",), self.histogram)])
+        return self
+
+
+class Neurons(Part):
+    """What was kept."""
+
+    layers: list[LayerNeurons]
+
+
+class Operations(Part):
+    """Of a step, forward and backward."""
+
+    executed: Number
+    active: Number
+    """of kept neurons, nothing twice"""
+
+
+class Flops(Part):
+    """Operations of this rank in a step."""
+
+    modules: dict[Phase, Operations]
+    bytes: dict[Key, Number]
+    """the least that the expert GEMMs must move"""
+    peak_flops: Number | None
+    """null where unknown"""
+    peak_bytes_per_s: Number | None
+
+
+class MemoryTimeline(Part):
+    """At most 400 points, the peak among them; beside `ms` and `phase` the bytes of each kind."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[Key, Column]
+
+    ms: Column
+    phase: Annotated[list[str], texts_of(tuple(PHASES))]
+
+    @property
+    def kinds(self) -> dict[str, Any]:
+        """Bytes of each kind, [points]."""
+        return self.__pydantic_extra__
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        columns = {"phase": self.phase, **self.kinds}
+        check_lengths(len(self.ms), [((name,), column) for name, column in columns.items()])
+        return self
+
+
+class Measured(Part):
+    """What the system says."""
+
+    allocator_peak_bytes: Whole | None
+    process_peak_bytes: Whole | None
+
+
+class Memory(Part):
+    """Of the untimed steps with the ledger."""
+
+    peak_bytes: Whole
+    peak_phase: Phase
+    peak_pass: PassName
+    peak_ms: Number
+    by_kind: dict[Key, Whole]
+    """bytes at the peak; add up to it"""
+    by_phase: dict[Phase, dict[Key, Whole]]
+    """the most of each kind in the phase"""
+    timeline: MemoryTimeline
+    measured: Measured
+
+
+class RankRun(Part):
+    """One run on this rank; its columns have one value a step."""
+
+    name: Text
+    backend: Text
+    model: dict[Key, Any]
+    """fields of the model that are set"""
+    steps: Column
+    """iteration numbers, warm-up left out"""
+    windows: Column
+    """the interleaved window that a step belongs to"""
+    step_ms: Column
+    phases: dict[Phase, dict[PassName, Column]]
+    """ms; phases and passes that never ran are left out"""
+    communication: dict[Key, Traffic]
+    """by `op group`"""
+    rows: Column
+    """routed rows that this rank's experts took"""
+    routing: Rows
+    neurons: Neurons | None
+    """null for a stock model"""
+    memory: Memory | None
+    """null where no memory pass was made"""
+    flops: Flops
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        steps = self.steps
+        if len(steps) and (steps.dtype.kind != "i" or (steps[1:] <= steps[:-1]).any()):
+            raise fault("must be iteration numbers, each above the one before", "steps")
+        columns: list[tuple[Place, Any]] = [
+            ((name,), getattr(self, name)) for name in ("windows", "rows", "step_ms")
+        ]
+        for phase, passes in self.phases.items():
+            columns += [(("phases", phase, name), times) for name, times in passes.items()]
+        for key, traffic in self.communication.items():
+            for name in ("calls", "bytes", "ms"):
+                columns.append((("communication", key, name), getattr(traffic, name)))
+        check_lengths(len(steps), columns)
+        if not (self.step_ms > 0).all():
+            raise fault("has a step of 0 ms", "step_ms")
+        return self
+
+
+class RankRecord(
+    Document,
+    schema="megatron-mone/rank-profile/1",
+    again="profile again with this version, or delete the file to merge the other ranks",
+):
+    """What one rank measured."""
+
+    job: Text
+    """the same for all ranks of one job; random"""
+    rank: Whole
+    world_size: _Ranks
+    host: Text
+    device: Text
+    coordinates: Coordinates
+    config: Config
+    complete: bool
+    """false: stopped before the window's end"""
+    runs: list[RankRun]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.rank >= self.world_size:
+            raise fault(f"{self.rank} is outside world_size {self.world_size}", "rank")
+        check_names([run.name for run in self.runs], "run")
+        if self.complete and not self.runs:
+            raise fault("is empty in a complete record", "runs")
+        for index, run in enumerate(self.runs):
+            if self.complete and not len(run.steps):
+                raise fault("is empty in a complete record", "runs", index, "steps")
+        return self
 
 
 def record_name(rank: int) -> str:
@@ -34,14 +284,17 @@ def record_name(rank: int) -> str:
 def write_record(folder: Path, record: dict[str, Any]) -> Path:
     """Check a record and write it as `folder/ranks/rank-NNNNN.json`, whole or not at all.
 
+    Args:
+        folder: of the job.
+        record: the fields of a RankRecord.
+
     Raises:
         ValueError: one line that names the field that the schema does not allow.
     """
     path = folder / FOLDER / record_name(record["rank"])
-    check_record(record, path)
+    checked = RankRecord.of(record, path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, separators=(",", ":"), allow_nan=False)
-    atomic_write(path, text.encode() + b"\n")
+    checked.write(path)
     return path
 
 
@@ -51,131 +304,17 @@ def clear_records(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The record in a file, all its fields checked.
+def read_record(path: Path) -> RankRecord:
+    """The record in a file.
 
     Raises:
         checked_json.UnreadableFile: the file holds no JSON.
         ValueError: its content is not that of a rank record; one line either way.
     """
-    record = checked_json.load(path, "delete it, or merge with --skip-unreadable")
-    check_record(record, path)
-    if path.name != record_name(record["rank"]):
+    record = RankRecord.read(path, "delete it, or merge with --skip-unreadable")
+    if path.name != record_name(record.rank):
         raise ValueError(
-            f"{path}: holds rank {record['rank']}, whose file is {record_name(record['rank'])}; "
+            f"{path}: holds rank {record.rank}, whose file is {record_name(record.rank)}; "
             "rename it, or delete it if it is a copy"
         )
     return record
-
-
-def check_record(record: Any, path: Path) -> None:
-    """Raise a ValueError, in the name of `path`, unless `record` is what the schema says."""
-    root = Field(record, path, _FIX)
-    checked_json.check_schema(root, SCHEMA)
-    for name in ("job", "host", "device"):
-        root[name].text()
-    world_size = root["world_size"].whole(MOST_RANKS)
-    rank = root["rank"].whole()
-    if rank >= world_size:
-        root["rank"].fail(f"{rank} is outside world_size {world_size}")
-    for name in COORDINATES:
-        root["coordinates"][name].whole(MOST_RANKS)
-    complete = root["complete"].flag()
-    _check_config(root["config"])
-    names = set()
-    for run in root["runs"].elements():
-        name = run["name"].text()
-        if name in names:
-            run["name"].fail(f"{name!r} is the name of two runs")
-        names.add(name)
-        _check_run(run, complete)
-    if not names and complete:
-        root["runs"].fail("is empty in a complete record")
-
-
-def _check_config(config: Field) -> None:
-    for name in LAYOUT:
-        config["layout"][name].whole(MOST_RANKS)
-    config["routing"].text()
-    config["micro_batches"].whole()
-    config["tokens_per_step"].whole()
-    list(config["argv"].elements())
-    list(config["machine"].members())
-
-
-def _check_run(run: Field, complete: bool) -> None:
-    run["backend"].text()
-    list(run["model"].members())
-    steps = run["steps"].numbers()
-    if not len(steps) and complete:
-        run["steps"].fail("is empty in a complete record")
-    if len(steps) and (steps.dtype.kind != "i" or (steps[1:] <= steps[:-1]).any()):
-        run["steps"].fail("must be iteration numbers, each above the one before")
-    for name in ("windows", "rows"):
-        run[name].numbers(len(steps))
-    if not (run["step_ms"].numbers(len(steps)) > 0).all():
-        run["step_ms"].fail("has a step of 0 ms")
-    for phase, passes in run["phases"].members():
-        if phase not in PHASES:
-            run["phases"].fail(f"{phase!r} is no phase of this version")
-        for name, times in passes.members():
-            if name not in PASSES:
-                passes.fail(f"{name!r} is none of {', '.join(PASSES)}")
-            times.numbers(len(steps))
-    for _, traffic in run["communication"].members():
-        for name in ("calls", "bytes", "ms"):
-            traffic[name].numbers(len(steps))
-    _check_loads(run)
-    _check_flops(run["flops"])
-    if run["memory"].value is not None:
-        _check_memory(run["memory"])
-
-
-def _check_loads(run: Field) -> None:
-    for layer in run["routing"]["layers"].elements():
-        layer["layer"].whole()
-        layer["first_expert"].whole(MOST_EXPERTS)
-        if not 1 <= len(layer["rows"].numbers()) <= MOST_EXPERTS:
-            layer["rows"].fail(f"must have the rows of 1 to {MOST_EXPERTS} experts")
-    if run["neurons"].value is None:
-        return
-    for layer in run["neurons"]["layers"].elements():
-        for name in ("layer", "rows", "kept", "width", "dead"):
-            layer[name].whole()
-        layer["max_over_mean"].number()
-        layer["histogram"].numbers(len(LOAD_EDGES) + 1)
-
-
-def _check_flops(flops: Field) -> None:
-    for phase, counts in flops["modules"].members():
-        if phase not in PHASES:
-            flops["modules"].fail(f"{phase!r} is no phase of this version")
-        counts["executed"].number()
-        counts["active"].number()
-    for _, least in flops["bytes"].members():
-        least.number()
-    for name in ("peak_flops", "peak_bytes_per_s"):
-        if flops[name].value is not None:
-            flops[name].number()
-
-
-def _check_memory(memory: Field) -> None:
-    memory["peak_bytes"].whole()
-    memory["peak_phase"].text(tuple(PHASES))
-    memory["peak_pass"].text(PASSES)
-    memory["peak_ms"].number()
-    for _, held in memory["by_kind"].members():
-        held.whole()
-    for _, kinds in memory["by_phase"].members():
-        for _, held in kinds.members():
-            held.whole()
-    timeline = memory["timeline"]
-    points = len(timeline["ms"].numbers())
-    for name, values in timeline.members():
-        if name == "phase":
-            values.texts(points, tuple(PHASES))
-        else:
-            values.numbers(points)
-    for name in ("allocator_peak_bytes", "process_peak_bytes"):
-        if memory["measured"][name].value is not None:
-            memory["measured"][name].whole()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
+from megatron_mone.profiling.rank_record import Coordinates, RankRecord, RankRun
 
 Array = NDArray[Any]
 PHASE_NAMES = tuple(PHASES)
@@ -25,7 +26,7 @@ class RankSteps:
     """What one rank measured of one run, step by step.
 
     Attributes:
-        coordinates: of the rank, by "tp", "ep", ...
+        coordinates: of the rank.
         steps, windows, step_ms, rows: [S].
         phase_ms_PQS: zero where a phase or a pass never ran.
         traffic: "op group" -> [3, S] calls, bytes sent, ms.
@@ -34,7 +35,7 @@ class RankSteps:
     rank: int
     host: str
     complete: bool
-    coordinates: dict[str, int]
+    coordinates: Coordinates
     steps: Array
     windows: Array
     step_ms: Array
@@ -43,26 +44,26 @@ class RankSteps:
     traffic: dict[str, Array]
 
 
-def take_steps(record: dict[str, Any], run: dict[str, Any]) -> RankSteps:
-    """The steps of `run` in a checked rank record; keeps nothing of either."""
-    steps = np.asarray(run["steps"], dtype=np.int64)
+def take_steps(record: RankRecord, run: RankRun) -> RankSteps:
+    """The steps of `run` in a rank record; keeps nothing else of either."""
+    steps = np.asarray(run.steps, dtype=np.int64)
     phase_ms = np.zeros((len(PHASE_NAMES), len(PASSES), len(steps)))
-    for phase, passes in run["phases"].items():
+    for phase, passes in run.phases.items():
         for name, times in passes.items():
             phase_ms[PHASE_NAMES.index(phase), PASSES.index(name)] = times
     return RankSteps(
-        rank=record["rank"],
-        host=record["host"],
-        complete=record["complete"],
-        coordinates=record["coordinates"],
+        rank=record.rank,
+        host=record.host,
+        complete=record.complete,
+        coordinates=record.coordinates,
         steps=steps,
-        windows=np.asarray(run["windows"], dtype=np.int64),
-        step_ms=np.asarray(run["step_ms"], dtype=np.float64),
-        rows=np.asarray(run["rows"], dtype=np.float64),
+        windows=np.asarray(run.windows, dtype=np.int64),
+        step_ms=np.asarray(run.step_ms, dtype=np.float64),
+        rows=np.asarray(run.rows, dtype=np.float64),
         phase_ms_PQS=phase_ms,
         traffic={
-            name: np.asarray([values[key] for key in _TRAFFIC], dtype=np.float64)
-            for name, values in run["communication"].items()
+            name: np.array([traffic.calls, traffic.bytes, traffic.ms], dtype=np.float64)
+            for name, traffic in run.communication.items()
         },
     )
 

@@ -20,7 +20,7 @@ from megatron_mone.common.machine import cores, cpu_model, facts
 from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share
 from megatron_mone.profiling.load_facts import LoadFacts
 from megatron_mone.profiling.peaks import RankPeaks
-from megatron_mone.profiling.rank_record import SCHEMA, clear_records
+from megatron_mone.profiling.rank_record import RankRecord, clear_records
 from megatron_mone.profiling.run_meter import Run
 
 
@@ -35,7 +35,7 @@ def rank_facts(args: Any, words: Sequence[str], job: str, routing: str) -> dict[
     """
     micro_batches = get_num_microbatches()
     return {
-        "schema": SCHEMA,
+        "schema": RankRecord.SCHEMA,
         "job": job,
         "rank": torch.distributed.get_rank(),
         "world_size": torch.distributed.get_world_size(),

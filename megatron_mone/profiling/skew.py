@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from megatron_mone.common.phases import COMMUNICATION, GATE_GEMM, SELECTION, UP_DOWN_GEMM
+from megatron_mone.profiling.rank_record import Coordinates
 from megatron_mone.profiling.rank_steps import PHASE_NAMES, Aligned, Array, compute_ms
 
 STRAGGLER_EXCESS = 0.10
@@ -25,7 +26,7 @@ class RankMeans:
     """Each rank's mean over the middle half of the steps.
 
     Attributes:
-        coordinates: one dictionary a rank.
+        coordinates: one a rank.
         step_ms, compute_ms, rows: [R].
         phase_ms_RP: all passes of a phase together.
         ran: the phases that took any time, in order.
@@ -33,7 +34,7 @@ class RankMeans:
 
     ranks: list[int]
     hosts: list[str]
-    coordinates: list[dict[str, int]]
+    coordinates: list[Coordinates]
     step_ms: Array
     compute_ms: Array
     rows: Array
@@ -43,7 +44,7 @@ class RankMeans:
     @property
     def stages(self) -> list[int]:
         """Pipeline stage of each rank."""
-        return [where["pp"] for where in self.coordinates]
+        return [where.pp for where in self.coordinates]
 
     def phase(self, name: str) -> Array:
         """[R] ms of one phase."""
@@ -151,7 +152,7 @@ def expert_groups(means: RankMeans) -> list[dict[str, Any]]:
     expert_ms = np.sum([means.phase(phase) for phase in EXPERT_PHASES], axis=0)
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for r, where in enumerate(means.coordinates):
-        groups[where["pp"], where["edp"]].append(r)
+        groups[where.pp, where.edp].append(r)
     return [
         {
             "ranks": [means.ranks[r] for r in members],

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.profiling.rank_record import LOAD_EDGES, MOST_EXPERTS
+from megatron_mone.profiling.rank_record import (
+    LOAD_EDGES,
+    MOST_EXPERTS,
+    Flops,
+    LayerNeurons,
+    LayerRows,
+    Memory,
+    RankRecord,
+    RankRun,
+)
 from megatron_mone.profiling.rank_steps import Array
 from megatron_mone.profiling.skew import max_over_mean
 
@@ -24,7 +33,7 @@ class Totals:
 
     def __init__(self) -> None:
         self.peak_bytes: dict[int, int] = {}
-        self._memory: dict[str, Any] | None = None
+        self._fullest: tuple[int, Memory] | None = None
         self._rows: dict[tuple[int, int, int, int], Array] = {}
         self._neurons: dict[int, _LayerLoad] = {}
         self._modules: dict[str, dict[str, float]] = defaultdict(
@@ -33,41 +42,44 @@ class Totals:
         self._bytes: dict[str, float] = defaultdict(float)
         self._peaks: dict[str, float | None] = {"peak_flops": 0.0, "peak_bytes_per_s": 0.0}
 
-    def add(self, record: dict[str, Any], run: dict[str, Any]) -> None:
-        """Add the run of a checked rank record."""
-        if not run["steps"]:
+    def add(self, record: RankRecord, run: RankRun) -> None:
+        """Add the run of a rank record."""
+        if not len(run.steps):
             return
-        where = record["coordinates"]
-        self._add_rows(run["routing"]["layers"], where["edp"], len(run["steps"]))
-        for layer in run["neurons"]["layers"] if run["neurons"] else ():
-            load = self._neurons.setdefault(layer["layer"], _LayerLoad())
-            load.add(layer, (where["ep"], where["etp"]))
-        self._add_flops(run["flops"])
-        if run["memory"]:
-            peak = self.peak_bytes[record["rank"]] = run["memory"]["peak_bytes"]
-            if self._memory is None or peak > self._memory["peak_bytes"]:
-                self._memory = run["memory"] | {"peak_rank": record["rank"]}
+        where = record.coordinates
+        self._add_rows(run.routing.layers, where.edp, len(run.steps))
+        for layer in run.neurons.layers if run.neurons else ():
+            load = self._neurons.setdefault(layer.layer, _LayerLoad())
+            load.add(layer, (where.ep, where.etp))
+        self._add_flops(run.flops)
+        if run.memory is not None:
+            peak = self.peak_bytes[record.rank] = run.memory.peak_bytes
+            if self._fullest is None or peak > self._fullest[1].peak_bytes:
+                self._fullest = record.rank, run.memory
 
-    def _add_rows(self, layers: list[dict[str, Any]], edp: int, steps: int) -> None:
+    def _add_rows(self, layers: list[LayerRows], edp: int, steps: int) -> None:
         for layer in layers:
-            rows = np.asarray(layer["rows"], dtype=np.float64) / steps
-            key = (layer["layer"], edp, layer["first_expert"], len(rows))
+            rows = np.asarray(layer.rows, dtype=np.float64) / steps
+            key = (layer.layer, edp, layer.first_expert, len(rows))
             # Ranks that split an expert's neurons (etp) each count all of its rows.
             self._rows[key] = np.maximum(rows, self._rows.get(key, rows))
 
-    def _add_flops(self, flops: dict[str, Any]) -> None:
-        for phase, counts in flops["modules"].items():
-            for kind in ("executed", "active"):
-                self._modules[phase][kind] += counts[kind]
-        for name, least in flops["bytes"].items():
+    def _add_flops(self, flops: Flops) -> None:
+        for phase, counts in flops.modules.items():
+            self._modules[phase]["executed"] += counts.executed
+            self._modules[phase]["active"] += counts.active
+        for name, least in flops.bytes.items():
             self._bytes[name] += least
         for name, total in self._peaks.items():
-            peak = flops[name]
+            peak = getattr(flops, name)
             self._peaks[name] = None if peak is None or total is None else total + peak
 
     def memory(self) -> dict[str, Any] | None:
         """The memory of the rank with the highest peak; None without a memory pass."""
-        return self._memory
+        if self._fullest is None:
+            return None
+        rank, memory = self._fullest
+        return memory.plain() | {"peak_rank": rank}
 
     def routing(self, steps: int, ep: int) -> dict[str, Any]:
         """Rows of every expert of every layer over `steps` steps and all replicas.
@@ -156,16 +168,16 @@ class _LayerLoad:
         self._max_over_mean = 0.0
         self._dead: dict[Any, int] = {}
 
-    def add(self, layer: dict[str, Any], shard: tuple[int, int]) -> None:
+    def add(self, layer: LayerNeurons, shard: tuple[int, int]) -> None:
         """Add one rank's; `shard` names its experts and neurons, alike in all replicas."""
-        self.rows += layer["rows"]
-        self.width = max(self.width, layer["width"])
-        self.histogram = self.histogram + np.asarray(layer["histogram"], dtype=np.int64)
-        self._kept += layer["kept"]
-        self._candidates += layer["rows"] * layer["width"]
-        self._max_over_mean = max(self._max_over_mean, layer["max_over_mean"])
+        self.rows += layer.rows
+        self.width = max(self.width, layer.width)
+        self.histogram = self.histogram + np.asarray(layer.histogram, dtype=np.int64)
+        self._kept += layer.kept
+        self._candidates += layer.rows * layer.width
+        self._max_over_mean = max(self._max_over_mean, layer.max_over_mean)
         # A neuron is dead if every replica says so: at most as many as the least of them counts.
-        self._dead[shard] = min(self._dead.get(shard, layer["dead"]), layer["dead"])
+        self._dead[shard] = min(self._dead.get(shard, layer.dead), layer.dead)
 
     def join(self, other: _LayerLoad) -> None:
         """Add another layer."""

@@ -53,7 +53,7 @@ def runs(tmp_path_factory):
 
 
 def profile(runs: Path, name: str) -> dict:
-    return merge(runs / name / "profile")["runs"][0]
+    return merge(runs / name / "profile").plain()["runs"][0]
 
 
 def records(runs: Path, name: str) -> list[dict]:

@@ -19,7 +19,7 @@ from megatron_mone.common.checked_json import Field, check_schema, load
 from megatron_mone.common.phases import COMMUNICATION, DATA, OTHER, PASSES, PHASES
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.profiling.baselines import MAIN
-from megatron_mone.profiling.merge import SCHEMA
+from megatron_mone.profiling.profile_document import Profile
 
 NOT_COMPUTE = (*COMMUNICATION, DATA, OTHER)
 """Phases that no curve describes: waiting for others, reading files, Python of the schedule."""
@@ -91,7 +91,7 @@ def read_profile(path: Path) -> MeasuredProfile:
         ValueError: one line that names the file, the place and what is wrong there.
     """
     document = Field(load(path, _FIX), path, _FIX)
-    check_schema(document, SCHEMA)
+    check_schema(document, str(Profile.SCHEMA))
     config = document["config"]
     argv = config["argv"]
     if not isinstance(argv.value, list) or not all(isinstance(flag, str) for flag in argv.value):

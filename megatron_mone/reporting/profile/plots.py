@@ -22,10 +22,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from megatron_mone.common.phases import COMMUNICATION, PASSES
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun
 from megatron_mone.reporting.page import plots
 from megatron_mone.reporting.profile.view import (
-    Profile,
-    Run,
     all_phases,
     large_phases,
     milliseconds,
@@ -56,9 +55,9 @@ _MOST_COLUMNS = 400
 
 def phase_bars(profile: Profile) -> Figure:
     """One stacked bar a run, phases in their order, with its total and ratio to the baseline."""
-    runs = profile["runs"]
+    runs = profile.runs
     phases = all_phases(runs)
-    longest = max(run["step_ms"] for run in runs)
+    longest = max(run.step_ms for run in runs)
     with plt.rc_context({**SETTINGS, "axes.grid": False}):
         legend_rows = math.ceil(len(phases) / 5)
         height = 0.75 + 0.95 * len(runs) + 0.23 * legend_rows
@@ -72,7 +71,7 @@ def phase_bars(profile: Profile) -> Figure:
         figure.tight_layout(rect=(0, below, 1, 1))
         for row, run in enumerate(runs):
             _stack(axes, row, run, phases)
-            axes.text(run["step_ms"] + 0.008 * longest, row, _total(run, runs), va="center",
+            axes.text(run.step_ms + 0.008 * longest, row, _total(run, runs), va="center",
                       fontsize=9.5, fontweight="bold")  # fmt: skip
         figure.legend(
             [_swatch(phase) for phase in phases], phases, loc="lower center",
@@ -83,10 +82,10 @@ def phase_bars(profile: Profile) -> Figure:
 
 def passes(profile: Profile) -> Figure:
     """Bars by phase and run, one panel for forward, backward and recompute where they ran."""
-    runs = profile["runs"]
+    runs = profile.runs
     shown = [
         name for name in PASSES
-        if any(split.get(name) for run in runs for split in run["passes"].values())
+        if any(split.get(name) for run in runs for split in run.passes.values())
     ] or [PASSES[0]]  # fmt: skip
     phases = large_phases(runs)
     thick = 0.8 / len(runs)
@@ -96,7 +95,7 @@ def passes(profile: Profile) -> Figure:
                                       sharex=True, squeeze=False)  # fmt: skip
         for panel, name in zip(panels[0], shown, strict=True):
             for i, (run, colour) in enumerate(zip(runs, _colours(runs), strict=True)):
-                values = [run["passes"].get(phase, {}).get(name, 0.0) for phase in phases]
+                values = [run.passes.get(phase, {}).get(name, 0.0) for phase in phases]
                 where = [row - 0.4 + (i + 0.5) * thick for row in range(len(phases))]
                 bars = panel.barh(where, values, height=0.9 * thick, color=colour)
                 labels = [milliseconds(value) if value else "" for value in values]
@@ -112,14 +111,14 @@ def passes(profile: Profile) -> Figure:
     return figure
 
 
-def rank_heat_map(profile: Profile, run: Run) -> Figure | None:
+def rank_heat_map(profile: Profile, run: ProfiledRun) -> Figure | None:
     """Phases by ranks: time over the median of the same phase in the same pipeline stage.
 
     White is the median, grey a rank without a file or a phase that does not run there. Beyond 400
     ranks a column stands for several and shows the one furthest from the median. None for one
     rank.
     """
-    world = profile["ranks"]["world_size"]
+    world = profile.ranks.world_size
     phases = large_phases([run])
     if world < 2 or not phases:
         return None
@@ -153,7 +152,7 @@ def scaling(profile: Profile, others: Sequence[Profile]) -> Figure | None:
     if not others:
         return None
     sizes = sorted({size for line in points.values() for size, _ in line})
-    names = {run["name"]: name_of(run) for run in profile["runs"]}
+    names = {run.name: name_of(run) for run in profile.runs}
     with plt.rc_context(SETTINGS):
         figure, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 3.5))
         for (run, line), colour in zip(points.items(), RUN_COLOURS, strict=False):
@@ -170,7 +169,7 @@ def scaling(profile: Profile, others: Sequence[Profile]) -> Figure | None:
             panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
             panel.minorticks_off()
             panel.set_ylim(0, 1.08 * panel.get_ylim()[1])
-        run_legend(figure, profile["runs"], 0.08)
+        run_legend(figure, profile.runs, 0.08)
     return figure
 
 
@@ -178,16 +177,16 @@ def scaling_points(
     profile: Profile, others: Sequence[Profile]
 ) -> dict[str, list[tuple[int, float]]]:
     """Run name -> (ranks, tokens a second of one rank) by rising ranks, for `profile`'s runs."""
-    points: dict[str, list[tuple[int, float]]] = {run["name"]: [] for run in profile["runs"]}
-    for one in sorted([profile, *others], key=lambda p: p["ranks"]["world_size"]):
-        world = one["ranks"]["world_size"]
-        for run in one["runs"]:
-            if run["name"] in points:
-                points[run["name"]].append((world, tokens_per_second(one, run) / world))
+    points: dict[str, list[tuple[int, float]]] = {run.name: [] for run in profile.runs}
+    for one in sorted([profile, *others], key=lambda p: p.ranks.world_size):
+        world = one.ranks.world_size
+        for run in one.runs:
+            if run.name in points:
+                points[run.name].append((world, tokens_per_second(one, run) / world))
     return points
 
 
-def run_legend(figure: Figure, runs: Sequence[Run], below: float) -> None:
+def run_legend(figure: Figure, runs: Sequence[ProfiledRun], below: float) -> None:
     """The runs' names under the figure; `below` is the share of its height kept for them."""
     figure.tight_layout(rect=(0, below, 1, 1))
     handles = [Patch(color=colour) for colour in _colours(runs)]
@@ -195,7 +194,7 @@ def run_legend(figure: Figure, runs: Sequence[Run], below: float) -> None:
     figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), frameon=False)
 
 
-def _colours(runs: Sequence[Run]) -> list[str]:
+def _colours(runs: Sequence[ProfiledRun]) -> list[str]:
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
 
 
@@ -204,17 +203,17 @@ def _swatch(phase: str) -> Patch:
                  hatch=_HATCH if phase in COMMUNICATION else None)  # fmt: skip
 
 
-def _total(run: Run, runs: Sequence[Run]) -> str:
-    text = f"{milliseconds(run['step_ms'])} ms"
+def _total(run: ProfiledRun, runs: Sequence[ProfiledRun]) -> str:
+    text = f"{milliseconds(run.step_ms)} ms"
     if len(runs) < 2 or run is runs[1]:
         return text
-    return f"{text}\n{run['step_ms'] / runs[1]['step_ms']:.2f} of {name_of(runs[1])[:16]}"
+    return f"{text}\n{run.step_ms / runs[1].step_ms:.2f} of {name_of(runs[1])[:16]}"
 
 
-def _stack(axes: Axes, row: int, run: Run, phases: Sequence[str]) -> None:
+def _stack(axes: Axes, row: int, run: ProfiledRun, phases: Sequence[str]) -> None:
     left = 0.0
     for phase in phases:
-        ms = run["phases"].get(phase, 0.0)
+        ms = run.phases.get(phase, 0.0)
         if not ms:
             continue
         axes.barh(row, ms, left=left, height=0.76, color=PHASE_COLOURS[phase], edgecolor="white",
@@ -250,13 +249,13 @@ def ink(colour: str | tuple[float, ...]) -> str:
     return "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.55 else "black"
 
 
-def _ratios_by_rank(run: Run, phases: Sequence[str], world: int) -> np.ndarray:
+def _ratios_by_rank(run: ProfiledRun, phases: Sequence[str], world: int) -> np.ndarray:
     """[phases, world] log2 of time over the stage's median; NaN where there is none."""
-    ranks = np.asarray(run["by_rank"]["rank"], dtype=int)
-    stages = np.asarray(run["by_rank"]["stage"], dtype=int)
+    ranks = np.asarray(run.by_rank.rank, dtype=int)
+    stages = np.asarray(run.by_rank.stage, dtype=int)
     ratios = np.full((len(phases), world), np.nan)
     for row, phase in enumerate(phases):
-        times = np.asarray(run["by_rank"]["phases"].get(phase, np.zeros(len(ranks))), dtype=float)
+        times = np.asarray(run.by_rank.phases.get(phase, np.zeros(len(ranks))), dtype=float)
         for stage in np.unique(stages):
             of_stage = stages == stage
             median = float(np.median(times[of_stage]))
@@ -291,12 +290,12 @@ def _write_ratios(axes: Axes, pooled: np.ndarray, colours: Colormap, limit: floa
                       color=ink(colours(shade(value))[:3]))  # fmt: skip
 
 
-def _rank_axis(axes: Axes, profile: Profile, run: Run, world: int) -> None:
+def _rank_axis(axes: Axes, profile: Profile, run: ProfiledRun, world: int) -> None:
     """Ticks for few ranks, lines between nodes, marks over stragglers."""
     axes.set_xlabel("rank")
     if world <= 24:
         axes.set_xticks(range(world))
-    host_of = {rank: host for host, ranks in profile["ranks"]["hosts"].items() for rank in ranks}
+    host_of = {rank: host for host, ranks in profile.ranks.hosts.items() for rank in ranks}
     ends = [r for r in range(1, world)
             if r in host_of and r - 1 in host_of and host_of[r] != host_of[r - 1]]  # fmt: skip
     # Lines close together would hide the colours.
@@ -304,11 +303,11 @@ def _rank_axis(axes: Axes, profile: Profile, run: Run, world: int) -> None:
     axes.vlines([rank - 0.5 for rank in ends], -0.001 if top > 0 else 0.0, top, color="black",
                 linewidth=1.2 if len(ends) < 17 else 0.5, clip_on=False,
                 transform=axes.get_xaxis_transform())  # fmt: skip
-    slow = sorted({entry["rank"] for entry in run["stragglers"]})
+    slow = sorted({entry.rank for entry in run.stragglers})
     if slow:
         axes.plot(slow, [1.03] * len(slow), marker="v", color="#B2182B", linestyle="",
                   markersize=7, clip_on=False, transform=axes.get_xaxis_transform())  # fmt: skip
-    absent = profile["ranks"]["missing"]
+    absent = profile.ranks.missing
     if absent:
         axes.plot(absent, [1.03] * len(absent), marker="x", color="#666666", linestyle="",
                   markersize=5, clip_on=False, transform=axes.get_xaxis_transform())  # fmt: skip

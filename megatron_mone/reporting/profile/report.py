@@ -12,18 +12,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from megatron_mone.common.phases import COMMUNICATION
+from megatron_mone.profiling.profile_document import Profile
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import save
 from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.profile import plots as profile_plots
 from megatron_mone.reporting.profile import resource_plots as profile_resource_plots
 from megatron_mone.reporting.profile import tables as profile_tables
-from megatron_mone.reporting.profile.check import check_one_model, check_profile
+from megatron_mone.reporting.profile.check import check_one_model
 from megatron_mone.reporting.profile.statement import findings, headline, title, warnings
 from megatron_mone.reporting.profile.tables import Table
 from megatron_mone.reporting.profile.view import (
     SMALL_PHASE,
-    Profile,
     baselines,
     name_of,
     rank_ranges,
@@ -50,10 +50,8 @@ def write_report(profile: Profile, folder: Path, others: Sequence[Profile] = ())
         The page's path.
 
     Raises:
-        ValueError: a profile lacks a field, or `others` are of another model; one line.
+        ValueError: `others` are of another model; one line.
     """
-    for one in (profile, *others):
-        check_profile(one)
     every = [profile, *others]
     check_one_model(every, [f"profile {i} of {len(every)}" for i in range(1, len(every) + 1)])
     report = _Report(profile, list(others), folder)
@@ -108,16 +106,16 @@ class _Report:
 
     def _ranks(self) -> None:
         profile, run = self._profile, subject(self._profile)
-        if profile["ranks"]["world_size"] < 2:
+        if profile.ranks.world_size < 2:
             return
         self._page.heading("Ranks")
-        columns = profile_plots.ranks_in_a_column(profile["ranks"]["world_size"])
+        columns = profile_plots.ranks_in_a_column(profile.ranks.world_size)
         pooled = (
             f" Each column stands for {columns} ranks and shows the one furthest from the median."
             if columns > 1
             else ""
         )
-        for i, each in enumerate(profile["runs"]):
+        for i, each in enumerate(profile.runs):
             self._figure(f"ranks-{i}", profile_plots.rank_heat_map(profile, each),
                          f"{name_of(each)}: time of each phase on each rank over the median of its "
                          "pipeline stage; grey: no file, or the phase does not run there; lines "
@@ -154,8 +152,8 @@ class _Report:
             return
         self._page.heading("Scaling")
         every = [self._profile, *self._others]
-        tokens = {one["config"]["tokens_per_step"] for one in every}
-        per_rank = {one["config"]["tokens_per_step"] / one["ranks"]["world_size"] for one in every}
+        tokens = {one.config.tokens_per_step for one in every}
+        per_rank = {one.config.tokens_per_step / one.ranks.world_size for one in every}
         kind = "Batch and ranks both change."
         if len(tokens) == 1:
             kind = "Strong scaling: the same tokens a step at every size."
@@ -165,15 +163,15 @@ class _Report:
             what
             for what, values in (
                 ("processor or GPU", [_device(one) for one in every]),
-                ("routing", [one["config"]["routing"] for one in every]),
+                ("routing", [one.config.routing for one in every]),
             )
             if len({*values}) > 1
         ]
         whole = "100% is each run at its fewest ranks."
         unlike = f" Beware, not the same at every size: {', '.join(differs)}." if differs else ""
         notes = " ".join(
-            f"{one['ranks']['world_size']:,} ranks: {skew_note(one)}"
-            for one in sorted(every, key=lambda one: one["ranks"]["world_size"])
+            f"{one.ranks.world_size:,} ranks: {skew_note(one)}"
+            for one in sorted(every, key=lambda one: one.ranks.world_size)
         )
         self._figure("scaling", figure, f"{kind} {whole}{unlike} {notes}")
 
@@ -195,9 +193,9 @@ class _Report:
             "count, where it keeps one. The process's peak is what the ledger held before the step "
             "and what the process then grew by in a step without the ledger."
         )
-        if run["memory"] is not None:
+        if run.memory is not None:
             self._page.paragraph(f"{name_of(run)}: the most MiB of each kind during each phase.")
-            self._table(profile_tables.memory_by_phase_table(run))
+            self._table(profile_tables.memory_by_phase_table(run.memory))
 
     def _arithmetic(self) -> None:
         profile = self._profile
@@ -228,7 +226,7 @@ class _Report:
     def _load(self) -> None:
         profile = self._profile
         figure = profile_resource_plots.skew(profile)
-        neurons = profile_tables.neurons_table(profile["runs"])
+        neurons = profile_tables.neurons_table(profile.runs)
         if figure is None and not neurons[1]:
             return
         self._page.heading("Load of experts and neurons")
@@ -240,20 +238,20 @@ class _Report:
 
     def _made_with(self) -> None:
         page, profile = self._page, self._profile
-        config, ranks = profile["config"], profile["ranks"]
+        config, ranks = profile.config, profile.ranks
         page.heading("Configuration")
-        layout = ", ".join(f"{short(key)} {value}" for key, value in config["layout"].items())
+        layout = ", ".join(f"{short(key)} {value}" for key, value in config.layout.plain().items())
         page.bullets([
-            f"Layout: {layout}; {ranks['world_size']:,} ranks on {len(ranks['hosts']):,} "
+            f"Layout: {layout}; {ranks.world_size:,} ranks on {len(ranks.hosts):,} "
             "nodes",
-            f"Routing: {short(config['routing'])}; {config['micro_batches']} micro-batches, "
-            f"{config['tokens_per_step']:,} tokens a step",
+            f"Routing: {short(config.routing)}; {config.micro_batches} micro-batches, "
+            f"{config.tokens_per_step:,} tokens a step",
             *(f"{short(str(key))}: {_cut(str(value), 300)}"
-              for key, value in config["machine"].items()),
+              for key, value in config.machine.items()),
         ])  # fmt: skip
-        page.code(_cut(shlex.join(config["argv"]), _MOST_TEXT))
+        page.code(_cut(shlex.join(config.argv), _MOST_TEXT))
         self._table(profile_tables.model_table(profile))
-        hosts = list(ranks["hosts"].items())
+        hosts = list(ranks.hosts.items())
         more = f"; {len(hosts) - _MOST_HOSTS:,} nodes more" if len(hosts) > _MOST_HOSTS else ""
         listed = "; ".join(f"{short(h)}: {rank_ranges(r)}" for h, r in hosts[:_MOST_HOSTS])
         page.paragraph(f"Ranks by node: {listed}{more}.")
@@ -267,7 +265,7 @@ class _Report:
 
 
 def _device(profile: Profile) -> str:
-    machine = profile["config"]["machine"]
+    machine = profile.config.machine
     return str(machine.get("GPU", machine.get("Processor")))
 
 

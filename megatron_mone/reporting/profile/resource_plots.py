@@ -18,11 +18,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from megatron_mone.common.phases import PHASES
+from megatron_mone.profiling.profile_document import NeuronLoad, Profile, ProfiledRun, RunMemory
 from megatron_mone.profiling.rank_record import LOAD_EDGES
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH, ink, run_legend
 from megatron_mone.reporting.profile.view import (
-    Profile,
-    Run,
     engineering,
     mebibytes,
     name_of,
@@ -38,7 +37,7 @@ _MARKERS = "osD^vP"
 
 def memory_timeline(profile: Profile) -> Figure | None:
     """Bytes by kind over one step of the rank with the highest peak; a panel a run, one scale."""
-    runs = [run for run in profile["runs"] if run["memory"] is not None]
+    runs = _with_memory(profile)
     if not runs:
         return None
     kinds = _kinds(runs)
@@ -46,9 +45,9 @@ def memory_timeline(profile: Profile) -> Figure | None:
         height = 0.75 + 1.75 * len(runs)
         figure, panels = plt.subplots(len(runs), 1, figsize=(WIDTH, height), sharex=True,
                                       sharey=True, squeeze=False)  # fmt: skip
-        for panel, run in zip(panels[:, 0], runs, strict=True):
-            _timeline(panel, run, kinds)
-        highest = max(run["memory"]["peak_bytes"] for run in runs) / 2**20
+        for panel, (run, memory) in zip(panels[:, 0], runs, strict=True):
+            _timeline(panel, name_of(run), memory, kinds)
+        highest = max(memory.peak_bytes for _, memory in runs) / 2**20
         panels[0, 0].set_ylim(0, 1.3 * highest)
         panels[-1, 0].set_xlabel("ms since the step began (pass with the ledger, not timed)")
         _kind_legend(figure, kinds, 0.36 / height)
@@ -57,22 +56,22 @@ def memory_timeline(profile: Profile) -> Figure | None:
 
 def memory_at_peak(profile: Profile) -> Figure | None:
     """A stacked bar a run: which kinds the peak is made of."""
-    runs = [run for run in profile["runs"] if run["memory"] is not None]
+    runs = _with_memory(profile)
     if not runs:
         return None
     kinds = _kinds(runs)
-    longest = max(run["memory"]["peak_bytes"] for run in runs) / 2**20
+    longest = max(memory.peak_bytes for _, memory in runs) / 2**20
     with plt.rc_context({**SETTINGS, "axes.grid": False}):
         height = 1.0 + 0.55 * len(runs)
         figure, axes = plt.subplots(figsize=(WIDTH, height))
         axes.set_ylim(len(runs) - 0.5, -0.5)
-        axes.set_yticks(range(len(runs)), [name_of(run) for run in runs])
+        axes.set_yticks(range(len(runs)), [name_of(run) for run, _ in runs])
         axes.tick_params(axis="y", length=0)
         axes.set(xlim=(0, 1.22 * longest), xlabel="MiB at the peak")
-        for row, run in enumerate(runs):
+        for row, (_, memory) in enumerate(runs):
             left = 0.0
             for kind in kinds:
-                size = run["memory"]["by_kind"].get(kind, 0) / 2**20
+                size = memory.by_kind.get(kind, 0) / 2**20
                 colour = KIND_COLOURS.get(kind, _UNKNOWN_KIND)
                 axes.barh(row, size, left=left, height=0.7, color=colour, edgecolor="white",
                           linewidth=0.5)  # fmt: skip
@@ -81,7 +80,7 @@ def memory_at_peak(profile: Profile) -> Figure | None:
                               ha="center", va="center", fontsize=8.5,
                               color=ink(colour))  # fmt: skip
                 left += size
-            axes.text(left + 0.01 * longest, row, mebibytes(run["memory"]["peak_bytes"]),
+            axes.text(left + 0.01 * longest, row, mebibytes(memory.peak_bytes),
                       va="center", fontweight="bold")  # fmt: skip
         _kind_legend(figure, kinds, 0.34 / height)
     return figure
@@ -119,10 +118,11 @@ def roofline_points(profile: Profile) -> list[tuple[int, str, float, float]]:
     Operations and bytes are sums over ranks; the time is the phase's mean over ranks.
     """
     points = []
-    for i, run in enumerate(profile["runs"]):
-        for phase, size in run["flops"]["bytes"].items():
-            done = run["flops"]["modules"].get(phase, {}).get("executed", 0.0)
-            ms = run["phases"].get(phase, 0.0)
+    for i, run in enumerate(profile.runs):
+        for phase, size in run.flops.bytes.items():
+            counted = run.flops.modules.get(phase)
+            done = counted.executed if counted else 0.0
+            ms = run.phases.get(phase, 0.0)
             if done and size and ms:
                 points.append((i, phase, done / size, 1e3 * done / ms))
     return points
@@ -133,29 +133,29 @@ def roof(profile: Profile) -> tuple[float | None, float | None]:
 
     Where the profile gives only a utilisation, the peak that it was taken against.
     """
-    for run in profile["runs"]:
-        flops = run["flops"]
-        peak = flops.get("peak_flops")
-        used = flops["utilisation_executed"]
+    for run in profile.runs:
+        flops = run.flops
+        peak = flops.peak_flops
+        used = flops.utilisation_executed
         if not peak and used:
-            peak = flops["executed_per_s"] / used
+            peak = flops.executed_per_s / used
         if peak:
-            return peak, flops.get("peak_bytes_per_s") or None
+            return peak, flops.peak_bytes_per_s or None
     return None, None
 
 
 def skew(profile: Profile) -> Figure | None:
     """Rows by expert in each run's most uneven layer, unevenness by layer, load of neurons."""
-    routed = [run for run in profile["runs"] if run["routing"]["layers"]]
+    routed = [run for run in profile.runs if run.routing.layers]
     if not routed:
         return None
-    mone = next((run for run in profile["runs"] if run["neurons"] is not None), None)
+    mone = next(((run, run.neurons) for run in profile.runs if run.neurons is not None), None)
     with plt.rc_context({**SETTINGS, "font.size": 9}):
         count = 2 if mone is None else 3
         figure, panels = plt.subplots(1, count, figsize=(WIDTH, 3.5), squeeze=False)
         by_expert, by_layer = panels[0][:2]
-        for i, run in enumerate(profile["runs"]):
-            if run["routing"]["layers"]:
+        for i, run in enumerate(profile.runs):
+            if run.routing.layers:
                 _rows_of(by_expert, by_layer, run, RUN_COLOURS[i % len(RUN_COLOURS)])
         for panel in (by_expert, by_layer):
             panel.axhline(1.0, color="#444444", linewidth=1, linestyle=":")
@@ -165,31 +165,24 @@ def skew(profile: Profile) -> Figure | None:
         by_layer.set(title="busiest expert", xlabel="layer", ylabel="rows / mean")
         by_layer.xaxis.get_major_locator().set_params(integer=True)
         if mone is not None:
-            _neuron_panel(panels[0][2], mone)
-        run_legend(figure, profile["runs"], 0.09)
+            _neuron_panel(panels[0][2], name_of(mone[0]), mone[1])
+        run_legend(figure, profile.runs, 0.09)
     return figure
 
 
-def neuron_histogram(run: Run) -> np.ndarray:
-    """[len(LOAD_EDGES) + 1] neurons by relative load, over all layers."""
-    total = np.zeros(len(LOAD_EDGES) + 1)
-    for layer in run["neurons"]["layers"]:
-        total += np.asarray(layer["histogram"], dtype=float)
-    return total
-
-
-def _neuron_panel(axes: Axes, run: Run) -> None:
+def _neuron_panel(axes: Axes, name: str, neurons: NeuronLoad) -> None:
     """Share of neurons by load, and the loads that 1, 50 and 99% of them lie below."""
-    neurons, histogram = run["neurons"], neuron_histogram(run)
+    histogram = np.sum([layer.histogram for layer in neurons.layers], axis=0, dtype=float)
     # The first bin reaches down to 0, which a logarithmic axis cannot show.
     edges = [LOAD_EDGES[0] / 2, *LOAD_EDGES, LOAD_EDGES[-1] * 2]
     shares = 100 * histogram / max(histogram.sum(), 1.0)
     axes.stairs(shares, edges, fill=True, color="#009E73", alpha=0.6)
-    axes.set(title=f"neuron load, {name_of(run)}", xlabel="load / balanced load",
+    axes.set(title=f"neuron load, {name}", xlabel="load / balanced load",
              ylabel="share of neurons (%)")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_ylim(0, 1.45 * max(shares.max(), 1e-9))
-    values = [max(neurons[key], edges[0]) for key in ("load_p1", "load_p50", "load_p99")]
+    loads = (neurons.load_p1, neurons.load_p50, neurons.load_p99)
+    values = [max(load, edges[0]) for load in loads]
     held = np.flatnonzero(histogram)
     left, right = (edges[held[0]], edges[held[-1] + 1]) if len(held) else (0.5, 2.0)
     left, right = min(left, values[0] / 2), max(right, values[2] * 2)
@@ -203,49 +196,50 @@ def _neuron_panel(axes: Axes, run: Run) -> None:
     axes.set_xlim(left, right)
 
 
-def _rows_of(by_expert: Axes, by_layer: Axes, run: Run, colour: str) -> None:
-    layers = run["routing"]["layers"]
-    uneven = max(layers, key=lambda layer: layer["max_over_mean"])
+def _rows_of(by_expert: Axes, by_layer: Axes, run: ProfiledRun, colour: str) -> None:
+    layers = run.routing.layers
+    uneven = max(layers, key=lambda layer: layer.max_over_mean)
     # None: an expert whose ranks are all missing.
-    rows = [row for row in uneven["rows"] if row is not None] or [0]
+    rows = [row for row in uneven.rows if row is not None] or [0]
     mean = sum(rows) / len(rows) if sum(rows) else 1.0
     few = len(rows) <= 64
     by_expert.plot(range(1, len(rows) + 1), sorted((row / mean for row in rows), reverse=True),
                    color=colour, drawstyle="steps-mid", linewidth=1.8,
                    marker="." if few else None)  # fmt: skip
-    by_layer.plot([layer["layer"] for layer in layers],
-                  [layer["max_over_mean"] for layer in layers], color=colour, linewidth=1.8,
+    by_layer.plot([layer.layer for layer in layers],
+                  [layer.max_over_mean for layer in layers], color=colour, linewidth=1.8,
                   marker="o" if len(layers) <= 64 else None, markersize=4)  # fmt: skip
 
 
-def _kinds(runs: Sequence[Run]) -> list[str]:
+def _with_memory(profile: Profile) -> list[tuple[ProfiledRun, RunMemory]]:
+    """The runs that had a memory pass."""
+    return [(run, run.memory) for run in profile.runs if run.memory is not None]
+
+
+def _kinds(runs: Sequence[tuple[ProfiledRun, RunMemory]]) -> list[str]:
     """Kinds that hold bytes in any run, in the order they are stacked."""
-    used = [kind for run in runs for kind, size in run["memory"]["by_kind"].items() if size]
-    used += [
-        kind
-        for run in runs
-        for kind, sizes in run["memory"]["timeline"].items()
-        if kind not in ("ms", "phase") and any(sizes)
-    ]
+    used = [kind for _, memory in runs for kind, size in memory.by_kind.items() if size]
+    for _, memory in runs:
+        used += [kind for kind, sizes in memory.timeline.kinds.items() if any(sizes)]
     return [k for k in KIND_COLOURS if k in used] + sorted({*used} - {*KIND_COLOURS})
 
 
-def _timeline(axes: Axes, run: Run, kinds: Sequence[str]) -> None:
-    memory, line = run["memory"], run["memory"]["timeline"]
-    none = [0] * len(line["ms"])
-    sizes = [np.asarray(line.get(kind, none), dtype=float) / 2**20 for kind in kinds]
-    axes.stackplot(line["ms"], *sizes, step="post", linewidth=0,
+def _timeline(axes: Axes, name: str, memory: RunMemory, kinds: Sequence[str]) -> None:
+    line = memory.timeline
+    none = [0] * len(line.ms)
+    sizes = [np.asarray(line.kinds.get(kind, none), dtype=float) / 2**20 for kind in kinds]
+    axes.stackplot(line.ms, *sizes, step="post", linewidth=0,
                    colors=[KIND_COLOURS.get(kind, _UNKNOWN_KIND) for kind in kinds])  # fmt: skip
-    peak, when = memory["peak_bytes"] / 2**20, memory["peak_ms"]
+    peak, when = memory.peak_bytes / 2**20, memory.peak_ms
     axes.plot([when], [peak], marker="v", color="black", markersize=6)
-    right = when > 0.5 * max(line["ms"], default=0.0)
+    right = when > 0.5 * max(line.ms, default=0.0)
     axes.annotate(
-        f"peak {mebibytes(memory['peak_bytes'])} in {memory['peak_phase']}, {memory['peak_pass']}",
+        f"peak {mebibytes(memory.peak_bytes)} in {memory.peak_phase}, {memory.peak_pass}",
         (when, peak), xytext=(-8 if right else 8, 5), textcoords="offset points",
         ha="right" if right else "left", fontsize=9,
     )  # fmt: skip
     axes.set_ylabel("MiB")
-    axes.set_title(f"{name_of(run)}, rank {memory['peak_rank']}", fontsize=10, loc="left")
+    axes.set_title(f"{name}, rank {memory.peak_rank}", fontsize=10, loc="left")
     axes.margins(x=0)
 
 
@@ -296,7 +290,7 @@ def _name_points(
         x, y = axes.transData.transform((intensity, rate))
         taken.append(Bbox.from_extents(x - reach, y - reach, x + reach, y + reach))
     for run, phase, intensity, rate in sorted(points, key=lambda point: -point[3]):
-        text = f"{name_of(profile['runs'][run])}: {phase}, {engineering(rate, 'FLOP/s')}"
+        text = f"{name_of(profile.runs[run])}: {phase}, {engineering(rate, 'FLOP/s')}"
         for drop, side in product(range(0, 150, 7), (1, -1)):
             label = axes.annotate(text, (intensity, rate), xytext=(11 * side, -3 - drop),
                                   textcoords="offset points", fontsize=9,

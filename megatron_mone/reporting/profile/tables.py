@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.compare import STEP, Row
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun, RunMemory, Straggler
 from megatron_mone.reporting.profile.view import (
-    Profile,
-    Run,
     all_phases,
     baselines,
     changes,
@@ -41,17 +40,17 @@ def runs_table(profile: Profile) -> Table:
               "FLOP active", "util. executed", "util. active", "rows max / mean",
               "neurons kept"]  # fmt: skip
     rows = []
-    for run in profile["runs"]:
-        flops, neurons = run["flops"], run["neurons"]
-        times = [f"{run['step_ms'] / reference['step_ms']:.2f}"] if reference else []
+    for run in profile.runs:
+        flops, neurons = run.flops, run.neurons
+        times = [f"{run.step_ms / reference.step_ms:.2f}"] if reference else []
         rows.append([
-            name_of(run), milliseconds(run["step_ms"]), *times,
+            name_of(run), milliseconds(run.step_ms), *times,
             f"{tokens_per_second(profile, run):,.0f}", _or(peak_bytes(run), mebibytes),
-            engineering(flops["executed"]), engineering(flops["active"]),
-            _or(flops["utilisation_executed"], _percent),
-            _or(flops["utilisation_active"], _percent),
-            _two(run["routing"]["rows_max_over_mean"]) if run["routing"]["layers"] else NOTHING,
-            NOTHING if neurons is None else _percent(neurons["kept_ratio"]),
+            engineering(flops.executed), engineering(flops.active),
+            _or(flops.utilisation_executed, _percent),
+            _or(flops.utilisation_active, _percent),
+            _two(run.routing.rows_max_over_mean) if run.routing.layers else NOTHING,
+            NOTHING if neurons is None else _percent(neurons.kept_ratio),
         ])  # fmt: skip
     return header, rows
 
@@ -61,43 +60,43 @@ def phase_table(profile: Profile) -> Table:
 
     A difference that may be chance (its 95% interval holds 0, or is unknown) is in parentheses.
     """
-    runs, ours = profile["runs"], subject(profile)
+    runs, ours = profile.runs, subject(profile)
     others = baselines(profile)
     changed = [changes(profile, other) for other in others]
     header = ["phase", *(f"{name_of(run)} ms (share)" for run in runs),
               *(f"{name_of(ours)} less {name_of(other)}, ms" for other in others)]  # fmt: skip
     rows = []
     for phase in all_phases(runs):
-        values = [run["phases"].get(phase) for run in runs]
+        values = [run.phases.get(phase) for run in runs]
         cells = [
-            NOTHING if ms is None else f"{milliseconds(ms)} ({ms / run['step_ms']:.1%})"
+            NOTHING if ms is None else f"{milliseconds(ms)} ({ms / run.step_ms:.1%})"
             for ms, run in zip(values, runs, strict=True)
         ]
         differences = [_change(rows.get(phase)) for rows in changed]
         waits = " *" if phase in COMMUNICATION else ""
         rows.append([phase + waits, *cells, *differences])
-    total = ["step", *(milliseconds(run["step_ms"]) for run in runs),
+    total = ["step", *(milliseconds(run.step_ms) for run in runs),
              *(_change(rows[STEP]) for rows in changed)]  # fmt: skip
     return header, [*rows, total]
 
 
-def rank_table(run: Run) -> Table:
+def rank_table(run: ProfiledRun) -> Table:
     """How a run's phases spread over ranks, and which node is the slowest."""
     header = ["phase", "least ms (rank)", "median ms", "most ms (rank)", "most / median",
               "slowest node"]  # fmt: skip
     rows = []
     for phase in ["step_ms", *large_phases([run])]:
-        over = run["over_ranks"].get(phase)
+        over = run.over_ranks.get(phase)
         if over is None:
             continue
-        node = run["over_nodes"].get(phase, {})
-        slowest = f"{_any(node, 'max_host')} ({milliseconds(node['max'])})" if node else NOTHING
+        node = run.over_nodes.get(phase)
+        slowest = f"{short(node.max_host)} ({milliseconds(node.max)})" if node else NOTHING
         rows.append([
             "step" if phase == "step_ms" else phase,
-            f"{milliseconds(over['min'])} ({_any(over, 'min_rank')})",
-            milliseconds(over["median"]),
-            f"{milliseconds(over['max'])} ({_any(over, 'max_rank')})",
-            _two(over["max"] / over["median"]) if over["median"] else NOTHING,
+            f"{milliseconds(over.min)} ({over.min_rank})",
+            milliseconds(over.median),
+            f"{milliseconds(over.max)} ({over.max_rank})",
+            _two(over.max / over.median) if over.median else NOTHING,
             slowest,
         ])  # fmt: skip
     return header, rows
@@ -105,33 +104,36 @@ def rank_table(run: Run) -> Table:
 
 def flops_table(profile: Profile) -> Table:
     """Executed and active operations by module."""
-    runs = profile["runs"]
+    runs = profile.runs
     header = ["module", *(f"{name_of(run)} {kind}" for run in runs
                           for kind in ("executed", "active"))]  # fmt: skip
-    used = {module for run in runs for module in run["flops"]["modules"]}
+    used = {module for run in runs for module in run.flops.modules}
     modules = [phase for phase in PHASES if phase in used] + sorted(used - {*PHASES})
     rows = []
     for module in modules:
-        of_runs = [run["flops"]["modules"].get(module, {}) for run in runs]
-        rows.append([short(module), *(_or(of.get(kind), engineering) for of in of_runs
-                                      for kind in ("executed", "active"))])  # fmt: skip
-    totals = [engineering(run["flops"][kind]) for run in runs for kind in ("executed", "active")]
+        rows.append([short(module)])
+        for run in runs:
+            of = run.flops.modules.get(module)
+            rows[-1] += [NOTHING] * 2 if of is None else [
+                engineering(of.executed), engineering(of.active)
+            ]  # fmt: skip
+    totals = [engineering(n) for run in runs for n in (run.flops.executed, run.flops.active)]
     return header, [*rows, ["all", *totals]]
 
 
 def communication_table(profile: Profile) -> Table:
     """Calls, bytes and time of every collective and group, a step, mean over ranks."""
     header = ["operation and group", "run", "calls", "sent by a rank", "ms", "achieved"]
-    names = sorted({name for run in profile["runs"] for name in run["communication"]})
+    names = sorted({name for run in profile.runs for name in run.communication})
     rows = []
     for name in names[:MOST_ROWS]:
-        for run in profile["runs"]:
-            done = run["communication"].get(name)
+        for run in profile.runs:
+            done = run.communication.get(name)
             if done is not None:
-                speed = 1e3 * done["bytes"] / done["ms"] if done["ms"] else None
+                speed = 1e3 * done.bytes / done.ms if done.ms else None
                 rows.append([
-                    short(name), name_of(run), f"{done['calls']:,.1f}".removesuffix(".0"),
-                    mebibytes(done["bytes"]), milliseconds(done["ms"]),
+                    short(name), name_of(run), f"{done.calls:,.1f}".removesuffix(".0"),
+                    mebibytes(done.bytes), milliseconds(done.ms),
                     _or(speed, lambda v: engineering(v, "B/s")),
                 ])  # fmt: skip
     return header, rows
@@ -141,23 +143,23 @@ def memory_table(profile: Profile) -> Table:
     """Where each run's peak is, and what allocator and system measured beside the ledger."""
     header = ["run", "peak of the ledger", "rank", "peak in", "allocator's peak", "process's peak"]
     rows = []
-    for run in profile["runs"]:
-        memory = run["memory"]
+    for run in profile.runs:
+        memory = run.memory
         if memory is not None:
-            measured = memory["measured"]
+            measured = memory.measured
             rows.append([
-                name_of(run), mebibytes(memory["peak_bytes"]), str(memory["peak_rank"]),
-                f"{memory['peak_phase']}, {memory['peak_pass']}",
-                _or(measured.get("allocator_peak_bytes"), mebibytes),
-                _or(measured.get("process_peak_bytes"), mebibytes),
+                name_of(run), mebibytes(memory.peak_bytes), str(memory.peak_rank),
+                f"{memory.peak_phase}, {memory.peak_pass}",
+                _or(measured.allocator_peak_bytes, mebibytes),
+                _or(measured.process_peak_bytes, mebibytes),
             ])  # fmt: skip
     return header, rows
 
 
-def memory_by_phase_table(run: Run) -> Table:
+def memory_by_phase_table(memory: RunMemory) -> Table:
     """The most MiB of each kind during each phase."""
-    by_phase = run["memory"]["by_phase"]
-    kinds = list(run["memory"]["by_kind"])
+    by_phase = memory.by_phase
+    kinds = list(memory.by_kind)
     header = ["phase", *(short(kind) for kind in kinds)]
     rows = [
         [phase, *(f"{by_phase[phase].get(kind, 0) / 2**20:,.1f}" for kind in kinds)]
@@ -171,13 +173,13 @@ def stragglers_table(profile: Profile) -> tuple[Table, int]:
     """The ranks that compute longest over their stage's median first; and how many are left out."""
     header = ["rank", "host", "run", "stage", "compute ms", "stage's median", "over it",
               "mostly in", "rows / mean"]  # fmt: skip
-    found = [(entry, run) for run in profile["runs"] for entry in run["stragglers"]]
-    found.sort(key=lambda pair: (-_excess(pair[0]), pair[0]["rank"]))
+    found = [(entry, run) for run in profile.runs for entry in run.stragglers]
+    found.sort(key=lambda pair: (-_excess(pair[0]), pair[0].rank))
     rows = [
         [
-            str(entry["rank"]), short(entry["host"]), name_of(run), str(entry["stage"]),
-            milliseconds(entry["compute_ms"]), milliseconds(entry["median_ms"]),
-            f"+{_excess(entry) - 1.0:.0%}", entry["phase"], _two(entry["rows_over_mean"]),
+            str(entry.rank), short(entry.host), name_of(run), str(entry.stage),
+            milliseconds(entry.compute_ms), milliseconds(entry.median_ms),
+            f"+{_excess(entry) - 1.0:.0%}", entry.phase, _two(entry.rows_over_mean),
         ]
         for entry, run in found[:MOST_ROWS]
     ]  # fmt: skip
@@ -187,37 +189,37 @@ def stragglers_table(profile: Profile) -> tuple[Table, int]:
 def groups_table(profile: Profile) -> tuple[Table, int]:
     """Expert groups, the most uneven first; and how many are left out."""
     header = ["ranks", "run", "rows max / mean", "expert ms max / mean"]
-    found = [(group, run) for run in profile["runs"] for group in run["expert_groups"]]
-    found.sort(key=lambda pair: -pair[0]["expert_ms_max_over_mean"])
+    found = [(group, run) for run in profile.runs for group in run.expert_groups]
+    found.sort(key=lambda pair: -pair[0].expert_ms_max_over_mean)
     rows = [
-        [rank_ranges(group["ranks"], most=6), name_of(run),
-         _two(group["rows_max_over_mean"]), _two(group["expert_ms_max_over_mean"])]
+        [rank_ranges(group.ranks, most=6), name_of(run),
+         _two(group.rows_max_over_mean), _two(group.expert_ms_max_over_mean)]
         for group, run in found[:_MOST_GROUPS]
     ]  # fmt: skip
     return (header, rows), len(found) - len(rows)
 
 
-def neurons_table(runs: Sequence[Run]) -> Table:
+def neurons_table(runs: Sequence[ProfiledRun]) -> Table:
     """Kept share and load of the neurons of the runs that choose them."""
     header = ["run", "kept", "load p1", "load p50", "load p99", "max / mean", "never kept"]
     rows = [
-        [name_of(run), _percent(of["kept_ratio"]), _two(of["load_p1"]), _two(of["load_p50"]),
-         _two(of["load_p99"]), _two(of["max_over_mean"]), f"{of['dead']:,}"]
+        [name_of(run), _percent(of.kept_ratio), _two(of.load_p1), _two(of.load_p50),
+         _two(of.load_p99), _two(of.max_over_mean), f"{of.dead:,}"]
         for run in runs
-        if (of := run["neurons"]) is not None
+        if (of := run.neurons) is not None
     ]  # fmt: skip
     return header, rows
 
 
 def model_table(profile: Profile) -> Table:
     """The model's fields, a column a run."""
-    fields = sorted({field for run in profile["runs"] for field in run["model"]})
+    fields = sorted({field for run in profile.runs for field in run.model})
     rows = [
-        [short(field), *(_any(run["model"], field) for run in profile["runs"])]
+        [short(field), *(_any(run.model.get(field)) for run in profile.runs)]
         for field in fields
     ]  # fmt: skip
-    backends = ["kernel backend", *(short(run["backend"]) for run in profile["runs"])]
-    return ["field", *(name_of(run) for run in profile["runs"])], [backends, *rows]
+    backends = ["kernel backend", *(short(run.backend) for run in profile.runs)]
+    return ["field", *(name_of(run) for run in profile.runs)], [backends, *rows]
 
 
 def _change(row: Row | None) -> str:
@@ -227,13 +229,12 @@ def _change(row: Row | None) -> str:
     return change if row.significant else f"({change})"
 
 
-def _excess(entry: dict) -> float:
-    return entry["compute_ms"] / entry["median_ms"] if entry["median_ms"] else 1.0
+def _excess(entry: Straggler) -> float:
+    return entry.compute_ms / entry.median_ms if entry.median_ms else 1.0
 
 
-def _any(values: dict, key: str) -> str:
+def _any(value: object) -> str:
     """Whatever is there, as a short text."""
-    value = values.get(key)
     return NOTHING if value is None else short(str(value))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from matplotlib import image
 
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun
 from megatron_mone.reporting.profile.report import PLOTS
-from megatron_mone.reporting.profile.view import Profile, Run
 
 
 def write_tensorboard(profile: Profile, folder: Path) -> None:
@@ -25,10 +25,10 @@ def write_tensorboard(profile: Profile, folder: Path) -> None:
     the peak memory (bytes) under the last one. Pictures: those of plots/ beside `folder`.
 
     Args:
-        profile: checked content of a profile.json (check.py).
+        profile: drawn.
         folder: the profile's tensorboard/.
     """
-    for number, run in enumerate(profile["runs"]):
+    for number, run in enumerate(profile.runs):
         with _writer(folder / _folder_name(number, run, profile)) as writer:
             _write_run(writer, run)
     pictures = sorted((folder.parent / PLOTS).glob("*.png"))
@@ -48,20 +48,20 @@ def _writer(folder: Path) -> Any:
     return SummaryWriter(str(folder))
 
 
-def _folder_name(number: int, run: Run, profile: Profile) -> str:
+def _folder_name(number: int, run: ProfiledRun, profile: Profile) -> str:
     """The run's name where it is a harmless file name that no other run or the plots have."""
-    name = re.sub(r"[^A-Za-z0-9_-]", "_", run["name"])[:60]
-    names = [re.sub(r"[^A-Za-z0-9_-]", "_", other["name"])[:60] for other in profile["runs"]]
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", run.name)[:60]
+    names = [re.sub(r"[^A-Za-z0-9_-]", "_", other.name)[:60] for other in profile.runs]
     return name if names.count(name) == 1 and name != PLOTS else f"{name}-{number}"
 
 
-def _write_run(writer: Any, run: Run) -> None:
-    samples = run["samples"]
-    for i, step in enumerate(samples["steps"]):
-        writer.add_scalar("profile/step_ms", samples["step_ms"][i], step)
-        for phase, values in samples["phases"].items():
+def _write_run(writer: Any, run: ProfiledRun) -> None:
+    samples = run.samples
+    for i, step in enumerate(samples.steps.tolist()):
+        writer.add_scalar("profile/step_ms", samples.step_ms[i], step)
+        for phase, values in samples.phases.items():
             # a slash would open another group of charts
             writer.add_scalar(f"profile/phase_ms/{phase.replace('/', '-')}", values[i], step)
-    if run["memory"] is not None:
-        peak = run["memory"]["peak_bytes"]
-        writer.add_scalar("profile/peak_memory_bytes", peak, samples["steps"][-1])
+    if run.memory is not None:
+        peak = run.memory.peak_bytes
+        writer.add_scalar("profile/peak_memory_bytes", peak, int(samples.steps[-1]))

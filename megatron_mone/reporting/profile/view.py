@@ -1,18 +1,16 @@
 """What the pages, plots and sentences of a profile say alike: names, units, ratios, skew.
 
-Arithmetic on a checked profile (check.py); touches no files.
+Arithmetic on a profile; touches no files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Protocol
 
 from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling.compare import STEP, Row, compare
-
-Run = dict[str, Any]
-Profile = dict[str, Any]
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun
 
 NAMES = {
     "mone": "MoNE",
@@ -27,10 +25,17 @@ _GPU_BACKENDS = {"triton", "te"}
 MINUS = "\u2212"
 
 
-def name_of(run: Any) -> str:
+class Named(Protocol):
+    """A profiled run or a planned model."""
+
+    @property
+    def name(self) -> str:
+        """Of the run or model."""
+
+
+def name_of(run: Named) -> str:
     """The run's name for people, short enough for a table's head."""
-    name = str(run["name"] if isinstance(run, dict) else run.name)
-    return short(NAMES.get(name, name), 24)
+    return short(NAMES.get(run.name, run.name), 24)
 
 
 def short(text: str, most: int = 44) -> str:
@@ -42,43 +47,43 @@ def short(text: str, most: int = 44) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
-def subject(profile: Profile) -> Run:
+def subject(profile: Profile) -> ProfiledRun:
     """The run that the report is about: the first."""
-    return profile["runs"][0]
+    return profile.runs[0]
 
 
-def baselines(profile: Profile) -> list[Run]:
+def baselines(profile: Profile) -> list[ProfiledRun]:
     """The runs it is held against, in the order they were named."""
-    return profile["runs"][1:]
+    return profile.runs[1:]
 
 
 def device_class(profile: Profile) -> str:
     """ "GPU ranks" or "CPU ranks"; the number stands before it."""
-    backends = {run["backend"] for run in profile["runs"]}
-    gpu = "GPU" in profile["config"]["machine"] or backends & _GPU_BACKENDS
-    return f"{'GPU' if gpu else 'CPU'} rank{'' if profile['ranks']['world_size'] == 1 else 's'}"
+    backends = {run.backend for run in profile.runs}
+    gpu = "GPU" in profile.config.machine or backends & _GPU_BACKENDS
+    return f"{'GPU' if gpu else 'CPU'} rank{'' if profile.ranks.world_size == 1 else 's'}"
 
 
-def tokens_per_second(profile: Profile, run: Run) -> float:
+def tokens_per_second(profile: Profile, run: ProfiledRun) -> float:
     """Tokens a second of the whole job."""
-    return 1e3 * profile["config"]["tokens_per_step"] / run["step_ms"]
+    return 1e3 * profile.config.tokens_per_step / run.step_ms
 
 
-def peak_bytes(run: Run) -> int | None:
+def peak_bytes(run: ProfiledRun) -> int | None:
     """The highest peak of any rank; None without a memory pass."""
-    return None if run["memory"] is None else run["memory"]["peak_bytes"]
+    return None if run.memory is None else run.memory.peak_bytes
 
 
-def changes(profile: Profile, other: Run) -> dict[str, Row]:
+def changes(profile: Profile, other: ProfiledRun) -> dict[str, Row]:
     """The first run against baseline `other`: ms of the step (key STEP) and of each phase."""
     found = compare(
-        profile, profile, other["name"], subject(profile)["name"],
+        profile, profile, other.name, subject(profile).name,
         threshold=0.0, same_job=True, allow_different=False,
     )  # fmt: skip
     return {row.what: row for row in found.rows}
 
 
-def speed_verdict(profile: Profile, other: Run) -> str:
+def speed_verdict(profile: Profile, other: ProfiledRun) -> str:
     """ "faster", "slower" or "not clearly different": the first run's step against `other`'s.
 
     Not clearly different where the 95% interval of the difference holds 0 or cannot be known.
@@ -89,18 +94,18 @@ def speed_verdict(profile: Profile, other: Run) -> str:
     return "faster" if step.b < step.a else "slower"
 
 
-def large_phases(runs: Iterable[Run]) -> list[str]:
+def large_phases(runs: Iterable[ProfiledRun]) -> list[str]:
     """Phases above SMALL_PHASE of the step in any of `runs`, in the order of phases.PHASES."""
     return [
         phase
         for phase in PHASES
-        if any(run["phases"].get(phase, 0.0) > SMALL_PHASE * run["step_ms"] for run in runs)
+        if any(run.phases.get(phase, 0.0) > SMALL_PHASE * run.step_ms for run in runs)
     ]
 
 
-def all_phases(runs: Iterable[Run]) -> list[str]:
+def all_phases(runs: Iterable[ProfiledRun]) -> list[str]:
     """Phases that took any time in any of `runs`, in the order of phases.PHASES."""
-    return [phase for phase in PHASES if any(run["phases"].get(phase) for run in runs)]
+    return [phase for phase in PHASES if any(run.phases.get(phase) for run in runs)]
 
 
 def skew_note(profile: Profile) -> str:
@@ -110,18 +115,18 @@ def skew_note(profile: Profile) -> str:
         Sentences for a caption.
     """
     rows = [
-        f"{name_of(run)} {run['routing']['rows_max_over_mean']:.2f}"
-        for run in profile["runs"]
-        if run["routing"]["layers"]
+        f"{name_of(run)} {run.routing.rows_max_over_mean:.2f}"
+        for run in profile.runs
+        if run.routing.layers
     ]
     kept = [
-        f"{name_of(run)} {run['neurons']['kept_ratio']:.1%}"
-        for run in profile["runs"]
-        if run["neurons"] is not None
+        f"{name_of(run)} {run.neurons.kept_ratio:.1%}"
+        for run in profile.runs
+        if run.neurons is not None
     ]
     parts = [f"busiest expert's rows over the mean: {', '.join(rows)}"] if rows else []
     parts += [f"neurons kept: {', '.join(kept)}"] if kept else []
-    parts.append(f"routing: {short(profile['config']['routing'])}")
+    parts.append(f"routing: {short(profile.config.routing)}")
     return f"Skew: {'; '.join(parts)}."
 
 

@@ -9,6 +9,7 @@ import pytest
 from launch.runs.run_manifest import begin_attempt, end_attempt
 from megatron_mone.commands.gather_profiles import main, why_missing
 from megatron_mone.profiling import merge as merging
+from megatron_mone.profiling.profile_document import Profile, ProfiledRun, Ranks
 from megatron_mone.reporting.profile import report
 
 
@@ -18,13 +19,14 @@ def drawn(monkeypatch) -> list:
     calls: list = []
 
     def write_report(profile, folder, others):
-        calls.append([p["ranks"]["world_size"] for p in (profile, *others)])
+        calls.append([p.ranks.world_size for p in (profile, *others)])
         return folder / "report.html"
 
     def merge(folder, *, skip_unreadable):
         world = (folder / "ranks" / "world").read_text()
-        ranks = {"world_size": int(world), "present": int(world) - 1, "incomplete": [1]}
-        return {"ranks": ranks, "runs": [{"name": "mone", "model": {}}]}
+        ranks = Ranks.model_construct(world_size=int(world), present=int(world) - 1, incomplete=[1])
+        run = ProfiledRun.model_construct(name="mone", model={})
+        return Profile.model_construct(ranks=ranks, runs=[run])
 
     monkeypatch.setattr(report, "write_report", write_report)
     monkeypatch.setattr(merging, "merge", merge)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.profiling.merge import combine, merge
-from megatron_mone.profiling.rank_record import LOAD_EDGES, check_record, record_name, write_record
+from megatron_mone.profiling.rank_record import LOAD_EDGES, RankRecord, record_name, write_record
 
 MIB = 2**20
 
@@ -133,13 +133,12 @@ def make_record(
 
 def combined(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The profile of records that are in no files."""
-    for record in records:
-        check_record(record, Path("a record"))
-    return combine((Path(record_name(record["rank"])), record) for record in records)
+    checked = (RankRecord.of(record, Path("a record")) for record in records)
+    return combine((Path(record_name(record.rank)), record) for record in checked).plain()
 
 
 def make_profile(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the records and merge them; `folder` then holds profile.json."""
     for record in records:
         write_record(folder, record)
-    return merge(folder)
+    return merge(folder).plain()

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_mone.commands import compare as tool
 from megatron_mone.profiling import resample
-from megatron_mone.profiling.compare import compare, read_profile
+from megatron_mone.profiling.compare import compare
+from megatron_mone.profiling.profile_document import Profile
 from megatron_mone.profiling.rank_steps import middle_half
 from megatron_mone.profiling.resample import Samples, difference, student_t
 from tests.unit.profiling.profile_builders import make_profile, make_record, make_run
@@ -160,9 +161,9 @@ def test_growth_within_chance_and_of_tiny_phases_is_no_regression(tmp_path, befo
     for step in range(10, 20):  # two windows of four: 46 on average
         disturbed["phases"]["attention"]["forward"][step] += 20.0
         disturbed["step_ms"][step] += 20.0
-    profile = read_profile(folder_of(tmp_path, "wild", disturbed))
+    profile = Profile.read_folder(folder_of(tmp_path, "wild", disturbed))
     found = compare(
-        read_profile(before), profile, "mone", "mone",
+        Profile.read_folder(before), profile, "mone", "mone",
         threshold=0.05, same_job=False, allow_different=False,
     )  # fmt: skip
     attention = next(row for row in found.rows if row.what == "attention")
@@ -185,7 +186,7 @@ def test_a_phase_that_is_new_is_a_regression_without_a_ratio(tmp_path, before, c
     assert rows["combine"]["ratio"] is None
     assert rows["combine"]["regression"]
     assert rows["combine"]["lower"] <= rows["combine"]["b"] <= rows["combine"]["upper"]
-    assert rows["step_ms"]["a"] == pytest.approx(read_profile(before)["runs"][0]["step_ms"])
+    assert rows["step_ms"]["a"] == pytest.approx(Profile.read_folder(before).runs[0].step_ms)
     assert comparison["regressions"] == ["combine"]
 
 

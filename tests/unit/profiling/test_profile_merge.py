@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from megatron_mone.commands import merge_profile
 from megatron_mone.profiling.merge import merge
-from megatron_mone.profiling.rank_record import LOAD_EDGES, record_name, write_record
+from megatron_mone.profiling.rank_record import LOAD_EDGES, RankRecord, record_name, write_record
 from megatron_mone.profiling.rank_steps import align, common_steps, middle_half, take_steps
 from megatron_mone.profiling.totals import histogram_quantiles
 from tests.unit.profiling.profile_builders import (
@@ -331,7 +331,7 @@ def test_missing_ranks_and_leftovers_of_writers(tmp_path):
         write_record(tmp_path, make_record(rank, 6))
     for name in (".rank-00000.json.77.tmp", "rank-00002.json.tmp", "notes.txt"):
         (tmp_path / "ranks" / name).write_text("{")
-    ranks = merge(tmp_path)["ranks"]
+    ranks = merge(tmp_path).plain()["ranks"]
     assert ranks == {
         "world_size": 6,
         "present": 2,
@@ -403,7 +403,8 @@ def test_no_common_step_is_refused(tmp_path):
 
 
 def test_alignment_leaves_absent_steps_out_of_every_average():
-    steps = [take_steps(r, r["runs"][0]) for r in (make_record(0), make_record(1))]
+    records = [RankRecord.of(make_record(rank), Path("a record")) for rank in range(2)]
+    steps = [take_steps(record, record.runs[0]) for record in records]
     aligned = align(steps, common_steps(steps))
     assert aligned.weight_RS.sum() == pytest.approx(1.0)
     assert aligned.rank_weight_RS.sum(axis=1) == pytest.approx(1.0)
@@ -464,7 +465,7 @@ def test_a_file_cut_short_is_refused_or_skipped_with_its_reason(tmp_path, capsys
     write_record(tmp_path, make_record(1))
     path.write_text(path.read_text()[:-100])
     assert "cut short" in refused(tmp_path)
-    profile = merge(tmp_path, skip_unreadable=True)
+    profile = merge(tmp_path, skip_unreadable=True).plain()
     assert profile["ranks"]["missing"] == [0]
     reason = capsys.readouterr().err
     assert str(path) in reason

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_mone.common.phases import COMMUNICATION, PHASES
+from megatron_mone.profiling.profile_document import Profile
 from megatron_mone.profiling.rank_record import LOAD_EDGES
 
 MODEL = {
@@ -32,6 +34,11 @@ _EXPERTS = {
 _BACKENDS = {"mone": "cpu", "moe": "sequential", "grouped_mm": "grouped_mm"}
 _FORWARD_SHARE = {"loss": 0.4, "router": 0.5, "selection": 1.0, "data": 1.0}
 _ONLY_FORWARD = ("optimizer", "grad reduce")
+
+
+def as_profile(document: dict[str, Any]) -> Profile:
+    """The profile of an example, perhaps changed."""
+    return Profile.of(document, Path("profile.json"))
 
 
 def example_profile(
@@ -217,10 +224,11 @@ class _Run:
             load /= load.mean()
             bins = np.searchsorted(LOAD_EDGES, load, side="right")
             counts = np.bincount(bins, minlength=len(LOAD_EDGES) + 1)
-            layers.append({"layer": layer, "rows": 98304, "kept": int(98304 * 1408 * KEPT),
-                           "width": 1408, "dead": 0, "max_over_mean": float(load.max()),
+            p1, p50, p99 = (float(v) for v in np.percentile(load, (1, 50, 99)))
+            layers.append({"layer": layer, "rows": 98304, "width": 1408, "kept_ratio": KEPT,
+                           "load_p1": p1, "load_p50": p50, "load_p99": p99, "dead": 0,
+                           "max_over_mean": float(load.max()),
                            "histogram": counts.tolist()})  # fmt: skip
-        p1, p50, p99 = (float(v) for v in np.percentile(load, (1, 50, 99)))
         return {
             "kept_ratio": KEPT, "load_p1": p1, "load_p50": p50, "load_p99": p99,
             "max_over_mean": max(layer["max_over_mean"] for layer in layers), "dead": 0,

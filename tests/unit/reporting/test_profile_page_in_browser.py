@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import pytest
 
 from megatron_mone.reporting.profile.report import write_report
-from tests.unit.reporting.profile_example import example_profile
+from tests.unit.reporting.profile_example import as_profile, example_profile
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
@@ -117,7 +117,7 @@ def report(tmp_path_factory):
     profile["runs"][0]["stragglers"][0]["host"] = "node-" + "x" * 400
     profile["runs"][1]["name"] = "a-baseline-with-a-very-long-name"
     profile["config"]["argv"].append("--path=" + "y" * 400)
-    return write_report(profile, folder, [example_profile(16, names)])
+    return write_report(as_profile(profile), folder, [as_profile(example_profile(16, names))])
 
 
 @pytest.fixture(scope="module")

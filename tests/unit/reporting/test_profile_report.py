@@ -16,13 +16,14 @@ from matplotlib import pyplot as plt
 
 from megatron_mone.commands import report_profile
 from megatron_mone.common.phases import COMMUNICATION
+from megatron_mone.profiling.profile_document import Profile
 from megatron_mone.reporting.page.events import read_events
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.profile import plots as profile_plots
 from megatron_mone.reporting.profile import resource_plots as profile_resource_plots
 from megatron_mone.reporting.profile import statement as profile_statement
 from megatron_mone.reporting.profile import tables as profile_tables
-from megatron_mone.reporting.profile.check import check_one_model, check_profile, read_profile
+from megatron_mone.reporting.profile.check import check_one_model
 from megatron_mone.reporting.profile.report import write_report
 from megatron_mone.reporting.profile.tensorboard import write_tensorboard
 from megatron_mone.reporting.profile.view import (
@@ -34,7 +35,7 @@ from megatron_mone.reporting.profile.view import (
     speed_verdict,
 )
 from tests.unit.profiling.profile_builders import make_profile, make_record, make_run
-from tests.unit.reporting.profile_example import example_profile
+from tests.unit.reporting.profile_example import as_profile, example_profile
 from tests.unit.reporting.test_reporting_html import HOSTILE, assert_self_contained
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -92,7 +93,7 @@ def test_the_example_is_consistent(profile):
         assert sum(memory["by_kind"].values()) == memory["peak_bytes"]
         executed = sum(counts["executed"] for counts in run["flops"]["modules"].values())
         assert executed == pytest.approx(run["flops"]["executed"])
-    check_profile(profile)
+    as_profile(profile)
 
 
 def test_a_merged_profile_can_be_drawn(tmp_path, coarse):
@@ -100,7 +101,7 @@ def test_a_merged_profile_can_be_drawn(tmp_path, coarse):
     stock = make_run("moe", neurons=None)
     runs = [make_run(), stock]
     make_profile(tmp_path, [make_record(rank, 2, runs=runs) for rank in range(2)])
-    merged = read_profile(tmp_path)
+    merged = Profile.read_folder(tmp_path)
     text = write_report(merged, tmp_path).read_text()
     assert "MoNE" in text
     write_tensorboard(merged, tmp_path / "tensorboard")
@@ -113,8 +114,8 @@ def test_the_headline_calls_mone_what_its_numbers_say(profile, factor, verdict):
     mone, moe = profile["runs"][:2]
     equal = mone["step_ms"] / moe["step_ms"]
     changed = with_step(profile, 1, equal * (factor or 1.0))
-    assert speed_verdict(changed, changed["runs"][1]) == verdict
-    line = profile_statement.headline(changed)
+    assert speed_verdict(as_profile(changed), as_profile(changed).runs[1]) == verdict
+    line = profile_statement.headline(as_profile(changed))
     ratio = mone["step_ms"] / changed["runs"][1]["step_ms"]
     than = "from" if factor is None else "than"
     assert f"{verdict} {than} MoE (" in line
@@ -130,12 +131,16 @@ def test_one_step_is_not_called_faster(profile):
         samples = run["samples"]
         for lists in (samples, samples["phases"]):
             lists.update({k: v[:1] for k, v in lists.items() if isinstance(v, list)})
-    assert speed_verdict(changed, changed["runs"][1]) == "not clearly different"
-    assert "no confidence interval" in " ".join(profile_statement.findings(changed))
+    assert (
+        speed_verdict(as_profile(changed), as_profile(changed).runs[1]) == "not clearly different"
+    )
+    assert "no confidence interval" in " ".join(profile_statement.findings(as_profile(changed)))
 
 
 def test_differences_of_phases_add_up_to_the_steps(profile):
-    found = next(text for text in profile_statement.findings(profile) if "Against MoE," in text)
+    found = next(
+        text for text in profile_statement.findings(as_profile(profile)) if "Against MoE," in text
+    )
     assert f"gate GEMM {signed_ms(profile['runs'][0]['phases']['gate GEMM'])[0]}" in found
     parts, total = found.split("; together ")
     numbers = [
@@ -147,7 +152,7 @@ def test_differences_of_phases_add_up_to_the_steps(profile):
 
 
 def test_both_utilisations_and_the_memory_ratio_are_told(profile):
-    text = " ".join(profile_statement.findings(profile))
+    text = " ".join(profile_statement.findings(as_profile(profile)))
     mone, moe = (run["memory"]["peak_bytes"] for run in profile["runs"][:2])
     flops = profile["runs"][0]["flops"]
     assert f"of MoE (ratio {mone / moe:.2f})" in text
@@ -159,21 +164,21 @@ def test_both_utilisations_and_the_memory_ratio_are_told(profile):
 def test_a_gpu_is_not_called_a_cpu(profile):
     changed = copy.deepcopy(profile)
     changed["config"]["machine"]["GPU"] = "a GPU"
-    assert "4 GPU ranks" in profile_statement.headline(changed)
-    assert "CPU" not in profile_statement.headline(changed)
+    assert "4 GPU ranks" in profile_statement.headline(as_profile(changed))
+    assert "CPU" not in profile_statement.headline(as_profile(changed))
 
 
 def test_missing_and_incomplete_ranks_are_warned_of_before_any_number():
     profile = example_profile(8, missing=(5, 6))
     profile["ranks"]["incomplete"] = [1]
-    first, second = profile_statement.warnings(profile)
+    first, second = profile_statement.warnings(as_profile(profile))
     assert "2 of 8 ranks wrote no file (rank 5-6)" in first
     assert "over the 6 that did" in first
     assert "1 of 8 ranks stopped before the end (rank 1)" in second
 
 
 def test_the_phase_bars_carry_totals_ratios_and_names(profile):
-    figure = profile_plots.phase_bars(profile)
+    figure = profile_plots.phase_bars(as_profile(profile))
     text = words(figure)
     for run in profile["runs"]:
         assert f"{run['step_ms']:.0f} ms" in text
@@ -191,7 +196,7 @@ def test_the_phase_bars_carry_totals_ratios_and_names(profile):
 
 
 def test_labels_stay_inside_their_bars(profile):
-    figure = profile_plots.phase_bars(profile)
+    figure = profile_plots.phase_bars(as_profile(profile))
     axes = figure.axes[0]
     bars = [bar.get_window_extent() for bar in axes.patches]
     labels = [text for text in axes.texts if text.get_fontweight() != "bold"]
@@ -207,10 +212,10 @@ def test_the_heat_map_shows_each_rank_against_its_stages_median():
     run = profile["runs"][0]
     phases = ["attention", "combine"]
     run["by_rank"]["phases"]["attention"] = [1.0, 1.0, 4.0, 10.0, 10.0, 20.0, 10.0]
-    ratios = profile_plots._ratios_by_rank(run, phases, 8)
+    ratios = profile_plots._ratios_by_rank(as_profile(profile).runs[0], phases, 8)
     assert 2 ** ratios[0, [0, 2, 4, 6]] == pytest.approx([1.0, 4.0, 1.0, 2.0])
     assert np.isnan(ratios[:, 3]).all()
-    figure = profile_plots.rank_heat_map(profile, run)
+    figure = profile_plots.rank_heat_map(as_profile(profile), as_profile(profile).runs[0])
     assert "straggler: rank 6" in words(figure)
     assert "no file: rank 3" in words(figure)
 
@@ -228,17 +233,17 @@ def test_no_straggler_is_lost_between_columns(world):
 
 
 def test_scaling_is_per_rank_and_by_rising_ranks(profile):
-    others = [example_profile(16), example_profile(8, names=("mone",))]
-    points = profile_plots.scaling_points(profile, others)
+    others = [as_profile(example_profile(16)), as_profile(example_profile(8, names=("mone",)))]
+    points = profile_plots.scaling_points(as_profile(profile), others)
     assert [ranks for ranks, _ in points["mone"]] == [4, 8, 16]
     assert [ranks for ranks, _ in points["moe"]] == [4, 16]
     rate = 1024 / profile["runs"][0]["step_ms"] * 1e3
     assert points["mone"][0][1] == pytest.approx(rate)
-    assert profile_plots.scaling(profile, []) is None
+    assert profile_plots.scaling(as_profile(profile), []) is None
 
 
 def test_the_roofline_places_gemms_by_their_own_phase(profile):
-    points = profile_resource_plots.roofline_points(profile)
+    points = profile_resource_plots.roofline_points(as_profile(profile))
     mone = profile["runs"][0]
     assert {(i, phase) for i, phase, _, _ in points} == {
         (0, "gate GEMM"), (0, "up/down GEMM"), (1, "up/down GEMM"), (2, "up/down GEMM")
@@ -251,16 +256,16 @@ def test_the_roofline_places_gemms_by_their_own_phase(profile):
 
 def test_the_roof_is_the_one_that_utilisation_was_taken_against(profile):
     changed = copy.deepcopy(profile)
-    known, bandwidth = profile_resource_plots.roof(changed)
+    known, bandwidth = profile_resource_plots.roof(as_profile(changed))
     for run in changed["runs"]:
         del run["flops"]["peak_flops"], run["flops"]["peak_bytes_per_s"]
-    assert profile_resource_plots.roof(changed) == (pytest.approx(known), None)
+    assert profile_resource_plots.roof(as_profile(changed)) == (pytest.approx(known), None)
     assert bandwidth == pytest.approx(4 * 1.6e10)
-    assert profile_resource_plots.roof(example_profile(peaks=False)) == (None, None)
+    assert profile_resource_plots.roof(as_profile(example_profile(peaks=False))) == (None, None)
 
 
 def test_labels_of_the_roofline_cover_nothing_and_stay_inside(profile):
-    figure = profile_resource_plots.roofline(profile)
+    figure = profile_resource_plots.roofline(as_profile(profile))
     axes = figure.axes[0]
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 5  # four GEMMs and the roof
@@ -272,7 +277,7 @@ def test_labels_of_the_roofline_cover_nothing_and_stay_inside(profile):
 
 
 def test_timelines_share_a_scale_and_name_the_peaks_phase(profile):
-    figure = profile_resource_plots.memory_timeline(profile)
+    figure = profile_resource_plots.memory_timeline(as_profile(profile))
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     for run in profile["runs"]:
         assert f"in {run['memory']['peak_phase']}, backward" in words(figure)
@@ -282,12 +287,12 @@ def test_experts_of_missing_ranks_do_not_stop_the_drawing(profile):
     changed = copy.deepcopy(profile)
     for layer in changed["runs"][0]["routing"]["layers"]:
         layer["rows"][3] = None
-    check_profile(changed)
-    assert profile_resource_plots.skew(changed) is not None
+    as_profile(changed)
+    assert profile_resource_plots.skew(as_profile(changed)) is not None
 
 
 def test_the_phase_table_brackets_what_may_be_chance(profile):
-    header, rows = profile_tables.phase_table(profile)
+    header, rows = profile_tables.phase_table(as_profile(profile))
     assert header[-2:] == ["MoNE less MoE, ms", "MoNE less MoE grouped_mm, ms"]
     by_phase = {row[0]: row for row in rows}
     gate = profile["runs"][0]["phases"]["gate GEMM"]
@@ -296,13 +301,13 @@ def test_the_phase_table_brackets_what_may_be_chance(profile):
     assert by_phase["up/down GEMM"][4].startswith("\u2212")
     same = with_step(profile, 0, 1.0)
     same["runs"][1]["samples"] = copy.deepcopy(same["runs"][0]["samples"])
-    rows = {row[0]: row for row in profile_tables.phase_table(same)[1]}
+    rows = {row[0]: row for row in profile_tables.phase_table(as_profile(same))[1]}
     assert rows["attention"][4] == "(0.00)"
     assert "dispatch *" in rows
 
 
 def test_the_runs_table_has_times_with_their_skew(profile):
-    header, rows = profile_tables.runs_table(profile)
+    header, rows = profile_tables.runs_table(as_profile(profile))
     moe = dict(zip(header, rows[1], strict=True))
     mone = dict(zip(header, rows[0], strict=True))
     assert moe["ratio to MoE"] == "1.00"
@@ -320,18 +325,19 @@ def test_stragglers_come_worst_first_and_are_counted():
         {**run["stragglers"][0], "rank": rank, "compute_ms": 100.0 + rank, "median_ms": 100.0}
         for rank in range(40)
     ]
-    (_, rows), left = profile_tables.stragglers_table(profile)
+    (_, rows), left = profile_tables.stragglers_table(as_profile(profile))
     assert [row[0] for row in rows[:3]] == ["9", "9", "39"]  # the other runs': +50%
     assert left == 42 - len(rows) > 0
 
 
 def test_every_caption_of_a_time_tells_the_skew(tmp_path):
     profile = example_profile(2, names=("mone", "moe"))
-    path = write_report(profile, tmp_path, [example_profile(8, names=("mone",), hosts=1)])
+    other = example_profile(8, names=("mone",), hosts=1)
+    path = write_report(as_profile(profile), tmp_path, [as_profile(other)])
     assert path.stat().st_size < 2e6
     text = path.read_text()
     captions = re.findall(r"<figcaption>(.*?)</figcaption>", text, re.S)
-    note = skew_note(profile).replace("'", "&#x27;")
+    note = skew_note(as_profile(profile)).replace("'", "&#x27;")
     timed = [
         caption for caption in captions if not re.match(r"Bytes|What the peaks|Routed", caption)
     ]
@@ -345,7 +351,7 @@ def test_every_caption_of_a_time_tells_the_skew(tmp_path):
 
 def test_one_stock_run_on_one_rank_with_nothing_beside_times(tmp_path, coarse):
     profile = example_profile(1, names=("moe",), hosts=1, memory=False, peaks=False)
-    text = write_report(profile, tmp_path).read_text()
+    text = write_report(as_profile(profile), tmp_path).read_text()
     assert "no baseline ran beside it" in text
     assert "No memory pass was made" in text
     assert "no peak is known" in text
@@ -375,7 +381,7 @@ def test_hostile_texts_stay_text(tmp_path, coarse):
         run["by_rank"]["host"] = [host] * 2
         run["over_nodes"]["attention"]["max_host"] = host
         run["stragglers"][0]["host"] = host
-    text = write_report(profile, tmp_path).read_text()
+    text = write_report(as_profile(profile), tmp_path).read_text()
     assert_self_contained(text)
     assert "<b>" not in text
     assert "h" * 60 not in text
@@ -383,7 +389,7 @@ def test_hostile_texts_stay_text(tmp_path, coarse):
 
 def test_a_thousand_ranks_stay_readable(tmp_path, coarse):
     profile = example_profile(1024, names=("mone",), hosts=128, stages=4, missing=(17,))
-    path = write_report(profile, tmp_path)
+    path = write_report(as_profile(profile), tmp_path)
     text = path.read_text()
     assert len(re.sub('base64,[^"]*', "", text)) < 60_000
     assert "Each column stands for 3 ranks" in text
@@ -409,21 +415,22 @@ def test_a_wrong_field_is_named(profile, change, message):
     changed = copy.deepcopy(profile)
     change(changed)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
-        check_profile(changed, Path("there/profile.json"))
+        Profile.of(changed, Path("there/profile.json"))
     assert str(caught.value).startswith("there/profile.json: ")
     assert "\n" not in str(caught.value)
 
 
 def test_a_scaling_curve_needs_one_model_and_other_sizes(profile):
     other = example_profile(8)
-    check_one_model([profile, other], ["a", "b"])
+    check_one_model([as_profile(profile), as_profile(other)], ["a", "b"])
+    none = as_profile(example_profile(8)).model_copy(update={"runs": []})
     other["runs"][1]["model"]["hidden_size"] = 512
     with pytest.raises(ValueError, match=r"run 'moe': model\.hidden_size is 256 in a and 512 in b"):
-        check_one_model([profile, other], ["a", "b"])
+        check_one_model([as_profile(profile), as_profile(other)], ["a", "b"])
     with pytest.raises(ValueError, match="world_size is 4 in both a and b"):
-        check_one_model([profile, profile], ["a", "b"])
+        check_one_model([as_profile(profile)] * 2, ["a", "b"])
     with pytest.raises(ValueError, match="b has no run of a's"):
-        check_one_model([profile, example_profile(8, names=())], ["a", "b"])
+        check_one_model([as_profile(profile), none], ["a", "b"])
 
 
 def write_profile(folder: Path, profile) -> Path:
@@ -478,7 +485,7 @@ def test_tensorboard_holds_each_step_of_each_run(tmp_path, profile):
     changed = copy.deepcopy(profile)
     changed["runs"][2]["name"] = "../escape"
     for _ in range(2):  # the second call replaces what the first wrote
-        write_tensorboard(changed, tmp_path / "tensorboard")
+        write_tensorboard(as_profile(changed), tmp_path / "tensorboard")
     scalars = read_events(tmp_path / "tensorboard" / "mone").scalars
     samples = profile["runs"][0]["samples"]
     assert [step for step, _ in scalars["profile/step_ms"]] == samples["steps"]
