@@ -13,55 +13,111 @@ RUN is a run's name or a job's id. docs/LAUNCH.md has the fields of a launch fil
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, BadParameter, Context, Option
 
 from launch.runs.local import INTERRUPTED
-from launch.runs.profile_jobs import add_profile_flags, refuse_profile_flags, submit_profile
+from launch.runs.profile_jobs import ProfileFlags, refuse_profile_flags, submit_profile
 from launch.runs.run_commands import cancel_run, find_run, resume_run, show_logs, status_lines
 from launch.runs.start_commands import is_local, job_of, site_of, start_run, submit_run
 from launch.runs.sweep import start_sweep
 from launch.runs.sweep_results import show_results
 from launch.slurm.commands import SlurmUnavailable
-from launch.spec.file import add_flags
+from launch.spec.file import SiteFlags
 from launch.spec.pre_submit import check_before_submit
-from megatron_mone.common.command_line import ERROR, OneLineParser, fail
-from megatron_mone.common.spelling import nearest_name
+from megatron_mone.common.command_line import ERROR
+from megatron_mone.common.program import PASSES_REST, Program
 
 NO_ANSWER = 75
 """Exit status where Slurm did not answer: EX_TEMPFAIL of sysexits.h, try again later."""
-START = ("run", "submit", "sweep")
-LOOK_AFTER = ("status", "logs", "results", "cancel", "resume")
+program = Program(__doc__)
+main = program.main
+
+Runs = Annotated[Path, Option("--runs", help="folder of runs")]
+Names = Annotated[list[str] | None, Argument(metavar="RUN", help="a run's name or a job's id")]
+RUNS = Path("runs")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; 0, the ranks' status, or 2 or 75 after one line on stderr."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    cut = words.index("--") if "--" in words else len(words)
-    own, rest = words[:cut], words[cut + 1 :]
-    try:
-        if own[:1] and own[0] in LOOK_AFTER:
-            return _look_after(parse(run_parser(), own))
-        options = parse(start_parser(), own)
-        if options.profile:
-            submit_profile(options, rest, site_of(options))
-            return 0
-        refuse_profile_flags(options)
-        job = job_of(options, rest)
-        if job.points:
-            return start_sweep(
-                job, options, lambda cases: check_before_submit(cases, options.force)
-            )
-        if is_local(options):
-            return start_run(job, options)
-        if not options.dry_run:
-            check_before_submit(job, options.force)
-        submit_run(job, options)
+@dataclass
+class StartFlags:
+    """What run, submit and sweep take before `--`, beside the fields of a launch file."""
+
+    action: str = field(default="", init=False)
+    config: Annotated[Path | None, Option(help="run file, or its name in configs/")] = None
+    name: Annotated[str | None, Option(help="of the run and its folder (the run file's)")] = None
+    runs: Runs = RUNS
+    launch: Annotated[
+        str | None, Option(help="of configs/launch/, or a path (local; slurm for submit)")
+    ] = None
+    grid: Annotated[
+        list[str] | None,
+        Option(metavar="ARGUMENT=VALUE,VALUE", help="a run for each value; may be repeated"),
+    ] = None
+    here: Annotated[bool, Option("--here", help="sweep: on this machine, no Slurm")] = False
+    dry_run: Annotated[bool, Option("--dry-run", help="print the batch script only")] = False
+    test_only: Annotated[bool, Option("--test-only", help="let Slurm judge, submit nothing")] = (
+        False
+    )
+    force: Annotated[
+        bool, Option("--force", help="submit also what Megatron or the planner refuses")
+    ] = False
+
+
+@dataclass
+class Options(SiteFlags, ProfileFlags, StartFlags):
+    """All that run, submit and sweep take."""
+
+
+@program.command("run", context_settings=PASSES_REST)
+def run(context: Context, options: Options) -> int:
+    """Start the ranks of a run file, or of a program after --, on this machine."""
+    return _start("run", options, context.args)
+
+
+@program.command("submit", context_settings=PASSES_REST)
+def submit(context: Context, options: Options) -> int:
+    """Hand a run file, or a program after --, to Slurm; the fields of --launch have flags too."""
+    return _start("submit", options, context.args)
+
+
+@program.command("sweep", context_settings=PASSES_REST)
+def sweep(context: Context, options: Options) -> int:
+    """Run all of a grid, as one Slurm array or here; again: what is missing."""
+    return _start("sweep", options, context.args)
+
+
+def _start(action: str, options: Options, rest: Sequence[str]) -> int:
+    if options.dry_run and options.test_only:
+        raise BadParameter("argument --test-only: not allowed with argument --dry-run")
+    options.action, options.grid = action, options.grid or []
+    return _asking(lambda: _started(options, rest))
+
+
+def _started(options: Options, rest: Sequence[str]) -> int:
+    if options.profile:
+        submit_profile(options, rest, site_of(options))
         return 0
-    except (ValueError, OSError) as error:
-        return fail(error)
+    refuse_profile_flags(options)
+    job = job_of(options, rest)
+    if job.points:
+        return start_sweep(job, options, lambda cases: check_before_submit(cases, options.force))
+    if is_local(options):
+        return start_run(job, options)
+    if not options.dry_run:
+        check_before_submit(job, options.force)
+    submit_run(job, options)
+    return 0
+
+
+def _asking(call: Callable[[], int | None]) -> int:
+    """The status of what may ask Slurm."""
+    try:
+        return call() or 0
     except SlurmUnavailable as error:
         print(f"{ERROR} {error}", file=sys.stderr)
         return NO_ANSWER
@@ -70,84 +126,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def parse(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """The options before `--`; an unknown one ends the program with the nearest known name."""
-    options, unknown = parser.parse_known_intermixed_args(words)
-    if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        hint = nearest_name(unknown[0].partition("=")[0], flags)
-        parser.error(
-            f"unknown argument {unknown[0]!r}{hint}; Megatron flags and programs go after --"
-        )
-    return options
+def _one(action: str, names: Sequence[str] | None) -> str:
+    if names is None or len(names) != 1:
+        raise ValueError(f"{action} takes one run: its name or the id of its job")
+    return names[0]
 
 
-def start_parser() -> argparse.ArgumentParser:
-    """The command line of run, submit and sweep, before `--`."""
-    parser = _parser()
-    parser.add_argument(
-        "action", choices=(*START, *LOOK_AFTER), help="ranks here, a Slurm job, all of a grid"
-    )
-    parser.add_argument("--config", type=Path, help="run file of configs/")
-    parser.add_argument("--name", help="of the run and its folder (the run file's)")
-    _add_runs(parser)
-    parser.add_argument("--launch", help="of configs/launch/, or a path (local; slurm for submit)")
-    parser.add_argument(
-        "--grid", action="append", default=[], metavar="ARGUMENT=VALUE,VALUE",
-        help="a run for each value; may be repeated",
-    )  # fmt: skip
-    parser.add_argument("--here", action="store_true", help="sweep: on this machine, no Slurm")
-    judge = parser.add_mutually_exclusive_group()
-    judge.add_argument("--dry-run", action="store_true", help="print the batch script only")
-    judge.add_argument("--test-only", action="store_true", help="let Slurm judge, submit nothing")
-    parser.add_argument(
-        "--force", action="store_true", help="submit also what Megatron or the planner refuses"
-    )
-    add_profile_flags(parser)
-    add_flags(parser)
-    return parser
+@program.command("status")
+def status(names: Names = None, runs: Runs = RUNS) -> int:
+    """Say how runs stand, all of them or those named."""
+
+    def show() -> None:
+        lines = status_lines(runs, names or [])
+        print("\n".join(lines) or f"no run was started in {runs}")
+
+    return _asking(show)
 
 
-def run_parser() -> argparse.ArgumentParser:
-    """The command line of status, logs, results, cancel and resume."""
-    parser = _parser()
-    parser.add_argument("action", choices=LOOK_AFTER)
-    parser.add_argument("names", nargs="*", metavar="RUN", help="a run's name or a job's id")
-    _add_runs(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="logs: until interrupted")
-    return parser
+@program.command("logs")
+def logs(
+    names: Names = None,
+    runs: Runs = RUNS,
+    follow: Annotated[bool, Option("--follow", "-f", help="until interrupted")] = False,
+) -> int:
+    """Print what a run's ranks and its job said."""
+    return _asking(lambda: show_logs(runs, _one("logs", names), follow))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(__doc__)
-    parser.prog = "python -m launch"
-    return parser
+@program.command("results")
+def results(names: Names = None, runs: Runs = RUNS) -> int:
+    """Print the table of a run or sweep, and write its page."""
+    return _asking(lambda: show_results(find_run(runs, _one("results", names))[0]))
 
 
-def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (runs)")
+@program.command("cancel")
+def cancel(names: Names = None, runs: Runs = RUNS) -> int:
+    """Take a run's jobs from Slurm."""
+
+    def end() -> None:
+        name = _one("cancel", names)
+        said = [f"job {job} is cancelled" for job in cancel_run(runs, name)]
+        print("\n".join(said or [f"{name} has no job under way"]))
+
+    return _asking(end)
 
 
-def _look_after(options: argparse.Namespace) -> int:
-    if options.action == "status":
-        lines = status_lines(options.runs, options.names)
-        print("\n".join(lines) or f"no run was started in {options.runs}")
-        return 0
-    if len(options.names) != 1:
-        raise ValueError(f"{options.action} takes one run: its name or the id of its job")
-    (name,) = options.names
-    if options.action == "logs":
-        return show_logs(options.runs, name, options.follow)
-    if options.action == "results":
-        show_results(find_run(options.runs, name)[0])
-    elif options.action == "cancel":
-        jobs = cancel_run(options.runs, name)
-        said = [f"job {job} is cancelled" for job in jobs] or [f"{name} has no job under way"]
-        print("\n".join(said))
-    else:
-        job_id = resume_run(options.runs, name)
+@program.command("resume")
+def resume(names: Names = None, runs: Runs = RUNS) -> int:
+    """Submit a run again, from its last checkpoint; of a sweep, the cases that are missing."""
+
+    def again() -> None:
+        name = _one("resume", names)
+        job_id = resume_run(runs, name)
         print(f"job {job_id}" if job_id else f"{name}: no case is missing")
-    return 0
+
+    return _asking(again)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,15 @@ however they end. May touch: the run folder, Slurm through slurm/commands.py.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Option
 
 from launch.runs.run_commands import SCRIPT
 from launch.runs.run_manifest import locked, open_run
@@ -45,8 +46,6 @@ REPORT = "report"
 PAGE = "report.html"
 _NOT_OURS = ("--out", "--ranks", "--config", "--save", "--load")
 _REPORT_LIMIT = "00:30:00"
-_OWN_FLAGS = {"profile_nodes": None, "profile_steps": 20, "against": "moe", "strong": False}
-"""Their defaults."""
 
 
 @dataclass(frozen=True)
@@ -77,32 +76,36 @@ class ProfileSweep:
     left_out: tuple[str, ...]
 
 
-def add_profile_flags(parser: argparse.ArgumentParser) -> None:
+@dataclass
+class ProfileFlags:
     """The flags of a profile, which stand before `--`."""
-    group = parser.add_argument_group("submit --profile")
-    add = group.add_argument
-    add("--profile", action="store_true", help="profile on several numbers of nodes, then report")
-    add("--profile-nodes", metavar="N,N", help="numbers of nodes (powers of two, and --nodes)")
-    steps, against = _OWN_FLAGS["profile_steps"], _OWN_FLAGS["against"]
-    add("--profile-steps", type=int, default=steps, metavar="N", help=f"measured steps ({steps})")
-    add("--against", default=against, help=f"baselines, by comma ({against}; docs/PROFILER.md)")
-    add("--strong", action="store_true", help="keep the global batch at every size")
+
+    profile: Annotated[
+        bool, Option("--profile", help="submit: profile on several numbers of nodes, then report")
+    ] = False
+    profile_nodes: Annotated[
+        str | None,
+        Option(metavar="N,N", help="numbers of nodes (powers of two, and --nodes)"),
+    ] = None
+    profile_steps: Annotated[int, Option(metavar="N", help="measured steps")] = 20
+    against: Annotated[str, Option(help="baselines, by comma (docs/PROFILER.md)")] = "moe"
+    strong: Annotated[bool, Option("--strong", help="keep the global batch at every size")] = False
 
 
-def refuse_profile_flags(options: argparse.Namespace) -> None:
+def refuse_profile_flags(options: Any) -> None:
     """Refuse flags of a profile where there is none: they would change nothing.
 
     Raises:
         ValueError: names the flag and the fix.
     """
-    for name, default in _OWN_FLAGS.items():
-        if getattr(options, name) != default:
-            raise ValueError(f"--{name.replace('_', '-')} is for --profile: add that, or drop it")
+    for one in fields(ProfileFlags):
+        if one.name != "profile" and getattr(options, one.name) != one.default:
+            raise ValueError(
+                f"--{one.name.replace('_', '-')} is for --profile: add that, or drop it"
+            )
 
 
-def submit_profile(
-    options: argparse.Namespace, words: Sequence[str], site: Mapping[str, Any]
-) -> None:
+def submit_profile(options: Any, words: Sequence[str], site: Mapping[str, Any]) -> None:
     """Hand the jobs of a profile to Slurm, all or none; or print the scripts, or Slurm's judgement.
 
     Args:
@@ -134,9 +137,7 @@ def submit_profile(
         _submit_all(sweep)
 
 
-def read_sweep(
-    options: argparse.Namespace, words: Sequence[str], site: Mapping[str, Any]
-) -> ProfileSweep:
+def read_sweep(options: Any, words: Sequence[str], site: Mapping[str, Any]) -> ProfileSweep:
     """The jobs that a command line asks for; arguments as `submit_profile`.
 
     Raises:

@@ -5,7 +5,6 @@ May touch: the run folder, child processes, Slurm through slurm/commands.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from megatron_mone.common.exit_status import STOPPED
 from megatron_mone.common.files import atomic_write
 
 
-def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
+def job_of(options: Any, rest: Sequence[str]) -> Job:
     """The job that a command line asks for.
 
     Args:
@@ -46,7 +45,7 @@ def job_of(options: argparse.Namespace, rest: Sequence[str]) -> Job:
     return program_job(options.name, options.runs, rest, site)
 
 
-def site_of(options: argparse.Namespace) -> dict[str, Any]:
+def site_of(options: Any) -> dict[str, Any]:
     """The fields that the launch file sets, flags over them, SBATCH_* below; says of these.
 
     Raises:
@@ -62,12 +61,12 @@ def site_of(options: argparse.Namespace) -> dict[str, Any]:
     return {**defaults, **given}
 
 
-def is_local(options: argparse.Namespace) -> bool:
+def is_local(options: Any) -> bool:
     """Whether the ranks start on this machine."""
     return options.action == "run" or options.here
 
 
-def start_run(job: Job, options: argparse.Namespace) -> int:
+def start_run(job: Job, options: Any) -> int:
     """Run a job's ranks here to their end; returns their status.
 
     Raises:
@@ -89,7 +88,7 @@ def start_run(job: Job, options: argparse.Namespace) -> int:
     return status
 
 
-def refuse_judgement(options: argparse.Namespace) -> None:
+def refuse_judgement(options: Any) -> None:
     """Refuse what asks for a batch script where there is none.
 
     Raises:
@@ -99,7 +98,7 @@ def refuse_judgement(options: argparse.Namespace) -> None:
         raise ValueError("--dry-run and --test-only are for submit: run has no batch script")
 
 
-def submit_run(job: Job, options: argparse.Namespace) -> None:
+def submit_run(job: Job, options: Any) -> None:
     """Hand a job to Slurm and print its id and log; or print the script, or Slurm's judgement.
 
     Raises:
@@ -146,7 +145,7 @@ def prepare_folder(job: Job, spec: LaunchSpec, script: str) -> Path:
     return folder / SCRIPT
 
 
-def _check_sweep(options: argparse.Namespace) -> None:
+def _check_sweep(options: Any) -> None:
     if options.here and options.action != "sweep":
         raise ValueError(f"--here is for sweep; {options.action} has its own place")
     if options.action == "sweep" and not options.grid:

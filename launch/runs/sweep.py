@@ -5,10 +5,10 @@ May touch: the run folder, child processes, Slurm through slurm/commands.py.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from launch.runs.local import check_local, run_local, running
 from launch.runs.run_manifest import check_config, gather, locked, record_start
@@ -24,7 +24,7 @@ from launch.spec.training_job import Job, grid_cases
 from megatron_mone.common.exit_status import INTERRUPTED, STOPPED
 
 
-def start_sweep(job: Job, options: argparse.Namespace, judge: Callable[[Job], None]) -> int:
+def start_sweep(job: Job, options: Any, judge: Callable[[Job], None]) -> int:
     """Run or submit what is missing of a grid; prints the table where nothing more will run.
 
     Args:

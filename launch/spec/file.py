@@ -6,13 +6,14 @@ takes for minutes. May touch: files under configs/launch and the one named.
 
 from __future__ import annotations
 
-import argparse
 import re
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 import yaml
 
 from launch.spec.launch_spec import SITE_FIELDS, Container, LaunchSpec
@@ -42,7 +43,7 @@ _HELP = {
     "hang_seconds": "end ranks that show no progress for so long; 0: never",
     "spare_nodes": "nodes to ask for beyond --nodes, taken in place of bad ones",
     "preflight_limits": "NAME=VALUE: what a good node must reach; may be repeated",
-    "array": "task numbers, like 0-7%%2",
+    "array": "task numbers, like 0-7%2",
     "modules": "MODULE to load; may be repeated",
     "environment": "NAME=VALUE; may be repeated",
     "sbatch": "NAME=VALUE or NAME: any other option of sbatch; may be repeated",
@@ -70,25 +71,11 @@ def read_fields(choice: str) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each field of a launch file."""
-    group = parser.add_argument_group("fields of the launch file, which a flag overrides")
-    for name in SITE_FIELDS:
-        flag, kind = f"--{name.replace('_', '-')}", _KINDS[name]
-        if kind in (tuple[str, ...], Mapping[str, str]):
-            group.add_argument(flag, action="append", help=_HELP.get(name), metavar="TEXT")
-        elif kind in (bool, bool | str):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction)
-        else:
-            metavar = "N" if kind in (int, int | None) else "TEXT"
-            group.add_argument(flag, help=_HELP.get(name), metavar=metavar)
-
-
-def flag_fields(options: argparse.Namespace, below: Mapping[str, Any]) -> dict[str, Any]:
+def flag_fields(options: Any, below: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that flags set.
 
     Args:
-        options: parsed by a parser with `add_flags`.
+        options: with those of SiteFlags.
         below: fields of the launch file; variables and options of sbatch are added to theirs.
 
     Raises:
@@ -232,3 +219,19 @@ _READERS: dict[Any, Callable[[str, Any], Any]] = {
     Mapping[str, str]: _mapping,
     Container | None: _container,
 }
+
+
+def _flag(name: str) -> tuple[str, Any, None]:
+    """The option of a field: name, type, default."""
+    kind, flag = _KINDS[name], f"--{name.replace('_', '-')}"
+    if kind in (bool, bool | str):
+        switch = typer.Option(f"{flag}/--no-{flag[2:]}", show_default=False)
+        return name, Annotated[bool | None, switch], None
+    several = kind in (tuple[str, ...], Mapping[str, str])
+    metavar = "N" if kind in (int, int | None) else "TEXT"
+    option = typer.Option(flag, help=_HELP.get(name), metavar=metavar)
+    return name, Annotated[list[str] | None if several else str | None, option], None
+
+
+SiteFlags: Any = make_dataclass("SiteFlags", [_flag(name) for name in SITE_FIELDS])
+"""A flag for each field of a launch file."""

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from typer import Exit, Option
 
+from launch.__main__ import program as launch
 from megatron_mone.commands import (
     check_published,
     compare,
@@ -29,6 +30,7 @@ for _room in (
     *(plan, report_plan, check_published),
 ):
     app.add_typer(_room.program)
+app.add_typer(launch)
 
 
 def _print_version(asked: bool) -> None:

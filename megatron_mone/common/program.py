@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
 from typing import Any, get_type_hints
 
 import typer
@@ -37,6 +38,12 @@ class Command(TyperCommand):
         """Leave in `ctx.args` what is not this command's."""
         ctx.meta[WORDS] = list(args)
         cut = args.index("--") if ctx.allow_extra_args and "--" in args else len(args)
+        valued = {
+            flag for one in self.params if not getattr(one, "is_flag", True) for flag in one.opts
+        }
+        for flag, value in pairwise(args[:cut]):
+            if flag in valued and value.startswith("--"):  # click would take it for the value
+                ctx.fail(f"argument {flag}: expected one argument")
         super().parse_args(ctx, args[:cut])
         if ctx.args and not ctx.ignore_unknown_options and not ctx.resilient_parsing:
             ctx.fail(_unknown(ctx, ctx.args[0]))
@@ -65,6 +72,7 @@ class Command(TyperCommand):
 
 class _Group(TyperGroup):
     format_usage = Command.format_usage
+    format_help_text = Command.format_help_text
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         known = self.list_commands(ctx)
@@ -189,19 +197,23 @@ def _spread(function: Callable[..., int | None]) -> Callable[..., int | None]:
     for name, parameter in given.items():
         if name in kinds:
             types = get_type_hints(kinds[name], include_extras=True)
-            parameters += [_parameter(one, types[one.name]) for one in fields(kinds[name])]
+            parameters += [_parameter(one, types[one.name]) for one in _options(kinds[name])]
         else:
             parameters.append(parameter.replace(annotation=hints[name], kind=_KEYWORD))
 
     def called(**values: Any) -> int | None:
         for name, kind in kinds.items():
-            values[name] = kind(**{one.name: values.pop(one.name) for one in fields(kind)})
+            values[name] = kind(**{one.name: values.pop(one.name) for one in _options(kind)})
         return function(**values)
 
     called.__doc__, called.__name__ = function.__doc__, function.__name__
     called.__annotations__ = {one.name: one.annotation for one in parameters}
     called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return called
+
+
+def _options(kind: Any) -> list[Field[Any]]:
+    return [one for one in fields(kind) if one.init]
 
 
 _KEYWORD = inspect.Parameter.KEYWORD_ONLY

@@ -1,12 +1,13 @@
 """Launch files and flags: text stays text, and a mistake is one line naming file and field."""
 
-import argparse
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from launch.spec.file import FOLDER, add_flags, flag_fields, read_fields
+from launch.spec.file import FOLDER, SiteFlags, flag_fields, read_fields
 from launch.spec.launch_spec import SITE_FIELDS, Container
+from megatron_mone.common.program import parse
 
 
 def _file(tmp_path: Path, text: str) -> str:
@@ -81,10 +82,8 @@ def test_a_field_takes_what_sbatch_takes(tmp_path, text, fields):
     ],
 )
 def test_a_number_of_gpus_keeps_their_type(tmp_path, words, fields):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
     below = read_fields(_file(tmp_path, "gpus_per_node: h100:8"))
-    assert {**below, **flag_fields(parser.parse_args(words), below)} == fields
+    assert {**below, **flag_fields(parse(SiteFlags, words)[0], below)} == fields
 
 
 @pytest.mark.parametrize(
@@ -136,15 +135,11 @@ def test_the_files_that_come_with_the_project_can_be_read(path):
 
 
 def _flags(*words: str, below=None):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return flag_fields(parser.parse_args(words), below or {})
+    return flag_fields(parse(SiteFlags, words)[0], below or {})
 
 
 def test_every_field_has_a_flag():
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert {action.dest for action in parser._actions} - {"help"} == set(SITE_FIELDS)
+    assert {one.name for one in fields(SiteFlags)} == set(SITE_FIELDS)
 
 
 def test_flags_are_read_as_the_file_is():

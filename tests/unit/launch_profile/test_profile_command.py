@@ -197,10 +197,12 @@ def test_hostile_words_are_data(here, capsys):
 
 
 def _sweep(here: Path) -> profile_jobs.ProfileSweep:
-    from launch.__main__ import parse, start_parser
+    from launch.__main__ import Options
     from launch.runs.start_commands import site_of
+    from megatron_mone.common.program import parse
 
-    options = parse(start_parser(), [*OWN, "--nodes", "2"])
+    options, _ = parse(Options, [*OWN[1:], "--nodes", "2"])
+    options.action = OWN[0]
     return profile_jobs.read_sweep(options, FLAGS, site_of(options))
 
 
