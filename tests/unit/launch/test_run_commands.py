@@ -184,7 +184,7 @@ def test_resume_submits_the_script_again_and_records_it(runs, slurm, capsys):
         (["cancel", "alpah"], "did you mean 'alpha'?"),
         (["cancel"], "cancel takes one run"),
         (["logs", "alpha"], "nothing was written"),
-        (["status", "--folow"], "did you mean '--follow'?"),
+        (["logs", "--folow"], "did you mean '--follow'?"),
     ],
 )
 def test_a_mistake_is_one_line(runs, slurm, capsys, words, said):
