@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +131,7 @@ def _scheduled(group: State) -> State:
 
 def _identity(group: State) -> tuple:
     """What tells groups apart, besides the schedule; as Megatron reads it."""
-    return tuple(_identifiers(group))
-
-
-def _identifiers(group: State) -> Iterator[Any]:
     from megatron.core.optimizer.optimizer import param_group_identifier_keys
 
-    for key in param_group_identifier_keys:
-        if key not in _IN_GROUPS:
-            yield group.get(key, group.get(f"pre_{key}"))
+    keys = [key for key in param_group_identifier_keys if key not in _IN_GROUPS]
+    return tuple(group.get(key, group.get(f"pre_{key}")) for key in keys)

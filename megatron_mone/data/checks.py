@@ -47,7 +47,8 @@ def check_dataset(
     for path in (idx_path, bin_path):
         if not path.is_file():
             raise DataError(_missing(prefix, path))
-    dtype, documents, tokens = _read_index(idx_path)
+    dtype, documents, lengths = read_index(idx_path)
+    tokens = int(lengths.sum(dtype=np.int64))
     size, expected = bin_path.stat().st_size, tokens * np.dtype(dtype).itemsize
     if size != expected:
         raise DataError(
@@ -77,8 +78,12 @@ def _missing(prefix: Path, path: Path) -> str:
     return f"{path}: no such file; give the path of a dataset without .bin or .idx, or {_AGAIN}"
 
 
-def _read_index(path: Path) -> tuple[str, int, int]:
-    """(dtype, documents, tokens) of an .idx file."""
+def read_index(path: Path) -> tuple[str, int, np.ndarray]:
+    """(dtype, documents, length in tokens of each sequence) of an .idx file.
+
+    Raises:
+        DataError: one line, for what is no whole index.
+    """
     size = path.stat().st_size
     with path.open("rb") as stream:
         header = stream.read(_HEADER_BYTES)
@@ -106,7 +111,7 @@ def _read_index(path: Path) -> tuple[str, int, int]:
     if sequences == 0:
         raise DataError(f"{path}: holds no document; {_AGAIN}")
     lengths = np.memmap(path, np.int32, mode="r", offset=_HEADER_BYTES, shape=(sequences,))
-    return _DTYPES[code], documents - 1, int(lengths.sum(dtype=np.int64))
+    return _DTYPES[code], documents - 1, lengths
 
 
 def _check_manifest(

@@ -8,6 +8,7 @@ Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ET
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -185,31 +186,19 @@ class MoNEExperts(MegatronModule):
             singleton=singleton,
         )
         replica = (0, 0, self.dp_group.rank())
+        parts: tuple[tuple[str, str, Any, Any], ...] = (
+            ("linear_fc1", "linear_fc1.weight", layout.build_fc1, layout.merge_fc1),
+            ("linear_fc2", "linear_fc2.weight", layout.build_fc2, layout.merge_fc2),
+            ("neuron_bias", "neuron_bias", layout.build_per_neuron, torch.stack),
+            ("ng_weights", "ng_weights", layout.build_per_neuron, torch.stack),
+        )
         state: dict[str, Any] = {
-            f"{prefix}linear_fc1": ShardedTensorFactory(
-                f"{prefix}experts.linear_fc1.weight",
-                self.linear_fc1,
-                layout.build_fc1,  # type: ignore[arg-type]
-                layout.merge_fc1,  # type: ignore[arg-type]
-                replica,
-            ),
-            f"{prefix}linear_fc2": ShardedTensorFactory(
-                f"{prefix}experts.linear_fc2.weight",
-                self.linear_fc2,
-                layout.build_fc2,  # type: ignore[arg-type]
-                layout.merge_fc2,  # type: ignore[arg-type]
-                replica,
-            ),
+            f"{prefix}{name}": ShardedTensorFactory(
+                f"{prefix}experts.{key}", getattr(self, name), build, merge, replica
+            )
+            for name, key, build, merge in parts
+            if getattr(self, name) is not None
         }
-        for name in ("neuron_bias", "ng_weights"):
-            if getattr(self, name) is not None:
-                state[f"{prefix}{name}"] = ShardedTensorFactory(
-                    f"{prefix}experts.{name}",
-                    getattr(self, name),
-                    layout.build_per_neuron,  # type: ignore[arg-type]
-                    torch.stack,  # type: ignore[arg-type]
-                    replica,
-                )
         # Stock linears save an empty extra state per expert (for TE's fp8) and ask for it on load.
         object_replica = (0, self.etp_group.rank(), self.dp_group.rank())
         for linear in ("linear_fc1", "linear_fc2"):
@@ -225,44 +214,34 @@ class MoNEExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _ExpertLayout:
     """Cuts [E_l, ...] neuron-major tensors into the pieces stock experts save, and joins them.
 
     Used for weights and, by Megatron's optimizers, for optimizer state of the same shape.
     """
 
-    def __init__(
-        self,
-        *,
-        prefix: str,
-        offsets: tuple,
-        first_expert: int,
-        num_experts: int,
-        etp_rank: int,
-        etp_size: int,
-        singleton: bool,
-    ) -> None:
-        self.prefix, self.offsets, self.singleton = prefix, offsets, singleton
-        self.first_expert, self.num_experts = first_expert, num_experts
-        self.etp_rank, self.etp_size = etp_rank, etp_size
+    prefix: str
+    offsets: tuple
+    first_expert: int
+    num_experts: int
+    etp_rank: int
+    etp_size: int
+    singleton: bool
+
+    def _placed(self, key: str, e: int) -> tuple[str, tuple]:
+        """Key and offsets of one expert: its number is in the key, or an axis in front."""
+        expert = self.first_expert + e
+        if self.singleton:
+            return key.replace(self.prefix, f"{self.prefix}{expert}.", 1), self.offsets
+        return key, (*self.offsets, (len(self.offsets), expert, self.num_experts))
 
     def _piece(
-        self,
-        key: str,
-        data: Tensor,
-        e: int,
-        replica: ReplicaId,
-        axis: int,
-        fragment: int,
+        self, key: str, data: Tensor, e: int, replica: ReplicaId, axis: int, fragment: int,
         fragments: int,
-    ) -> ShardedTensor:
+    ) -> ShardedTensor:  # fmt: skip
         """One expert's tensor, split in `fragments` along `axis`, with the expert axis in front."""
-        expert = self.first_expert + e
-        offsets = self.offsets
-        if self.singleton:
-            key = key.replace(self.prefix, f"{self.prefix}{expert}.", 1)
-        else:
-            offsets = (*offsets, (len(offsets), expert, self.num_experts))
+        key, offsets = self._placed(key, e)
         return ShardedTensor.from_rank_offsets(
             key,
             data,
@@ -274,11 +253,7 @@ class _ExpertLayout:
 
     def extra_state(self, linear: str, e: int, replica: ReplicaId) -> ShardedObject:
         """The (empty) extra state of one expert's linear under its stock key."""
-        key, offsets = f"{self.prefix}{linear}{EXTRA_STATE}", self.offsets
-        if self.singleton:
-            key = key.replace(self.prefix, f"{self.prefix}{self.first_expert + e}.", 1)
-        else:
-            offsets = (*offsets, (len(offsets), self.first_expert + e, self.num_experts))
+        key, offsets = self._placed(f"{self.prefix}{linear}{EXTRA_STATE}", e)
         return make_sharded_object_for_checkpoint(None, key, offsets, replica)
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ headers and lengths of .idx files.
 from __future__ import annotations
 
 import re
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from megatron_mone.data.blend import Blend, RunData, is_remote
+from megatron_mone.data.checks import read_index
 
 READ = ("split", "eval_iters", "full_validation", "skip_train", "seq_length")
 """Arguments that are looked at."""
 _PARTS = ("train", "valid", "test")
 _WORDS = {"train": "training", "valid": "validation", "test": "test"}
 _TRIED = ("90,10,0", "80,20,0", "50,50,0")
-_HEADER = struct.Struct("<9sQBQQ")
 _DEFAULT = "969, 30, 1"  # validate_args, where data_path is given and split is not
 
 
@@ -107,9 +106,7 @@ def _here(blend: Blend) -> Iterator[_Lengths]:
         path = Path(f"{prefix}.idx")
         if is_remote(prefix) or not path.is_file():
             continue
-        with path.open("rb") as stream:
-            *_, sequences, _ = _HEADER.unpack(stream.read(_HEADER.size))
-        tokens = np.memmap(path, np.int32, mode="r", offset=_HEADER.size, shape=(sequences,))
+        _, _, tokens = read_index(path)
         yield _Lengths(prefix, tokens)
 
 
