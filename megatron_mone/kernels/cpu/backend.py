@@ -46,7 +46,7 @@ from megatron_mone.kernels.weight_views import halves_of_one
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
 
-Products = DenseProducts | BlockProducts | SparseProducts | FewProducts
+Products = DenseProducts | SparseProducts
 ROUTES: dict[str, type[Products]] = {
     "dense": DenseProducts,
     "blocks": BlockProducts,

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.products import (
     Gradient,
+    SparseProducts,
     empty,
     gradient_matrices,
     scratch,
@@ -49,14 +50,11 @@ def dense_products(x_NH: Tensor, weight_EFH: Tensor, layout: native.Layout, out_
     )  # fmt: skip
 
 
-class BlockProducts:
+class BlockProducts(SparseProducts):
     """Native products of kept blocks; arguments as SparseProducts."""
 
     def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
-        self.layout, self.shape = layout, layout.shape()
-        self.indices_K, self.offsets_N1 = indices_K, offsets_N1
-        self.mask = native.mask(indices_K, offsets_N1)
-        self.kernels = native.kernels()
+        super().__init__(layout, indices_K, offsets_N1)
         tiles = sum(-(-count // native.TILE) for count in layout.counts)
         starts = empty((tiles, layout.neurons // native.BLOCK + 1), torch.int32)
         entries = empty((indices_K.numel() // native.BLOCK, 2), torch.int32)

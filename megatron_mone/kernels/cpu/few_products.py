@@ -44,8 +44,7 @@ class FewProducts(SparseProducts):
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
         _kept, arguments = sum_arguments(terms)
         self.kernels.few_accumulate(
-            byref(self.shape), byref(self.mask), *arguments, *(None,) * (4 - len(arguments)),
-            byref(native.matrix(out_NH)),
+            byref(self.shape), byref(self.mask), *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
 
