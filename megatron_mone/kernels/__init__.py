@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.choice import BiasedRule, Choose, Selection
 from megatron_mone.kernels.grouped_mlp import grouped_mlp_with_gates, mone_grouped_mlp
 from megatron_mone.kernels.registry import (
     BACKENDS,
@@ -14,6 +14,7 @@ from megatron_mone.kernels.registry import (
 
 __all__ = [
     "BACKENDS",
+    "BiasedRule",
     "Call",
     "Choose",
     "GroupedMLPOutput",

@@ -50,5 +50,27 @@ class Selection:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class BiasedRule:
+    """A rule over all gates, for which each expert may add a bias of its own.
+
+    Attributes:
+        select: (gate activations [N, F], bias [N, F] or None) -> [N, F] bool.
+        bias_EF: of the experts, or None.
+        counts_E: rows of each expert.
+    """
+
+    select: Callable[[Tensor, Tensor | None], Tensor]
+    bias_EF: Tensor | None
+    counts_E: Tensor
+
+    def __call__(self, gate_NF: Tensor) -> Tensor:
+        """[N, F] bool of the gate activations [N, F]."""
+        if self.bias_EF is None:
+            return self.select(gate_NF, None)
+        counts_E = self.counts_E.to(self.bias_EF.device)
+        return self.select(gate_NF, self.bias_EF.repeat_interleave(counts_E, dim=0))
+
+
 Choose = Selection | NeuronMask | Callable[[Tensor], Tensor]
 """A selection; a ready mask; or gate activations [N, F] (detached) -> [N, F] bool."""

@@ -67,12 +67,22 @@ class NeuronMask:
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
-    def from_bool(cls, mask_NF: Tensor, block: int = 1) -> NeuronMask:
-        """From a dense [N, F] bool mask of whole blocks."""
-        neurons = mask_NF.shape[1]
+    def from_bool(cls, mask_NF: Tensor, block: int = 1, kept: int | None = None) -> NeuronMask:
+        """From a dense [N, F] bool mask of whole blocks; one without values needs K, `kept`."""
+        rows, neurons = mask_NF.shape
+        if mask_NF.is_meta:
+            assert kept is not None
+            return cls.without_values(rows, neurons, kept, block)
         flat_K = mask_NF.flatten().nonzero().flatten()
         indices_K = (flat_K % neurons).to(index_dtype(neurons))
         return cls.unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons, block)
+
+    @classmethod
+    def without_values(cls, rows: int, neurons: int, kept: int, block: int = 1) -> NeuronMask:
+        """Of N rows that keep K of F neurons each, nobody knows which: on torch's meta device."""
+        indices_K = torch.empty(kept, dtype=index_dtype(neurons), device="meta")
+        offsets_N1 = torch.empty(rows + 1, dtype=torch.int64, device="meta")
+        return cls.unchecked(indices_K, offsets_N1, neurons, block)
 
     @classmethod
     def unchecked(
@@ -99,13 +109,21 @@ class NeuronMask:
         return pack_bits(self.to_bool())
 
     @classmethod
-    def unpack(cls, bits_NB: Tensor, num_neurons: int, block: int = 1) -> NeuronMask:
+    def unpack(
+        cls, bits_NB: Tensor, num_neurons: int, block: int = 1, kept: int | None = None
+    ) -> NeuronMask:
         """Inverse of `pack`; bits do not say that a mask is of whole blocks, `block` does.
+
+        Args:
+            bits_NB: of `pack`.
+            num_neurons: F.
+            block: B.
+            kept: K, where bits without values do not say it.
 
         Raises:
             ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1.
         """
-        return cls.from_bool(unpack_bits(bits_NB, num_neurons), block)
+        return cls.from_bool(unpack_bits(bits_NB, num_neurons), block, kept)
 
     def shard(self, rank: int, size: int) -> NeuronMask:
         """The part of one of `size` ranks that hold F / size neurons each, indices from 0.

@@ -16,11 +16,12 @@ from typing import NoReturn
 from megatron_mone.model import failure
 
 
-def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.Namespace:
     """Read --config and flags, check files and folders, and let Megatron validate the rest.
 
     Args:
         words: of the command line, without the program's name.
+        elsewhere: another machine will run this: its files, folders and devices are not looked for.
 
     Raises:
         ValueError: anything wrong in the run file, the flags or the files they name.
@@ -28,14 +29,14 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     from megatron.training import arguments
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
-    from megatron_mone.model.checks import check_checkpoint, check_layout, check_run
+    from megatron_mone.model.checks import check_checkpoint, check_layout, check_run, check_values
     from megatron_mone.model.checks.flags import parse_given
     from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.model.profile_window import window_of
 
     words = written_out(words)
     given = parse_given(words, reading(words))
-    check_run(given)
+    (check_values if elsewhere else check_run)(given)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=reading(words))
     except ValueError:
@@ -47,7 +48,8 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     except Exception as error:
         raise ValueError(f"Megatron refuses the arguments: {failure.words(error)}") from error
     check_layout(args)
-    check_checkpoint(args)  # compares widths that validation derives
+    if not elsewhere:
+        check_checkpoint(args)  # compares widths that validation derives
     keep_padded_vocabulary(args, given.padded_vocab_size)
     settle_rerun_mode(args)
     window_of(args)  # refuses a wrong one

@@ -8,8 +8,12 @@ from typing import Any
 from megatron_mone.model import failure
 
 
-def build_model_config(args: argparse.Namespace):
+def build_model_config(args: argparse.Namespace, elsewhere: bool = False):
     """The GPTModelConfig of `args`: MoNE where a mone_* field turns it on, stock otherwise.
+
+    Args:
+        args: Megatron's, validated.
+        elsewhere: another machine will run this: whether its backend runs is known there.
 
     Raises:
         ValueError: a mone_* field does not fit, or Megatron refuses the model.
@@ -21,7 +25,7 @@ def build_model_config(args: argparse.Namespace):
     from megatron_mone.config_checks import is_mone
     from megatron_mone.model.layer_spec import MoNEGPTModelConfig, check_packages
 
-    check_packages(args)
+    check_packages(args, elsewhere)
     if args.num_experts is not None and args.moe_router_topk > args.num_experts:
         raise ValueError(
             f"moe_router_topk = {args.moe_router_topk} is not allowed: it must be 1 to "

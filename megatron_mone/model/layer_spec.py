@@ -81,15 +81,16 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
 
 
-def check_packages(config: Any) -> None:
+def check_packages(config: Any, elsewhere: bool = False) -> None:
     """Transformer Engine layers and the flex dispatcher need packages, and Megatron fails deep
-    inside without them; a backend chosen by name needs a compiler, packages or a CUDA device.
+    inside without them; a backend chosen by name needs a compiler, packages or a CUDA device,
+    `elsewhere` those of another machine.
 
     Raises:
         ValueError: names the field that asks for what is not here.
     """
     check_flex_packages(config)
-    if getattr(config, "mone_backend", "auto") != "auto":
+    if not elsewhere and getattr(config, "mone_backend", "auto") != "auto":
         backend_of(config)
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
         raise ValueError(

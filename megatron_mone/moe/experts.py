@@ -34,6 +34,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.config import MoNEConfig, chosen_by_rule, needs_all_gates, selection_bounds
 from megatron_mone.kernels import (
+    BiasedRule,
     Choose,
     GroupedMLPOutput,
     Selection,
@@ -153,13 +154,7 @@ class MoNEExperts(MegatronModule):
         own = self.select.local_selection() if self.neuron_bias is None else None
         if own is not None:
             return Selection(*own)
-        return lambda gate_NF: self.select(gate_NF, self._bias_rows(tokens_per_expert))
-
-    def _bias_rows(self, tokens_per_expert: Tensor) -> Tensor | None:
-        if self.neuron_bias is None:
-            return None
-        counts = tokens_per_expert.to(self.neuron_bias.device)
-        return self.neuron_bias.repeat_interleave(counts, dim=0)
+        return BiasedRule(self.select, self.neuron_bias, tokens_per_expert)
 
     def _keep_float32(self) -> None:
         """Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32

@@ -35,18 +35,18 @@ class RecomputeMasks:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Tensor, int]] = deque()  # bits and block of a mask
+        self._waiting: deque[tuple[Tensor, int, int]] = deque()  # bits, block, K of a mask
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the packed masks that wait for their repetition."""
-        return sum(bits.numel() for bits, _ in self._waiting)
+        return sum(bits.numel() for bits, *_ in self._waiting)
 
     def keep(self, mask: NeuronMask) -> None:
         """Called after every forward; keeps the mask of a first pass."""
         first_pass = is_checkpointing() and not torch.is_grad_enabled() and not in_recompute()
         if first_pass:
-            self._waiting.append((mask.pack(), mask.block))
+            self._waiting.append((mask.pack(), mask.block, mask.indices_K.numel()))
 
     def take(self, rows: int, num_neurons: int) -> NeuronMask | None:
         """Called before every forward; the mask of the first pass where this is its repetition.
@@ -61,13 +61,14 @@ class RecomputeMasks:
         if not in_recompute() or not self._waiting:
             return None
         # A checkpoint inside a checkpoint repeats twice; the one that builds the graph is the last.
-        bits_NB, block = self._waiting.popleft() if torch.is_grad_enabled() else self._waiting[0]
+        waiting = self._waiting.popleft() if torch.is_grad_enabled() else self._waiting[0]
+        bits_NB, block, kept = waiting
         if bits_NB.shape[0] != rows:
             raise RuntimeError(
                 f"a recomputed MoNE layer has {rows} routed rows, its first pass had "
                 f"{bits_NB.shape[0]}: the router did not repeat its choice"
             )
-        return NeuronMask.unpack(bits_NB, num_neurons, block)
+        return NeuronMask.unpack(bits_NB, num_neurons, block, kept)
 
     def clear(self) -> None:
         """At the end of a step: a first pass without a repetition (no backward) leaves nothing."""

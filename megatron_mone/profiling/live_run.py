@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ from megatron_mone.moe.metrics import MoNEMetricsTracker
 from megatron_mone.profiling.baselines import RunSpec
 from megatron_mone.profiling.instrument import moe_layers
 from megatron_mone.profiling.run_meter import Run
+
+Data = Callable[[Namespace, int], Any]
 
 
 @dataclass
@@ -78,13 +80,17 @@ class LiveRun:
         self.tracker.clear()
 
 
-def build_run(spec: RunSpec, args: Namespace, model_config: Any) -> LiveRun:
+def build_run(
+    spec: RunSpec, args: Namespace, model_config: Any, data: Data | None = None
+) -> LiveRun:
     """Build a run in a process where Megatron is initialised; collective over all ranks.
 
     Args:
         spec: its name.
         args: validated arguments.
         model_config: of `model_config_of`.
+        data: what is trained on, of the arguments and the number of model chunks; the training
+            data when None.
     """
     tracker = MoNEMetricsTracker()
     global_vars.set_args(args)
@@ -103,7 +109,7 @@ def build_run(spec: RunSpec, args: Namespace, model_config: Any) -> LiveRun:
     return LiveRun(
         run=Run(spec.name, args, model, optimizer, experts_backend(model)),
         scheduler=scheduler,
-        iterator=training_data(args, len(model)),
+        iterator=(data or training_data)(args, len(model)),
         config=config,
         tracker=tracker,
         schedule=get_forward_backward_func(),

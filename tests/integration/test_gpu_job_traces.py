@@ -50,12 +50,20 @@ LOCAL = (
     *("--transformer-impl", "local", "--distributed-backend", "gloo", "--no-rope-fusion"),
     *("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
 )
+MONE = (
+    *("--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", F, "--moe-grouped-gemm"),
+    *("--moe-token-dispatcher-type", "alltoall", "--mone-neuron-ratio", 0.25),
+)
 # Layouts whose collectives Megatron's own layers on CPU ranks launch, too.
 LAYOUTS = {
     "DP2": ((), 2, 1),
     "TP2": (TP2, 2, 1),
     "PP2": (("--pipeline-model-parallel-size", 2), 2, 1),
     "CP2": (("--context-parallel-size", 2), 2, 0),
+}
+PATCHES = {
+    "MoNE": ((*MONE, *SELECTIVE, "moe", "--mone-ng-loss-type", "bias"), 2, 0),
+    "keep-all": ((*MONE, "--mone-neuron-ratio", 1), 2, 0),
 }
 # name: (flags, world size, rank); rank 1 of 3 stages has layers alone
 GPU = {
@@ -84,6 +92,11 @@ GPU = {
         ("--cross-entropy-loss-fusion", "--cross-entropy-fusion-impl", "te"), 1, 0,
     ),
     **LAYOUTS,
+    **PATCHES,
+    "flex": (
+        (*MONE, "--moe-token-dispatcher-type", "flex", "--mone-backend", "triton",
+         "--expert-model-parallel-size", 2), 2, 0,
+    ),
 }  # fmt: skip
 
 
@@ -91,7 +104,7 @@ GPU = {
 def folder(tmp_path_factory):
     """KIND-NAME.json of every case."""
     folder = tmp_path_factory.mktemp("gpu-traces")
-    for kind, cases, more in (("gpu", GPU, ()), ("cpu", LAYOUTS, LOCAL)):
+    for kind, cases, more in (("gpu", GPU, ()), ("cpu", {**LAYOUTS, **PATCHES}, LOCAL)):
         written = {
             name: ([str(word) for word in (*MODEL, *more, *flags)], world_size, rank)
             for name, (flags, world_size, rank) in cases.items()
@@ -109,6 +122,16 @@ def of(folder, name, kind="gpu") -> Trace:
     failure = folder / f"{kind}-{name}.txt"
     assert not failure.exists(), failure.read_text()
     return Trace.read(folder / f"{kind}-{name}.json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("gpu", "flex"), *((kind, name) for kind in ("gpu", "cpu") for name in PATCHES)],
+)
+def test_no_name_of_our_own_modules_is_patched(folder, kind, name):
+    """Megatron and torch have stand-ins while a job is traced; our modules are handed theirs."""
+    assert of(folder, name, kind).ops
+    assert json.loads((folder / f"{kind}-{name}.patched").read_text()) == []
 
 
 def layer_bytes():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.transformer.moe.token_dispatcher import (
@@ -47,6 +47,22 @@ class SourceMap:
         return torch.tensor(self.microbatch_of_source)
 
 
+class Shard(NamedTuple):
+    """What a rank tells its expert group of the micro-batch that it holds a part of.
+
+    Attributes:
+        name: of the micro-batch: the lowest global rank of its (dense) TP x CP group.
+        whole: whether the expert group holds all of that group.
+    """
+
+    name: int
+    whole: bool
+
+
+class Known(frozenset[int]):
+    """What a rank tells the replicas of its experts: the micro-batches of its expert group."""
+
+
 def build_source_map(
     *,
     tp_cp_group: ProcessGroup,
@@ -56,8 +72,6 @@ def build_source_map(
     etp_major: bool,
 ) -> SourceMap:
     """Exchange, once, which micro-batch each rank of the expert group holds a shard of.
-
-    A micro-batch is named by the lowest global rank of its (dense) TP x CP group.
 
     Args:
         tp_cp_group: ranks that hold the shards of this rank's micro-batch.
@@ -69,18 +83,17 @@ def build_source_map(
     """
     shard_ranks = torch.distributed.get_process_group_ranks(tp_cp_group)
     expert_ranks = torch.distributed.get_process_group_ranks(tp_ep_group)
-    name = min(shard_ranks)
-    whole = set(shard_ranks) <= set(expert_ranks)
-    names: list = [None] * len(expert_ranks)
-    torch.distributed.all_gather_object(names, (name, whole), group=tp_ep_group)
-    crosses = not all(w for _, w in names)
-    known = {n for n, _ in names}
+    own = Shard(min(shard_ranks), set(shard_ranks) <= set(expert_ranks))
+    shards: list = [None] * len(expert_ranks)
+    torch.distributed.all_gather_object(shards, own, group=tp_ep_group)
+    crosses = not all(shard.whole for shard in shards)
+    known = Known(shard.name for shard in shards)
     if crosses:
         everyone: list = [None] * expt_dp_group.size()
         torch.distributed.all_gather_object(everyone, known, group=expt_dp_group)
-        known = set().union(*everyone)
+        known = Known(name for names in everyone for name in names)
     index = {n: i for i, n in enumerate(sorted(known))}
-    order = by_rank = [index[n] for n, _ in names]
+    order = by_rank = [index[shard.name] for shard in shards]
     if etp_major:
         parts = expt_tp_group.size()
         order = [order[e * parts + t] for t in range(parts) for e in range(len(order) // parts)]

@@ -6,7 +6,7 @@ Megatron keeps its state in globals, so every trace is a process of its own. The
 built and `training.train_step` runs twice, of which the second is recorded: over loopback process
 groups (`loopback.py`), on tensors without values (`unknown_values.py`), with what follows from
 values supplied (`stand_ins/values.py`). A GPU job is built of Transformer Engine's layers and fused
-kernels, each of which has a stand-in (`gpu_job.py`, `fused_*.py`); a job with `transformer_impl
+kernels, each of which has a stand-in (`stand_ins/package.py`); a job with `transformer_impl
 local` as its CPU ranks build it, whose core attention keeps whole scores, and without fused
 kernels. May touch: that process, whole.
 """
@@ -21,6 +21,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,6 +95,7 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
 
     from megatron_mone.planning.tracing.loopback import Loopback
     from megatron_mone.planning.tracing.recorder import Recorder
+    from megatron_mone.planning.tracing.traced_backend import TRACED, install
     from megatron_mone.planning.tracing.unknown_values import UnknownValues
     from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
@@ -114,8 +116,10 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     initialize_megatron()
     config = model_config.transformer
     _one_micro_batch_at_a_time(args, config)
+    backend = install(config)
     with _stand_ins(args, config, recorder, rows), UnknownValues(recorder.saw_operator):
-        return _step(args, model_config, recorder, micro_batches)
+        trace = _step(args, model_config, recorder, micro_batches)
+    return replace(trace, backend=backend) if backend and trace.backend == TRACED else trace
 
 
 @contextmanager
@@ -136,8 +140,8 @@ def _stand_ins(
         stack.enter_context(stand_ins.installed(args, config, recorder, rows))
         stack.enter_context(known_shapes(args, config))
         stack.enter_context(_recompute_is_told(recorder.clock))
+        stack.enter_context(fused_op.recording(recorder))
         if config.transformer_impl == "transformer_engine":
-            stack.enter_context(fused_op.recording(recorder))
             stack.enter_context(fused_layers.installed())
             stack.enter_context(fused_weight.buffers_without_values())
             stack.enter_context(patch.object(clip_grads, "l2_norm_impl", l2_norm))
@@ -188,13 +192,12 @@ def _fewest_micro_batches(args: Namespace) -> int:
 
 def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int) -> Trace:
     from megatron_mone.planning.tracing.recorder import stage_memory
-    from megatron_mone.profiling import live_run
     from megatron_mone.profiling.baselines import RunSpec
     from megatron_mone.profiling.instrument import Instruments, moe_layers
     from megatron_mone.profiling.ledger import persistent_tensors
+    from megatron_mone.profiling.live_run import build_run
 
-    with patch.object(live_run, "training_data", _readers):
-        run = live_run.build_run(RunSpec("traced"), args, model_config)
+    run = build_run(RunSpec("traced"), args, model_config, _readers)
     model, optimizer = run.run.model, run.run.optimizer
     Instruments(recorder.clock).attach(model, optimizer)
     # A first step makes the optimizer's state and agrees once on what later ones know.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -94,8 +94,8 @@ def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Nam
     )  # fmt: skip
     with _as_on_the_cluster() if gpu else nullcontext():
         try:
-            args = parse_arguments(flags)
-            config = build_model_config(args)
+            args = parse_arguments(flags, elsewhere=gpu)
+            config = build_model_config(args, elsewhere=gpu)
             check_traceable(args)
             return args, config
         except (ValueError, AssertionError) as error:
@@ -128,25 +128,12 @@ def check_traceable(args: Namespace) -> None:
 
 @contextmanager
 def _as_on_the_cluster() -> Iterator[None]:
-    """While it lasts the machine answers as one with GPUs, and files are not looked for."""
+    """While it lasts the machine answers as one with GPUs."""
     import torch
     from megatron.core.transformer.moe import fused_a2a
 
-    from megatron_mone.model import checks, layer_spec
-
-    answers: list[tuple[Any, str, Any]] = [
-        (torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        (checks, "check_run", checks.check_values),
-        (checks, "check_checkpoint", lambda args: None),
-        (layer_spec, "backend_of", _backend_of),
-        *((fused_a2a, name, True) for name in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP")),
-    ]
-    with ExitStack() as stack:
-        for owner, name, answer in answers:
-            stack.enter_context(patch.object(owner, name, answer))
+    with (
+        patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        patch.multiple(fused_a2a, HAVE_DEEP_EP=True, HAVE_HYBRIDEP=True),
+    ):
         yield
-
-
-def _backend_of(config: Any) -> str:
-    """The backend asked for: whether it can run is known where it runs."""
-    return config.mone_backend

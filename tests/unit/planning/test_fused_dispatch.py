@@ -9,9 +9,23 @@ import torch
 
 from megatron_mone.planning.cost.expert_dispatch import expected_parts
 from megatron_mone.planning.tracing.recorder import Recorder
-from megatron_mone.planning.tracing.stand_ins import dispatch as fused_dispatch
+from megatron_mone.planning.tracing.stand_ins import deep_ep
 from megatron_mone.planning.tracing.stand_ins import op as fused_op
-from megatron_mone.planning.tracing.stand_ins.dispatch import KERNELS, Exchange, arriving_tokens
+from megatron_mone.planning.tracing.stand_ins.deep_ep import Exchange, arriving_tokens
+from megatron_mone.planning.tracing.stand_ins.permutation import (
+    permute,
+    permute_and_pad_with_probs,
+    permute_with_probs,
+    sort_chunks,
+    sort_chunks_with_probs,
+    unpermute,
+)
+from megatron_mone.planning.tracing.stand_ins.router import (
+    router,
+    router_aux_loss,
+    router_product,
+    router_scores,
+)
 from megatron_mone.planning.tracing.stand_ins.values import balanced_rows, routing_map
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
@@ -107,7 +121,7 @@ def dispatched(recorder, rows=None, **changes):
     """(hidden, indices, probs, counts, handle) of a first dispatch, and its inputs."""
     exchange = Exchange(config_of(**changes), recorder)
     routed = routing_map(balanced_rows(T, K, E) if rows is None else rows, T, K)
-    indices = fused_dispatch._indices(routed, K)
+    indices = deep_ep._indices(routed, K)
     x, probs = hidden(), torch.empty(T, K, requires_grad=True)
     made = exchange.fused_dispatch(x, indices, probs, E, Group(), async_finish=True)
     return exchange, made, (x, probs)
@@ -168,7 +182,7 @@ def test_expert_tensor_ranks_each_get_the_token(recorder):
     exchange = Exchange(config_of(num_moe_experts=8), recorder)
     once = routing_map(balanced_rows(T, 2, 8), T, 2).view(T, 4, 1, 2)
     routed = once.expand(T, 4, 2, 2).reshape(T, E)
-    indices = fused_dispatch._indices(routed, 4)
+    indices = deep_ep._indices(routed, 4)
     made = exchange.fused_dispatch(hidden(), indices, torch.empty(T, 4), E, Group())
     assert made[0].shape[0] == round(RANKS * T * expected_parts(2, 8, 4) / 4)
     assert made[3].tolist() == [RANKS * 16] * 2
@@ -204,10 +218,10 @@ def test_hybridep_permutes_and_pads_on_its_way(recorder, align):
 def test_indices_become_the_map_they_came_from(recorder):
     routed = routing_map([20, 0, 40, 4], T, 1)
     routed[:7] = torch.tensor([True, False, True, False])
-    indices = fused_dispatch._indices(routed, K)
+    indices = deep_ep._indices(routed, K)
     probs = torch.empty(T, K, requires_grad=True)
     with recorder.watch_kept():
-        found, spread = fused_dispatch.indices_to_multihot(indices, probs, 4)
+        found, spread = deep_ep.indices_to_multihot(indices, probs, 4)
     assert torch.equal(found, routed)
     spread.backward(torch.empty_like(spread))
     assert probs.grad.shape == (T, K)
@@ -220,8 +234,8 @@ def test_a_permutation_keeps_its_row_map_alone(recorder):
     probs = torch.empty(T, E, requires_grad=True)
     row_map = 4 * T * (2 * E + 1)
     with recorder.watch_kept():
-        rows, weights, kept = KERNELS["fused_permute_with_probs"](x, probs, routed, T * K)
-        y = KERNELS["fused_unpermute"](rows, kept, restore_shape=x.shape, pad_offsets=None)
+        rows, weights, kept = permute_with_probs(x, probs, routed, T * K)
+        y = unpermute(rows, kept, restore_shape=x.shape, pad_offsets=None)
     assert kept_bytes(recorder) == row_map
     (y.float().sum() + weights.sum()).backward()
     assert (x.grad.shape, probs.grad.shape) == ((T, H), (T, E))
@@ -232,19 +246,19 @@ def test_a_permutation_keeps_its_row_map_alone(recorder):
     assert set(ops) == {
         "fused.permute", "fused.unpermute", "fused.permute_backward", "fused.unpermute_backward",
     }  # fmt: skip
-    alone, _ = KERNELS["fused_permute"](x, routed, T * K)
+    alone, _ = permute(x, routed, T * K)
     assert alone.shape == (T * K, H)
 
 
 def test_a_permutation_that_pads(recorder):
     routed = routing_map([20, 0, 40, 4], T, 1)
     counts = torch.tensor([20, 0, 40, 4])
-    rows, weights, kept, offsets, padded = KERNELS["fused_permute_and_pad_with_probs"](
+    rows, weights, kept, offsets, padded = permute_and_pad_with_probs(
         hidden(), torch.empty(T, 4), routed, counts, 16
     )
     assert padded.tolist() == [32, 0, 48, 16]
     assert (rows.shape, weights.shape) == ((96, H), (96,))
-    y = KERNELS["fused_unpermute"](rows, kept, restore_shape=(T, H), pad_offsets=offsets)
+    y = unpermute(rows, kept, restore_shape=(T, H), pad_offsets=offsets)
     assert y.shape == (T, H)
 
 
@@ -252,8 +266,8 @@ def test_sorted_chunks_keep_an_index_a_row(recorder):
     x, probs = hidden(), torch.empty(T, requires_grad=True)
     sizes, order = torch.tensor([40, 24]), torch.tensor([1, 0])
     with recorder.watch_kept():
-        rows, weights = KERNELS["fused_sort_chunks_by_index_with_probs"](x, probs, sizes, order)
-        again = KERNELS["fused_sort_chunks_by_index"](rows, sizes, order)
+        rows, weights = sort_chunks_with_probs(x, probs, sizes, order)
+        again = sort_chunks(rows, sizes, order)
     assert (rows.shape, weights.shape, again.shape) == ((T, H), (T,), (T, H))
     assert kept_bytes(recorder) == 2 * 4 * T
 
@@ -262,12 +276,10 @@ def test_a_fused_router_is_one_op_a_pass(recorder):
     """Kept: float32 scores and the map of the choice, float32 scores for the loss, the counts."""
     logits = torch.empty(T, E, requires_grad=True)
     with recorder.watch_kept():
-        probs, routed = KERNELS["fused_topk_with_score_function"](logits=logits, topk=K)
-        again, scores = KERNELS["fused_compute_score_for_moe_aux_loss"](
-            logits=logits, topk=K, score_function="sigmoid"
-        )
+        probs, routed = router(logits=logits, topk=K)
+        again, scores = router_scores(logits=logits, topk=K, score_function="sigmoid")
         counts = torch.empty(E, dtype=torch.int64, device="meta")
-        loss = KERNELS["fused_moe_aux_loss"](
+        loss = router_aux_loss(
             probs=scores, tokens_per_expert=counts, total_num_tokens=T, topk=K, num_experts=E,
             coeff=0.1,
         )  # fmt: skip
@@ -288,7 +300,7 @@ def test_a_fused_router_is_one_op_a_pass(recorder):
 )  # fmt: skip
 def test_products_of_the_router(recorder, layout, a, b, result, name):
     left, right = (torch.empty(shape, dtype=torch.bfloat16) for shape in (a, b))
-    [product] = KERNELS["te_general_gemm"](left, right, torch.float32, layout=layout)
+    [product] = router_product(left, right, torch.float32, layout=layout)
     assert (product.shape, product.dtype) == (result, torch.float32)
     [op] = recorder.ops
     assert (op.name, op.flops, op.dtype) == (name, 2 * T * E * H, "bfloat16")
@@ -298,17 +310,16 @@ def test_a_backend_that_is_not_traced_is_one_line(recorder):
     config = config_of(moe_flex_dispatcher_backend="ncclep")
     with (
         pytest.raises(ValueError, match="moe_flex_dispatcher_backend = 'ncclep'") as failure,
-        fused_dispatch.installed(config, recorder),
+        deep_ep.installed(config, recorder),
     ):
         pass
     assert "\n" not in str(failure.value)
 
 
 def test_everything_replaced_is_put_back(recorder):
-    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+    from megatron.core.transformer.moe import token_dispatcher
 
-    before = dict(vars(moe_utils)), dict(vars(token_dispatcher._DeepepManager))
-    with fused_dispatch.installed(config_of(), recorder):
-        assert moe_utils.fused_unpermute is KERNELS["fused_unpermute"]
-        assert token_dispatcher.fused_dispatch is not None
-    assert (dict(vars(moe_utils)), dict(vars(token_dispatcher._DeepepManager))) == before
+    before = dict(vars(token_dispatcher)), dict(vars(token_dispatcher._DeepepManager))
+    with deep_ep.installed(config_of(), recorder):
+        assert token_dispatcher.fused_indices_to_multihot is deep_ep.indices_to_multihot
+    assert (dict(vars(token_dispatcher)), dict(vars(token_dispatcher._DeepepManager))) == before

@@ -1,13 +1,14 @@
 """Experts of a GPU job without values: bytes kept, operations and shapes against what is written
 out here, and whole traces of small jobs of eight GPUs."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_mone.common import phases
-from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.choice import BiasedRule, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.planning.tracing.build import trace_rank
 from megatron_mone.planning.tracing.recorder import Recorder
@@ -22,10 +23,8 @@ from megatron_mone.planning.tracing.stand_ins.grouped_linear import (
     GroupedLinear,
     RowPadding,
     RowUnpadding,
-    keeps_all,
-    mone_on_gpu,
 )
-from megatron_mone.planning.tracing.stand_ins.values import _bias_rows
+from megatron_mone.planning.tracing.traced_backend import ask, keeps_all, on_gpu
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
@@ -216,7 +215,7 @@ def test_rows_are_padded_to_what_fp8_takes(recorder):
 def mone(choose, **changes):
     weights = [torch.empty(E, F, H, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     x, probs = rows_of(H), torch.empty(N, dtype=torch.float32, requires_grad=True)
-    output = mone_on_gpu(config_of(), x, probs, COUNTS, *weights, choose=choose, **changes)
+    output = on_gpu(config_of(), x, probs, COUNTS, *weights, choose=choose, **changes)
     return output, (x, probs, *weights)
 
 
@@ -293,11 +292,15 @@ def test_a_rule_keeps_the_share_that_the_config_promises(recorder):
 
 
 def test_a_bias_is_repeated_as_known_counts_say(recorder):
-    experts = SimpleNamespace(neuron_bias=torch.empty(E, F))
-    found = _bias_rows(experts, recorder, torch.tensor(COUNTS))
-    assert found.shape == (N, F)
+    found = []
+    rule = BiasedRule(
+        lambda gate, bias: found.append(bias), torch.empty(E, F), torch.tensor(COUNTS)
+    )
+    ask(rule, torch.empty(N, F))
+    assert found[-1].shape == (N, F)
     assert recorder.ops[-1].bytes_written == 4 * N * F
-    assert _bias_rows(SimpleNamespace(neuron_bias=None), recorder, torch.tensor(COUNTS)) is None
+    ask(replace(rule, bias_EF=None), torch.empty(N, F))
+    assert found[-1] is None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Routed experts of a GPU job without values: Transformer Engine's grouped linears, MoNE's kernels.
+"""Megatron's own routed experts of a GPU job without values, on grouped linears.
 
 Stock experts are Megatron's own TEGroupedMLP around `GroupedLinear`, which has the parameters of
 Transformer Engine's, keeps what that keeps for backward, and takes down one op for each kernel:
@@ -9,23 +9,13 @@ Transformer Engine's, keeps what that keeps for backward, and takes down one op 
 fp8 as linear.py has it: of an input the copy by columns is kept, unless Megatron asks for the
 original; weights are cast once a step into copies that the module holds.
 
-MoNE's experts are assumed to run kernels/triton/unstructured.py, which has not run on a GPU yet and
-which `mone_backend = auto` does not take before it has. Ops, of N rows of which each keeps S:
-    mone.gate              x [N, H], w_gate [E, F, H] -> a [N, F]
-    mone.select            a [N, F] -> index, a [N, S]
-    mone.up_down           x [N, H], w_up, w_down [E, F, H], p, a, index -> y [N, H], u, g [N, S]
-    mone.up_down_backward  dy [N, H], w_gate, w_up, w_down, x, p, a, u, index -> dx, dp, dw
-Operations of the last two are what those kernels multiply: all entries, masked, since single
-neurons give a tensor core nothing to skip; of blocks from triton/backend.TILED_FROM the kept alone.
-Kept are x, p, a, u and index; nothing is left that recomputing `moe_act` would drop. Held
-while it runs are that file's wide operands, two [N, F] forward and four backward.
-May touch: the names in Megatron's and our modules that it replaces while `installed`.
-Shapes: N routed rows, E local experts, H hidden, F neurons of an expert, S kept of them.
+May touch: the names in Megatron's modules that it replaces while `installed`.
+Shapes: N routed rows, E local experts, K and C columns of a linear's input and output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -35,13 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
-from megatron_mone.config import neurons_per_token
-from megatron_mone.kernels.choice import Selection
-from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
-from megatron_mone.kernels.registry import GroupedMLPOutput
-from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_mask
-from megatron_mone.kernels.triton.backend import TILED_FROM
+from megatron_mone.common.phases import UP_DOWN_GEMM
 from megatron_mone.moe.recompute import in_recompute
 from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
 from megatron_mone.planning.tracing.stand_ins.fp8 import (
@@ -262,107 +246,6 @@ class RowUnpadding(torch.nn.Module):
         return x if rows == x.shape[0] else _Resize.apply(x, rows, "fused.unpad", "fused.pad")
 
 
-class _Kept(torch.autograd.Function):
-    """y, sigma(a), index and offsets of the kept entries; `rule` chooses them, or None."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, shape, given, rule, block):
-        rows, (neurons, hidden) = x_NH.shape[0], w_gate.shape[1:]
-        a, u, gate = (x_NH.new_empty(shape) for _ in range(3))
-        enter(GATE_GEMM)
-        a_NF = x_NH.new_empty(rows, neurons)
-        note("mone.gate", [x_NH, w_gate], [a_NF], flops=2 * rows * neurons * hidden)
-        enter(SELECTION)
-        index = given.indices_K if given is not None else _index(shape, neurons)
-        if rule is not None:
-            rule(a_NF)
-        if given is not None or rule is not None:
-            note("mone.pick", [index], [a])
-        else:
-            note("mone.select", [a_NF], [index, a])
-        enter(UP_DOWN_GEMM)
-        _h_NF = x_NH.new_empty(rows, neurons)  # up takes the place of the gates
-        y_NH = torch.empty_like(x_NH)
-        read = [x_NH, w_up, w_down, probs_N, a, index]
-        # Single neurons give a tensor core nothing to skip: the kernels multiply all, and mask.
-        ctx.computed = a.numel() if block >= TILED_FROM else rows * neurons
-        note("mone.up_down", read, [y_NH, u, gate], flops=4 * ctx.computed * hidden)
-        ragged = () if len(shape) == 2 else (_offsets(rows),)
-        ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *ragged)
-        ctx.mark_non_differentiable(index, *ragged)
-        ctx.set_materialize_grads(False)
-        return y_NH, gate.view(-1), index, *ragged
-
-    @staticmethod
-    def backward(ctx: Any, dy_NH, dgate_K, *_others):
-        x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *_ = ctx.saved_tensors
-        _dh_da_du_h = x_NH.new_empty(4, x_NH.shape[0], w_gate.shape[1])
-        read = [dy_NH, w_gate, w_up, w_down, x_NH, probs_N, a, u, index]
-        gradients = [torch.empty_like(t) for t in (x_NH, probs_N, w_gate, w_up, w_down)]
-        enter(UP_DOWN_GEMM)
-        flops = 12 * ctx.computed * x_NH.shape[1]
-        dgate = [] if dgate_K is None else [dgate_K]
-        note("mone.up_down_backward", read + dgate, gradients, flops=flops)
-        return *gradients, *[None] * 4
-
-
-def _index(shape: tuple[int, ...], neurons: int) -> Tensor:
-    return torch.empty(shape, dtype=index_dtype(neurons), device=META)
-
-
-def _offsets(rows: int) -> Tensor:
-    return torch.empty(rows + 1, dtype=torch.int64, device=META)
-
-
-def mone_on_gpu(
-    config: Any, x_NH: Tensor, probs_N: Tensor, counts: Sequence[int], w_gate: Tensor,
-    w_up: Tensor, w_down: Tensor, *, choose: Any, all_gates: bool = False, activation: str = "silu",
-    **_names: Any,
-) -> GroupedMLPOutput:  # fmt: skip
-    """Stands in for kernels.grouped_mlp_with_gates in a GPU job; `counts` must add up to N.
-
-    Raises:
-        ValueError: what no kernel of a GPU runs, only the reference.
-    """
-    refused = None
-    if all_gates:
-        refused = "mone_ng_loss_type = 'normalized'", "plan with 'selected'"
-    elif activation not in ACTIVATIONS:
-        refused = f"mone_activation = {activation!r}", f"plan with one of {', '.join(ACTIVATIONS)}"
-    if refused is not None:
-        raise ValueError(
-            f"{refused[0]} cannot be traced: only the reference backend runs it; {refused[1]}"
-        )
-    assert sum(counts) == x_NH.shape[0], (counts, x_NH.shape)
-    rows, neurons = x_NH.shape[0], w_gate.shape[1]
-    given, rule, block = None, None, 1
-    shape: tuple[int, ...]
-    if isinstance(choose, Selection):
-        shape, block = (rows, choose.kept), choose.block
-    elif isinstance(choose, NeuronMask):
-        given, shape, block = choose, (choose.indices_K.numel(),), choose.block
-    else:
-        rule, shape = choose, (kept_entries(config, rows, neurons),)
-    made = _Kept.apply(x_NH, probs_N, w_gate, w_up, w_down, shape, given, rule, block)
-    y_NH, gate_K, index, *ragged = made
-    if given is not None:
-        return GroupedMLPOutput(y_NH, given, gate_K)
-    if not ragged:
-        return GroupedMLPOutput(y_NH, uniform_mask(index, neurons, block), gate_K)
-    return GroupedMLPOutput(y_NH, NeuronMask.unchecked(index, ragged[0], neurons, block), gate_K)
-
-
-def kept_entries(config: Any, rows: int, neurons: int) -> int:
-    """K that a rule over all gates keeps of `rows` x `neurons`, as the config promises."""
-    return round(rows * neurons * neurons_per_token(config) / config.moe_ffn_hidden_size)
-
-
-def keeps_all(config: Any) -> bool:
-    """Whether a MoNE model keeps every neuron of every row: r = 1."""
-    enabled = getattr(config, "mone_enabled", False) and config.mone_selection == "topk"
-    return enabled and neurons_per_token(config) == config.moe_ffn_hidden_size
-
-
 def _no_sequential_experts(*_args: Any, **_kwargs: Any) -> NoReturn:
     raise ValueError(
         "moe_grouped_gemm = False: with transformer_impl = transformer_engine only grouped experts "
@@ -380,9 +263,6 @@ _NOT_TRACED = (
 def installed(config: Any) -> Iterator[None]:
     """While it lasts models are built with these experts.
 
-    A MoNE model that keeps all neurons is built with Megatron's own experts, whose outputs and
-    checkpoint keep-all MoNE has, and without its balance loss: all neurons are used alike.
-
     Args:
         config: the transformer config.
 
@@ -393,10 +273,6 @@ def installed(config: Any) -> Iterator[None]:
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.transformer.moe import experts as stock
     from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
-
-    from megatron_mone.model import layer_spec
-    from megatron_mone.moe import experts
-    from megatron_mone.profiling import live_run
 
     for name in _NOT_TRACED:
         if getattr(config, name, None):
@@ -412,18 +288,8 @@ def installed(config: Any) -> Iterator[None]:
         (stock, "Fp8Unpadding", lambda _experts, align_size: RowUnpadding()),
         (fused_bias_swiglu, "weighted_swiglu", weighted_swiglu),
         (fused_bias_swiglu, "weighted_swiglu_back", weighted_swiglu_back),
-        (experts, "grouped_mlp_with_gates", partial(mone_on_gpu, config)),
-        (experts, "backend_of", _backend),
-        (live_run, "backend_of", _backend),
     ]
-    if keeps_all(config):
-        same: Callable[[Any], Any] = lambda spec: spec  # noqa: E731
-        replaced.append((layer_spec, "_with_mone", same))
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         yield
-
-
-def _backend(_config: Any) -> str:
-    return "triton"

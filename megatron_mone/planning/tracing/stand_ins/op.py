@@ -7,14 +7,18 @@ of this process; nothing is taken down while none does.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.trace import Op
+
+META = torch.device("meta")
+Outputs = Sequence[tuple[Sequence[int], torch.dtype]]
 
 _recorder: Recorder | None = None
 
@@ -69,3 +73,45 @@ def note_flat(name: str, elements: int, read: int, written: int, dtype: torch.dt
     kind = str(dtype).removeprefix("torch.")
     clock = _recorder.clock
     _recorder.ops.append(Op(name, shape, shape, kind, read, written, 0, clock.phase, clock.pass_))
+
+
+def unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor without values."""
+    return torch.empty(tuple(shape), dtype=dtype, device=META)
+
+
+def run(name: str, inputs: Sequence[Tensor], outputs: Outputs, kept: Sequence[Tensor]) -> Any:
+    """One op forward and one, NAME_backward, for the gradients of the inputs.
+
+    Args:
+        name: of the op.
+        inputs: that it reads, beside `kept`.
+        outputs: (shape, dtype) of what it makes.
+        kept: for the backward pass.
+    """
+    return _Kernel.apply(name, outputs, kept, *inputs)
+
+
+class _Kernel(torch.autograd.Function):
+    """One op forward and one backward, with the outputs and the kept tensors that it is told."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, outputs: Outputs, kept: Sequence[Tensor], *inputs: Tensor):
+        made = tuple(unknown(shape, dtype) for shape, dtype in outputs)
+        note(name, [*inputs, *kept], made)
+        ctx.save_for_backward(*kept)
+        ctx.name, ctx.like = name, [(tensor.shape, tensor.dtype) for tensor in inputs]
+        ctx.mark_non_differentiable(*(m for m in made if not m.dtype.is_floating_point))
+        ctx.set_materialize_grads(False)
+        return made
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None):
+        wanted = [
+            unknown(*like) if need else None
+            for like, need in zip(ctx.like, ctx.needs_input_grad[3:], strict=True)
+        ]
+        read = [g for g in gradients if g is not None]
+        made = [tensor for tensor in wanted if tensor is not None]
+        note(f"{ctx.name}_backward", [*read, *ctx.saved_tensors], made)
+        return None, None, None, *wanted

@@ -18,6 +18,7 @@ import torch
 
 from megatron_mone.planning.tracing.stand_ins import fp8 as fused_precision
 from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
+from megatron_mone.planning.tracing.stand_ins import permutation, router
 from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
 from megatron_mone.planning.tracing.stand_ins.attention import DotProductAttention
 from megatron_mone.planning.tracing.stand_ins.layernorm import LayerNorm, RMSNorm
@@ -107,20 +108,6 @@ def activation_recompute_forward(**_phase: Any) -> Iterator[None]:
     yield
 
 
-def _missing(name: str) -> Callable[..., Any]:
-    def fail(*_args: Any, **_names: Any) -> Any:
-        raise RuntimeError(f"{name} has no stand-in of its own: values.py replaces its callers")
-
-    return fail
-
-
-_PERMUTATION = (
-    "moe_permute", "moe_permute_with_probs", "moe_sort_chunks_by_index",
-    "moe_sort_chunks_by_index_with_probs", "moe_unpermute", "moe_permute_and_pad_with_probs",
-)  # fmt: skip
-_ROUTER = (
-    "fused_compute_score_for_moe_aux_loss", "fused_moe_aux_loss", "fused_topk_with_score_function",
-)  # fmt: skip
 _FP8 = {
     "FP8GlobalStateManager": fused_precision.FP8GlobalStateManager,
     "fp8_autocast": fused_precision.fp8_autocast,
@@ -177,8 +164,20 @@ _MODULES: dict[str, dict[str, Any]] = {
         "multi_tensor_scale": multi_tensor_scale,
         "multi_tensor_scale_tensor": None,  # its norm would be a tensor, which has no value here
     },
-    "pytorch.permutation": {name: _missing(name) for name in _PERMUTATION},
-    "pytorch.router": {name: _missing(name) for name in _ROUTER},
+    "pytorch.permutation": {
+        "moe_permute": permutation.permute,
+        "moe_permute_with_probs": permutation.permute_with_probs,
+        "moe_permute_and_pad_with_probs": permutation.permute_and_pad_with_probs,
+        "moe_unpermute": permutation.unpermute,
+        "moe_sort_chunks_by_index": permutation.sort_chunks,
+        "moe_sort_chunks_by_index_with_probs": permutation.sort_chunks_with_probs,
+    },
+    "pytorch.router": {
+        "fused_topk_with_score_function": router.router,
+        "fused_compute_score_for_moe_aux_loss": router.router_scores,
+        "fused_moe_aux_loss": router.router_aux_loss,
+    },
+    "pytorch.cpp_extensions": {"general_gemm": router.router_product},
 }
 
 

@@ -1,16 +1,11 @@
-"""Routing and dispatch of a GPU job without values: the router's and permutation kernels, DeepEP.
+"""DeepEP and HybridEP without values: exchanges that bring tokens to the ranks of their experts.
 
-Each kernel of Transformer Engine is one op: fused.router, fused.router_scores,
-fused.router_aux_loss, fused.linear (the router's product), fused.permute, fused.unpermute,
-fused.sort_chunks, and their backward. Sizes of what they keep are those of version 2.x: of a
-permutation of T tokens to E experts the row map, int32 [T, 2 E + 1]; of a sort int32 [N].
-
-DeepEP and HybridEP bring a token once to each rank that holds one of its experts. Their exchanges
-are collectives of the TP x EP group, "dispatch" (also the backward of combine) and "combine" (also
-the backward of dispatch), with the bytes of this rank's T tokens: hidden states, and with a first
-dispatch and its backward a float32 probability for each pair. How often a token travels is for the
-cost model; how many rows arrive is said by `arriving_tokens`.
-May touch: the names in Megatron's and our modules that it replaces while `installed`.
+They bring a token once to each rank that holds one of its experts. Their exchanges are collectives
+of the TP x EP group, "dispatch" (also the backward of combine) and "combine" (also the backward of
+dispatch), with the bytes of this rank's T tokens: hidden states, and with a first dispatch and its
+backward a float32 probability for each pair. How often a token travels is for the cost model; how
+many rows arrive is said by `arriving_tokens`.
+May touch: the names in Megatron's modules that it replaces while `installed`.
 Shapes: T tokens of this rank, R ranks of the group, K experts of a token, M tokens that arrive, N
 routed rows of them, E experts, H hidden.
 """
@@ -29,132 +24,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_mone.planning.tracing.recorder import Recorder
-from megatron_mone.planning.tracing.stand_ins.op import note
+from megatron_mone.planning.tracing.stand_ins.op import run, unknown
+from megatron_mone.planning.tracing.stand_ins.permutation import unpermute
 
-META = torch.device("meta")
 INT, LONG, FLOAT, BOOL = torch.int32, torch.int64, torch.float32, torch.bool
-Outputs = Sequence[tuple[Sequence[int], torch.dtype]]
-
-
-class _Kernel(torch.autograd.Function):
-    """One op forward and one backward, with the outputs and the kept tensors that it is told."""
-
-    @staticmethod
-    def forward(ctx: Any, name: str, outputs: Outputs, kept: Sequence[Tensor], *inputs: Tensor):
-        made = tuple(_unknown(shape, dtype) for shape, dtype in outputs)
-        note(name, [*inputs, *kept], made)
-        ctx.save_for_backward(*kept)
-        ctx.name, ctx.like = name, [(tensor.shape, tensor.dtype) for tensor in inputs]
-        ctx.mark_non_differentiable(*(m for m in made if not m.dtype.is_floating_point))
-        ctx.set_materialize_grads(False)
-        return made
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None):
-        wanted = [
-            _unknown(*like) if need else None
-            for like, need in zip(ctx.like, ctx.needs_input_grad[3:], strict=True)
-        ]
-        read = [g for g in gradients if g is not None]
-        made = [tensor for tensor in wanted if tensor is not None]
-        note(f"{ctx.name}_backward", [*read, *ctx.saved_tensors], made)
-        return None, None, None, *wanted
-
-
-def _unknown(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, device=META)
-
-
-def _run(name: str, inputs: Sequence[Tensor], outputs: Outputs, kept: Sequence[Tensor]) -> Any:
-    return _Kernel.apply(name, outputs, kept, *inputs)
-
-
-def permute_with_probs(
-    tokens: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    """moe_permute_with_probs: (rows [N, H], probabilities [N], row map) of tokens [T, H]."""
-    rows, (count, experts) = int(num_out_tokens), routing_map.shape
-    row_map = _unknown((count, 2 * experts + 1), INT)
-    outputs = (((rows, tokens.shape[1]), tokens.dtype), ((rows,), probs.dtype))
-    return *_run("fused.permute", (tokens, probs), outputs, (row_map,)), row_map
-
-
-def permute(tokens: Tensor, routing_map: Tensor, num_out_tokens: Any) -> tuple[Tensor, Tensor]:
-    """moe_permute: (rows [N, H], row map)."""
-    count, experts = routing_map.shape
-    row_map = _unknown((count, 2 * experts + 1), INT)
-    outputs = (((int(num_out_tokens), tokens.shape[1]), tokens.dtype),)
-    return *_run("fused.permute", (tokens,), outputs, (row_map,)), row_map
-
-
-def permute_and_pad_with_probs(
-    tokens: Tensor, probs: Tensor, routing_map: Tensor, tokens_per_expert: Tensor, align_size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """moe_permute_and_pad_with_probs: each expert's rows padded to a multiple of `align_size`."""
-    padded = (tokens_per_expert + align_size - 1) // align_size * align_size
-    made = permute_with_probs(tokens, probs, routing_map, padded.sum())
-    return *made, _unknown(padded.shape, INT), padded
-
-
-def unpermute(
-    rows: Tensor, row_map: Tensor, merging_probs: None = None, restore_shape: Any = None,
-    pad_offsets: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """moe_unpermute without probabilities, as the dispatchers call it: [N, H] -> [T, H]."""
-    assert merging_probs is None
-    kept = (row_map,) if pad_offsets is None else (row_map, pad_offsets)
-    (tokens,) = _run("fused.unpermute", (rows,), ((restore_shape, rows.dtype),), kept)
-    return tokens
-
-
-def sort_chunks(rows: Tensor, split_sizes: Tensor, sorted_idxs: Tensor) -> Tensor:
-    """moe_sort_chunks_by_index: [N, H] in another order."""
-    kept = (_unknown(rows.shape[:1], INT),)
-    (moved,) = _run("fused.sort_chunks", (rows,), ((rows.shape, rows.dtype),), kept)
-    return moved
-
-
-def sort_chunks_with_probs(
-    rows: Tensor, probs: Tensor, split_sizes: Tensor, sorted_idxs: Tensor
-) -> tuple[Tensor, Tensor]:
-    """moe_sort_chunks_by_index_with_probs: [N, H] and [N] in another order."""
-    kept = (_unknown(rows.shape[:1], INT),)
-    outputs = ((rows.shape, rows.dtype), (probs.shape, probs.dtype))
-    return _run("fused.sort_chunks", (rows, probs), outputs, kept)
-
-
-def router(logits: Tensor, topk: int, **_options: Any) -> tuple[Tensor, Tensor]:
-    """fused_topk_with_score_function: probabilities [T, E] and the map, which is kept."""
-    kept = (_unknown(logits.shape, FLOAT), _unknown(logits.shape, BOOL))
-    outputs = ((logits.shape, logits.dtype), (logits.shape, BOOL))
-    return _run("fused.router", (logits,), outputs, kept)
-
-
-def router_scores(logits: Tensor, topk: int, score_function: str) -> tuple[Tensor, Tensor]:
-    """fused_compute_score_for_moe_aux_loss: (map, float32 scores), both [T, E]."""
-    kept = (_unknown(logits.shape, FLOAT),)
-    outputs = ((logits.shape, BOOL), (logits.shape, FLOAT))
-    return _run("fused.router_scores", (logits,), outputs, kept)
-
-
-def router_aux_loss(probs: Tensor, tokens_per_expert: Tensor, **_options: Any) -> Tensor:
-    """fused_moe_aux_loss: one number."""
-    outputs = (((), probs.dtype),)
-    (loss,) = _run("fused.router_aux_loss", (probs,), outputs, (tokens_per_expert,))
-    return loss
-
-
-def router_product(
-    a: Tensor, b: Tensor, out_dtype: torch.dtype, layout: str = "TN", **_options: Any
-) -> list[Tensor]:
-    """te_general_gemm of RouterGatingLinearFunction: TN b a^T, NN b a, NT b^T a."""
-    name = {"TN": "fused.linear", "NN": "fused.linear_dgrad", "NT": "fused.linear_wgrad"}[layout]
-    rows = b.shape[1] if layout == "NT" else b.shape[0]
-    columns = a.shape[0] if layout == "TN" else a.shape[1]
-    product = _unknown((rows, columns), out_dtype)
-    depth = b.shape[0] if layout == "NT" else b.shape[1]
-    note(name, (b, a), (product,), flops=2 * rows * columns * depth, dtype=a.dtype)
-    return [product]
 
 
 def arriving_tokens(
@@ -275,7 +148,7 @@ class Exchange:
         rows = counts.sum() if num_permuted_tokens is None else num_permuted_tokens
         hidden, weights = _Dispatch.apply(x, probs, num_local_experts, self._recorder, handle)
         outputs = (((int(rows), x.shape[1]), x.dtype), ((int(rows),), FLOAT))
-        permuted = _run("fused.permute", (hidden, weights), outputs, (handle.row_map,))
+        permuted = run("fused.permute", (hidden, weights), outputs, (handle.row_map,))
         return *permuted, None, counts, handle
 
     def hybrid_combine(self, x: Tensor, handle: Handle, **_options: Any) -> Tensor:
@@ -300,7 +173,7 @@ class Exchange:
         shapes = [((tokens, ranks), BOOL), ((tokens, ranks), INT), ((arrived,), INT)]
         if config.moe_flex_dispatcher_backend == "hybridep":
             shapes.append(((arrived, 2 * len(rows) + 1), INT))
-        kept = tuple(_unknown(*shape) for shape in shapes)
+        kept = tuple(unknown(*shape) for shape in shapes)
         with _disable_current_modes():
             routed = _routed([count * ranks for count in rows], arrived)
         return Handle(tokens, arrived, tokens * topk, routed, kept, group)
@@ -329,9 +202,9 @@ def indices_to_multihot(indices: Tensor, probs: Tensor, experts: int) -> tuple[T
     with _disable_current_modes():
         routed = torch.zeros(indices.shape[0], experts + 1, dtype=BOOL)
         routed = routed.scatter_(1, indices % (experts + 1), True)[:, :experts].contiguous()
-    kept = (_unknown(routed.shape, INT),)
+    kept = (unknown(routed.shape, INT),)
     outputs = ((routed.shape, probs.dtype),)
-    (spread,) = _run("fused.indices_to_multihot", (indices, probs), outputs, kept)
+    (spread,) = run("fused.indices_to_multihot", (indices, probs), outputs, kept)
     return routed, spread
 
 
@@ -347,12 +220,12 @@ class _Dispatch(torch.autograd.Function):
         ctx.save_for_backward(*handle.kept)
         ctx.back = lambda: recorder.saw_collective("combine", size, handle.group)
         ctx.like = (x.shape, x.dtype), (probs.shape, probs.dtype)
-        return x.new_empty(handle.arrived, x.shape[1]), _unknown((handle.arrived, columns), FLOAT)
+        return x.new_empty(handle.arrived, x.shape[1]), unknown((handle.arrived, columns), FLOAT)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor, dprobs: Tensor):
         ctx.back()
-        return *(_unknown(*like) for like in ctx.like), None, None, None
+        return *(unknown(*like) for like in ctx.like), None, None, None
 
 
 class _Combine(torch.autograd.Function):
@@ -370,7 +243,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
         ctx.back(dy.nbytes)
-        return _unknown(*ctx.like), None, None
+        return unknown(*ctx.like), None, None
 
 
 def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
@@ -387,7 +260,7 @@ def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def installed(config: Any, recorder: Recorder) -> Iterator[None]:
-    """While it lasts models are built with these kernels and run on these exchanges.
+    """While it lasts models run on these exchanges.
 
     Args:
         config: the transformer config.
@@ -399,9 +272,6 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
     from megatron.core.fusions import fused_pad_routing_map
     from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
 
-    from megatron_mone.model import layer_spec
-    from megatron_mone.moe import layer
-
     flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
     if flex and backend not in ("deepep", "hybridep"):
         raise ValueError(
@@ -409,7 +279,6 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
         )
     exchange, deepep = Exchange(config, recorder), token_dispatcher._DeepepManager
     replaced: list[tuple[Any, str, Any]] = [
-        *((moe_utils, name, value) for name, value in KERNELS.items()),
         (token_dispatcher, "fused_dispatch", exchange.fused_dispatch),
         (token_dispatcher, "fused_combine", exchange.fused_combine),
         (token_dispatcher, "hybrid_ep_dispatch", exchange.hybrid_dispatch),
@@ -424,25 +293,8 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
         # The job's packages need not be here.
         (fused_a2a, "HAVE_DEEP_EP", True),
         (fused_a2a, "HAVE_HYBRIDEP", True),
-        (layer_spec, "check_packages", lambda _config: None),
-        (layer, "check_flex_packages", lambda _config: None),
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, name, value in replaced:
             stack.enter_context(patch.object(owner, name, value))
         yield
-
-
-KERNELS: dict[str, Any] = {
-    "fused_permute": permute,
-    "fused_permute_with_probs": permute_with_probs,
-    "fused_permute_and_pad_with_probs": permute_and_pad_with_probs,
-    "fused_unpermute": unpermute,
-    "fused_sort_chunks_by_index": sort_chunks,
-    "fused_sort_chunks_by_index_with_probs": sort_chunks_with_probs,
-    "fused_topk_with_score_function": router,
-    "fused_compute_score_for_moe_aux_loss": router_scores,
-    "fused_moe_aux_loss": router_aux_loss,
-    "te_general_gemm": router_product,
-}
-"""What takes the place of Transformer Engine's functions in Megatron's moe_utils."""

@@ -1,0 +1,264 @@
+"""The `traced` backend: MoNE's routed experts on tensors without values.
+
+It has the outputs of the backend that a job would run on, keeps for backward what that keeps, and
+takes down its kernels. On CPU ranks that is the backend asked for, by kernels/cpu/backend.py: kept
+are x, p, the pre-activation a, u and index of each kept entry, and row offsets. On GPUs it is
+assumed to be kernels/triton/unstructured.py, which has not run on one yet and which
+`mone_backend = auto` does not take before it has. Ops, of N rows of which each keeps S:
+    mone.gate              x [N, H], w_gate [E, F, H] -> a [N, F]
+    mone.select            a [N, F] -> index, a [N, S]
+    mone.up_down           x [N, H], w_up, w_down [E, F, H], p, a, index -> y [N, H], u, g [N, S]
+    mone.up_down_backward  dy [N, H], w_gate, w_up, w_down, x, p, a, u, index -> dx, dp, dw
+Operations of the last two are what those kernels multiply: all entries, masked, since single
+neurons give a tensor core nothing to skip; of blocks from triton/backend.TILED_FROM the kept alone.
+Kept are x, p, a, u and index; nothing is left that recomputing `moe_act` would drop. Held
+while it runs are that file's wide operands, two [N, F] forward and four backward.
+May touch: the kernels' registry, and the config that it makes run on this backend.
+Shapes: N routed rows, E local experts, H hidden, F neurons of an expert, S kept of them, K in all.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
+from megatron_mone.config import neurons_per_token
+from megatron_mone.kernels.choice import BiasedRule, Choose, Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
+from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_mask
+from megatron_mone.kernels.triton.backend import TILED_FROM
+from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
+from megatron_mone.moe.experts import backend_of
+from megatron_mone.planning.tracing.stand_ins.op import note
+
+TRACED = "traced"
+META = torch.device("meta")
+
+
+def install(config: Any) -> str | None:
+    """Register the backend in this process, and make it that of a model to be built.
+
+    A model of a GPU job that keeps all neurons is built with Megatron's own experts, whose outputs
+    and checkpoint keep-all MoNE has, and without its balance loss: all neurons are used alike.
+
+    Args:
+        config: the transformer config; transformer_impl says whether the job runs on GPUs.
+
+    Returns:
+        The backend that it stands for; None in a model without MoNE layers.
+    """
+    if not getattr(config, "mone_enabled", False):
+        return None
+    gpu = config.transformer_impl == "transformer_engine"
+    stands_for = "triton" if gpu else backend_of(config)
+    run = partial(on_gpu if gpu else on_cpu, copy.copy(config))
+    register(Backend(TRACED, lambda call: None, run, automatic=False, note="computes nothing"))
+    config.mone_backend = TRACED
+    if gpu and keeps_all(config):
+        config.mone_layer_freq = [0] * config.num_layers
+    return stands_for
+
+
+def keeps_all(config: Any) -> bool:
+    """Whether a MoNE model keeps every neuron of every row: r = 1."""
+    enabled = getattr(config, "mone_enabled", False) and config.mone_selection == "topk"
+    return enabled and neurons_per_token(config) == config.moe_ffn_hidden_size
+
+
+class _Chosen(NamedTuple):
+    """How the entries of a call are chosen: of `given` and `rule` at most one is there."""
+
+    shape: tuple[int, ...]  # [N, S] of a selection, else [K]
+    given: NeuronMask | None = None
+    rule: Callable[[Tensor], Tensor] | None = None
+    block: int = 1
+
+
+def _chosen(config: Any, choose: Choose, rows: int, neurons: int) -> _Chosen:
+    if isinstance(choose, Selection):
+        return _Chosen((rows, choose.kept), block=choose.block)
+    if isinstance(choose, NeuronMask):
+        return _Chosen((choose.indices_K.numel(),), given=choose, block=choose.block)
+    # A rule over all gates keeps what the config promises.
+    kept = round(rows * neurons * neurons_per_token(config) / config.moe_ffn_hidden_size)
+    return _Chosen((kept,), rule=choose)
+
+
+def ask(rule: Callable[[Tensor], Tensor], a_NF: Tensor) -> None:
+    """Run a rule for its operators; its bias [N, F] is repeated as known counts say."""
+    if not isinstance(rule, BiasedRule) or rule.bias_EF is None:
+        rule(a_NF)
+        return
+    bias_NF = rule.bias_EF.new_empty(int(rule.counts_E.sum()), a_NF.shape[1])
+    note("aten.repeat_interleave", [rule.bias_EF], [bias_NF])
+    rule.select(a_NF, bias_NF)
+
+
+def _refuse_all_gates(all_gates: bool) -> None:
+    if all_gates:
+        _refuse("mone_ng_loss_type = 'normalized'", "plan with 'selected'")
+
+
+def _refuse(field: str, fix: str) -> None:
+    raise ValueError(f"{field} cannot be traced: only the reference backend runs it; {fix}")
+
+
+class _OnCPU(torch.autograd.Function):
+    """y [N, H], sigma(a), a of the kept entries, indices and offsets, all without values."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, kept, backward_flops):
+        a_K, u_K, gate_K = (x_NH.new_empty(kept) for _ in range(3))
+        indices_K, offsets_N1 = _index((kept,), w_gate.shape[1]), _offsets(x_NH.shape[0])
+        ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K, indices_K, offsets_N1)
+        ctx.flops = backward_flops
+        ctx.mark_non_differentiable(a_K, indices_K, offsets_N1)
+        ctx.set_materialize_grads(False)
+        return torch.empty_like(x_NH), gate_K, a_K, indices_K, offsets_N1
+
+    @staticmethod
+    def backward(ctx: Any, dy_NH, *_others):
+        saved = ctx.saved_tensors
+        gradients = [torch.empty_like(tensor) for tensor in saved[:5]]
+        enter(UP_DOWN_GEMM)
+        note("mone.up_down_backward", [dy_NH, *saved], gradients, flops=ctx.flops)
+        return *gradients, None, None
+
+
+def on_cpu(
+    config: Any, x_NH: Tensor, probs_N: Tensor, _counts: list[int], w_gate: Tensor, w_up: Tensor,
+    w_down: Tensor, *, choose: Choose, all_gates: bool = False, **_names: Any,
+) -> GroupedMLPOutput:  # fmt: skip
+    """See kernels.grouped_mlp_with_gates, of a job of CPU ranks."""
+    _refuse_all_gates(all_gates)
+    rows, neurons = x_NH.shape[0], w_gate.shape[1]
+    shape, given, rule, block = _chosen(config, choose, rows, neurons)
+    if rule is not None:
+        ask(rule, w_gate.new_empty(rows, neurons))
+    kept = math.prod(shape)
+    first, rest, backward = _products(config, rows, kept, given is not None)
+    made = _OnCPU.apply(x_NH, probs_N, w_gate, w_up, w_down, kept, backward)
+    y_NH, gate_K, a_K, indices_K, offsets_N1 = made
+    chosen = [gate_K, indices_K, offsets_N1]
+    if first:
+        enter(GATE_GEMM)
+        note("mone.gate", [x_NH, w_gate], [a_K, *chosen], flops=first)
+    enter(UP_DOWN_GEMM)
+    # u is as large as a
+    note("mone.up_down", [x_NH, probs_N, w_up, w_down, *chosen], [y_NH, a_K], flops=rest)
+    mask = given or NeuronMask.unchecked(indices_K, offsets_N1, neurons, block)
+    return GroupedMLPOutput(y_NH, mask, gate_K, a_K=a_K)
+
+
+def _products(config: Any, rows: int, kept: int, given: bool) -> tuple[int, int, int]:
+    """(choosing gate, other forward, backward) operations of one layer's experts.
+
+    Args:
+        config: of the model, with the backend that was asked for.
+        rows: N.
+        kept: K.
+        given: whether the mask was: a recompute's forward.
+    """
+    share = RankShare(
+        layers=(), output_uses=0, micro_batches=1, tokens=0, sequence_length=0, vocabulary=0,
+        tp=config.tensor_model_parallel_size,
+        etp=config.expert_tensor_parallel_size or config.tensor_model_parallel_size,
+        local_experts=config.num_moe_experts // config.expert_model_parallel_size,
+    )  # fmt: skip
+    once = expert_work(config, share, LayerShare("mone", rows, kept))
+    twice = expert_work(config, share, LayerShare("mone", rows, kept, frozenset(("moe",))))
+    repeated = {phase: twice[phase].executed - once[phase].executed for phase in twice}
+    gate_again, rest_again = repeated.get(GATE_GEMM, 0.0), repeated[UP_DOWN_GEMM]
+    # A repeated forward has two products at the computed entries beside a gate of all, else three;
+    # a backward pass has six.
+    backward = rest_again * (3 if gate_again else 2)
+    if given:
+        return int(gate_again), int(rest_again), int(backward)
+    gate = once[GATE_GEMM].executed if GATE_GEMM in once else 0.0
+    return int(gate), int(once[UP_DOWN_GEMM].executed - backward), int(backward)
+
+
+class _OnGPU(torch.autograd.Function):
+    """y, sigma(a), index and offsets of the kept entries."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, chosen):
+        rows, (neurons, hidden) = x_NH.shape[0], w_gate.shape[1:]
+        a, u, gate = (x_NH.new_empty(chosen.shape) for _ in range(3))
+        enter(GATE_GEMM)
+        a_NF = x_NH.new_empty(rows, neurons)
+        note("mone.gate", [x_NH, w_gate], [a_NF], flops=2 * rows * neurons * hidden)
+        enter(SELECTION)
+        given, rule = chosen.given, chosen.rule
+        index = given.indices_K if given is not None else _index(chosen.shape, neurons)
+        if rule is not None:
+            ask(rule, a_NF)
+        if given is not None or rule is not None:
+            note("mone.pick", [index], [a])
+        else:
+            note("mone.select", [a_NF], [index, a])
+        enter(UP_DOWN_GEMM)
+        _h_NF = x_NH.new_empty(rows, neurons)  # up takes the place of the gates
+        y_NH = torch.empty_like(x_NH)
+        read = [x_NH, w_up, w_down, probs_N, a, index]
+        # Single neurons give a tensor core nothing to skip: the kernels multiply all, and mask.
+        ctx.computed = a.numel() if chosen.block >= TILED_FROM else rows * neurons
+        note("mone.up_down", read, [y_NH, u, gate], flops=4 * ctx.computed * hidden)
+        ragged = () if len(chosen.shape) == 2 else (_offsets(rows),)
+        ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *ragged)
+        ctx.mark_non_differentiable(index, *ragged)
+        ctx.set_materialize_grads(False)
+        return y_NH, gate.view(-1), index, *ragged
+
+    @staticmethod
+    def backward(ctx: Any, dy_NH, dgate_K, *_others):
+        x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *_ = ctx.saved_tensors
+        _dh_da_du_h = x_NH.new_empty(4, x_NH.shape[0], w_gate.shape[1])
+        read = [dy_NH, w_gate, w_up, w_down, x_NH, probs_N, a, u, index]
+        gradients = [torch.empty_like(t) for t in (x_NH, probs_N, w_gate, w_up, w_down)]
+        enter(UP_DOWN_GEMM)
+        flops = 12 * ctx.computed * x_NH.shape[1]
+        dgate = [] if dgate_K is None else [dgate_K]
+        note("mone.up_down_backward", read + dgate, gradients, flops=flops)
+        return *gradients, None
+
+
+def _index(shape: tuple[int, ...], neurons: int) -> Tensor:
+    return torch.empty(shape, dtype=index_dtype(neurons), device=META)
+
+
+def _offsets(rows: int) -> Tensor:
+    return torch.empty(rows + 1, dtype=torch.int64, device=META)
+
+
+def on_gpu(
+    config: Any, x_NH: Tensor, probs_N: Tensor, _counts: list[int], w_gate: Tensor, w_up: Tensor,
+    w_down: Tensor, *, choose: Choose, all_gates: bool = False, activation: str = "silu",
+    **_names: Any,
+) -> GroupedMLPOutput:  # fmt: skip
+    """See kernels.grouped_mlp_with_gates, of a GPU job.
+
+    Raises:
+        ValueError: what no kernel of a GPU runs, only the reference.
+    """
+    _refuse_all_gates(all_gates)
+    if activation not in ACTIVATIONS:
+        _refuse(f"mone_activation = {activation!r}", f"plan with one of {', '.join(ACTIVATIONS)}")
+    neurons = w_gate.shape[1]
+    chosen = _chosen(config, choose, x_NH.shape[0], neurons)
+    y_NH, gate_K, index, *ragged = _OnGPU.apply(x_NH, probs_N, w_gate, w_up, w_down, chosen)
+    if chosen.given is not None:
+        mask = chosen.given
+    elif ragged:
+        mask = NeuronMask.unchecked(index, ragged[0], neurons, chosen.block)
+    else:
+        mask = uniform_mask(index, neurons, chosen.block)
+    return GroupedMLPOutput(y_NH, mask, gate_K)
