@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import model_validator
 
+from megatron_mone.commands.write_schemas import with_tables
 from megatron_mone.common.documents import (
     Column,
     Document,
@@ -22,6 +23,7 @@ from megatron_mone.common.documents import (
     check_names,
     one_of,
 )
+from megatron_mone.common.places import ROOT
 
 
 class _Run(Part):
@@ -114,3 +116,12 @@ def test_what_is_no_object_or_no_json_is_refused_too(tmp_path):
         _Trip.of({}, Path("t.json"))
     with pytest.raises(ValueError, match=r"absent: cannot be read .*; look elsewhere"):
         _Trip.read(tmp_path / "absent", "look elsewhere")
+
+
+def test_the_docs_have_the_fields_of_the_classes():
+    """After a change of a class: python tools/write_schemas.py."""
+    pages = [ROOT / "docs" / name for name in ("PLANNER.md", "PROFILER.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert text.count("<!-- fields of ") == text.count("| field | kind | meaning |") == 2
+        assert with_tables(text) == text
