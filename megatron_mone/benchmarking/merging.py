@@ -25,6 +25,7 @@ from megatron_mone.common import machine
 from megatron_mone.common.child_processes import tied
 from megatron_mone.common.command_line import OneLineParser, fail
 from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
+from megatron_mone.common.places import ROOT
 from megatron_mone.profiling.merge import rank_files
 from megatron_mone.profiling.rank_record import (
     COORDINATES,
@@ -68,8 +69,7 @@ def main() -> int:
     command = [sys.executable, "-m", "tools.merge_profile", str(options.out)]
     command += ["--skip-unreadable"] if options.truncated else []
     start = time.perf_counter()
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, preexec_fn=tied())
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=tied())
     seconds = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * 1024
