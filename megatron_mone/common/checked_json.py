@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +57,14 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number")
 
 
+class Fault(ValueError):
+    """What is wrong with a value, in words; `at`, a place inside of it."""
+
+    def __init__(self, words: str, *at: str | int) -> None:
+        super().__init__(words)
+        self.at = at
+
+
 class Field:
     """One value of a JSON file, which knows its place in it.
 
@@ -72,6 +80,13 @@ class Field:
         place = f"{self._place}: " if self._place else ""
         raise ValueError(f"{self._path}: {place}{fault}; {self._fix}")
 
+    def checked[Value](self, check: Callable[[Any], Value]) -> Value:
+        """What one of the checks below gives."""
+        try:
+            return check(self.value)
+        except Fault as fault:
+            self.fail(str(fault))
+
     def __getitem__(self, key: str) -> Field:
         """The member `key` of an object."""
         members = self._typed(dict, "an object")
@@ -84,70 +99,39 @@ class Field:
 
     def members(self) -> Iterator[tuple[str, Field]]:
         """The members of an object; their keys are printable."""
-        for key, value in self._typed(dict, "an object").items():
-            if not is_text(key):
-                self.fail(f"has the key {key[:40]!r}, which is no short printable text")
-            yield key, self._inside(value, f".{key}" if self._place else key)
+        for name, value in self._typed(dict, "an object").items():
+            self._inside(name, "").checked(key)
+            yield name, self._inside(value, f".{name}" if self._place else name)
 
     def elements(self) -> Iterator[Field]:
         """The elements of a list."""
         for index, value in enumerate(self._typed(list, "a list")):
             yield self._inside(value, f"[{index}]")
 
-    def text(self, choices: tuple[str, ...] | None = None) -> str:
+    def text(self, choices: Sequence[str] | None = None) -> str:
         """A short printable text, one of `choices` if they are given."""
-        value = self._typed(str, "a text")
-        if not is_text(value):
-            self.fail(f"{value[:40]!r} is not a printable text of 1 to {LONGEST_TEXT} characters")
-        if choices is not None and value not in choices:
-            self.fail(f"{value!r} is none of {', '.join(choices)}")
-        return value
-
-    def texts(self, length: int, choices: tuple[str, ...]) -> None:
-        """Check a list of `length` texts, each one of `choices`."""
-        values = self._typed(list, "a list of texts")
-        if len(values) != length:
-            self.fail(f"has {len(values)} values where there should be {length}")
-        for value in values:
-            if value not in choices:
-                self.fail(f"{str(value)[:40]!r} is none of {', '.join(choices)}")
+        return self.checked(text if choices is None else lambda value: choice(value, choices))
 
     def flag(self) -> bool:
         """True or false."""
         return self._typed(bool, "true or false")
 
-    def whole(self, most: int = LARGEST_WHOLE) -> int:
-        """A whole number from 0 to `most`."""
-        value = self._typed(int, "a whole number")
-        if isinstance(value, bool) or not 0 <= value <= most:
-            self.fail(f"{str(value)[:40]} is not a whole number from 0 to {most}")
-        return value
+    def whole(self) -> int:
+        """A whole number."""
+        return self.checked(whole)
 
     def number(self) -> float:
         """A finite number, 0 or more."""
-        value = self.value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.fail("must be a number")
-        if not 0 <= value <= sys.float_info.max:  # false for NaN too
-            self.fail(f"{str(value)[:40]} is not a finite number of 0 or more")
-        return float(value)
+        return float(self.checked(number))
 
-    def numbers(self, length: int | None = None) -> NDArray[Any]:
-        """[length] finite numbers of 0 or more, int64 or float64 as they are written."""
-        values = self._typed(list, "a list of numbers")
-        if length is not None and len(values) != length:
-            self.fail(f"has {len(values)} values where there should be {length}")
-        if not values:
-            return np.zeros(0)
-        try:
-            array = np.asarray(values)
-        except ValueError:  # lists of unequal lengths inside
-            self.fail("must be a list of numbers")
-        if array.ndim != 1 or array.dtype.kind not in "if":
-            self.fail("must be a list of numbers")
-        if not np.isfinite(array).all() or array.min() < 0:
-            self.fail("has a value that is not a finite number of 0 or more")
-        return array
+    def has_schema(self, schema: str) -> None:
+        """Refuse a document whose field `schema` is another one, or another version of this one."""
+        found, (family, _, version) = self["schema"].text(), schema.rpartition("/")
+        if found == schema:
+            return
+        if found.rpartition("/")[0] == family:
+            self.fail(f"schema is {found}, this version reads /{version}: it was made by another")
+        self.fail(f"schema is {found}, not {schema}: it is another kind of file")
 
     def _typed(self, kind: type, words: str) -> Any:
         if not isinstance(self.value, kind):
@@ -163,16 +147,100 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= LONGEST_TEXT and value.isprintable()
 
 
-def check_schema(document: Field, schema: str) -> None:
-    """Refuse a document whose field `schema` is another one, or another version of this one."""
-    family = schema.rpartition("/")[0]
-    found = document["schema"].text()
-    if found == schema:
-        return
-    if found.rpartition("/")[0] == family:
-        version = schema.removeprefix(family)
-        document.fail(f"schema is {found}, this version reads {version}: it was made by another")
-    document.fail(f"schema is {found}, not {schema}: it is another kind of file")
+def number(value: Any) -> float:
+    """Finite, 0 or more; not true or false."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Fault("must be a number")
+    if not 0 <= value <= sys.float_info.max:  # false for NaN too
+        raise Fault(f"{str(value)[:40]} is not a finite number of 0 or more")
+    return value
+
+
+def positive(value: Any) -> float:
+    """A number above 0."""
+    if number(value) == 0:
+        raise Fault("is 0, it must be above 0")
+    return value
+
+
+def difference(value: Any) -> float:
+    """A number found by subtraction, which rounding may leave a hair below 0."""
+    return value if isinstance(value, float) and -1e-6 < value < 0 else number(value)
+
+
+def whole(value: Any, most: int = LARGEST_WHOLE, least: int = 0) -> int:
+    """An int from `least` to `most`."""
+    if not isinstance(value, int):
+        raise Fault("must be a whole number")
+    if isinstance(value, bool) or not 0 <= value <= most:
+        raise Fault(f"{str(value)[:40]} is not a whole number from 0 to {most}")
+    if value < least:
+        raise Fault(f"is {value}, it must be {least} or more")
+    return value
+
+
+def text(value: Any) -> str:
+    """Short and printable."""
+    if not isinstance(value, str):
+        raise Fault("must be a text")
+    if not is_text(value):
+        raise Fault(f"{value[:40]!r} is not a printable text of 1 to {LONGEST_TEXT} characters")
+    return value
+
+
+def key(value: Any) -> str:
+    """A name in an object, short and printable."""
+    if not is_text(value):
+        raise Fault(f"has the key {value[:40]!r}, which is no short printable text")
+    return value
+
+
+def words(value: Any) -> str:
+    """A text of any length that is not blank."""
+    if not isinstance(value, str) or not value.strip():
+        raise Fault("must be a text")
+    return value
+
+
+def any_text(value: Any) -> str:
+    """A text of any length, perhaps empty."""
+    if not isinstance(value, str):
+        raise Fault("must be a text")
+    return value
+
+
+def column(value: Any) -> NDArray[Any]:
+    """[N] finite numbers of 0 or more, int64 or float64 as they are written."""
+    array = signed_column(value)
+    if len(array) and array.min() < 0:
+        raise Fault("has a value that is not a finite number of 0 or more")
+    return array
+
+
+def signed_column(value: Any) -> NDArray[Any]:
+    """[N] finite numbers, likewise."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, list):
+        raise Fault("must be a list of numbers")
+    if not value:
+        return np.zeros(0)
+    try:
+        array = np.asarray(value)
+    except ValueError:  # lists of unequal lengths inside
+        raise Fault("must be a list of numbers") from None
+    if array.ndim != 1 or array.dtype.kind not in "if":
+        raise Fault("must be a list of numbers")
+    if not np.isfinite(array).all():
+        raise Fault("has a value that is not a finite number of 0 or more")
+    return array
+
+
+def choice(value: Any, choices: Sequence[str]) -> str:
+    """A short printable text that is one of `choices`."""
+    if text(value) not in choices:
+        raise Fault(f"{value!r} is none of {', '.join(choices)}")
+    return value
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -9,7 +9,6 @@ and printable. Imports pydantic.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +17,13 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import PydanticCustomError, core_schema
+from pydantic_core import core_schema
 
-from megatron_mone.common.checked_json import LARGEST_WHOLE, LONGEST_TEXT, is_text, load
+from megatron_mone.common import checked_json
+from megatron_mone.common.checked_json import LARGEST_WHOLE, Fault, Field, choice, load
 from megatron_mone.common.files import atomic_write
 
 Place = tuple[str | int, ...]
-
-
-def fault(words: str, *at: str | int) -> PydanticCustomError:
-    """What a check raises: the fault in words, `at` a place inside of the value checked."""
-    return PydanticCustomError("fault", "{words}", {"words": words, "at": at})
 
 
 # Kinds of values ----------------------------------------------------------------------------------
@@ -40,7 +35,7 @@ class Kind:
 
     Attributes:
         words: that name it in the documentation.
-        check: what it gets it returns, a list as an array if the kind is a column; raises `fault`.
+        check: what it gets it returns, a list as an array if the kind is a column; raises a Fault.
     """
 
     words: str
@@ -55,95 +50,10 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise fault("must be a number")
-    if not 0 <= value <= sys.float_info.max:  # false for NaN too
-        raise fault(f"{str(value)[:40]} is not a finite number of 0 or more")
-    return value
-
-
-def _positive(value: Any) -> float:
-    if _number(value) == 0:
-        raise fault("is 0, it must be above 0")
-    return value
-
-
-def _difference(value: Any) -> float:
-    return value if isinstance(value, float) and -1e-6 < value < 0 else _number(value)
-
-
-def _whole(value: Any, most: int = LARGEST_WHOLE, least: int = 0) -> int:
-    if not isinstance(value, int):
-        raise fault("must be a whole number")
-    if isinstance(value, bool) or not 0 <= value <= most:
-        raise fault(f"{str(value)[:40]} is not a whole number from 0 to {most}")
-    if value < least:
-        raise fault(f"is {value}, it must be {least} or more")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise fault("must be a text")
-    if not is_text(value):
-        raise fault(f"{value[:40]!r} is not a printable text of 1 to {LONGEST_TEXT} characters")
-    return value
-
-
-def _key(value: Any) -> str:
-    if not is_text(value):
-        raise fault(f"has the key {value[:40]!r}, which is no short printable text")
-    return value
-
-
-def _words(value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise fault("must be a text")
-    return value
-
-
-def _any_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise fault("must be a text")
-    return value
-
-
-def _column(value: Any) -> NDArray[Any]:
-    array = _signed_column(value)
-    if len(array) and array.min() < 0:
-        raise fault("has a value that is not a finite number of 0 or more")
-    return array
-
-
-def _signed_column(value: Any) -> NDArray[Any]:
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, list):
-        raise fault("must be a list of numbers")
-    if not value:
-        return np.zeros(0)
-    try:
-        array = np.asarray(value)
-    except ValueError:  # lists of unequal lengths inside
-        raise fault("must be a list of numbers") from None
-    if array.ndim != 1 or array.dtype.kind not in "if":
-        raise fault("must be a list of numbers")
-    if not np.isfinite(array).all():
-        raise fault("has a value that is not a finite number of 0 or more")
-    return array
-
-
 def one_of(choices: Sequence[str]) -> Kind:
     """A text that is one of `choices`."""
-    allowed = frozenset(choices)
-
-    def check(value: Any) -> str:
-        if _text(value) not in allowed:
-            raise fault(f"{value!r} is none of {', '.join(choices)}")
-        return value
-
-    return Kind(" or ".join(choices) if len(choices) < 5 else "text", check)
+    words = " or ".join(choices) if len(choices) < 5 else "text"
+    return Kind(words, lambda value: choice(value, choices))
 
 
 def texts_of(choices: Sequence[str]) -> Kind:
@@ -152,37 +62,37 @@ def texts_of(choices: Sequence[str]) -> Kind:
 
     def check(value: Any) -> list[str]:
         if not isinstance(value, list):
-            raise fault("must be a list of texts")
+            raise Fault("must be a list of texts")
         for one in value:
             if not isinstance(one, str) or one not in allowed:
-                raise fault(f"{str(one)[:40]!r} is none of {', '.join(choices)}")
+                raise Fault(f"{str(one)[:40]!r} is none of {', '.join(choices)}")
         return value
 
     return Kind("list of texts", check)
 
 
-def whole(most: int, least: int = 0) -> Kind:
+def whole(most: int = LARGEST_WHOLE, least: int = 0) -> Kind:
     """A whole number from `least` to `most`."""
-    return Kind("whole number", lambda value: _whole(value, most, least))
+    return Kind("whole number", lambda value: checked_json.whole(value, most, least))
 
 
-Number = Annotated[float, Kind("number", _number)]
+Number = Annotated[float, Kind("number", checked_json.number)]
 """Finite, 0 or more; an int stays one."""
-Positive = Annotated[float, Kind("number", _positive)]
-Difference = Annotated[float, Kind("number", _difference)]
+Positive = Annotated[float, Kind("number", checked_json.positive)]
+Difference = Annotated[float, Kind("number", checked_json.difference)]
 """Found by subtraction, which rounding may leave a hair below 0."""
-Whole = Annotated[int, Kind("whole number", _whole)]
-AtLeast1 = Annotated[int, whole(LARGEST_WHOLE, least=1)]
-Text = Annotated[str, Kind("text", _text)]
+Whole = Annotated[int, whole()]
+AtLeast1 = Annotated[int, whole(least=1)]
+Text = Annotated[str, Kind("text", checked_json.text)]
 """Short and printable."""
-Key = Annotated[str, Kind("text", _key)]
+Key = Annotated[str, Kind("text", checked_json.key)]
 """Of an object whose keys no schema fixes."""
-Words = Annotated[str, Kind("text", _words)]
+Words = Annotated[str, Kind("text", checked_json.words)]
 """Of any length, as pages shorten it: Megatron's own words, for one."""
-AnyText = Annotated[str, Kind("text", _any_text)]
-Column = Annotated[NDArray[Any], Kind("list of numbers", _column)]
+AnyText = Annotated[str, Kind("text", checked_json.any_text)]
+Column = Annotated[NDArray[Any], Kind("list of numbers", checked_json.column)]
 """[N] finite numbers of 0 or more, int64 or float64 as they are written."""
-SignedColumn = Annotated[NDArray[Any], Kind("list of numbers", _signed_column)]
+SignedColumn = Annotated[NDArray[Any], Kind("list of numbers", checked_json.signed_column)]
 """The same, of either sign: found by subtraction."""
 
 
@@ -206,7 +116,7 @@ class Part(BaseModel):
             and value.keys() - known
         ):
             unknown = next(key for key in value if key not in cls.model_fields)
-            raise fault(f"{unknown[:40]!r} is none of {', '.join(cls.model_fields)}")
+            raise Fault(f"{unknown[:40]!r} is none of {', '.join(cls.model_fields)}")
         return value
 
     def plain(self) -> dict[str, Any]:
@@ -258,10 +168,7 @@ class Document(Part):
             raise ValueError(f"{path}: must be an object; {cls.AGAIN}")
         fields = dict(value)
         if cls.SCHEMA is not None:
-            try:
-                _check_schema(fields, cls.SCHEMA)
-            except PydanticCustomError as error:
-                raise ValueError(f"{path}: {error}; {cls.AGAIN}") from None
+            Field(value, path, cls.AGAIN).has_schema(cls.SCHEMA)
             del fields["schema"]
         try:
             return cls.model_validate(fields)
@@ -282,28 +189,13 @@ class Document(Part):
         atomic_write(path, text.encode() + b"\n")
 
 
-def _check_schema(fields: dict[str, Any], schema: str) -> None:
-    if "schema" not in fields:
-        raise fault("has no field 'schema'")
-    try:
-        found = _text(fields["schema"])
-    except PydanticCustomError as error:
-        raise fault(f"schema: {error}") from None
-    family, _, version = schema.rpartition("/")
-    if found.rpartition("/")[0] != family:
-        raise fault(f"schema is {found}, not {schema}: it is another kind of file")
-    if found != schema:
-        raise fault(
-            f"schema is {found}, this version reads /{version}: it was made by another"
-        )  # fmt: skip
-
-
 def _first_fault(error: ValidationError) -> str:
     """ "models[0].step_ms: must be a number" of the first of pydantic's errors."""
     first = error.errors(include_url=False, include_input=False)[0]
     kind, place = first["type"], first["loc"]
-    if kind == "fault":
-        words, place = first["ctx"]["words"], place + first["ctx"]["at"]
+    if kind == "value_error":
+        fault = first["ctx"]["error"]
+        words, place = str(fault), place + getattr(fault, "at", ())
         if place[-1:] == ("[key]",):
             place = place[:-2]
     elif kind == "missing":
@@ -329,11 +221,11 @@ def check_lengths(
     """Refuse the first of `columns`, each with its place, that has not `length` values."""
     for place, column in columns:
         if len(column) != length:
-            raise fault(f"has {len(column)} values where there should be {length}", *place)
+            raise Fault(f"has {len(column)} values where there should be {length}", *place)
 
 
 def check_names(names: Sequence[str], what: str) -> None:
     """Refuse a list `what + "s"` of objects whose field `name` is that of two, or that has none."""
     for index, name in enumerate(names):
         if name in names[:index]:
-            raise fault(f"{name!r} is the name of two {what}s", f"{what}s", index, "name")
+            raise Fault(f"{name!r} is the name of two {what}s", f"{what}s", index, "name")

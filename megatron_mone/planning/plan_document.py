@@ -10,6 +10,7 @@ from typing import Annotated, Self
 
 from pydantic import BeforeValidator, Strict, model_validator
 
+from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
     AtLeast1,
     Column,
@@ -24,7 +25,6 @@ from megatron_mone.common.documents import (
     Words,
     check_lengths,
     check_names,
-    fault,
     one_of,
 )
 from megatron_mone.common.phases import PHASES
@@ -153,7 +153,7 @@ class Collective(Part):
 
 def _five(value: object) -> object:
     if isinstance(value, list) and len(value) != 5:
-        raise fault("must be [start_ms, end_ms, F or B, micro-batch, chunk]")
+        raise Fault("must be [start_ms, end_ms, F or B, micro-batch, chunk]")
     return value
 
 
@@ -182,15 +182,15 @@ class Timeline(Part):
     def _in_order(self) -> Self:
         for number, passes in enumerate(self.stages):
             if not passes:
-                raise fault("is empty: a stage has passes", "stages", number)
+                raise Fault("is empty: a stage has passes", "stages", number)
             latest = 0.0
             for index, (start, end, *_) in enumerate(passes):
                 place = ("stages", number, index)
                 if end < start:
-                    raise fault(f"{end} is before its start, {start}", *place, 1)
+                    raise Fault(f"{end} is before its start, {start}", *place, 1)
                 if start < latest:
                     words = f"{start} is before the end of the pass before, {latest}"
-                    raise fault(words, *place, 0)
+                    raise Fault(words, *place, 0)
                 latest = end
         return self
 
@@ -231,20 +231,20 @@ class PlannedModel(Part):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.fits and self.first_unfit is None:
-            raise fault("must be a text", "first_unfit")
+            raise Fault("must be a text", "first_unfit")
         for index, one in enumerate(self.stages):
             if one.stage != index:
                 words = f"is {one.stage}, in the order of the pipeline it is {index}"
-                raise fault(words, "stages", index, "stage")
+                raise Fault(words, "stages", index, "stage")
         count = len(self.stages)
         if count != self.layout.pp:
-            raise fault(f"has {count} stages where layout.pp is {self.layout.pp}", "stages")
+            raise Fault(f"has {count} stages where layout.pp is {self.layout.pp}", "stages")
         _check_sum("parts_ms", self.parts_ms, "step_ms", self.step_ms)
         check_lengths(count, [(("timeline", "reduce_ms"), self.timeline.reduce_ms)])
         rows = len(self.timeline.stages)
         if rows != count:
             words = f"has {rows} rows where the model has {count} stages"
-            raise fault(words, "timeline", "stages")
+            raise Fault(words, "timeline", "stages")
         return self
 
 
@@ -330,15 +330,15 @@ class Plan(_Head, schema="megatron-mone/plan/1", again=_AGAIN, indent=1):
         names = [model.name for model in self.models]
         check_names(names, "model")
         if not names:
-            raise fault("is empty: there is nothing to draw", "models")
+            raise Fault("is empty: there is nothing to draw", "models")
         seen: set[int] = set()
         for index, point in enumerate(self.scaling):
             if point.gpus in seen:
-                raise fault(f"{point.gpus} stands in two points", "scaling", index, "gpus")
+                raise Fault(f"{point.gpus} stands in two points", "scaling", index, "gpus")
             seen.add(point.gpus)
             for name in point.models.keys() - names:
                 words = f"{name!r} is none of the models, {', '.join(names)}"
-                raise fault(words, "scaling", index, "models")
+                raise Fault(words, "scaling", index, "models")
         return self
 
 
@@ -394,7 +394,7 @@ class Search(_Head, schema="megatron-mone/plan-search/1", again=_AGAIN, indent=1
         names = {one.name for one in self.candidates}
         for index, one in enumerate(self.best):
             if one.layout not in names:
-                raise fault(f"{one.layout!r} is the name of no candidate", "best", index, "layout")
+                raise Fault(f"{one.layout!r} is the name of no candidate", "best", index, "layout")
         return self
 
 
@@ -402,4 +402,4 @@ def _check_sum(what: str, parts: Mapping[str, float], total: str, whole: float) 
     """Refuse parts that a stacked bar would show longer or shorter than its total."""
     together = sum(max(value, 0.0) for value in parts.values())
     if abs(together - whole) > _SLACK * whole:
-        raise fault(f"{what} add up to {together:.6g}, {total} is {whole:.6g}")
+        raise Fault(f"{what} add up to {together:.6g}, {total} is {whole:.6g}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import model_validator
 
+from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
     Column,
     Document,
@@ -24,7 +25,6 @@ from megatron_mone.common.documents import (
     Whole,
     check_lengths,
     check_names,
-    fault,
     whole,
 )
 from megatron_mone.profiling.rank_record import (
@@ -71,7 +71,7 @@ class Samples(Part):
     @model_validator(mode="after")
     def _alike(self) -> Self:
         if not len(self.steps):
-            raise fault("is empty", "steps")
+            raise Fault("is empty", "steps")
         columns: list[tuple[Place, Any]] = [
             (("windows",), self.windows),
             (("step_ms",), self.step_ms),
@@ -79,7 +79,7 @@ class Samples(Part):
         columns += [(("phases", name), times) for name, times in self.phases.items()]
         check_lengths(len(self.steps), columns)
         if not self.phases:
-            raise fault("is empty", "phases")
+            raise Fault("is empty", "phases")
         return self
 
 
@@ -120,7 +120,7 @@ class ByRank(Part):
     @model_validator(mode="after")
     def _alike(self) -> Self:
         if not self.rank:
-            raise fault("is empty", "rank")
+            raise Fault("is empty", "rank")
         columns: list[tuple[Place, Any]] = [
             ((name,), getattr(self, name))
             for name in type(self).model_fields
@@ -304,10 +304,10 @@ class Profile(
     def _agrees(self) -> Self:
         ranks = self.ranks
         if not ranks.present:
-            raise fault("is 0: there is nothing to draw", "ranks", "present")
+            raise Fault("is 0: there is nothing to draw", "ranks", "present")
         check_names([run.name for run in self.runs], "run")
         if not self.runs:
-            raise fault("is empty: there is nothing to draw", "runs")
+            raise Fault("is empty: there is nothing to draw", "runs")
         lists: list[tuple[Place, Sequence[int]]] = [
             (("ranks", "missing"), ranks.missing),
             (("ranks", "incomplete"), ranks.incomplete),
@@ -317,5 +317,5 @@ class Profile(
             lists += [(("runs", index, *place), members) for place, members in run.ranks()]
         for place, members in lists:
             if max(members, default=0) >= ranks.world_size:
-                raise fault(f"must be ranks below world_size {ranks.world_size}", *place)
+                raise Fault(f"must be ranks below world_size {ranks.world_size}", *place)
         return self

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import ConfigDict, model_validator
 
+from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
     AnyText,
     AtLeast1,
@@ -24,7 +25,6 @@ from megatron_mone.common.documents import (
     Whole,
     check_lengths,
     check_names,
-    fault,
     one_of,
     texts_of,
     whole,
@@ -104,7 +104,7 @@ class LayerRows(Part):
     @model_validator(mode="after")
     def _has_experts(self) -> Self:
         if not 1 <= len(self.rows) <= MOST_EXPERTS:
-            raise fault(f"must have the rows of 1 to {MOST_EXPERTS} experts", "rows")
+            raise Fault(f"must have the rows of 1 to {MOST_EXPERTS} experts", "rows")
         return self
 
 
@@ -229,7 +229,7 @@ class RankRun(Part):
     def _alike(self) -> Self:
         steps = self.steps
         if len(steps) and (steps.dtype.kind != "i" or (steps[1:] <= steps[:-1]).any()):
-            raise fault("must be iteration numbers, each above the one before", "steps")
+            raise Fault("must be iteration numbers, each above the one before", "steps")
         columns: list[tuple[Place, Any]] = [
             ((name,), getattr(self, name)) for name in ("windows", "rows", "step_ms")
         ]
@@ -240,7 +240,7 @@ class RankRun(Part):
                 columns.append((("communication", key, name), getattr(traffic, name)))
         check_lengths(len(steps), columns)
         if not (self.step_ms > 0).all():
-            raise fault("has a step of 0 ms", "step_ms")
+            raise Fault("has a step of 0 ms", "step_ms")
         return self
 
 
@@ -266,13 +266,13 @@ class RankRecord(
     @model_validator(mode="after")
     def _whole(self) -> Self:
         if self.rank >= self.world_size:
-            raise fault(f"{self.rank} is outside world_size {self.world_size}", "rank")
+            raise Fault(f"{self.rank} is outside world_size {self.world_size}", "rank")
         check_names([run.name for run in self.runs], "run")
         if self.complete and not self.runs:
-            raise fault("is empty in a complete record", "runs")
+            raise Fault("is empty in a complete record", "runs")
         for index, run in enumerate(self.runs):
             if self.complete and not len(run.steps):
-                raise fault("is empty in a complete record", "runs", index, "steps")
+                raise Fault("is empty in a complete record", "runs", index, "steps")
         return self
 
 

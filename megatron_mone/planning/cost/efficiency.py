@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.checked_json import Field, load
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import CONFIG_ROOT
 from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
@@ -65,7 +65,7 @@ class Efficiency:
             ValueError: one line that names the file, the place and what is wrong there.
         """
         document = Field(load(path, _FIX), path, _FIX)
-        check_schema(document, SCHEMA)
+        document.has_schema(SCHEMA)
         curves = {}
         for kind, element in document["curves"].members():
             if kind not in DEFAULTS:

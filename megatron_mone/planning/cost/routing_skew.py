@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_mone.common.checked_json import Field, load
+from megatron_mone.common.checked_json import Field, column, load
 
 BALANCED = "balanced"
 ZIPF = "zipf"
@@ -68,7 +68,7 @@ def _recorded(path: Path) -> list[tuple[float, ...]]:
     document = Field(load(path, _FIX), path, _FIX)
     for run in document["runs"].elements():
         layers = [
-            tuple(float(rows) for rows in layer["rows"].numbers())
+            tuple(float(rows) for rows in layer["rows"].checked(column))
             for layer in run["routing"]["layers"].elements()
         ]
         if layers:

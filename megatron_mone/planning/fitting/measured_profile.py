@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.checked_json import Field, column, load
 from megatron_mone.common.phases import COMMUNICATION, DATA, OTHER, PASSES, PHASES
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.profiling.baselines import MAIN
@@ -91,7 +91,7 @@ def read_profile(path: Path) -> MeasuredProfile:
         ValueError: one line that names the file, the place and what is wrong there.
     """
     document = Field(load(path, _FIX), path, _FIX)
-    check_schema(document, str(Profile.SCHEMA))
+    document.has_schema(str(Profile.SCHEMA))
     config = document["config"]
     argv = config["argv"]
     if not isinstance(argv.value, list) or not all(isinstance(flag, str) for flag in argv.value):
@@ -214,7 +214,7 @@ def _step(run: Field) -> float:
 
 
 def _rows(routing: Field) -> tuple[float, ...]:
-    layers = [layer["rows"].numbers() for layer in routing["layers"].elements()]
+    layers = [layer["rows"].checked(column) for layer in routing["layers"].elements()]
     if not layers:
         return ()
     if len({len(rows) for rows in layers}) > 1:

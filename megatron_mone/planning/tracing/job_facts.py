@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from megatron_mone.common.checked_json import Field
+from megatron_mone.common.checked_json import Field, any_text
 
 _PEAK_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -112,7 +112,7 @@ class JobFacts:
             "int": Field.whole,
             "float": Field.number,
             "bool": Field.flag,
-            "str": _text,
+            "str": lambda field: field.text() if field.value else field.checked(any_text),
             "tuple[str, ...]": lambda field: tuple(one.text() for one in field.elements()),
         }
         return cls(**{f.name: read[str(f.type)](document[f.name]) for f in fields(cls)})
@@ -225,8 +225,3 @@ def _bucket_size(args: Namespace) -> int:
 def _recompute_modules(args: Namespace, config: Any) -> tuple[str, ...]:
     selective = args.recompute_granularity == "selective"
     return tuple(config.recompute_modules or ()) if selective else ()
-
-
-def _text(field: Field) -> str:
-    """A text, or none at all."""
-    return "" if field.value == "" else field.text()

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.common.checked_json import Field, check_schema, load
+from megatron_mone.common.checked_json import Field, load
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
 from megatron_mone.profiling.communication import sent_bytes
@@ -174,7 +174,7 @@ class Trace:
             ValueError: one line that names the file, the place and what is wrong there.
         """
         document = Field(load(path, _FIX), path, _FIX)
-        check_schema(document, SCHEMA)
+        document.has_schema(SCHEMA)
         rows = {_layer(key, value): value.whole() for key, value in document["rows"].members()}
         return cls(
             world_size=document["world_size"].whole(),

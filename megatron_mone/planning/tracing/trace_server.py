@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_mone.common.checked_json import Field, load
+from megatron_mone.common.checked_json import Field, any_text, load
 from megatron_mone.planning.tracing.gpu_job import is_gpu_job
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.stages import Place, in_job, stage_job
@@ -57,21 +57,16 @@ class JobDescription:
         first_layers: dict[Place, int] = {}
         for element in document["stages"].elements():
             place = element["stage"].whole(), element["chunk"].whole()
-            stages[place] = _text(element["key"])
+            stages[place] = element["key"].checked(any_text)
             first_layers[place] = element["first_layer"].whole()
         return cls(
             facts=JobFacts.from_json(document["facts"]),
             stages=stages,
             first_layers=first_layers,
-            stage_flags=tuple(_text(flag) for flag in document["stage_flags"].elements()),
+            stage_flags=tuple(
+                flag.checked(any_text) for flag in document["stage_flags"].elements()
+            ),
         )
-
-
-def _text(field: Field) -> str:
-    """A text that may be longer than what gets printed, as a layout of many stages is."""
-    if not isinstance(field.value, str):
-        field.fail("must be a text")
-    return field.value
 
 
 @dataclass(frozen=True)
