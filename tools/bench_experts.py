@@ -1,9 +1,9 @@
-"""Door of megatron_mone/benchmarking/cli.py."""
+"""Door of `megatron-mone bench experts`."""
 
 if __name__ == "__main__":
     import sys
 
     sys.path[0] = __file__.rpartition("tools")[0]  # not tools/: profile.py would hide the library's
-    from megatron_mone.benchmarking.cli import main
+    from megatron_mone.commands.bench import main
 
-    sys.exit(main())
+    sys.exit(main(["experts", *sys.argv[1:]]))

@@ -36,7 +36,7 @@ from launch.spec.training_job import data_prefixes, training_variables
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.places import program_words
 from megatron_mone.common.program import parse
-from megatron_mone.model.run_config import load_run
+from megatron_mone.model.run_config import find_run, load_run
 from megatron_mone.profiling.baselines import run_specs
 from megatron_mone.profiling.job_options import Asked, Options, read_options
 
@@ -153,12 +153,13 @@ def read_sweep(options: Any, words: Sequence[str], site: Mapping[str, Any]) -> P
                 f"{word}: a profile is kept in the run folder and saves no checkpoints; leave it "
                 "out"
             )
-    values, name = load_run(options.config), options.name or options.config.stem
+    config = find_run(options.config)
+    values, name = load_run(config), options.name or config.stem
     folder = options.runs.resolve() / name
     steps = ["--steps", str(options.profile_steps), "--against", options.against]
     asked, megatron = parse(Asked, [*steps, *words])
     profiler = read_options(asked)
-    base = checked(_size_job(options.config, name, folder, values, megatron, site))
+    base = checked(_size_job(config, name, folder, values, megatron, site))
     sizes = Sizes(values, megatron, base.nodes, base.ranks_per_node, options.strong)
     sizes.check_steps(profiler.steps_of_a_run)
     fitting, left_out = sizes.of(options.profile_nodes)

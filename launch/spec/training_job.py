@@ -18,7 +18,7 @@ from launch.spec.grid import Point, read_grid
 from launch.spec.launch_spec import Case, LaunchSpec, Variable
 from launch.spec.megatron_flags import stated, stated_words
 from megatron_mone.data import blend
-from megatron_mone.model.run_config import load_run
+from megatron_mone.model.run_config import find_run, load_run
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -51,7 +51,7 @@ def training_job(
     """A training run, or one for each point of a grid.
 
     Args:
-        config: run file of configs/.
+        config: run file, or its name in configs/.
         name: of the run; None takes the file's.
         runs: folder of all run folders.
         words: Megatron flags after those of the run file.
@@ -67,6 +67,7 @@ def training_job(
                 f"{word}: checkpoints are in the run folder; give --pretrained-checkpoint to begin "
                 "from another run's"
             )
+    config = find_run(config)
     values = load_run(config)
     folder = runs.resolve() / (name or config.stem)
     points = read_grid(grid, values, words)

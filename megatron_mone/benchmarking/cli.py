@@ -1,8 +1,7 @@
-"""The command line of the race: one cell, or a grid with a report."""
+"""The race as a command asks for it: one cell, or a grid with a report."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -10,64 +9,60 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from megatron_mone.common.exit_status import INTERRUPTED, USER_ERROR
+from typer import Option
+
+from megatron_mone.common.exit_status import INTERRUPTED
 from megatron_mone.common.progress import progress_bar
 
 CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0.25,
         "dtype": "fp32", "routing": "balanced"}  # fmt: skip
 """What one cell is where an option is not given."""
+OUT = Path("out/bench")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage."""
-        print(f"bench_experts: error: {message}", file=sys.stderr)
-        raise SystemExit(USER_ERROR)
+def _ratio(text: object) -> float:
+    try:
+        return float(Fraction(str(text)))
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"{text!r} is not a number like 0.25 or 1/4") from None
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The options."""
-    parser = _Parser(
-        prog="bench_experts",
-        description="Race MoNE's experts against dense MoE experts, on the GPU where there is one.",
-        allow_abbrev=False,
+@dataclass
+class Asked:
+    """The options as typed; any of the first eight asks for one cell."""
+
+    tokens: Annotated[int | None, Option(help="N, routed rows (4096)")] = None
+    hidden: Annotated[int | None, Option(help="H (512)")] = None
+    neurons: Annotated[int | None, Option(help="F, neurons of one expert (1408)")] = None
+    experts: Annotated[int | None, Option(help="E (8)")] = None
+    ratio: Annotated[float | None, Option(parser=_ratio, help="r = S / F, 0.25 or 1/4 (0.25)")] = (
+        None
     )
-    one = parser.add_argument_group("one cell (any of these options asks for it)")
-    one.add_argument("--tokens", type=int, help="N, routed rows (4096)")
-    one.add_argument("--hidden", type=int, help="H (512)")
-    one.add_argument("--neurons", type=int, help="F, neurons of one expert (1408)")
-    one.add_argument("--experts", type=int, help="E (8)")
-    one.add_argument("--ratio", type=_ratio, help="r = S / F, 0.25 or 1/4 (0.25)")
-    one.add_argument("--dtype", help="fp32 or bf16 (fp32)")
-    one.add_argument("--routing", help="balanced, or skewed as in a recorded run (balanced)")
-    one.add_argument("--json", type=Path, help="write the numbers to this file")
-    grid = parser.add_argument_group("a grid")
-    grid.add_argument("--grid", choices=["quick", "full"], help="which cells (quick)")
-    grid.add_argument("--out", type=Path, help="folder of the report (out/bench)")
-    parser.add_argument("--neuron-block", type=int, default=1,
-                        help="B adjacent neurons chosen together (1)")  # fmt: skip
-    parser.add_argument("--threads", type=int, help="of torch (its own choice)")
-    parser.add_argument("--repeats", type=int, default=5, help="least repeats (5)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="for repeats of a cell (6)")
-    return parser
+    dtype: Annotated[str | None, Option(help="fp32 or bf16 (fp32)")] = None
+    routing: Annotated[
+        str | None, Option(help="balanced, or skewed as in a recorded run (balanced)")
+    ] = None
+    json: Annotated[Path | None, Option(help="write the numbers of one cell to this file")] = None
+    grid: Annotated[
+        Literal["quick", "full"] | None, Option(help="which cells of a grid (quick)")
+    ] = None
+    out: Annotated[Path | None, Option(help="folder of a grid's report (out/bench)")] = None
+    neuron_block: Annotated[int, Option(help="B adjacent neurons chosen together")] = 1
+    threads: Annotated[int | None, Option(help="of torch (its own choice)")] = None
+    repeats: Annotated[int, Option(help="least repeats")] = 5
+    seconds: Annotated[float, Option(help="for repeats of a cell")] = 6.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; 0, 2 after a user's mistake, 130 when interrupted."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
+def run(options: Asked, cells: list[Any], grid: bool) -> int:
+    """Measure what `check` answered; 0, or 130 when interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     warnings.simplefilter("ignore")  # of the peers' imports
     logging.disable(logging.WARNING)
-    try:
-        cells, grid = _checked(options)
-    except ValueError as error:
-        parser.error(str(error))
     try:
         return _grid(options, cells) if grid else _one(options, cells[0])
     except KeyboardInterrupt:
@@ -76,8 +71,12 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _checked(options: argparse.Namespace) -> tuple[list[Any], bool]:
-    """(cells, whether they are a grid), everything checked that can be before a measurement."""
+def check(options: Asked) -> tuple[list[Any], bool]:
+    """(cells, whether they are a grid), everything checked that can be before a measurement.
+
+    Raises:
+        ValueError: one line naming the option, its value and what is allowed.
+    """
     given = [name for name in (*CELL, "json") if getattr(options, name) is not None]
     grid = options.grid is not None or options.out is not None or not given
     if grid and given:
@@ -88,9 +87,8 @@ def _checked(options: argparse.Namespace) -> tuple[list[Any], bool]:
         raise ValueError(f"--seconds {options.seconds:g} is not allowed: it must be above 0")
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"--threads {options.threads} is not allowed: it must be at least 1")
-    options.out = options.out or Path("out/bench")
     if grid:
-        _check_folder("--out", options.out)
+        _check_folder("--out", options.out or OUT)
     elif options.json is not None:
         if options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: name a file")
@@ -124,7 +122,7 @@ def _check_folder(option: str, folder: Path) -> None:
         ) from error
 
 
-def _settings(options: argparse.Namespace) -> Any:
+def _settings(options: Asked) -> Any:
     import torch
 
     from megatron_mone.benchmarking.grid import Settings
@@ -134,7 +132,7 @@ def _settings(options: argparse.Namespace) -> Any:
     return Settings(options.seconds, options.repeats, torch.get_num_threads())
 
 
-def _one(options: argparse.Namespace, cell: Any) -> int:
+def _one(options: Asked, cell: Any) -> int:
     from megatron_mone.benchmarking import environment
     from megatron_mone.benchmarking.grid import with_limits
     from megatron_mone.benchmarking.machine_limits import best_of, measure_peaks
@@ -164,25 +162,25 @@ def _one(options: argparse.Namespace, cell: Any) -> int:
     return 0
 
 
-def _grid(options: argparse.Namespace, cells: list[Any]) -> int:
+def _grid(options: Asked, cells: list[Any]) -> int:
     from megatron_mone.benchmarking.grid import Store, run_grid
     from megatron_mone.benchmarking.report import write_report
     from megatron_mone.reporting.page.results import save_json
 
-    settings = _settings(options)
-    store = Store(options.out, settings)
+    settings, out = _settings(options), options.out or OUT
+    store = Store(out, settings)
     kept = sum(store.load(cell) is not None for cell in cells)
     if kept:
         print(f"going on: {kept} of {len(cells)} cells were measured before", flush=True)
     with _progress(len(cells)) as on_cell:
-        results = run_grid(cells, options.out, settings, on_cell)
+        results = run_grid(cells, out, settings, on_cell)
     results = {"command": _command(options), **results}
-    save_json(options.out / "results.json", results)
-    print(f"report: {write_report(options.out, results)}")
+    save_json(out / "results.json", results)
+    print(f"report: {write_report(out, results)}")
     return 0
 
 
-def _command(options: argparse.Namespace) -> str:
+def _command(options: Asked) -> str:
     """The command line that makes the same numbers; no folder of this machine in it."""
     words = ["python tools/bench_experts.py", "--grid", options.grid or "quick"]
     for name in ("neuron_block", "repeats", "seconds"):
@@ -202,13 +200,6 @@ def _progress(total: int) -> Iterator[Any]:
                 print(f"{done}/{total} {cell.label}: {state}", flush=True)
 
         yield on_cell
-
-
-def _ratio(text: str) -> float:
-    try:
-        return float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number like 0.25 or 1/4") from None
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:

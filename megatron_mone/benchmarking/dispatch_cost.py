@@ -10,10 +10,8 @@ medians over gloo on one machine, so that their ratio says little about a GPU's 
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,26 +27,20 @@ from megatron_mone.common.files import write_json
 DISPATCHERS = ("alltoall", "allgather")
 
 
-def main() -> int:
-    """Parse, start the ranks, print a table; --json writes the same numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--ranks", type=int, default=2, help="expert parallel ranks")
-    parser.add_argument("--experts", type=int, default=8, help="E")
-    parser.add_argument("--rows", type=int, default=8192, help="routed rows of a rank")
-    parser.add_argument("--topk", type=int, default=2, help="experts of a token")
-    parser.add_argument("--hidden", type=int, default=2048, help="H")
-    parser.add_argument("--widths", default="512,1408", help="F, neurons of an expert, several")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+def run(options: Any) -> None:
+    """Start the ranks, print a table; `options.json` gets the same numbers.
+
+    Args:
+        options: of the command (commands/bench.py).
+    """
     try:
         options.widths = [int(width) for width in options.widths.split(",")]
-    except ValueError:
-        parser.error(f"--widths {options.widths!r} must be numbers joined by commas")
+    except ValueError as error:
+        raise ValueError(f"--widths {options.widths!r} must be numbers joined by commas") from error
     if options.experts % options.ranks or options.rows % options.topk:
-        parser.error("--experts must be a multiple of --ranks, and --rows of --topk")
+        raise ValueError("--experts must be a multiple of --ranks, and --rows of --topk")
     if torch.cuda.is_available():
-        sys.exit("bench_dispatch measures CPU ranks; hide the GPUs with CUDA_VISIBLE_DEVICES=''")
+        raise ValueError("this measures CPU ranks; hide the GPUs with CUDA_VISIBLE_DEVICES=''")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
             _rank, args=(folder, options, os.getpid()), nprocs=options.ranks
@@ -58,10 +50,9 @@ def main() -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.json, {"config": vars(options) | {"json": None}, "rows": rows})
-    return 0
 
 
-def _rank(rank: int, folder: str, options: argparse.Namespace, starter: int) -> None:
+def _rank(rank: int, folder: str, options: Any, starter: int) -> None:
     end_with(starter)  # torch's own SIGINT is not seen by a rank that waits in a collective
     from megatron_mone import cpu_emulation
 
@@ -81,9 +72,7 @@ def _rank(rank: int, folder: str, options: argparse.Namespace, starter: int) -> 
         torch.save(rows, Path(folder) / "rows.pt")
 
 
-def _measure(
-    kind: str, width: int, options: argparse.Namespace, sent: Counter[str]
-) -> dict[str, Any]:
+def _measure(kind: str, width: int, options: Any, sent: Counter[str]) -> dict[str, Any]:
     """One line of the table, of this rank; times are medians in ms."""
     from megatron_mone.kernels.neuron_mask import pack_bits
     from megatron_mone.moe.dispatch.carrier import predicted_mask_bytes
@@ -136,7 +125,7 @@ def _measure(
     }
 
 
-def _build(kind: str, width: int, options: argparse.Namespace) -> tuple[Any, int]:
+def _build(kind: str, width: int, options: Any) -> tuple[Any, int]:
     """(a dispatcher of this rank, its first expert)."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -195,7 +184,7 @@ def _count_bytes_that_leave() -> Counter[str]:
     return sent
 
 
-def _print(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def _print(options: Any, rows: list[dict[str, Any]]) -> None:
     print(
         f"{options.ranks} CPU ranks over gloo, E {options.experts}, top-{options.topk}, "
         f"{options.rows} routed rows a rank, H {options.hidden}, bf16, torch {torch.__version__}, "

@@ -8,7 +8,6 @@ is slow, and with --truncated one file is cut short. tools/merge_profile.py then
 process of its own, whose seconds and peak memory are printed.
 """
 
-import argparse
 import copy
 import os
 import platform
@@ -16,16 +15,14 @@ import resource
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_mone.common import machine
 from megatron_mone.common.child_processes import tied
-from megatron_mone.common.command_line import OneLineParser, fail
 from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
-from megatron_mone.common.places import ROOT
+from megatron_mone.common.places import program_words
 from megatron_mone.profiling.merge import rank_files
 from megatron_mone.profiling.rank_record import (
     COORDINATES,
@@ -46,30 +43,23 @@ _TIMELINE_POINTS = 400
 _KINDS = ("weights", "gradients", "optimizer", "activations", "temporaries", "communication")
 
 
-def main() -> int:
-    """Make the files, merge them, print what it took; the status of the merge."""
-    parser = OneLineParser(__doc__)
-    add = parser.add_argument
-    add("folder", nargs="?", type=Path, metavar="FOLDER", help="a profiling job's (built-in ones)")
-    add("--ranks", type=int, default=1024, help="of the job that is made up (1024)")
-    add("--steps", type=int, default=50, help="of each run (50)")
-    add("--out", type=Path, required=True, help="an empty or new folder, for the files")
-    add("--truncated", action="store_true", help="cut one file short, and skip it")
-    options = parser.parse_args()
+def run(options: Any) -> int:
+    """Make the files, merge them, print what it took; the status of the merge.
+
+    Args:
+        options: of the command (commands/bench.py).
+    """
     if options.ranks <= STRAGGLER + 1 or options.steps < 1:
-        parser.error(f"--ranks must be above {STRAGGLER + 1} and --steps above 0")
+        raise ValueError(f"--ranks must be above {STRAGGLER + 1} and --steps above 0")
     if options.out.exists() and any(options.out.iterdir()):
-        parser.error(f"--out {options.out} is not empty; name a new folder")
-    try:
-        files = rank_files(options.folder) if options.folder else []
-        small = [read_record(path).plain() for path in files] or built_in_records()
-        size = make_files(small, options)
-    except ValueError as error:
-        return fail(error)
-    command = [sys.executable, "-m", "tools.merge_profile", str(options.out)]
+        raise ValueError(f"--out {options.out} is not empty; name a new folder")
+    files = rank_files(options.folder) if options.folder else []
+    small = [read_record(path).plain() for path in files] or built_in_records()
+    size = make_files(small, options)
+    command = [sys.executable, *program_words("merge_profile"), str(options.out)]
     command += ["--skip-unreadable"] if options.truncated else []
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, preexec_fn=tied())
+    done = subprocess.run(command, preexec_fn=tied())
     seconds = time.perf_counter() - start
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     peak = used.ru_maxrss * 1024
@@ -83,7 +73,7 @@ def main() -> int:
     return done.returncode
 
 
-def make_files(small: list[dict[str, Any]], options: argparse.Namespace) -> int:
+def make_files(small: list[dict[str, Any]], options: Any) -> int:
     """Write the rank files of the large job; returns their bytes."""
     missing, size = options.ranks // 2, 0
     for rank in range(options.ranks):

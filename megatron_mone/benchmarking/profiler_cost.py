@@ -7,7 +7,6 @@ the switches of phase in a step times the time of one. Off: nothing is wrapped; 
 calls by which kernels name their phase, counted alike. Further flags are Megatron's.
 """
 
-import argparse
 import os
 import sys
 import tempfile
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.common.command_line import OneLineParser
 from megatron_mone.common.files import write_json
 from megatron_mone.common.local_ranks import run_ranks, terminal
 from megatron_mone.common.machine import facts
+from megatron_mone.common.places import program_words
 from megatron_mone.profiling.job_options import Options
 from megatron_mone.profiling.resample import Samples, difference
 
@@ -30,22 +29,26 @@ WARM_UP = 5
 SCHEMA = "megatron-mone/profiler-cost/1"
 
 
-def main() -> int:
-    """Run the command line."""
-    parser = OneLineParser(__doc__)
-    parser.add_argument("--ranks", type=int, default=2, help="ranks to start here (2)")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each kind (60)")
-    parser.add_argument("--window", type=int, default=3, help="steps in a turn (3)")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options, megatron_flags = parser.parse_known_args()
+def run(options: Any, megatron_flags: list[str], words: list[str]) -> int:
+    """Start the ranks here, or be one of them; the status.
+
+    Args:
+        options: of the command (commands/bench.py).
+        megatron_flags: further ones.
+        words: all of the command, for its ranks.
+    """
     if "WORLD_SIZE" not in os.environ:
         with tempfile.TemporaryDirectory() as logs:
-            return run_ranks([sys.executable, *sys.argv], options.ranks, Path(logs))
+            return run_ranks(
+                [sys.executable, *program_words("bench_profiler"), *words],
+                options.ranks,
+                Path(logs),
+            )
     measure(options, megatron_flags)
     return 0
 
 
-def measure(options: argparse.Namespace, megatron_flags: list[str]) -> None:
+def measure(options: Any, megatron_flags: list[str]) -> None:
     """One rank's part; rank 0 prints."""
     import torch
 

@@ -10,9 +10,7 @@ gradient_accumulation_fusion; stock layers cannot on CPU ranks, and stay as they
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,32 +24,21 @@ from megatron_mone.benchmarking.timing import race
 from megatron_mone.common.files import write_json
 
 
-def main() -> int:
-    """Parse, build three layers, time and meter them, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--tokens", type=int, default=2048, help="T; top-2 routes 2 T rows")
-    parser.add_argument("--hidden", type=int, default=512, help="H")
-    parser.add_argument("--neurons", type=int, default=1408, help="F, neurons of one expert")
-    parser.add_argument("--experts", type=int, default=8, help="E")
-    parser.add_argument("--ratio", type=float, default=0.25, help="r, kept neurons / F")
-    parser.add_argument("--neuron-block", type=int, default=1, help="B neurons chosen together")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--fused", action="store_true", help="MoNE adds into main_grad")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    options = parser.parse_args()
+def run(options: Any) -> None:
+    """Build three layers, time and meter them, print a table.
+
+    Args:
+        options: of the command (commands/bench.py).
+    """
     for name in ("tokens", "hidden", "neurons", "experts", "repeats"):
         if getattr(options, name) < 1:
-            parser.error(f"--{name} = {getattr(options, name)}: it must be at least 1")
+            raise ValueError(f"--{name} = {getattr(options, name)}: it must be at least 1")
     start_one_rank()
-    try:
-        layers = {
-            "stock": _build(options, loss=0.0, mone=False),
-            "mone": _build(options, loss=0.0),
-            "mone + loss": _build(options, loss=0.1),
-        }
-    except ValueError as error:
-        parser.error(str(error))
+    layers = {
+        "stock": _build(options, loss=0.0, mone=False),
+        "mone": _build(options, loss=0.0),
+        "mone + loss": _build(options, loss=0.1),
+    }
     results = measure(layers, options)
     print_table(options, results)
     if options.json:
@@ -61,12 +48,9 @@ def main() -> int:
             options.json,
             {"config": config, "machine": environment.describe(), "results": results},
         )
-    return 0
 
 
-def measure(
-    layers: dict[str, torch.nn.Module], options: argparse.Namespace
-) -> dict[str, dict[str, float]]:
+def measure(layers: dict[str, torch.nn.Module], options: Any) -> dict[str, dict[str, float]]:
     """{layer: {"forward_ms", "forward_backward_ms", "saved_bytes", "peak_forward_bytes",
     "peak_backward_bytes"}}."""
     x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype])
@@ -113,7 +97,7 @@ def _phases(forward: Any, backward: Any) -> dict[str, Callable[[], object]]:
     return {"forward": without_graph, "forward_backward": lambda: backward(forward())}
 
 
-def _build(options: argparse.Namespace, loss: float, mone: bool = True) -> torch.nn.Module:
+def _build(options: Any, loss: float, mone: bool = True) -> torch.nn.Module:
     """A layer of the model; the same initial weights for all.
 
     Raises:
@@ -157,7 +141,7 @@ def _build(options: argparse.Namespace, loss: float, mone: bool = True) -> torch
     return layer
 
 
-def print_table(options: argparse.Namespace, results: dict[str, dict[str, float]]) -> None:
+def print_table(options: Any, results: dict[str, dict[str, float]]) -> None:
     """One row a layer, ratios to the stock layer."""
     print(
         f"T {options.tokens}, top-2, H {options.hidden}, F {options.neurons}, E {options.experts}, "

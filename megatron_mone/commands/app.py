@@ -10,6 +10,7 @@ from typer import Exit, Option
 
 from launch.__main__ import program as launch
 from megatron_mone.commands import (
+    bench,
     check_published,
     compare,
     gather_profiles,
@@ -19,6 +20,7 @@ from megatron_mone.commands import (
     profile,
     report_plan,
     report_profile,
+    train,
 )
 from megatron_mone.common.places import ROOT
 from megatron_mone.common.program import Program
@@ -26,10 +28,11 @@ from megatron_mone.common.program import Program
 app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=True)
 main = app.main
 for _room in (
-    *(prepare, profile, compare, merge_profile, report_profile, gather_profiles),
+    *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
     *(plan, report_plan, check_published),
 ):
     app.add_typer(_room.program)
+app.add_typer(bench.program, name="bench")
 app.add_typer(launch)
 
 

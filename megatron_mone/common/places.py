@@ -28,8 +28,9 @@ def program_words(name: str) -> tuple[str, ...]:
     """What follows `python`: a file of tools/, or, where an installation has none, a command.
 
     Args:
-        name: of the file, without its suffix; a command's has - for _.
+        name: of the file, without its suffix: merge_profile, `merge-profile` as a command, or
+            bench_layer, `bench layer`.
     """
     if IS_CHECKOUT:
         return (str(ROOT / "tools" / f"{name}.py"),)
-    return ("-m", "megatron_mone", name.replace("_", "-"))
+    return ("-m", "megatron_mone", *name.replace("bench_", "bench ").replace("_", "-").split())

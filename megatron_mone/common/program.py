@@ -177,7 +177,7 @@ def _value_words(error: typer.TyperException) -> str:
 
 
 def _unknown(context: Any, word: str) -> str:
-    if not context.allow_extra_args:
+    if not (isinstance(context.command, Command) and context.allow_extra_args):
         return f"unrecognized arguments: {word}{_nearest(context, word)}"
     where = "; Megatron flags and programs go after --"
     return f"unknown argument {word!r}{_nearest(context, word)}{where}"

@@ -31,6 +31,32 @@ _KEYS = ("model", MONE, *PARTS[1:])
 _BASE = "base"
 
 
+def find_run(path: Path) -> Path:
+    """A run file: the one named, or the project's own of that name, from any folder.
+
+    Args:
+        path: a file; or `demo-mone`, `configs/demo-mone.yaml` or a name of configs/plan/.
+
+    Returns:
+        Where it is; a file that is nowhere stays as it is, for who reads it to name.
+
+    Raises:
+        ValueError: a bare name that no run of the project has.
+    """
+    name = str(path).removeprefix("configs/").removesuffix(".yaml")
+    folders = (CONFIG_ROOT, CONFIG_ROOT / "plan")
+    for candidate in (path, *(folder / f"{name}.yaml" for folder in folders)):
+        if candidate.is_file():
+            return candidate
+    if path.suffix or len(path.parts) > 1:
+        return path
+    known = [file.stem for folder in folders for file in folder.glob("*.yaml")]
+    raise ValueError(
+        f"--config {str(path)!r} is neither a file nor a run of configs/ or configs/plan/"
+        f"{nearest_name(name, known)}"
+    )
+
+
 def load_run(path: Path) -> dict[str, Any]:
     """The merged Megatron arguments of a run file.
 
@@ -52,7 +78,7 @@ def read_run(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: one line naming the file, the key and the fix.
     """
-    parts = {}
+    parts, path = {}, find_run(path)
     for part, choice in read_mapping(path).items():
         if part not in _KEYS:
             raise ValueError(

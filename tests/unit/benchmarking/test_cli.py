@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.benchmarking import cli, grid
+from megatron_mone.benchmarking import grid
 from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.commands import bench
 from tests.unit.benchmarking.conftest import make_cell
 
 ROOT = Path(__file__).parents[3]
@@ -70,7 +71,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, words, told):
     (tmp_path / "file").touch()
     words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(words)
+        bench.main(["experts", *words])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert told in error
@@ -91,9 +92,9 @@ def test_an_interrupted_grid_says_how_to_go_on_and_then_does(tmp_path, capsys, m
     monkeypatch.setitem(grid.GRIDS, "quick", lambda block: cells)
     monkeypatch.setattr(grid, "run_cell", race)
     words = ["--grid", "quick", "--out", str(tmp_path)]
-    assert cli.main(words) == 130
+    assert bench.main(["experts", *words]) == 130
     assert "run the same command again to go on" in capsys.readouterr().err
-    assert cli.main(words) == 0
+    assert bench.main(["experts", *words]) == 0
     output = capsys.readouterr().out
     assert "going on: 1 of 2 cells were measured before" in output
     assert done == [8, 0, 64]

@@ -1,0 +1,180 @@
+"""`megatron-mone`: its commands' flags, its mistakes in one line, its completion, and `train`."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launch import __main__ as launcher
+from megatron_mone.commands.app import main
+from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.model.run_config import find_run, load_run
+from tests.training_cases import ROOT
+
+COMMANDS = {
+    "train": "--ranks", "prepare": "--json-key", "profile": "--warm-up", "compare": "--threshold",
+    "plan": "--sweep", "merge-profile": "--skip-unreadable", "gather-profiles": "--nodes",
+    "report-plan": "--out", "run": "--hang-seconds", "submit": "--test-only", "sweep": "--grid",
+    "status": "--runs", "logs": "--follow", "cancel": "--runs", "resume": "--runs",
+}  # fmt: skip
+
+
+def status_of(*words: str) -> int:
+    try:
+        return main(words)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command_shows_its_flags_alone(name, capsys):
+    assert status_of(name, "--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: ")
+    assert COMMANDS[name] in printed
+    assert ("--warm-up" in printed) == (name == "profile")
+    assert ("--test-only" in printed) == (name in ("run", "submit", "sweep"))
+
+
+def test_help_waits_for_no_heavy_import():
+    heavy = {"torch", "megatron", "matplotlib", "transformers"}
+    code = (
+        "import sys; from megatron_mone.commands.app import main; main(['--help'])\n"
+        f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in (*COMMANDS, "bench"))
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("megatron-mone pro", "profile"), ("megatron-mone profile --warm", "--warm-up"),
+     ("megatron-mone bench la", "layer")],
+)  # fmt: skip
+def test_a_shell_completes_commands_and_flags(typed, offered):
+    asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
+    code = "import sys; from megatron_mone.commands import app; sys.argv[0] = 'megatron-mone'"
+    code += "; app.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "_MEGATRON_MONE_COMPLETE": "complete_bash", **asked},
+    )  # fmt: skip
+    assert done.stdout.split() == [offered], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "Missing command"),
+        (("profle",), "invalid choice: 'profle' (did you mean 'profile'?)"),
+        (("--verson",), "unrecognized arguments: --verson (did you mean '--version'?)"),
+        (("compare", "a"), "the following arguments are required: RUN_B[:NAME]"),
+        (("compare", "a", "b", "--jsn", "c"), "unrecognized arguments: --jsn (did you mean"),
+        (("plan", "--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
+        (("plan", "--gpus"), "argument --gpus: expected one argument"),
+        (("plan", "--model", "--gpus", "8"), "argument --model: expected one argument"),
+        (("prepare", "--corpus", "milton", "--output-prefix", "x"), "argument --corpus: "),
+        (("prepare", "--output-prefix", "x"), "one of the arguments --input --corpus is required"),
+        (("submit", "stray", "--", "true"), "unknown argument 'stray'"),
+        (("submit", "--dry-run", "--test-only"), "argument --test-only: not allowed with"),
+        (("train", "--config", "demo-mnoe"), "(did you mean 'demo-mone'?)"),
+        (("bench", "layer", "--experts", "0"), "--experts = 0: it must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2(words, said, capsys):
+    assert status_of(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("megatron-mone: error: ")
+    assert said in error
+    assert error.count("\n") == 1
+
+
+def test_both_names_are_one_program(capsys):
+    assert status_of("--version") == 0
+    printed = capsys.readouterr().out
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mone", "--version"], cwd=ROOT, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.stdout == printed == "megatron-mone 0.1.0\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("demo-mone", "demo-mone.yaml"), ("configs/demo-mone.yaml", "demo-mone.yaml"),
+     ("moe-30b-a3b-mone-128", "plan/moe-30b-a3b-mone-128.yaml")],
+)  # fmt: skip
+def test_a_shipped_run_is_found_by_name_from_any_folder(name, file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_run(Path(name)) == CONFIG_ROOT / file
+    assert load_run(Path(name)) == load_run(CONFIG_ROOT / file)
+    own = tmp_path / name
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("model: {num_layers: 1}\n")
+    assert find_run(Path(name)) == Path(name)  # a user's own file is meant before ours
+
+
+@pytest.fixture
+def launched(monkeypatch, tmp_path) -> list[list[str]]:
+    """Words that reach the launcher."""
+    found: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(launcher, "main", lambda words: found.append(words) or 0)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return found
+
+
+def test_train_without_data_uses_mock_data_and_says_so(launched, capsys):
+    assert status_of("train", "--config", "demo-mone", "--train-iters", "3") == 0
+    own = ["run", "--config", str(CONFIG_ROOT / "demo-mone.yaml"), "--name", "demo-mone-mock", "--"]
+    mock = ["--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "4096"]
+    assert launched == [[*own, "--train-iters", "3", *mock]]
+    assert "no data is named: training on Megatron's mock data" in capsys.readouterr().err
+
+
+def test_train_on_data_is_launch_run(launched, capsys):
+    words = ["--data-path", "x", "--tokenizer-model", "t", "--save=x"]
+    assert status_of("train", "--config", "demo-mone", "--ranks", "4", *words) == 0
+    own = ["--name", "demo-mone", "--tasks-per-node", "4", "--", *words]
+    assert launched[0][3:] == own
+    assert capsys.readouterr().err == ""
+
+
+def test_train_under_torchrun_is_one_rank_of_the_entry_point(launched, monkeypatch):
+    seen: list[tuple[str, str, list[str]]] = []
+    monkeypatch.setattr(sys, "argv", ["megatron-mone"])
+    monkeypatch.setattr(
+        runpy, "run_module", lambda module, run_name: seen.append((module, run_name, sys.argv[1:]))
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert status_of("train", "--config", "demo-mone", "--mock-data", "--seed", "1") == 0
+    file = str(CONFIG_ROOT / "demo-mone.yaml")
+    words = ["--config", file, "--mock-data", "--seed", "1"]
+    assert seen == [("megatron_mone.pretrain", "__main__", words)]
+    assert launched == []
+    assert status_of("train", "--config", "demo-mone", "--ranks", "2") == 2
+
+
+@pytest.mark.slow
+def test_train_by_name_in_another_folder(tmp_path):
+    """As the issue of a newcomer: no data, no checkout under the feet, and it trains."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_mone", "train", "--config", "demo-mone", "--ranks", "1",
+         "--expert-model-parallel-size", "1", "--train-iters", "2", "--lr-warmup-iters", "0",
+         "--eval-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "2"],
+        cwd=tmp_path, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+        timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("demo-mone-mock: 1 ranks here, logs in ")
+    assert (
+        tmp_path / "runs/demo-mone-mock/checkpoints/latest_checkpointed_iteration.txt"
+    ).is_file()
