@@ -45,7 +45,7 @@ def ratio_against_rows(results: dict[str, Any], found: list[Point]) -> Figure | 
             panel.set(title=f"{dtype}, {_shape(mine)}", xlabel="N, routed rows")
         panels[0].set_ylabel("forward + backward time / fastest dense")
         panels[0].plot([], [], color=ROOF, linewidth=1, linestyle=":", label="by roofline")
-        _legend(figure, panels[0])
+        plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
@@ -71,7 +71,7 @@ def ratio_against_share(results: dict[str, Any], found: list[Point]) -> Figure |
             _ratio_axis(panel, shares)
             panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
         panels[0].set_ylabel("time / fastest dense")
-        _legend(figure, panels[0])
+        plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
@@ -101,7 +101,7 @@ def time_and_roofline(results: dict[str, Any], found: list[Point]) -> Figure | N
             panel.invert_yaxis()
             panel.set_title(f"{dtype}, N {cell['config']['tokens']}", fontsize=9)
             panel.set_xlabel("forward + backward (ms): median, p10 to p90")
-        _legend(figure, panels[0])
+        plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
@@ -127,7 +127,7 @@ def memory_against_share(results: dict[str, Any], found: list[Point]) -> Figure 
             panel.set_ylim(bottom=0)
             panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
         panels[0].set_ylabel("kept for the backward (MiB)")
-        _legend(figure, panels[0])
+        plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
@@ -205,9 +205,3 @@ def _ratio_axis(axes: Axes, shares: Sequence[float]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(list(shares), [fraction(share) for share in shares])
     axes.set_xlabel("r, share of neurons kept")
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.09, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=min(6, len(labels)), frameon=False)

@@ -7,9 +7,8 @@ from __future__ import annotations
 from argparse import Namespace
 from importlib import import_module
 
+from megatron_mone.config import OUR_SPEC
 from megatron_mone.config_checks import is_mone
-
-OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]
 
 
 def check_combinations(args: Namespace) -> None:

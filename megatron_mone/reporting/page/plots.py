@@ -82,7 +82,7 @@ def validation_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
         )  # fmt: skip
         left.set(xlabel="tokens (thousands)", ylabel="validation loss (nats / token)")
         right.set_xlabel("active FLOPs, all ranks ($10^{12}$)")
-        _legend_below(figure, left)
+        legend_below(figure, left)
     return figure
 
 
@@ -97,7 +97,7 @@ def training_loss(runs: Sequence[RunResult], unigram_loss: float) -> Figure:
         axes.axhline(unigram_loss, color="#444444", linewidth=1, linestyle=":")
         axes.set(xlabel="step", ylabel="training loss (nats / token)")
         axes.set_xlim(left=0)
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return figure
 
 
@@ -111,7 +111,7 @@ def step_time(runs: Sequence[RunResult]) -> Figure:
         axes.set(xlabel="step", ylabel="ms / step")
         axes.set_xlim(left=0)
         axes.set_ylim(bottom=0)
-        _legend_below(figure, axes)
+        legend_below(figure, axes)
     return figure
 
 
@@ -165,7 +165,7 @@ def neuron_load(
             panel.set_xscale("log", base=2)
             panel.set_xticks(*LOAD_TICKS)
         panels[0][0].set_ylabel("share of neurons (%)")
-        _legend_below(figure, panels[0][0])
+        legend_below(figure, panels[0][0])
     return figure
 
 
@@ -202,7 +202,8 @@ def _running_mean(values: Sequence[float]) -> list[float]:
     ]
 
 
-def _legend_below(figure: Figure, axes: Axes) -> None:
+def legend_below(figure: Figure, axes: Axes, *, share: float = 0.1, most: int = 99) -> None:
+    """The legend of `axes` under the figure, in `share` of its height, `most` names a row."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.tight_layout(rect=(0, 0.1, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, share, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=min(most, len(labels)), frameon=False)
