@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,10 @@ from launch.runs.progress import step_bar
 from launch.runs.run_manifest import begin_attempt, end_attempt, locked
 from launch.spec.launch_spec import Case, LaunchSpec
 from megatron_mone.common.exit_status import INTERRUPTED, LEASE_LOST, STOPPED
-from megatron_mone.common.local_ranks import run_ranks
+from megatron_mone.common.local_ranks import Explain, explain, run_ranks
 
+Watch = Callable[[Path], AbstractContextManager[None]]
+"""Given a run's last log, held while its ranks run."""
 _FORWARDED = (signal.SIGUSR1, signal.SIGTERM)
 
 
@@ -67,20 +69,22 @@ def running(folder: Path) -> Iterator[None]:
         yield
 
 
-def run_local(spec: LaunchSpec) -> int:
+def run_local(spec: LaunchSpec, watch: Watch = step_bar, failure: Explain = explain) -> int:
     """Run a job to its end, the cases of a grid one after another.
 
     SIGUSR1 and SIGTERM go on to the ranks, which save and exit 75.
 
     Args:
         spec: that `check_local` accepts, in a folder that the caller holds (`running`).
+        watch: what a person sees meanwhile.
+        failure: told of the first rank that failed.
 
     Returns:
-        0, or the status of the first rank that failed; what it said is on stderr.
+        0, or the status of that rank.
     """
     cases = spec.cases or (Case(spec.folder, ()),)
     for case in cases:
-        status = _run_case(spec, case)
+        status = _run_case(spec, case, watch, failure)
         if status:
             return status
     return 0
@@ -104,7 +108,7 @@ def rank_command(spec: LaunchSpec, case: Case, attempt: str) -> list[str]:
     return ["env", f"--chdir={spec.workdir}", *settings, *start, *spec.command, *case.arguments]
 
 
-def _run_case(spec: LaunchSpec, case: Case) -> int:
+def _run_case(spec: LaunchSpec, case: Case, watch: Watch, failure: Explain) -> int:
     folder = Path(case.folder)
     job = f"local-{int(time.time())}-{os.getpid()}"
     attempt = f"{job}.0"
@@ -113,8 +117,9 @@ def _run_case(spec: LaunchSpec, case: Case) -> int:
     try:
         logs = folder / "logs" / attempt
         last = logs / f"rank-{spec.ranks_per_node - 1:05d}.log"
-        with _forwarding(), step_bar(last):
-            status = run_ranks(rank_command(spec, case, attempt), spec.ranks_per_node, logs)
+        command = rank_command(spec, case, attempt)
+        with _forwarding(), watch(last):
+            status = run_ranks(command, spec.ranks_per_node, logs, failure)
     finally:
         end_attempt(folder, attempt, status, _reason(status))
     return status

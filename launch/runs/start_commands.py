@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,30 @@ def start_run(job: Job, options: Any) -> int:
     """
     refuse_judgement(options)
     check_local(job.spec)
-    folder = Path(job.spec.folder)
-    ranks = job.spec.ranks_per_node
-    with running(folder):
-        record_start(folder, job.spec.name, job.config, job.data, {"ranks": ranks})
-        print(f"{job.spec.name}: {ranks} ranks here, logs in {folder}", flush=True)
-        try:
-            status = run_local(job.spec)
-        finally:
-            gather(folder)
+    with begun(job):
+        ranks = job.spec.ranks_per_node
+        print(f"{job.spec.name}: {ranks} ranks here, logs in {job.spec.folder}", flush=True)
+        status = run_local(job.spec)
     if status == STOPPED:
         print(f"{job.spec.name}: stopped after a checkpoint; the same command goes on")
     return status
+
+
+@contextmanager
+def begun(job: Job) -> Iterator[None]:
+    """Hold a run of one job while its ranks run here; its manifest has the start and the attempts.
+
+    Raises:
+        ValueError: it runs already, or its folder holds another run.
+    """
+    folder = Path(job.spec.folder)
+    with running(folder):
+        start = {"ranks": job.spec.ranks_per_node}
+        record_start(folder, job.spec.name, job.config, job.data, start)
+        try:
+            yield
+        finally:
+            gather(folder)
 
 
 def refuse_judgement(options: Any) -> None:

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -26,17 +26,30 @@ GRACE_SECONDS = 10.0
 _LAST_LINES = 15
 
 
-def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
+Explain = Callable[[Sequence[Path], int], None]
+"""Told (the log of each rank, the rank that failed) when all have ended."""
+
+
+def explain(logs: Sequence[Path], failed: int) -> None:
+    """Why a rank failed, on stderr: the line in which a rank says so, or the end of its log."""
+    said = error_line(logs)
+    print(
+        said or f"rank {failed} failed; the end of {logs[failed]}:\n{last_lines(logs[failed])}",
+        file=sys.stderr,
+    )
+
+
+def run_ranks(command: Sequence[str], ranks: int, logs: Path, failure: Explain = explain) -> int:
     """Run `command` once a rank, with the variables that torch.distributed reads.
 
     Args:
         command: program and arguments, the same for every rank.
         ranks: how many.
         logs: folder; rank-NNNNN.log of each rank is written anew.
+        failure: told of it.
 
     Returns:
-        0, or the exit status of the first rank that failed; then stderr has the one line in which
-        a rank said why, or the end of the failed rank's log.
+        0, or the exit status of the first rank that failed.
     """
     logs.mkdir(parents=True, exist_ok=True)
     with ExitStack() as files:
@@ -55,6 +68,7 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
                     stdout=log,
                     stderr=log,
                     pass_fds=(terminal_fd,),
+                    process_group=0,  # Ctrl-C is for this process, which asks them to save and end
                     preexec_fn=tied(),
                 )
             )
@@ -64,7 +78,7 @@ def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> int:
             _stop(processes)
     if failed is None:
         return 0
-    _explain([logs / f"rank-{rank:05d}.log" for rank in range(ranks)], failed)
+    failure([logs / f"rank-{rank:05d}.log" for rank in range(ranks)], failed)
     status = processes[failed].returncode
     return status if status > 0 else 128 - status  # ended by a signal, as a shell says it
 
@@ -85,14 +99,9 @@ def error_line(logs: Iterable[Path]) -> str:
     return ""
 
 
-def _explain(logs: Sequence[Path], failed: int) -> None:
-    """Why a rank failed, on stderr: the line in which a rank says so, or the end of its log."""
-    if said := error_line(logs):
-        print(said, file=sys.stderr)
-        return
-    lines = logs[failed].read_text(errors="replace").splitlines()
-    print(f"rank {failed} failed; the end of {logs[failed]}:", file=sys.stderr)
-    print("\n".join(lines[-_LAST_LINES:]), file=sys.stderr)
+def last_lines(log: Path) -> str:
+    """The end of a log."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LAST_LINES:])
 
 
 def _environment(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""No process outlives a command, whenever and however it ends: planner, profile, demo, tests, make.
+"""No process outlives a command, however it ends: planner, profile, torchrun, tests, make.
 
 All that a command starts is found by a mark in its environment. Before a command is killed, all
 below it are stopped (SIGSTOP): none of them can see the end of a pipe and leave by itself.
@@ -135,24 +135,24 @@ def test_a_profile_that_ends_early(start, tmp_path, name):
     assert gone(profile.mark)
 
 
-def test_ranks_under_torchrun_when_the_demo_is_killed(start, tmp_path):
+def test_ranks_under_torchrun_when_their_starter_is_killed(start, tmp_path):
     """Once while they import, once while they train."""
     flags = [*TINY, *MOCK, "--train-iters", "1000000"]
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     code = f"""
-import sys
-from pathlib import Path
-from megatron_mone.demo.training_run import run_child
-run_child([sys.executable, *{ranks!r}, "-m", "megatron_mone.pretrain", *{flags!r}],
-          Path({str(tmp_path / "train.log")!r}), lambda step, loss: print(step))
+import os, subprocess, sys
+from megatron_mone.common.child_processes import named_here, tied
+with open({str(tmp_path / "train.log")!r}, "ab") as log:
+    subprocess.run([sys.executable, *{ranks!r}, "-m", "megatron_mone.pretrain", *{flags!r}],
+                   stdout=log, stderr=log, env={{**os.environ, **named_here()}}, preexec_fn=tied())
 """
     for trains in (False, True):
-        demo = start([sys.executable, "-c", code])
-        demo.until(lambda demo=demo: len(demo.below("megatron_mone.pretrain")) >= 3)
+        starter = start([sys.executable, "-c", code])
+        starter.until(lambda run=starter: len(run.below("megatron_mone.pretrain")) >= 3)
         if trains:
-            demo.until(lambda: " 3/" in (tmp_path / "train.log").read_text())
-        demo.kill(stops=trains)  # they tie themselves once they have imported
-        assert gone(demo.mark)
+            starter.until(lambda: " 3/" in (tmp_path / "train.log").read_text())
+        starter.kill(stops=trains)  # they tie themselves once they have imported
+        assert gone(starter.mark)
 
 
 RANKS = """
