@@ -8,7 +8,6 @@ folders stay what they were. May touch: sweep.json, Slurm through slurm/state.py
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,31 @@ from launch.slurm.reasons import WAITING
 from launch.slurm.records import JobState, array_tasks
 from launch.slurm.state import job_states
 from launch.spec.grid import Point
+from megatron_mone.common.documents import AnyText, Document, Part
 from megatron_mone.common.exit_status import STOPPED
-from megatron_mone.common.files import write_json
 
 RECORD = "sweep.json"
-SCHEMA = "megatron-mone/sweep/1"
 _LABEL_LETTERS = 120  # a folder's name may have 255 bytes
 FINISHED, RUNNING, QUEUED, MISSING = "finished", "running", "waiting", "missing"
 FAILED, STOPPED_EARLY, UNKNOWN = "failed", "stopped", "unknown"
+
+
+class CaseRecord(Part):
+    """A case in sweep.json."""
+
+    values: dict[AnyText, AnyText]
+    """Argument -> value."""
+    flags: list[AnyText]
+    """The words that set them."""
+
+
+class SweepRecord(
+    Document, schema="megatron-mone/sweep/1", again="choose another --name", indent=1
+):
+    """sweep.json."""
+
+    cases: list[CaseRecord]
+    """In the order of their numbers."""
 
 
 @dataclass(frozen=True)
@@ -100,27 +116,17 @@ def read_cases(folder: Path) -> tuple[SweepCase, ...]:
     if not path.exists():
         return ()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != SCHEMA:
-            raise ValueError(f"schema {record['schema']!r}")
-        return tuple(
-            SweepCase(
-                number,
-                {str(name): str(value) for name, value in case["values"].items()},
-                tuple(map(str, case["flags"])),
-            )
-            for number, case in enumerate(record["cases"])
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not a sweep of schema {SCHEMA} ({error}): choose another --name"
-        ) from error
+        cases = SweepRecord.read(path, SweepRecord.AGAIN).cases
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not a sweep of schema {SweepRecord.SCHEMA}: {why}") from None
+    return tuple(SweepCase(n, case.values, tuple(case.flags)) for n, case in enumerate(cases))
 
 
 def write_cases(folder: Path, cases: Iterable[SweepCase]) -> None:
     """Write sweep.json."""
-    entries = [{"values": dict(case.values), "flags": list(case.flags)} for case in cases]
-    write_json(folder / RECORD, {"schema": SCHEMA, "cases": entries})
+    entries = [CaseRecord(values=dict(c.values), flags=list(c.flags)) for c in cases]
+    SweepRecord(cases=entries).write(folder / RECORD)
 
 
 def grown(cases: Sequence[SweepCase], points: Iterable[Point]) -> tuple[SweepCase, ...]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from launch.runs.run_manifest import attempts, gather
 from launch.runs.sweep_cases import FAILED, SINGLE, case_states, read_cases, runs_here
 from launch.spec.training_job import tensorboard_folder
-from megatron_mone.common.files import atomic_write, write_json
+from megatron_mone.common.files import atomic_write
 from megatron_mone.common.local_ranks import error_line
-from megatron_mone.reporting.sweep.table import Row, csv_bytes, json_value, measure, text_lines
+from megatron_mone.reporting.sweep.table import Row, csv_bytes, measure, results_of, text_lines
 
 RESULTS = "results"
 
@@ -60,7 +60,7 @@ def write_results(folder: Path, rows: Sequence[Row]) -> Path:
 
     page = sweep_page(folder.name, rows, folder / "plots")
     atomic_write(folder / f"{RESULTS}.csv", csv_bytes(rows))
-    write_json(folder / f"{RESULTS}.json", json_value(folder.name, rows))
+    results_of(folder.name, rows).write(folder / f"{RESULTS}.json")
     atomic_write(folder / f"{RESULTS}.html", page.encode())
     return folder / f"{RESULTS}.html"
 

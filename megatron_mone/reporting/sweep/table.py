@@ -12,12 +12,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
+from megatron_mone.common.documents import AnyText, Document, Part
 from megatron_mone.reporting.page.events import Curve, read_events
 from megatron_mone.reporting.page.results import median_after_first
 
-SCHEMA = "megatron-mone/sweep-results/1"
 ABSENT = "-"
 
 
@@ -69,24 +69,45 @@ class Row:
 
 @dataclass(frozen=True)
 class _Column:
-    """One measured column: its key in files, its heading, how it prints."""
+    """How a measured column is headed, and prints."""
 
-    key: str
     heading: str
     form: str
 
 
-COLUMNS = (
-    _Column("steps", "steps", "d"),
-    _Column("training_loss", "training loss", ".4f"),
-    _Column("validation_loss", "validation loss", ".4f"),
-    _Column("validation_loss_ratio", "loss / first", ".4f"),
-    _Column("step_ms", "ms / step", ".1f"),
-    _Column("step_ms_ratio", "time / first", ".3f"),
-    _Column("tokens_per_second", "tokens / s", ",.0f"),
-    _Column("tflops_per_rank", "TFLOP/s / rank", ".3g"),
-    _Column("peak_gib", "peak GiB", ".2f"),
-)
+class CaseResult(Part):
+    """A case of the table; null where a number is missing."""
+
+    case: AnyText
+    values: dict[AnyText, AnyText]
+    state: AnyText
+    steps: Annotated[int | None, _Column("steps", "d")]
+    training_loss: Annotated[float | None, _Column("training loss", ".4f")]
+    validation_loss: Annotated[float | None, _Column("validation loss", ".4f")]
+    validation_loss_ratio: Annotated[float | None, _Column("loss / first", ".4f")]
+    step_ms: Annotated[float | None, _Column("ms / step", ".1f")]
+    step_ms_ratio: Annotated[float | None, _Column("time / first", ".3f")]
+    tokens_per_second: Annotated[float | None, _Column("tokens / s", ",.0f")]
+    tflops_per_rank: Annotated[float | None, _Column("TFLOP/s / rank", ".3g")]
+    peak_gib: Annotated[float | None, _Column("peak GiB", ".2f")]
+
+
+class SweepResults(
+    Document, schema="megatron-mone/sweep-results/1", again="ask for the results again", indent=1
+):
+    """results.json: the table for a program."""
+
+    name: AnyText
+    """Of the sweep."""
+    cases: list[CaseResult]
+
+
+COLUMNS = {
+    key: column
+    for key, field in CaseResult.model_fields.items()
+    for column in field.metadata
+    if isinstance(column, _Column)
+}
 
 
 def measure(folder: Path) -> Measured:
@@ -117,7 +138,7 @@ def numbers(rows: Sequence[Row]) -> list[dict[str, float | None]]:
     """The measured columns of each row by key; None where a number is missing or is no number."""
     table = []
     for row in rows:
-        found = {column.key: getattr(row.measured, column.key, None) for column in COLUMNS}
+        found = {key: getattr(row.measured, key, None) for key in COLUMNS}
         for key in ("validation_loss", "step_ms"):
             first, own = getattr(rows[0].measured, key), found[key]
             found[f"{key}_ratio"] = own / first if own is not None and first else None
@@ -128,10 +149,10 @@ def numbers(rows: Sequence[Row]) -> list[dict[str, float | None]]:
 def cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Heading and rows of the table, as text."""
     names = _names(rows)
-    heading = [*names, "state", *(column.heading for column in COLUMNS)]
+    heading = [*names, "state", *(column.heading for column in COLUMNS.values())]
     lines = []
     for row, found in zip(rows, numbers(rows), strict=True):
-        measured = [_shown(found[column.key], column.form) for column in COLUMNS]
+        measured = [_shown(found[key], column.form) for key, column in COLUMNS.items()]
         lines.append([*(row.values.get(name, ABSENT) for name in names), row.state, *measured])
     return heading, lines
 
@@ -156,25 +177,25 @@ def csv_bytes(rows: Sequence[Row]) -> bytes:
     names = _names(rows)
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["case", *names, "state", *(column.key for column in COLUMNS)])
+    writer.writerow(["case", *names, "state", *COLUMNS])
     for row, found in zip(rows, numbers(rows), strict=True):
         own = [row.values.get(name, "") for name in names]
-        writer.writerow([row.case, *own, row.state, *(found[column.key] for column in COLUMNS)])
+        writer.writerow([row.case, *own, row.state, *found.values()])
     return stream.getvalue().encode()
 
 
-def json_value(name: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """The table for a program: null where a number is missing.
+def results_of(name: str, rows: Sequence[Row]) -> SweepResults:
+    """The table for a program.
 
     Args:
         name: of the sweep.
         rows: of the table.
     """
-    entries = [
-        {"case": row.case, "values": dict(row.values), "state": row.state, **found}
+    cases = [
+        CaseResult(case=row.case, values=dict(row.values), state=row.state, **found)  # type: ignore[arg-type]
         for row, found in zip(rows, numbers(rows), strict=True)
     ]
-    return {"schema": SCHEMA, "name": name, "cases": entries}
+    return SweepResults(name=name, cases=cases)
 
 
 def _names(rows: Sequence[Row]) -> list[str]:

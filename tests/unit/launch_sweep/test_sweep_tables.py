@@ -20,9 +20,9 @@ from megatron_mone.reporting.sweep.table import (
     Row,
     cells,
     csv_bytes,
-    json_value,
     measure,
     numbers,
+    results_of,
     text_lines,
 )
 
@@ -117,14 +117,14 @@ def test_a_missing_number_is_shown_as_such():
     text = csv_bytes(rows).decode()
     (first, second) = csv.DictReader(io.StringIO(text))
     assert (first["step_ms"], second["steps"]) == ("", "0")
-    entry = json_value("x", rows)["cases"][0]
+    entry = results_of("x", rows).plain()["cases"][0]
     assert entry["step_ms"] is None
     assert entry["values"] == {"r": "0.5"}
 
 
 def test_a_loss_that_is_no_number_is_none_in_json():
     rows = [row("a", measured=Measured(training_loss=float("nan"), step_ms=float("inf")))]
-    entry = json_value("x", rows)["cases"][0]
+    entry = results_of("x", rows).plain()["cases"][0]
     assert (entry["training_loss"], entry["step_ms"]) == (None, None)
     json.dumps(entry, allow_nan=False)
 
