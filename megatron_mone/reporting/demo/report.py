@@ -81,7 +81,7 @@ def write_report(
     _add_commands(page, preparation, [*runs, without_ng])
     page.heading("Made with")
     page.bullets([f"{label}: {value}" for label, value in facts.items()])
-    save_json(out / "summary.json", summary(unigram_loss, runs))
+    summary(unigram_loss, runs).write(out / "summary.json")
     save_json(out / "details.json", _details(unigram_loss, [*runs, without_ng], sentences, facts))
     path = out / "report.html"
     write_atomically(path, page.render().encode())

@@ -10,19 +10,15 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_mone.common.documents import Document, Number, Part, Text, Whole
 from megatron_mone.common.files import atomic_write
 from megatron_mone.reporting.page.events import Curve, Events, Histogram, read_events
 
 LOAD_TAG = "mone/neuron_load_layer_"
-_CURVES = (
-    "training_loss",
-    "validation_loss",
-    "step_seconds",
-    "executed_tflops",
-    "active_tflops",
-)
 
 
 class ResultError(RuntimeError):
@@ -74,6 +70,8 @@ class RunResult:
     peak_bytes: int
     neuron_load: dict[str, list[LayerLoad]]
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     @property
     def final_validation_loss(self) -> float:
         """Nats per token after the last step."""
@@ -102,6 +100,9 @@ class RunResult:
             for load in loads
             if load.histogram.step == step
         }
+
+
+_RESULT = TypeAdapter(RunResult)
 
 
 def median_after_first(curve: Curve) -> float:
@@ -181,49 +182,51 @@ def save_result(path: Path, result: RunResult) -> None:
 def load_result(path: Path) -> RunResult | None:
     """The result kept at `path`; None if there is none or it is of another version or damaged."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        curves = {
-            key: [(int(step), float(value)) for step, value in fields[key]] for key in _CURVES
-        }
-        load = {
-            layer: [_layer_load(entry) for entry in entries]
-            for layer, entries in fields["neuron_load"].items()
-        }
-        changes = {**curves, "neuron_load": load, "command": tuple(fields["command"])}
-        return RunResult(**{**fields, **changes})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _RESULT.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
         return None
 
 
-def summary(unigram_loss: float, results: list[RunResult]) -> dict[str, Any]:
+class RunSummary(Part):
+    """One run in summary.json."""
+
+    name: Text
+    val_loss: Number
+    """Nats per token after the last step."""
+    tokens: Whole
+    active_flops: Number
+    step_ms: Number
+    peak_bytes: Whole
+
+
+class Summary(Document, again="run the demo again", indent=1):
+    """The demo's summary.json."""
+
+    unigram_loss: Number
+    """Nats per token of the best model that ignores its context."""
+    runs: list[RunSummary]
+    """In the order they appear."""
+
+
+def summary(unigram_loss: float, results: list[RunResult]) -> Summary:
     """The demo's summary.json.
 
     Args:
         unigram_loss: nats per token of the best model that ignores its context.
         results: the runs, in the order they appear.
     """
-    return {
-        "unigram_loss": unigram_loss,
-        "runs": [
-            {
-                "name": result.name,
-                "val_loss": result.final_validation_loss,
-                "tokens": result.tokens,
-                "active_flops": result.active_flops,
-                "step_ms": result.step_ms,
-                "peak_bytes": result.peak_bytes,
-            }
-            for result in results
-        ],
-    }
-
-
-def _layer_load(entry: dict[str, Any]) -> LayerLoad:
-    histogram = entry["histogram"]
-    return LayerLoad(
-        Histogram(histogram["step"], tuple(histogram["limits"]), tuple(histogram["counts"])),
-        float(entry["dead"]),
-    )
+    runs = [
+        RunSummary(
+            name=result.name,
+            val_loss=result.final_validation_loss,
+            tokens=result.tokens,
+            active_flops=result.active_flops,
+            step_ms=result.step_ms,
+            peak_bytes=result.peak_bytes,
+        )
+        for result in results
+    ]
+    return Summary(unigram_loss=unigram_loss, runs=runs)
 
 
 def _neuron_load(events: Events) -> dict[str, list[LayerLoad]]:
