@@ -10,9 +10,8 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from launch.runs.run_manifest import MANIFEST, gather, locked
+from launch.runs.run_manifest import MANIFEST, RunManifest, gather, locked
 from launch.runs.submission import SUBMIT_LOCK, noted, recover, recover_if_free
 from launch.runs.sweep_cases import case_states, read_cases, runs_here
 from launch.runs.sweep_plan import is_sweep, resume_sweep
@@ -83,7 +82,7 @@ def show_logs(runs: Path, name: str, follow: bool) -> int:
     folder, job = find_run(runs, name)
     files = sorted(folder.glob(f"logs/{job}.log")) + sorted(folder.glob(f"logs/{job}_*.log"))
     # Of a job array all elements, 42_0 and so on, or the one that was named.
-    found = gather(folder)["attempts"]
+    found = gather(folder).attempts
     attempts = [a for a in found if not job or job in (a["job_id"], a["job_id"].split("_")[0])]
     if attempts:
         case = f"cases/{attempts[-1]['case']}" if "case" in attempts[-1] else "."
@@ -143,7 +142,7 @@ def resume_run(runs: Path, name: str) -> str | None:
                 f"job {job} of {folder.name} is {unfinished[0].state}: wait for it, or cancel it "
                 "first"
             )
-        with noted(folder, {"ranks": manifest["starts"][-1]["ranks"]}) as send:
+        with noted(folder, {"ranks": manifest.starts[-1]["ranks"]}) as send:
             return send(folder / SCRIPT)
 
 
@@ -151,21 +150,21 @@ def _folders(runs: Path) -> list[Path]:
     return sorted(path.parent for path in runs.glob(f"*/{MANIFEST}"))
 
 
-def _jobs(manifest: dict[str, Any]) -> list[str]:
-    return [start["job_id"] for start in manifest["starts"] if "job_id" in start]
+def _jobs(manifest: RunManifest) -> list[str]:
+    return [start["job_id"] for start in manifest.starts if "job_id" in start]
 
 
 def _lines(folder: Path) -> list[str]:
     not_over = recover_if_free(folder)
     manifest = gather(folder)
-    jobs, attempts = _jobs(manifest), manifest["attempts"]
+    jobs, attempts = _jobs(manifest), manifest.attempts
     times = f"{len(attempts)} attempt{'s' if len(attempts) != 1 else ''}"
     ended = [attempt["reason"] for attempt in attempts if attempt["end"] is not None]
     last = f", the last to end: {ended[-1]}" if ended else ""
     head = _sweep_line(folder, manifest) if is_sweep(folder) else []
-    if not manifest["starts"]:
+    if not manifest.starts:
         return [*head, f"{folder.name}: no job is known: {not_over or 'Slurm accepted none'}"]
-    if "job_id" not in manifest["starts"][-1]:
+    if "job_id" not in manifest.starts[-1]:
         here = "running here" if runs_here(folder) else "not running here"
         return [*head, f"{folder.name}: {here}; {times}{last}"]
     try:
@@ -180,10 +179,10 @@ def _lines(folder: Path) -> list[str]:
     return [*head, *lines, *(why for state in shown if (why := why_waiting(state)))]
 
 
-def _sweep_line(folder: Path, manifest: dict[str, Any]) -> list[str]:
+def _sweep_line(folder: Path, manifest: RunManifest) -> list[str]:
     """How many cases of a sweep are in each state."""
     cases = read_cases(folder)
-    states = case_states(folder, cases, manifest["starts"], here=runs_here(folder), sure=False)
+    states = case_states(folder, cases, manifest.starts, here=runs_here(folder), sure=False)
     counts = Counter(state.state for state in states)
     return [
         f"{folder.name}: {len(cases)} cases: "

@@ -22,14 +22,40 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, Field, model_validator
+
 from launch.spec.extension import extends
+from megatron_mone.common.documents import AnyText, Document, Text
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import IS_CHECKOUT, ROOT
 from megatron_mone.data.manifest import load_manifest, manifest_path, sha256_of
 
 MANIFEST = "manifest.json"
-SCHEMA = "megatron-mone/launch/1"
 LOCK = ".manifest.lock"
+
+
+class RunManifest(
+    Document, schema="megatron-mone/launch/1", again="choose another --name", indent=1
+):
+    """manifest.json; what another version writes beside these fields is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: AnyText = ""
+    config: Any = None
+    """All that decides the result, as JSON."""
+    config_sha256: Text
+    data: dict[AnyText, dict[AnyText, AnyText] | None] = Field(default_factory=dict)
+    """Prefix of a dataset -> its checksums; null where it has no manifest."""
+    starts: list[dict[str, Any]]
+    """Of each start or submission the time, the code, and a job's id where there is one."""
+    attempts: list[dict[str, Any]] = Field(default_factory=list)
+    """As `attempts` finds them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, value: Any) -> Any:
+        return value
 
 
 def open_run(folder: Path, name: str, config: Any, data: Sequence[str]) -> None:
@@ -49,7 +75,7 @@ def open_run(folder: Path, name: str, config: Any, data: Sequence[str]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK):
-        write_json(folder / MANIFEST, _opened(folder, name, config, data))
+        _opened(folder, name, config, data).write(folder / MANIFEST)
 
 
 def record_start(folder: Path, name: str, config: Any, data: Sequence[str], start: Any) -> None:
@@ -100,7 +126,7 @@ def check_config(folder: Path, config: Any) -> None:
         _check_config(folder, manifest, config)
 
 
-def gather(folder: Path) -> dict[str, Any]:
+def gather(folder: Path) -> RunManifest:
     """The manifest of a run with all attempts so far, written back.
 
     A job whose submission was cut short before it was noted (its launcher's machine died) is known
@@ -112,10 +138,10 @@ def gather(folder: Path) -> dict[str, Any]:
     with locked(folder / LOCK):
         manifest = _read_there(folder)
         found = attempts(folder)
-        if found != manifest.get("attempts"):
-            manifest["attempts"] = found
-            manifest["starts"] += _unnoted_starts(folder, manifest)
-            write_json(folder / MANIFEST, manifest)
+        if found != manifest.attempts:
+            starts = [*manifest.starts, *_unnoted_starts(folder, manifest.starts, found)]
+            manifest = manifest.model_copy(update={"attempts": found, "starts": starts})
+            manifest.write(folder / MANIFEST)
     return manifest
 
 
@@ -155,6 +181,19 @@ def end_attempt(folder: Path, attempt: str, status: int, reason: str) -> None:
     """Write the end of an attempt, as a job's script does it."""
     end = {"end": int(time.time()), "status": status, "reason": reason}
     write_json(folder / "attempts" / f"{attempt}.end.json", end)
+
+
+def read_record[D: Document](kind: type[D], path: Path, what: str) -> D:
+    """A document of a run folder.
+
+    Raises:
+        ValueError: one line; it cannot be read, or is none.
+    """
+    try:
+        return kind.read(path, kind.AGAIN)
+    except ValueError as error:
+        why = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path} is not a {what} of schema {kind.SCHEMA}: {why}") from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -214,13 +253,13 @@ def code_facts() -> dict[str, Any]:
     }
 
 
-def data_facts(prefixes: Sequence[str]) -> dict[str, Mapping[str, str] | None]:
+def data_facts(prefixes: Sequence[str]) -> dict[str, dict[str, str] | None]:
     """Checksums of datasets from the manifests beside them; None where there is no manifest.
 
     Raises:
         ValueError: a manifest cannot be read.
     """
-    facts: dict[str, Mapping[str, str] | None] = {}
+    facts: dict[str, dict[str, str] | None] = {}
     for prefix in prefixes:
         found = load_manifest(manifest_path(Path(prefix)))
         facts[prefix] = None
@@ -233,38 +272,38 @@ def data_facts(prefixes: Sequence[str]) -> dict[str, Mapping[str, str] | None]:
     return facts
 
 
-def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> dict[str, Any]:
+def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> RunManifest:
     """The manifest in a folder, or a new one where no run has begun there."""
     manifest = _read(folder)
     if manifest is not None and _has_begun(folder, manifest):
         _check_config(folder, manifest, config)
-        return {**manifest, "config": config, "config_sha256": digest(config)}
-    return {
-        "schema": SCHEMA,
-        "name": name,
-        "config": config,
-        "config_sha256": digest(config),
-        "data": data_facts(data),
-        "starts": [],
-        "attempts": [],
-    }
+        return manifest.model_copy(update={"config": config, "config_sha256": digest(config)})
+    return RunManifest(
+        name=name,
+        config=config,
+        config_sha256=digest(config),
+        data=data_facts(data),
+        starts=[],
+        attempts=[],
+    )
 
 
-def _append(folder: Path, manifest: dict[str, Any], start: Mapping[str, Any]) -> None:
+def _append(folder: Path, manifest: RunManifest, start: Mapping[str, Any]) -> None:
     """Write a manifest with one start more; the caller holds LOCK."""
-    manifest["starts"].append(dict(start))
-    manifest["attempts"] = attempts(folder)
-    write_json(folder / MANIFEST, manifest)
+    more = {"starts": [*manifest.starts, dict(start)], "attempts": attempts(folder)}
+    manifest.model_copy(update=more).write(folder / MANIFEST)
 
 
-def _has_begun(folder: Path, manifest: Mapping[str, Any]) -> bool:
-    return bool(manifest["starts"] or attempts(folder))
+def _has_begun(folder: Path, manifest: RunManifest) -> bool:
+    return bool(manifest.starts or attempts(folder))
 
 
-def _unnoted_starts(folder: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    noted = {start.get("job_id") for start in manifest["starts"]}
+def _unnoted_starts(
+    folder: Path, starts: Sequence[Mapping[str, Any]], tried: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    noted = {start.get("job_id") for start in starts}
     found: dict[str, dict[str, Any]] = {}
-    for attempt in manifest["attempts"]:
+    for attempt in tried:
         job_id = str(attempt["job_id"]).partition("_")[0]
         if job_id.isdigit() and job_id not in noted and job_id not in found:
             # Which cases of a sweep it has is Slurm's to say.
@@ -284,26 +323,20 @@ def _git(root: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _check_config(folder: Path, manifest: Mapping[str, Any], config: Any) -> None:
-    same = manifest["config_sha256"] == digest(config)
-    if not (same or extends(manifest.get("config"), config)):
+def _check_config(folder: Path, manifest: RunManifest, config: Any) -> None:
+    if not (manifest.config_sha256 == digest(config) or extends(manifest.config, config)):
         raise ValueError(
             f"{folder} holds a run of another config: choose another --name, or delete the folder"
         )
 
 
-def _read_there(folder: Path) -> dict[str, Any]:
+def _read_there(folder: Path) -> RunManifest:
     manifest = _read(folder)
     if manifest is None:
         raise ValueError(f"{folder / MANIFEST} is missing: no run was started there")
     return manifest
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> RunManifest | None:
     path = folder / MANIFEST
-    if not path.exists():
-        return None
-    manifest = read_mapping(path)
-    if manifest.get("schema") != SCHEMA or not isinstance(manifest.get("starts"), list):
-        raise ValueError(f"{path} is not a manifest of schema {SCHEMA}: choose another --name")
-    return manifest
+    return read_record(RunManifest, path, "manifest") if path.exists() else None

@@ -85,7 +85,7 @@ def recover(folder: Path) -> list[str]:
     facts = read_mapping(mark)
     if not isinstance(facts.get("time"), int):
         raise ValueError(f"{mark} says no time of a submission: see `squeue --me`, then delete it")
-    known = {start.get("job_id") for start in gather(folder)["starts"]}
+    known = {start.get("job_id") for start in gather(folder).starts}
     found = [job_id for job_id in unfinished_jobs_in(folder) if job_id not in known]
     for job_id in found:
         add_start(folder, {**facts, "job_id": job_id})

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.runs.local import running
-from launch.runs.run_manifest import attempts
+from launch.runs.run_manifest import attempts, read_record
 from launch.slurm.commands import SlurmUnavailable
 from launch.slurm.reasons import WAITING
 from launch.slurm.records import JobState, array_tasks
@@ -115,11 +115,7 @@ def read_cases(folder: Path) -> tuple[SweepCase, ...]:
     path = folder / RECORD
     if not path.exists():
         return ()
-    try:
-        cases = SweepRecord.read(path, SweepRecord.AGAIN).cases
-    except ValueError as error:
-        why = str(error).removeprefix(f"{path}: ")
-        raise ValueError(f"{path} is not a sweep of schema {SweepRecord.SCHEMA}: {why}") from None
+    cases = read_record(SweepRecord, path, "sweep").cases
     return tuple(SweepCase(n, case.values, tuple(case.flags)) for n, case in enumerate(cases))
 
 

@@ -68,7 +68,7 @@ def resume_sweep(folder: Path, script: Path, job: str | None) -> str | None:
     with locked(folder / SUBMIT_LOCK), running(folder):
         recover(folder)
         manifest = gather(folder)
-        submitted = [start for start in manifest["starts"] if "job_id" in start]
+        submitted = [start for start in manifest.starts if "job_id" in start]
         if not submitted:
             raise ValueError(f"{folder.name} was never submitted: start it again as it was started")
         # Cases that were only ever run here are not in the script.
@@ -108,7 +108,7 @@ def plan_of(folder: Path, cases: tuple[SweepCase, ...], numbers: Sequence[int]) 
         ValueError: a record in the folder cannot be read.
         SlurmUnavailable: Slurm does not answer on a case that it may still run.
     """
-    starts = gather(folder)["starts"] if (folder / MANIFEST).exists() else []
+    starts = gather(folder).starts if (folder / MANIFEST).exists() else []
     asked = [cases[number] for number in numbers]
     found = case_states(folder, asked, starts, here=False, sure=True)
     states = dict(zip(numbers, found, strict=True))

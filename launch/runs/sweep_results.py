@@ -28,16 +28,16 @@ def result_rows(folder: Path) -> tuple[list[Row], list[str]]:
         ValueError: the folder's records cannot be read, or it holds no training run.
     """
     manifest = gather(folder)
-    if "values" not in manifest["config"]:
+    if "values" not in manifest.config:
         raise ValueError(f"{folder.name} is no training run (--config): it has no results to show")
     cases = read_cases(folder) or (SINGLE,)
-    states = case_states(folder, cases, manifest["starts"], here=runs_here(folder), sure=False)
+    states = case_states(folder, cases, manifest.starts, here=runs_here(folder), sure=False)
     rows = [
         Row(
             Path(folder, case.folder).name,
             case.values,
             str(state),
-            measure(tensorboard_folder(folder, case, manifest["config"])),
+            measure(tensorboard_folder(folder, case, manifest.config)),
         )
         for case, state in zip(cases, states, strict=True)
     ]

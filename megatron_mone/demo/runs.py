@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.runs.local import run_local, running
 from launch.runs.progress import following
-from launch.runs.run_manifest import MANIFEST, data_facts, digest, open_run, read_mapping
+from launch.runs.run_manifest import MANIFEST, RunManifest, data_facts, digest, open_run
 from launch.runs.start_commands import begun
 from launch.spec.file import read_fields
 from launch.spec.megatron_flags import stated
@@ -204,7 +204,7 @@ def _claim_folder(run: DemoRun) -> None:
 
 def _made_from(manifest: Path) -> list[Any] | None:
     try:
-        found = read_mapping(manifest)
-        return [found["config_sha256"], found["data"]]
-    except (ValueError, KeyError):
+        found = RunManifest.read(manifest, RunManifest.AGAIN)
+        return [found.config_sha256, found.data]
+    except ValueError:
         return None

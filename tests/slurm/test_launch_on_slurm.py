@@ -99,7 +99,7 @@ def test_a_waiting_job_whose_launcher_died_is_found(
         main(["submit", *own, "--sbatch", "begin=now+3600", "--", "true"])
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(launcher, 0)[1]) == 9
-    assert manifest.gather(runs / name)["starts"] == []
+    assert manifest.gather(runs / name).starts == []
     lines = launch("status", "--runs", str(runs)).splitlines()
     found = re.match(re.escape(name) + r": job (\d+)(_\[0-2\])? PENDING; 0 attempts", lines[0])
     assert found, lines
@@ -145,7 +145,7 @@ def test_resume_waits_for_the_end_and_then_runs_the_same_script(
     again = re.search(r"\d+", launch("resume", "--runs", str(runs), "once"))
     assert again
     assert wait_end(again[0]).state == "COMPLETED"
-    assert len(manifest.gather(runs / "once")["attempts"]) == 2
+    assert len(manifest.gather(runs / "once").attempts) == 2
 
 
 def test_slurm_accepts_1024_gpus_and_refuses_what_cannot_be(

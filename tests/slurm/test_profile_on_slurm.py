@@ -52,7 +52,7 @@ def _check_results(run: Path) -> None:
     page = (run / "profiles" / "report" / "report.html").read_text()
     assert "Weak scaling: the same tokens a rank at every size." in page
     assert (run / "profiles" / "report" / "plots" / "scaling.png").stat().st_size > 0
-    attempts = gather(run)["attempts"]
+    attempts = gather(run).attempts
     assert sorted(attempt.get("case", "") for attempt in attempts) == ["", "001-nodes", "002-nodes"]
     assert [attempt["status"] for attempt in attempts] == [0, 0, 0]
     assert not list(run.rglob("latest_checkpointed_iteration.txt"))

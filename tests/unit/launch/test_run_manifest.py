@@ -45,7 +45,7 @@ def test_starts_add_up(tmp_path):
 
 def test_a_run_that_never_began_stands_in_nobodys_way(tmp_path):
     manifest.open_run(tmp_path, "run", CONFIG, ())
-    assert manifest.gather(tmp_path)["starts"] == []
+    assert manifest.gather(tmp_path).starts == []
     other = {**CONFIG, "arguments": ["--seed", "2"]}
     _start(tmp_path, other, job_id="5")
     with pytest.raises(ValueError, match="another config"):
@@ -104,7 +104,7 @@ def test_a_job_that_nobody_noted_is_known_by_its_attempts(tmp_path):
         case.mkdir(parents=True)
     manifest.begin_attempt(case, "8_1", "8_1.0", "n1")
     for _ in range(2):
-        starts = manifest.gather(tmp_path)["starts"]
+        starts = manifest.gather(tmp_path).starts
         assert {start["job_id"]: start["cases"] for start in starts} == {"7": [0, 1], "8": [0, 1]}
     with pytest.raises(ValueError, match="another config"):
         _start(tmp_path, {**CONFIG, "arguments": []})
@@ -136,6 +136,21 @@ def test_a_file_that_is_no_manifest_is_named(tmp_path, text):
     assert "\n" not in str(refusal.value)
 
 
+def test_a_wrong_field_is_named(tmp_path):
+    _start(tmp_path)
+    (tmp_path / "manifest.json").write_text(json.dumps({**_written(tmp_path), "starts": 3}))
+    with pytest.raises(ValueError, match=r"manifest\.json.*: starts: must be a list; choose anoth"):
+        _start(tmp_path)
+
+
+def test_what_another_version_wrote_stays(tmp_path):
+    _start(tmp_path, job_id="5")
+    (tmp_path / "manifest.json").write_text(json.dumps({**_written(tmp_path), "later": [1]}))
+    _start(tmp_path, job_id="6")
+    assert _written(tmp_path)["later"] == [1]
+    assert len(_written(tmp_path)["starts"]) == 2
+
+
 def test_data_has_the_checksums_of_its_manifest(tmp_path, monkeypatch):
     from megatron_mone.data.manifest import FileFacts, Manifest, TokenizerFacts
 
@@ -165,7 +180,7 @@ def test_attempts_are_gathered_oldest_first(tmp_path):
     for number, path in enumerate(("attempts/9.1", "cases/000-a/attempts/10.0", "attempts/9.0")):
         start = tmp_path / f"{path}.start.json"
         start.write_text(json.dumps({**json.loads(start.read_text()), "start": 100 - number}))
-    found = manifest.gather(tmp_path)["attempts"]
+    found = manifest.gather(tmp_path).attempts
     assert [attempt["attempt"] for attempt in found] == ["9.0", "10.0", "9.1"]
     assert (found[0]["status"], found[0]["reason"]) == (75, "requeued after a checkpoint")
     assert found[0]["node_list"] == "n[0-1]"

@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def starts(folder: Path) -> list[dict[str, Any]]:
-    return manifest.gather(folder)["starts"]
+    return manifest.gather(folder).starts
 
 
 def send_and_die(folder: Path, start: dict[str, Any]) -> None:

@@ -141,7 +141,7 @@ def test_a_profile_whose_launcher_died_is_not_submitted_twice(here, slurm, monke
     assert main([*OWN, "--nodes", "2", "--", *FLAGS]) == 2
     assert "job 41 of demo-mone is in the queue" in capsys.readouterr().err
     assert len(slurm.submitted) == 1
-    assert [start["job_id"] for start in gather(here / "runs/demo-mone")["starts"]] == ["41"]
+    assert [start["job_id"] for start in gather(here / "runs/demo-mone").starts] == ["41"]
 
 
 def test_test_only_asks_slurm_of_each(here, slurm, capsys):
