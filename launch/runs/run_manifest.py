@@ -168,12 +168,8 @@ def attempts(folder: Path) -> list[dict[str, Any]]:
 def begin_attempt(folder: Path, job_id: str, attempt: str, node_list: str) -> None:
     """Write the start of an attempt, as a job's script does it."""
     (folder / "attempts").mkdir(parents=True, exist_ok=True)
-    start = {
-        "job_id": job_id,
-        "attempt": attempt,
-        "node_list": node_list,
-        "start": int(time.time()),
-    }
+    start: dict[str, Any] = {"job_id": job_id, "attempt": attempt, "node_list": node_list}
+    start |= {"start": int(time.time())}
     write_json(folder / "attempts" / f"{attempt}.start.json", start)
 
 
@@ -279,13 +275,9 @@ def _opened(folder: Path, name: str, config: Any, data: Sequence[str]) -> RunMan
         _check_config(folder, manifest, config)
         return manifest.model_copy(update={"config": config, "config_sha256": digest(config)})
     return RunManifest(
-        name=name,
-        config=config,
-        config_sha256=digest(config),
-        data=data_facts(data),
-        starts=[],
-        attempts=[],
-    )
+        name=name, config=config, config_sha256=digest(config), data=data_facts(data),
+        starts=[], attempts=[],
+    )  # fmt: skip
 
 
 def _append(folder: Path, manifest: RunManifest, start: Mapping[str, Any]) -> None:

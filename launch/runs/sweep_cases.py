@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from launch.runs.local import running
 from launch.runs.run_manifest import attempts, read_record
 from launch.slurm.commands import SlurmUnavailable
@@ -30,37 +32,15 @@ FINISHED, RUNNING, QUEUED, MISSING = "finished", "running", "waiting", "missing"
 FAILED, STOPPED_EARLY, UNKNOWN = "failed", "stopped", "unknown"
 
 
-class CaseRecord(Part):
-    """A case in sweep.json."""
+class SweepCase(Part):
+    """One case; in the file its number is its place."""
 
+    number: int = Field(default=0, exclude=True)
+    """Its place in the sweep, and its index in the job array."""
     values: dict[AnyText, AnyText]
-    """Argument -> value."""
+    """Argument -> value; empty for a run that is no sweep."""
     flags: list[AnyText]
     """The words that set them."""
-
-
-class SweepRecord(
-    Document, schema="megatron-mone/sweep/1", again="choose another --name", indent=1
-):
-    """sweep.json."""
-
-    cases: list[CaseRecord]
-    """In the order of their numbers."""
-
-
-@dataclass(frozen=True)
-class SweepCase:
-    """One case.
-
-    Attributes:
-        number: its place in the sweep, and its index in the job array.
-        values: argument -> value; empty for a run that is no sweep.
-        flags: the words that set them.
-    """
-
-    number: int
-    values: Mapping[str, str]
-    flags: tuple[str, ...]
 
     @property
     def label(self) -> str:
@@ -77,8 +57,17 @@ class SweepCase:
         return f"cases/{self.number:03d}-{letters}"
 
 
-SINGLE = SweepCase(0, {}, ())
+SINGLE = SweepCase(values={}, flags=[])
 """The one case of a run that is no sweep; its folder is the run's."""
+
+
+class SweepRecord(
+    Document, schema="megatron-mone/sweep/1", again="choose another --name", indent=1
+):
+    """sweep.json."""
+
+    cases: list[SweepCase]
+    """In the order of their numbers."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +105,12 @@ def read_cases(folder: Path) -> tuple[SweepCase, ...]:
     if not path.exists():
         return ()
     cases = read_record(SweepRecord, path, "sweep").cases
-    return tuple(SweepCase(n, case.values, tuple(case.flags)) for n, case in enumerate(cases))
+    return tuple(case.model_copy(update={"number": n}) for n, case in enumerate(cases))
 
 
 def write_cases(folder: Path, cases: Iterable[SweepCase]) -> None:
     """Write sweep.json."""
-    entries = [CaseRecord(values=dict(c.values), flags=list(c.flags)) for c in cases]
-    SweepRecord(cases=entries).write(folder / RECORD)
+    SweepRecord(cases=list(cases)).write(folder / RECORD)
 
 
 def grown(cases: Sequence[SweepCase], points: Iterable[Point]) -> tuple[SweepCase, ...]:
@@ -131,7 +119,7 @@ def grown(cases: Sequence[SweepCase], points: Iterable[Point]) -> tuple[SweepCas
     for point in points:
         values = dict(point.values)
         if all(case.values != values for case in found):
-            found.append(SweepCase(len(found), values, point.flags))
+            found.append(SweepCase(number=len(found), values=values, flags=list(point.flags)))
     return tuple(found)
 
 

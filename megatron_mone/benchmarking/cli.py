@@ -165,7 +165,7 @@ def _one(options: Asked, cell: Any) -> int:
 def _grid(options: Asked, cells: list[Any]) -> int:
     from megatron_mone.benchmarking.grid import Store, run_grid
     from megatron_mone.benchmarking.report import write_report
-    from megatron_mone.reporting.page.results import save_json
+    from megatron_mone.common.files import write_json
 
     settings, out = _settings(options), options.out or OUT
     store = Store(out, settings)
@@ -175,7 +175,7 @@ def _grid(options: Asked, cells: list[Any]) -> int:
     with _progress(len(cells)) as on_cell:
         results = run_grid(cells, out, settings, on_cell)
     results = {"command": _command(options), **results}
-    save_json(out / "results.json", results)
+    write_json(out / "results.json", results)
     print(f"report: {write_report(out, results)}")
     return 0
 

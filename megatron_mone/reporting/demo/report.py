@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common import machine
+from megatron_mone.common.files import write_json
 from megatron_mone.reporting.demo.statement import neuron_statement, noise_note, statement
 from megatron_mone.reporting.page import plots
 from megatron_mone.reporting.page.html import Page
@@ -16,7 +17,6 @@ from megatron_mone.reporting.page.results import (
     LayerLoad,
     RunResult,
     median_after_first,
-    save_json,
     summary,
     write_atomically,
 )
@@ -82,7 +82,7 @@ def write_report(
     page.heading("Made with")
     page.bullets([f"{label}: {value}" for label, value in facts.items()])
     summary(unigram_loss, runs).write(out / "summary.json")
-    save_json(out / "details.json", _details(unigram_loss, [*runs, without_ng], sentences, facts))
+    write_json(out / "details.json", _details(unigram_loss, [*runs, without_ng], sentences, facts))
     path = out / "report.html"
     write_atomically(path, page.render().encode())
     return path
@@ -95,8 +95,8 @@ def table_rows(runs: list[RunResult]) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             plots.NAMES.get(run.name, run.name),
-            f"{run.final_validation_loss:.3f}",
-            f"{math.exp(run.final_validation_loss):.1f}",
+            f"{run.val_loss:.3f}",
+            f"{math.exp(run.val_loss):.1f}",
             f"{run.tokens:,}",
             f"{run.active_flops:.3g}",
             f"{run.step_ms:.0f}",

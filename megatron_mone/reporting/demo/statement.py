@@ -114,8 +114,8 @@ def noise_note(runs: list[RunResult]) -> list[str]:
 
 def _against_unigram(unigram_loss: float, runs: list[RunResult]) -> str:
     limit = math.exp(unigram_loss)
-    worst = max(runs, key=lambda run: run.final_validation_loss)
-    worst_ppl = math.exp(worst.final_validation_loss)
+    worst = max(runs, key=lambda run: run.val_loss)
+    worst_ppl = math.exp(worst.val_loss)
     if worst_ppl < limit:
         return (
             f"All three learn from context: their validation perplexities are at most "
@@ -130,7 +130,7 @@ def _against_unigram(unigram_loss: float, runs: list[RunResult]) -> str:
 
 
 def _at_equal_tokens(mone: RunResult, other: RunResult) -> str:
-    ours, theirs = mone.final_validation_loss, other.final_validation_loss
+    ours, theirs = mone.val_loss, other.val_loss
     ending = {
         "better": f"MoNE wins by {theirs - ours:.3f}",
         "worse": f"MoNE loses by {ours - theirs:.3f}",

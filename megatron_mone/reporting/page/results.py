@@ -10,12 +10,12 @@ import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_mone.common.documents import Document, Number, Part, Text, Whole
-from megatron_mone.common.files import atomic_write
+from megatron_mone.common.files import atomic_write, write_json
 from megatron_mone.reporting.page.events import Curve, Events, Histogram, read_events
 
 LOAD_TAG = "mone/neuron_load_layer_"
@@ -73,7 +73,7 @@ class RunResult:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     @property
-    def final_validation_loss(self) -> float:
+    def val_loss(self) -> float:
         """Nats per token after the last step."""
         return self.validation_loss[-1][1]
 
@@ -163,11 +163,6 @@ def collect(
     return result
 
 
-def save_json(path: Path, value: Any) -> None:
-    """Write JSON beside `path` and rename: never half a file."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path` and rename: never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +171,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_result(path: Path, result: RunResult) -> None:
     """Keep a result for `load_result`."""
-    save_json(path, asdict(result))
+    write_json(path, asdict(result))
 
 
 def load_result(path: Path) -> RunResult | None:
@@ -215,17 +210,8 @@ def summary(unigram_loss: float, results: list[RunResult]) -> Summary:
         unigram_loss: nats per token of the best model that ignores its context.
         results: the runs, in the order they appear.
     """
-    runs = [
-        RunSummary(
-            name=result.name,
-            val_loss=result.final_validation_loss,
-            tokens=result.tokens,
-            active_flops=result.active_flops,
-            step_ms=result.step_ms,
-            peak_bytes=result.peak_bytes,
-        )
-        for result in results
-    ]
+    fields = RunSummary.model_fields
+    runs = [RunSummary(**{name: getattr(run, name) for name in fields}) for run in results]
     return Summary(unigram_loss=unigram_loss, runs=runs)
 
 

@@ -162,7 +162,10 @@ def test_text_of_a_case_cannot_become_html(tmp_path):
 def sweep(tmp_path) -> Path:
     """A sweep of three cases: one finished, one that failed, one that never began."""
     folder = tmp_path / "s"
-    cases = [SweepCase(n, {"r": value}, ()) for n, value in enumerate(("1", "0.5", "0.25"))]
+    cases = [
+        SweepCase(number=n, values={"r": value}, flags=[])
+        for n, value in enumerate(("1", "0.5", "0.25"))
+    ]
     config = {"values": {}, "arguments": [], "sweep": True}
     record_start(folder, "s", config, (), {"ranks": 1, "cases": [0, 1, 2]})
     write_cases(folder, cases)

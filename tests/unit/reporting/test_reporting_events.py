@@ -48,7 +48,7 @@ def test_a_folder_without_events_has_no_tags(tmp_path):
 def test_a_run_is_collected_whole(tmp_path):
     write_run(tmp_path, steps=4)
     result = collect("mone", tmp_path, steps=4, **KEPT)
-    assert result.final_validation_loss == 5.0
+    assert result.val_loss == 5.0
     assert result.tokens == 4 * 64
     assert result.active_flops == 4e9
     assert result.step_ms == pytest.approx(250.0)
