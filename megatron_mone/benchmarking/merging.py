@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_mone.common import machine
 from megatron_mone.common.child_processes import tied
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.common.phases import COMMUNICATION, PASSES, PHASES
 from megatron_mone.common.places import program_words
 from megatron_mone.profiling.merge import rank_files
@@ -28,7 +29,6 @@ from megatron_mone.profiling.rank_record import (
     COORDINATES,
     FOLDER,
     LAYOUT,
-    LOAD_EDGES,
     read_record,
     record_name,
     write_record,

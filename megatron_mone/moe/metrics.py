@@ -21,7 +21,8 @@ from megatron.core.transformer.moe.moe_logging import (
 )
 from torch.distributed import ProcessGroup
 
-from megatron_mone.moe.neuron_load import HISTOGRAM_EDGES, SUMMARY_FIELDS, LoadSummary
+from megatron_mone.common.load_edges import LOAD_EDGES
+from megatron_mone.moe.neuron_load import SUMMARY_FIELDS, LoadSummary
 
 TRAFFIC = ("selection_exchange", "mask_dispatch")  # the columns of TrackedLayer.bytes_sent
 
@@ -122,7 +123,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self, layers: list[Any], num_layers: int, group: ProcessGroup
     ) -> tuple[dict[int, LoadSummary], dict[int, list[float]]]:
         """Every stage's summaries and sent bytes on every rank, by 1-based layer number."""
-        width, bins = len(SUMMARY_FIELDS), len(HISTOGRAM_EDGES) + 1
+        width, bins = len(SUMMARY_FIELDS), len(LOAD_EDGES) + 1
         table = torch.zeros(num_layers, width + bins + len(TRAFFIC), dtype=torch.float64)
         for layer in layers:
             row = layer.table_row()
@@ -205,9 +206,9 @@ def _write_summaries(summaries: dict[int, LoadSummary], iteration: int, writer: 
 
 
 def _write_histogram(writer: Any, tag: str, summary: LoadSummary, iteration: int) -> None:
-    """One histogram a layer, never a scalar a neuron. Bins are HISTOGRAM_EDGES."""
+    """One histogram a layer, never a scalar a neuron. Bins are LOAD_EDGES."""
     counts = summary.histogram.tolist()
-    limits = [*HISTOGRAM_EDGES, 2 * HISTOGRAM_EDGES[-1]]
+    limits = [*LOAD_EDGES, 2 * LOAD_EDGES[-1]]
     middles = [0.5 * (a + b) for a, b in zip([0.0, *limits], limits, strict=False)]
     writer.add_histogram_raw(
         tag,

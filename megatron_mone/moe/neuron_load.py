@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# Edges of the load histogram, in multiples of a balanced load; the first bin is [0, first edge).
-HISTOGRAM_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
+from megatron_mone.common.load_edges import LOAD_EDGES
+
 SUMMARY_FIELDS = (
     "kept_ratio", "neuron_load_max_over_mean", "neuron_load_p1", "neuron_load_p50",
     "neuron_load_p99", "dead_neurons", "expert_load_max_over_mean", "routed_rows",
@@ -65,7 +65,7 @@ class LoadSummary:
 
     Attributes:
         values: one float per SUMMARY_FIELDS.
-        histogram: [len(HISTOGRAM_EDGES) + 1] neurons per bin of relative load.
+        histogram: [len(LOAD_EDGES) + 1] neurons per bin of relative load.
     """
 
     values: tuple[float, ...]
@@ -119,7 +119,7 @@ def summarise_counts(counts_EF: Tensor, rows_E: Tensor) -> LoadSummary:
     rows = int(rows_E.sum())
     used_EF = counts_EF[rows_E > 0]
     if rows == 0:
-        return LoadSummary((0.0,) * len(SUMMARY_FIELDS), torch.zeros(len(HISTOGRAM_EDGES) + 1))
+        return LoadSummary((0.0,) * len(SUMMARY_FIELDS), torch.zeros(len(LOAD_EDGES) + 1))
     load = relative_load(used_EF).flatten()
     # torch.quantile refuses more than 16M values; kthvalue has no such bound
     p1, p50, p99 = (
@@ -136,6 +136,6 @@ def summarise_counts(counts_EF: Tensor, rows_E: Tensor) -> LoadSummary:
         float(rows_E.max() * rows_E.numel() / rows),
         float(rows),
     )
-    edges = torch.tensor(HISTOGRAM_EDGES, dtype=torch.float64, device=load.device)
+    edges = torch.tensor(LOAD_EDGES, dtype=torch.float64, device=load.device)
     bins = torch.bucketize(load, edges, right=True)
-    return LoadSummary(values, torch.bincount(bins, minlength=len(HISTOGRAM_EDGES) + 1).float())
+    return LoadSummary(values, torch.bincount(bins, minlength=len(LOAD_EDGES) + 1).float())

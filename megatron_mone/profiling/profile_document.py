@@ -27,8 +27,8 @@ from megatron_mone.common.documents import (
     check_names,
     whole,
 )
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.profiling.rank_record import (
-    LOAD_EDGES,
     MOST_RANKS,
     Config,
     Memory,

@@ -29,11 +29,10 @@ from megatron_mone.common.documents import (
     texts_of,
     whole,
 )
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.common.phases import PASSES, PHASES
 
 FOLDER = "ranks"
-LOAD_EDGES = tuple(round(2.0 ** (k / 4), 6) for k in range(-20, 21))
-"""moe/neuron_load.HISTOGRAM_EDGES, which importing would bring torch along."""
 MOST_RANKS = 1_000_000
 MOST_EXPERTS = 1_000_000
 
@@ -124,7 +123,7 @@ class LayerNeurons(Part):
     dead: Whole
     max_over_mean: Number
     histogram: Column
-    """neurons by relative load, in the bins of moe/neuron_load.HISTOGRAM_EDGES"""
+    """neurons by relative load, in the bins of common/load_edges.LOAD_EDGES"""
 
     @model_validator(mode="after")
     def _has_all_bins(self) -> Self:

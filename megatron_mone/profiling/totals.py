@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.profiling.rank_record import (
-    LOAD_EDGES,
     MOST_EXPERTS,
     Flops,
     LayerNeurons,

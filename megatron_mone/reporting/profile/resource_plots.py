@@ -17,9 +17,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling.profile_document import NeuronLoad, Profile, ProfiledRun, RunMemory
-from megatron_mone.profiling.rank_record import LOAD_EDGES
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH, ink, run_legend
 from megatron_mone.reporting.profile.view import (
     engineering,

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.neuron_load import (
-    HISTOGRAM_EDGES,
     SUMMARY_FIELDS,
     NeuronLoad,
     summarise_counts,
@@ -30,7 +30,7 @@ def test_by_hand():
     assert got["neuron_load_p1"] == 0.0
     assert histogram.sum() == 8
     assert histogram[0] == 3  # the dead ones
-    assert histogram[HISTOGRAM_EDGES.index(1.0) + 1] == 2
+    assert histogram[LOAD_EDGES.index(1.0) + 1] == 2
 
 
 def test_balanced_is_one():

@@ -6,8 +6,9 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.profiling.merge import combine, merge
-from megatron_mone.profiling.rank_record import LOAD_EDGES, RankRecord, record_name, write_record
+from megatron_mone.profiling.rank_record import RankRecord, record_name, write_record
 
 MIB = 2**20
 

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_mone.commands import merge_profile
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.profiling.merge import merge
-from megatron_mone.profiling.rank_record import LOAD_EDGES, RankRecord, record_name, write_record
+from megatron_mone.profiling.rank_record import RankRecord, record_name, write_record
 from megatron_mone.profiling.rank_steps import align, common_steps, middle_half, take_steps
 from megatron_mone.profiling.totals import histogram_quantiles
 from tests.unit.profiling.profile_builders import (

@@ -10,8 +10,7 @@ import re
 import pytest
 
 from megatron_mone.common import checked_json
-from megatron_mone.moe.neuron_load import HISTOGRAM_EDGES
-from megatron_mone.profiling.rank_record import LOAD_EDGES, read_record, write_record
+from megatron_mone.profiling.rank_record import read_record, write_record
 from tests.unit.profiling.profile_builders import make_record, make_run
 
 
@@ -48,10 +47,6 @@ def test_a_record_that_the_schema_refuses_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=re.escape("runs[0].rows")):
         write_record(tmp_path, record)
     assert not (tmp_path / "ranks").exists()
-
-
-def test_load_edges_are_those_of_the_neuron_loads():
-    assert LOAD_EDGES == HISTOGRAM_EDGES
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.01, 0.5, 0.999])

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.profile_document import Profile
-from megatron_mone.profiling.rank_record import LOAD_EDGES
 
 MODEL = {
     "num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "num_experts": 16,
