@@ -109,14 +109,10 @@ class Part(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, value: Any) -> Any:
-        known = cls.model_fields.keys()
-        if (
-            isinstance(value, dict)
-            and cls.model_config.get("extra") != "allow"
-            and value.keys() - known
-        ):
-            unknown = next(key for key in value if key not in cls.model_fields)
-            raise Fault(f"{unknown[:40]!r} is none of {', '.join(cls.model_fields)}")
+        known, any_name = cls.model_fields, cls.model_config.get("extra") == "allow"
+        if isinstance(value, dict) and not any_name and not value.keys() <= known.keys():
+            unknown = next(key for key in value if key not in known)
+            raise Fault(f"{unknown[:40]!r} is none of {', '.join(known)}")
         return value
 
     def plain(self) -> dict[str, Any]:
@@ -225,7 +221,9 @@ def check_lengths(
 
 
 def check_names(names: Sequence[str], what: str) -> None:
-    """Refuse a list `what + "s"` of objects whose field `name` is that of two, or that has none."""
+    """Refuse a list `what + "s"` of objects of which two have one name; `names` are theirs."""
+    seen: set[str] = set()
     for index, name in enumerate(names):
-        if name in names[:index]:
+        if name in seen:
             raise Fault(f"{name!r} is the name of two {what}s", f"{what}s", index, "name")
+        seen.add(name)

@@ -27,13 +27,11 @@ from megatron_mone.common.documents import (
     check_names,
     one_of,
 )
-from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.profiling.rank_record import Phase
 
 _AGAIN = "plan again with tools/plan_scale.py"
 _SLACK = 0.01  # of a sum that must agree with its parts, which may be written rounded
-
-Phase = Annotated[str, one_of(tuple(PHASES))]
 
 
 class ClusterFacts(Part):
