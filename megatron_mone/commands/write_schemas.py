@@ -1,6 +1,6 @@
 """Write the tables of fields in docs/ from the classes that write and read those files.
 
-    python tools/write_schemas.py
+    python -m megatron_mone.commands.write_schemas
 
 Replaces what stands between `<!-- fields of MODULE.CLASS, ... -->` and `<!-- end of fields -->` in
 docs/*.md. A row is a field, or neighbours of one kind that need no words; an object that a page has
@@ -97,11 +97,7 @@ def _kind(annotation: Any) -> tuple[str, str, type[Part] | None]:
     return "true or false" if annotation is bool else "any", "", None
 
 
-def main() -> int:
-    """Write all pages anew that have tables."""
+if __name__ == "__main__":
     for page in sorted((ROOT / "docs").glob("*.md")):
         text = page.read_text(encoding="utf-8")
-        if (new := with_tables(text)) != text:
-            page.write_text(new, encoding="utf-8")
-            print(f"wrote {page.relative_to(ROOT)}")
-    return 0
+        page.write_text(with_tables(text), encoding="utf-8")

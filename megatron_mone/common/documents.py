@@ -99,12 +99,30 @@ SignedColumn = Annotated[NDArray[Any], Kind("list of numbers", checked_json.sign
 # Objects ------------------------------------------------------------------------------------------
 
 
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict"):
+            schema["fail_fast"] = True
+        for inside in schema.values():
+            _fail_fast(inside)
+    elif isinstance(schema, list | tuple):
+        for inside in schema:
+            _fail_fast(inside)
+
+
 class Part(BaseModel):
     """An object inside a document."""
 
     model_config = ConfigDict(
         strict=True, frozen=True, arbitrary_types_allowed=True, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Lists and objects of free names stop at their first fault: a file may have millions."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

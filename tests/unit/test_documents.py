@@ -11,10 +11,12 @@ import pytest
 from pydantic import model_validator
 
 from megatron_mone.commands.write_schemas import with_tables
+from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
     Column,
     Document,
     Key,
+    Kind,
     Number,
     Part,
     Text,
@@ -109,6 +111,21 @@ def test_a_fault_is_one_line_with_file_place_and_fix(change, words):
     assert str(caught.value) == f"t.json: {words}; travel again"
 
 
+def test_a_file_with_very_many_faults_is_left_at_the_first():
+    counted = []
+
+    def check(value):
+        counted.append(value)
+        raise Fault("is wrong")
+
+    class Many(Document, again="count again"):
+        runs: list[dict[str, Annotated[int, Kind("number", check)]]]
+
+    with pytest.raises(ValueError, match=r"m\.json: runs\[0\]\.a: is wrong; count again"):
+        Many.of({"runs": [{"a": 1, "b": 2}] * 100}, Path("m.json"))
+    assert counted == [1]
+
+
 def test_what_is_no_object_or_no_json_is_refused_too(tmp_path):
     with pytest.raises(ValueError, match=r"t\.json: must be an object; travel again"):
         _Trip.of([], Path("t.json"))
@@ -119,7 +136,7 @@ def test_what_is_no_object_or_no_json_is_refused_too(tmp_path):
 
 
 def test_the_docs_have_the_fields_of_the_classes():
-    """After a change of a class: python tools/write_schemas.py."""
+    """After a change of a class: python -m megatron_mone.commands.write_schemas."""
     pages = [ROOT / "docs" / name for name in ("PLANNER.md", "PROFILER.md")]
     for page in pages:
         text = page.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """Plots of a profile's memory, arithmetic and skew. Draws; writes nothing.
 
-Each function takes a checked profile (check.py) and returns a figure, or None where the
+Each function takes a profile and returns a figure, or None where the
 profile lacks what it would draw.
 """
 

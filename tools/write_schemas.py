@@ -1,9 +1,0 @@
-"""Door of megatron_mone/commands/write_schemas.py."""
-
-if __name__ == "__main__":
-    import sys
-
-    sys.path[0] = __file__.rpartition("tools")[0]  # not tools/: profile.py would hide the library's
-    from megatron_mone.commands.write_schemas import main
-
-    sys.exit(main())
