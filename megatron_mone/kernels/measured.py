@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.common.files import write_json
+from megatron_mone.common.files import atomic_write
 
 TABLE = Path(__file__).with_name("measured.json")
 TABLE_ENV = "MONE_KERNEL_TABLE"
@@ -149,5 +149,6 @@ def write_table(results: Path, table: Path) -> int:
         content = table_of(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{results}: {error}") from error
-    write_json(table, content)
+    cells = ",\n".join(map(json.dumps, content["cells"]))  # one a line, to be read and compared
+    atomic_write(table, f'{{"cells": [\n{cells}\n]}}\n'.encode())
     return len(content["cells"])
