@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
-from importlib import metadata
 from typing import Annotated
 
 from typer import Exit, Option
@@ -13,6 +11,7 @@ from megatron_mone.commands import (
     bench,
     check_published,
     compare,
+    doctor,
     gather_profiles,
     merge_profile,
     plan,
@@ -22,14 +21,14 @@ from megatron_mone.commands import (
     report_profile,
     train,
 )
-from megatron_mone.common.places import ROOT
+from megatron_mone.common.installed import NAME, own
 from megatron_mone.common.program import Program
 
 app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=True)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published),
+    *(plan, report_plan, check_published, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")
@@ -38,12 +37,7 @@ app.add_typer(launch)
 
 def _print_version(asked: bool) -> None:
     if asked:
-        try:
-            number = metadata.version("megatron-mone")
-        except metadata.PackageNotFoundError:  # a checkout that nothing was installed from
-            project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-            number = project["project"]["version"]
-        print(f"megatron-mone {number}")
+        print(f"{NAME} {own()[0]}")
         raise Exit
 
 

@@ -6,7 +6,7 @@ Transformer-Engine specs alike, because only the MoE module inside a layer is re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -87,16 +87,29 @@ def check_packages(config: Any, elsewhere: bool = False) -> None:
     `elsewhere` those of another machine.
 
     Raises:
-        ValueError: names the field that asks for what is not here.
+        ValueError: the first of `package_faults`.
     """
-    check_flex_packages(config)
-    if not elsewhere and getattr(config, "mone_backend", "auto") != "auto":
-        backend_of(config)
+    for fault in package_faults(config, elsewhere):
+        raise ValueError(fault)
+
+
+def package_faults(config: Any, elsewhere: bool = False) -> Iterator[str]:
+    """A line for each field that asks for what is not here; arguments as `check_packages`."""
+    for check in (check_flex_packages, *(() if elsewhere else (_check_backend,))):
+        try:
+            check(config)
+        except ValueError as error:
+            yield str(error)
     if config.transformer_impl == "transformer_engine" and not HAVE_TE:
-        raise ValueError(
+        yield (
             "transformer_impl = 'transformer_engine' needs the package transformer-engine: "
             "pip install 'megatron-mone[te]' on a CUDA machine, or --transformer-impl local"
         )
+
+
+def _check_backend(config: Any) -> None:
+    if getattr(config, "mone_backend", "auto") != "auto":
+        backend_of(config)
 
 
 def stock_block(transformer: Any, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -44,20 +44,26 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's content that cannot be written."""
+    """A folder with the wheel's content that cannot be written; beside it a user's cache folder,
+    with the kernels as a first use builds them."""
     work = tmp_path_factory.mktemp("installed")
     pip("wheel", str(checkout), "--no-build-isolation", "--wheel-dir", "wheels", cwd=work)
     (wheel,) = (work / "wheels").iterdir()
     pip("install", str(wheel), "--target", "site", "--no-compile", cwd=work)
     for path in (work / "site").rglob("*"):
         path.chmod(path.stat().st_mode & ~0o222)
+    kernels = work / "cache" / "megatron-mone" / "kernels"
+    kernels.mkdir(parents=True)
+    if native.build.find_compiler():
+        shutil.copy(native.load()._name, kernels)
     return work / "site"
 
 
 def run(installed: Path, cwd: Path, *command: str, status: int = 0, **environment: str) -> str:
     """What a command prints that finds this project in the installation alone."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "SLURM_", "MONE_"))}
-    clean |= {"PYTHONPATH": str(installed), "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    clean |= {"PYTHONPATH": str(installed), "XDG_CACHE_HOME": str(installed.parent / "cache")}
+    clean |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1", **environment}
     done = subprocess.run(
         [sys.executable, *command], cwd=cwd, env=clean, timeout=600,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -91,15 +97,29 @@ def test_training_says_its_flags(installed, tmp_path):
 
 
 def test_kernels_are_kept_in_the_cache_folder(installed, tmp_path):
-    """Built there once (as here, by the checkout), and without a compiler one line says so."""
-    here = ("-m", "megatron_mone.kernels")
+    """Where there is none and no compiler, one line says so; nothing is written beside sources."""
+    here, before = ("-m", "megatron_mone.kernels"), files(installed)
     none = run(installed, tmp_path, *here, PATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / "no"))
     assert "cpu        not usable: the CPU kernels need a C++ compiler: install g++" in none
-    if not native.build.find_compiler():
-        pytest.skip("no C++ compiler")
-    cache = tmp_path / "megatron-mone" / "kernels"
-    cache.mkdir(parents=True)
-    shutil.copy(native.load()._name, cache)
-    held, before = files(cache), files(installed)
-    assert "cpu        usable" in run(installed, tmp_path, *here, XDG_CACHE_HOME=str(tmp_path))
-    assert (files(cache), files(installed)) == (held, before)
+    if native.build.find_compiler():
+        held = files(installed.parent / "cache")
+        assert "cpu        usable" in run(installed, tmp_path, *here)
+        assert files(installed.parent / "cache") == held
+    assert files(installed) == before
+
+
+def test_the_command_doctors_and_plans(installed, tmp_path):
+    command = str(installed / "bin" / "megatron-mone")
+    demo = installed / "megatron_mone/configs/demo-mone.yaml"
+    said = run(installed, tmp_path, command, "doctor", "--config", str(demo))
+    assert f"{demo} lacks\n  nothing" in said
+    (tmp_path / "small.yaml").write_text(
+        "model: {num_layers: 1, hidden_size: 128, num_attention_heads: 2, ffn_hidden_size: 512,\n"
+        "  num_experts: 8, moe_router_topk: 2, moe_ffn_hidden_size: 512, swiglu: true,\n"
+        "  add_bias_linear: false, normalization: RMSNorm, vocab_size: 1024,\n"
+        "  max_position_embeddings: 4096, mone_neuron_ratio: 0.25}\n"
+        "parallel: {expert_model_parallel_size: 8}\ncluster: gpu\ntrain: plan-4k\n"
+    )
+    asked = ("--config", "small.yaml", "--gpus", "8")
+    said = run(installed, tmp_path, command, "plan", *asked)
+    assert "wrote out/plan/plan.json" in said

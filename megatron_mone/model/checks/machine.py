@@ -8,7 +8,7 @@ they are described; not where a GPU job is described on another machine. Touches
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -99,47 +99,56 @@ def check_machine(args: Namespace) -> None:
         args: Megatron's, parsed.
 
     Raises:
-        ValueError: names the argument, its value, what it needs and how to get it.
+        ValueError: the first of `machine_faults`.
+    """
+    for fault in machine_faults(args):
+        raise ValueError(fault)
+
+
+def machine_faults(args: Namespace) -> Iterator[str]:
+    """A line for each argument that asks for what is not here: its value, what and how to get it.
+
+    Args:
+        args: Megatron's, parsed.
     """
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    _check_async_save(args)
+    yield from _async_save(args)
     for need in PACKAGES:
         if need.given(getattr(args, need.name)) and find_spec(need.package) is None:
-            raise ValueError(
+            yield (
                 f"{need.name} = {getattr(args, need.name)!r} needs the package {need.install}: pip "
                 f"install {need.install}, or leave it out"
             )
     if not torch.cuda.is_available():
-        for name, given in CUDA.items():
-            _refuse(args, name, given, "a GPU, and these are CPU ranks")
+        yield from _given(args, CUDA, "a GPU, and these are CPU ranks")
         if args.profile and not args.use_pytorch_profiler:
-            raise ValueError(
+            yield (
                 "profile = True needs a GPU, for it is nsys': add --use-pytorch-profiler, or give "
                 "--mone-profile-steps"
             )
     if not HAVE_TE:
-        for name, given in TRANSFORMER_ENGINE.items():
-            _refuse(args, name, given, "the package transformer-engine, which is not installed")
+        what = "the package transformer-engine, which is not installed"
+        yield from _given(args, TRANSFORMER_ENGINE, what)
 
 
-def _refuse(args: Namespace, name: str, given: Callable[[Any], bool], what: str) -> None:
-    value = getattr(args, name)
-    if given(value):
-        raise ValueError(f"{name} = {value!r} needs {what}: leave it out")
+def _given(args: Namespace, table: dict[str, Callable[[Any], bool]], what: str) -> Iterator[str]:
+    for name, given in table.items():
+        if given(value := getattr(args, name)):
+            yield f"{name} = {value!r} needs {what}: leave it out"
 
 
-def _check_async_save(args: Namespace) -> None:
+def _async_save(args: Namespace) -> Iterator[str]:
     """Megatron starts its writer process only later, and hangs where that cannot run."""
     if not args.async_save:
         return
     if not torch.cuda.is_available():
-        raise ValueError(
+        yield (
             "async_save = True is not available on CPU ranks, where Megatron's writer process "
             "never answers: drop --async-save"
         )
-    if args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
-        raise ValueError(
+    elif args.async_strategy == "nvrx" and find_spec("nvidia_resiliency_ext") is None:
+        yield (
             "async_strategy = 'nvrx' needs nvidia-resiliency-ext: pip install "
             "nvidia-resiliency-ext, or pass --async-strategy mcore"
         )
