@@ -48,12 +48,13 @@ def main(words: Sequence[str] | None = None) -> None:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone.checkpoint.schedule import restart_notices
-    from megatron_mone.model import checks
+    from megatron_mone.model import checks, patches
     from megatron_mone.model.arguments import parse_arguments, written_out
     from megatron_mone.model.checks.flags import notices
     from megatron_mone.model.checks.layout_notices import layout_notices
     from megatron_mone.model.config_builder import build_model_config
 
+    patches.install()
     args = None
     has_stepped, end_watch = failure.watch_first_step()
     try:
@@ -92,9 +93,10 @@ def _train(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
     from megatron.training.training import set_startup_timestamps
 
-    from megatron_mone.checkpoint import optimizer_layout, ownership, schedule, signals, verify
-    from megatron_mone.checkpoint import save as safe_save
+    from megatron_mone.checkpoint import ownership, signals
     from megatron_mone.checkpoint.lease.lease import LeaseLostError
+    from megatron_mone.checkpoint.save import SaveFailedError
+    from megatron_mone.checkpoint.verify import CheckpointRefusedError
     from megatron_mone.model.gpt_training import datasets_provider, forward_step
     from megatron_mone.model.loss_check import rejection
     from megatron_mone.model.profile_window import window_of
@@ -105,11 +107,7 @@ def _train(
     from megatron_mone.profiling.attach import attach
 
     stop = signals.arm(args) if args.save else None
-    safe_save.install()
-    ownership.install(args, failure.fail)  # before `verify`, lest that reads what is still written
-    verify.install(failure.fail)
-    optimizer_layout.install()
-    schedule.install()
+    ownership.begin(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
     tracker.log_interval = args.log_interval
@@ -124,9 +122,11 @@ def _train(
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
         failure.fail(f"checkpoint {args.load}: {error}")
+    except CheckpointRefusedError as error:
+        failure.fail(str(error))
     except LeaseLostError as error:
         failure.fail(str(error), LEASE_LOST)
-    except safe_save.SaveFailedError as error:
+    except SaveFailedError as error:
         failure.fail(str(error), SAVE_FAILED)
     except (NonFiniteExpertError, MaskTraceError) as error:
         status = USER_ERROR if isinstance(error, MaskTraceError) else NOT_FINITE

@@ -15,6 +15,8 @@ import statistics
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from megatron_mone.common.child_processes import end_with
 from megatron_mone.common.files import write_json
+from megatron_mone.common.patch import Replaced
 
 DISPATCHERS = ("alltoall", "allgather")
 
@@ -64,10 +67,10 @@ def _rank(rank: int, folder: str, options: Any, starter: int) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks
     )
     parallel_state.initialize_model_parallel(expert_model_parallel_size=options.ranks)
-    sent = _count_bytes_that_leave()
-    rows = [
-        _measure(kind, width, options, sent) for width in options.widths for kind in DISPATCHERS
-    ]
+    with _bytes_that_leave() as sent:
+        rows = [
+            _measure(kind, width, options, sent) for width in options.widths for kind in DISPATCHERS
+        ]
     if rank == 0:
         torch.save(rows, Path(folder) / "rows.pt")
 
@@ -154,7 +157,8 @@ def _build(kind: str, width: int, options: Any) -> tuple[Any, int]:
     return build_dispatcher(local, list(range(first, first + local)), config, groups), first
 
 
-def _count_bytes_that_leave() -> Counter[str]:
+@contextmanager
+def _bytes_that_leave() -> Iterator[Counter[str]]:
     """Counts, by element type, what this rank gives torch.distributed for other ranks."""
     from megatron.core.tensor_parallel import mappings
 
@@ -179,9 +183,11 @@ def _count_bytes_that_leave() -> Counter[str]:
         sent[str(given.dtype)] += given.numel() * given.element_size() * (ranks - 1)
         return all_gather(output, given, group, **kwargs)
 
-    torch.distributed.all_to_all_single = counted_all_to_all
-    mappings.dist_all_gather_func = counted_all_gather  # bound to its own name on import
-    return sent
+    with (
+        Replaced(torch.distributed, "all_to_all_single", counted_all_to_all),
+        Replaced(mappings, "dist_all_gather_func", counted_all_gather),  # its own name, on import
+    ):
+        yield sent
 
 
 def _print(options: Any, rows: list[dict[str, Any]]) -> None:

@@ -14,29 +14,22 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from megatron_mone.checkpoint.schedule import fit_groups
+from megatron_mone.common.patch import in_source, wrapping
 
 State = dict[Any, Any]
 
 
-def install() -> None:
-    """Have ChainedOptimizer.load_state_dict accept the groups of another number of optimizers."""
-    from megatron.core import dist_checkpointing
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
+def _fitted(load_state_dict: Callable[..., None]) -> Callable[..., None]:
     from megatron.training import get_args
 
-    original = ChainedOptimizer.load_state_dict
-    if hasattr(original, "__wrapped__"):
-        return
-
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state: Any) -> None:
+    @functools.wraps(load_state_dict)
+    def fitted(self: Any, state: Any) -> None:
         if isinstance(state, dict):
             fit_groups(list(_with_param_groups(state)), self.chained_optimizers, get_args())
             state = fit_state(state, self.chained_optimizers)
-        original(self, state)
+        load_state_dict(self, state)
 
-    ChainedOptimizer.load_state_dict = load_state_dict
-    dist_checkpointing.load = _with_a_reason(dist_checkpointing.load)
+    return fitted
 
 
 def _with_a_reason(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +51,24 @@ def _with_a_reason(load: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return loaded
+
+
+PATCHES = (
+    wrapping(
+        "optimizer-groups",
+        "megatron.core.optimizer.optimizer: ChainedOptimizer.load_state_dict",
+        _fitted,
+        why="state saved by one optimizer does not load into two, nor the other way",
+        needed_while="if len(self.chained_optimizers) != len(state_dict):",
+    ),
+    wrapping(
+        "merged-groups",
+        "megatron.training.checkpointing: dist_checkpointing.load",
+        _with_a_reason,
+        why="where it cannot join groups of several optimizers it says so of lists",
+        needed_while=in_source("core/dist_checkpointing/dict_utils.py", "Cannot merge two lists"),
+    ),
+)
 
 
 def fit_state(state: State, optimizers: list[Any]) -> State:

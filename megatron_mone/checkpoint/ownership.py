@@ -1,16 +1,15 @@
 """A training run takes its --save folder before it builds a model, and keeps it to its end.
 
 Rank 0 holds the lease (lease.py); the other ranks hear of it in the collective calls of a save and
-of a step's end. Resuming from a folder (--load) needs no lease. May touch: Megatron's start-up
-function, the `.lease-*` and model files of the --save folder.
+of a step's end. Resuming from a folder (--load) needs no lease. May touch: the `.lease-*` and model
+files of the --save folder.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +32,8 @@ _PATIENCE = 5.0
 
 _keeper: Keeper | None = None
 """On rank 0 of a run that saves."""
-_run = Namespace(save=None)
-"""The arguments of the run under way as they were validated; Megatron changes its own later."""
+run = Namespace(save=None)
+"""The arguments of the run under way, of `begin`."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -61,27 +60,10 @@ def _seconds(text: str) -> float:
     )
 
 
-def install(args: Namespace, fail: Callable[[str], Any]) -> None:
-    """Let Megatron's start-up end with `take_together`; `fail` gets the line if that refuses."""
-    global _run
-    from megatron.training import training
-
-    _run = Namespace(**vars(args))
-    original = training.initialize_megatron
-    if getattr(original, "takes_folder", False):
-        return
-
-    @functools.wraps(original)
-    def initialize_megatron(*arguments: Any, **kwargs: Any) -> Any:
-        result = original(*arguments, **kwargs)
-        try:
-            take_together(_run)
-        except ValueError as error:
-            fail(str(error))
-        return result
-
-    initialize_megatron.takes_folder = True  # type: ignore[attr-defined]
-    training.initialize_megatron = initialize_megatron
+def begin(args: Namespace) -> None:
+    """Keep a run's arguments as they were validated: Megatron changes its own from here on."""
+    global run
+    run = Namespace(**vars(args))
 
 
 def take_together(args: Namespace) -> None:
@@ -198,8 +180,8 @@ def end_save() -> None:
 
 def release() -> None:
     """Give the folder back at the run's end; after a failure to, the lease expires."""
-    global _keeper, _run
-    _run = Namespace(save=None)
+    global _keeper, run
+    run = Namespace(save=None)
     if _keeper is not None:
         with contextlib.suppress(OSError):
             _keeper.release()

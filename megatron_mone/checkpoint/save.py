@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.msc_utils import MultiStorageClientFeature
-from megatron.training import checkpointing, get_args, training
+from megatron.training import checkpointing, get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_mone.checkpoint import ownership
@@ -46,6 +45,7 @@ from megatron_mone.checkpoint.tracker import (
     read_tracker,
     stage,
 )
+from megatron_mone.common.patch import Patch, in_source, wrap, wrapping
 
 _errors: list[str] = []
 """What went wrong on this rank during the save under way."""
@@ -53,22 +53,6 @@ _errors: list[str] = []
 
 class SaveFailedError(Exception):
     """A checkpoint could not be written; raised on every rank, before the tracker moved."""
-
-
-def install() -> None:
-    """Put the wrappers in place, once per process."""
-    if isinstance(checkpointing.maybe_msc, TrackerStorage):
-        return
-    checkpointing.maybe_msc = _HeldTrackerStorage(checkpointing.maybe_msc)
-    training.save_checkpoint = _held(training.save_checkpoint)
-    dist_checkpointing.save = _sealed(dist_checkpointing.save)
-    checkpointing.ensure_directory_exists = _kept(checkpointing.ensure_directory_exists)
-    serialization.save_config = _kept(serialization.save_config)
-    serialization.save_integrity_manifest = _kept(serialization.save_integrity_manifest)
-    FileSystemWriterAsync.finish = _kept(FileSystemWriterAsync.finish)
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(
-        _noted(FileSystemWriterAsync.write_preloaded_data)
-    )
 
 
 class _HeldTracker(TrackerFile):
@@ -304,3 +288,46 @@ def _still_ours() -> bool:
         return ownership.look() is None
     except OSError:
         return False
+
+
+def _keep_errors() -> None:
+    wrap(checkpointing, "ensure_directory_exists", _kept)
+    wrap(serialization, "save_config", _kept)
+    wrap(serialization, "save_integrity_manifest", _kept)
+    wrap(FileSystemWriterAsync, "finish", _kept)
+    wrap(FileSystemWriterAsync, "write_preloaded_data", lambda write: staticmethod(_noted(write)))
+
+
+PATCHES = (
+    wrapping(
+        "tracker-in-one-step",
+        "megatron.training.checkpointing: maybe_msc",
+        _HeldTrackerStorage,
+        why="a rank killed between opening the tracker and writing it leaves it empty",
+        needed_while="with maybe_msc.open(tracker_filename, 'w') as f:",
+    ),
+    wrapping(
+        "save-in-own-folder",
+        "megatron.training.training: save_checkpoint",
+        _held,
+        why="it writes into a folder that another run has taken",
+        needed_while="    save_checkpoint(\n",
+    ),
+    wrapping(
+        "sealed-save",
+        "megatron.training.checkpointing: dist_checkpointing.save",
+        _sealed,
+        why="what a killed save left stays among the new, and no sums tell whether it is whole",
+        needed_while="async_save_request = dist_checkpointing.save(",
+    ),
+    Patch(
+        name="errors-on-all-ranks",
+        needed_by="megatron/core/dist_checkpointing/serialization.py: save_config, on rank 0",
+        why="an OSError is raised on one rank alone, and the others wait in a collective for ever; "
+        "that of a shard's writer is reported by its type",
+        apply=_keep_errors,
+        still_needed=in_source(
+            "core/dist_checkpointing/serialization.py", "get_rank() == 0:\n            save_config("
+        ),
+    ),
+)

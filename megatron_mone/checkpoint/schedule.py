@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
+from megatron_mone.common.patch import wrapping
 
 State = dict[str, Any]
 
@@ -39,19 +41,23 @@ _CHOICE = (
 )
 
 
-def install() -> None:
-    """Have the schedule and the optimizer load what this run can go on with."""
-    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+def _fitted(load_state_dict: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load_state_dict)
+    def fitted(self: Any, state_dict: State) -> None:
+        load_state_dict(self, fit_schedule(self, state_dict))
 
-    original = OptimizerParamScheduler.load_state_dict
-    if hasattr(original, "__wrapped__"):
-        return
+    return fitted
 
-    @functools.wraps(original)
-    def load_state_dict(self: Any, state_dict: State) -> None:
-        original(self, fit_schedule(self, state_dict))
 
-    OptimizerParamScheduler.load_state_dict = load_state_dict
+PATCHES = (
+    wrapping(
+        "schedule",
+        "megatron.core.optimizer_param_scheduler: OptimizerParamScheduler.load_state_dict",
+        _fitted,
+        why="it stops at numbers that decide nothing, and names no flag",
+        needed_while="self.wd_incr_steps = self._check_and_set(",
+    ),
+)
 
 
 def fit_schedule(schedule: Any, saved: State) -> State:

@@ -14,6 +14,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from multiprocessing import managers, resource_tracker
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.training.dist_signal_handler import DistributedSignalHandler
 from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.lease.lease import LeaseLostError
 from megatron_mone.common.child_processes import end_with
+from megatron_mone.common.patch import Replaced, wrapping
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOST = 2
@@ -37,9 +39,9 @@ class StopHandler(DistributedSignalHandler):
         self.released = False
         self.stopped = False
         self._signal_received: int = False  # type: ignore[assignment]
-        self._originals = {number: signal.getsignal(number) for number in signals}
+        self.undo = ExitStack()
         for number in signals:
-            signal.signal(number, self._receive)
+            self.undo.callback(signal.signal, number, signal.signal(number, self._receive))
 
     def _receive(self, number: int, frame: Any) -> None:
         self._signal_received = True
@@ -60,10 +62,8 @@ class StopHandler(DistributedSignalHandler):
         return received
 
     def release(self) -> bool:
-        """Give the signals back to whoever had them."""
-        for number, original in self._originals.items():
-            signal.signal(number, original)
-        self._originals = {}
+        """Give the signals back to whoever had them, and Megatron its own handler."""
+        self.undo.close()
         return True
 
 
@@ -73,41 +73,39 @@ def arm(args: Namespace) -> StopHandler:
     Call it from the main thread, when Megatron's arguments are validated: by then its global state
     exists, without a handler unless --exit-signal-handler was given.
     """
-    handler = StopHandler(tuple(dict.fromkeys((*SIGNALS, args.exit_signal))))
     if getattr(global_vars, "_GLOBAL_SIGNAL_HANDLER", None) is not None:
         global_vars.get_signal_handler().release()  # --exit-signal-handler was given
+    handler = StopHandler(tuple(dict.fromkeys((*SIGNALS, args.exit_signal))))
     args.exit_signal_handler = True
-    global_vars._GLOBAL_SIGNAL_HANDLER = handler  # type: ignore[assignment]
-    _keep_writer()
+    handler.undo.enter_context(Replaced(global_vars, "_GLOBAL_SIGNAL_HANDLER", handler))
     return handler
 
 
-def _keep_writer() -> None:
-    """Let the process that carries write results during a save live as long as its rank.
+def _kept_alive(get_write_results_queue: Callable[..., Any]) -> Callable[..., Any]:
+    """A process starts with the signal mask of the thread that starts it; and without its tie the
+    queue's would wait for ever for a rank that was killed."""
 
-    Slurm signals every process of a job step. Megatron's results queue lives in a process of its
-    own (filesystem_async.get_write_results_queue), which SIGTERM would end before the save that
-    the signal asks for. A process starts with the signal mask of the thread that starts it; and it
-    would wait for ever for a rank that was killed.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    original: Callable[..., Any] = filesystem_async.get_write_results_queue
-    if getattr(original, "keeps", False):
-        return
-
-    @functools.wraps(original)
-    def get_write_results_queue(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(get_write_results_queue)
+    def kept_alive(*args: Any, **kwargs: Any) -> Any:
         resource_tracker.ensure_running()  # its own start would unblock SIGTERM
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (*SIGNALS, signal.SIGUSR2))
-        start = managers.BaseManager.start
-        tied = functools.partialmethod(start, end_with, (os.getpid(),))
-        managers.BaseManager.start = tied  # type: ignore[method-assign, assignment]
+        start = functools.partialmethod(managers.BaseManager.start, end_with, (os.getpid(),))
         try:
-            return original(*args, **kwargs)
+            with Replaced(managers.BaseManager, "start", start):
+                return get_write_results_queue(*args, **kwargs)
         finally:
-            managers.BaseManager.start = start  # type: ignore[method-assign]
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-    get_write_results_queue.keeps = True  # type: ignore[attr-defined]
-    filesystem_async.get_write_results_queue = get_write_results_queue
+    return kept_alive
+
+
+PATCHES = (
+    wrapping(
+        "results-queue",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async: get_write_results_queue",
+        _kept_alive,
+        why="Slurm signals every process of a job step, and SIGTERM would end the process of its "
+        "own that the queue lives in before the save that the signal asks for",
+        needed_while="ctx.Manager().Queue()",
+    ),
+)

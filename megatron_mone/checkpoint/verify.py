@@ -9,13 +9,16 @@ touch: checkpoint folders, read-only; Megatron's start-up function.
 from __future__ import annotations
 
 import functools
+import inspect
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner
 
+from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.integrity import SUMS_NAME, find_damage, read_sums
 from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
 from megatron_mone.checkpoint.tracker import (
@@ -25,6 +28,7 @@ from megatron_mone.checkpoint.tracker import (
     iterations,
     read_tracker,
 )
+from megatron_mone.common.patch import Patch, wrapping
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -118,29 +122,46 @@ def _from_rank_0(values: list[Any]) -> list[Any]:
     return values
 
 
-def install(fail: Callable[[str], Any]) -> None:
-    """Let Megatron's start-up end with `verify_load`; `fail` gets the line if that refuses.
+class CheckpointRefusedError(Exception):
+    """One line, on every rank: the run can have a checkpoint folder not as it is, or not now."""
 
-    From here on torch.load in this process refuses what is not registered as safe.
-    """
-    from megatron.training import get_args, training
 
-    load_weights_only()
-    original = training.initialize_megatron
-    if getattr(original, "verifies", False):
-        return
+def _with_folders(initialize_megatron: Callable[..., Any]) -> Callable[..., Any]:
+    from megatron.training import get_args
 
-    @functools.wraps(original)
-    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
+    @functools.wraps(initialize_megatron)
+    def with_folders(*args: Any, **kwargs: Any) -> Any:
+        result = initialize_megatron(*args, **kwargs)
         try:
+            ownership.take_together(ownership.run)  # first, lest what is still written is read
             verify_load(get_args())
         except ValueError as error:
-            fail(str(error))
+            raise CheckpointRefusedError(str(error)) from error
         return result
 
-    initialize_megatron.verifies = True  # type: ignore[attr-defined]
-    training.initialize_megatron = initialize_megatron
+    return with_folders
+
+
+PATCHES = (
+    wrapping(
+        "start-up",
+        "megatron.training.training: initialize_megatron",
+        _with_folders,
+        why="between the process groups, over which ranks agree on the checkpoint folders, and the "
+        "model, which a load fills, pretrain calls nothing of ours",
+        needed_while="\n    initialize_megatron(\n",
+    ),
+    Patch(
+        name="weights-only",
+        needed_by="torch/distributed/checkpoint/default_planner.py: DefaultLoadPlanner.load_bytes",
+        why="torch.load would run code from a checkpoint: from here on it refuses what is not "
+        "registered as safe",
+        apply=load_weights_only,
+        still_needed=lambda: (
+            "weights_only=False" in inspect.getsource(DefaultLoadPlanner.load_bytes)
+        ),
+    ),
+)
 
 
 def _damage(folder: Path, sums: bool) -> str | None:

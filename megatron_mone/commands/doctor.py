@@ -122,14 +122,12 @@ def lacking(words: Sequence[str]) -> list[str]:
         from megatron_mone import cpu_emulation
 
         cpu_emulation.install()
-    from megatron_mone.model.arguments import reading, written_out
-    from megatron_mone.model.checks.flags import parse_given
+    from megatron_mone.model.arguments import parse_given, written_out
     from megatron_mone.model.checks.machine import machine_faults
     from megatron_mone.model.checks.optimizer import check_optimizer_package
     from megatron_mone.model.layer_spec import package_faults
 
-    words = written_out(words)
-    args = parse_given(words, reading(words))
+    args = parse_given(written_out(words))
     # megatron/training/arguments.py: validate_args, which wants the ranks of the run
     args.params_dtype = torch.half if args.fp16 else torch.bfloat16 if args.bf16 else torch.float
     found = [*machine_faults(args), *package_faults(args)]

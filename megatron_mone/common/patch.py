@@ -1,4 +1,5 @@
-"""What one redirection is: a named entry, with the code of Megatron that forces it.
+"""What one redirection is: a named entry, with the code of Megatron that forces it; and what holds
+for a while only.
 
 Nothing here is specific to a patch. `still_needed` functions run in a process where nothing has
 been patched, so the helpers for them read source text instead of importing Megatron (4 s).
@@ -8,8 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,89 @@ class Patch:
     name: str
     """Short and unique; the test of the patch carries it."""
     needed_by: str
-    """`megatron/...py: function or text` (or torch's) that cannot run on CPU ranks."""
+    """`megatron/...py: function or text` (or torch's) that does not do what is needed."""
     why: str
     """What goes wrong without it."""
     apply: Callable[[], None]
     """Installs it. Called once per process."""
     still_needed: Callable[[], bool]
     """True while the installed Megatron or torch still has the problem; call it unpatched."""
+
+
+_installed: set[Patch] = set()
+_ABSENT = object()
+
+
+def install(patches: Iterable[Patch]) -> None:
+    """Apply those that this process has not applied yet, in their order."""
+    for patch in patches:
+        if patch not in _installed:
+            patch.apply()
+            _installed.add(patch)
+
+
+def wrap(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Put `wrapper(what is there)` in the place of an attribute of a module or class, for good."""
+    setattr(owner, name, wrapper(getattr(owner, name)))
+
+
+def wrapping(
+    name: str,
+    where: str,
+    wrapper: Callable[[Any], Any],
+    *,
+    why: str,
+    needed_while: str | Callable[[], bool],
+) -> Patch:
+    """The patch that puts `wrapper(what is there)` in the place of names of one Megatron module.
+
+    Args:
+        name, why: as of Patch.
+        where: "megatron.training.training: save_checkpoint, ...", attributes of attributes too.
+        wrapper: of each.
+        needed_while: a text in the module's file, or a `still_needed`.
+    """
+    module, _, names = where.partition(": ")
+    file = f"{module.replace('.', '/')}.py"
+
+    def apply() -> None:
+        for path in names.split(", "):
+            owner, _, last = path.rpartition(".")
+            holder = importlib.import_module(module)
+            wrap(attrgetter(owner)(holder) if owner else holder, last, wrapper)
+
+    if isinstance(needed_while, str):
+        needed_while = in_source(file.removeprefix("megatron/"), needed_while)
+    return Patch(name, f"{file}: {names}", why, apply, needed_while)
+
+
+class Replaced(AbstractContextManager[None]):
+    """While it lasts an attribute of a module, class or instance is another.
+
+    Several go on a contextlib.ExitStack, whose `close` undoes them where no block holds their time.
+
+    Raises:
+        AttributeError: on entering; there is none of that name.
+    """
+
+    def __init__(self, owner: Any, name: str, new: Any) -> None:
+        self._owner, self._name, self._new = owner, name, new
+
+    def __enter__(self) -> None:
+        getattr(self._owner, self._name)
+        self._own = vars(self._owner).get(self._name, _ABSENT)
+        setattr(self._owner, self._name, self._new)
+
+    def __exit__(self, *failure: object) -> None:
+        if self._own is _ABSENT:
+            delattr(self._owner, self._name)
+        else:
+            setattr(self._owner, self._name, self._own)
+
+
+def in_source(path: str, *texts: str) -> Callable[[], bool]:
+    """A `still_needed`: whether `megatron_source(path)` holds all the texts."""
+    return lambda: all(text in megatron_source(path) for text in texts)
 
 
 def megatron_source(path: str) -> str:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 
-from megatron_mone.common.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, in_source, megatron_source, rebind, wrapping
 
 
 def _apply_no_dynamo() -> None:
@@ -35,18 +35,6 @@ def _apply_compile_helpers() -> None:
     rebind(original, compile_helpers)
 
 
-def _apply_no_warm_up() -> None:
-    from megatron.training import initialize
-
-    initialize._warmup_jit_function = lambda tp_size=None: None
-
-
-def _apply_softmax_kernel() -> None:
-    from megatron.core.fusions.fused_softmax import FusedScaleMaskSoftmax
-
-    FusedScaleMaskSoftmax.is_kernel_available = lambda self, mask, b, np, sq, sk: False
-
-
 def _helpers_have_no_makefile() -> bool:
     spec = importlib.util.find_spec("megatron")
     roots = (spec.submodule_search_locations or []) if spec else []
@@ -59,7 +47,7 @@ PATCHES = (
         needed_by="megatron/core/jit.py: enable_jit_fuser (torch.compile)",
         why="compiling the fused element-wise functions for a CPU takes minutes and a C++ compiler",
         apply=_apply_no_dynamo,
-        still_needed=lambda: "jit_fuser = torch.compile" in megatron_source("core/jit.py"),
+        still_needed=in_source("core/jit.py", "jit_fuser = torch.compile"),
     ),
     Patch(
         name="compile-helpers",
@@ -71,24 +59,20 @@ PATCHES = (
             and '["make", "-C"' in megatron_source("core/datasets/utils.py")
         ),
     ),
-    Patch(
-        name="no-warm-up",
-        needed_by="megatron/training/initialize.py: _warmup_jit_function",
+    wrapping(
+        "no-warm-up",
+        "megatron.training.initialize: _warmup_jit_function",
+        lambda stock: lambda tp_size=None: None,
         why="runs fused functions until they are compiled, and draws random tensors for it whose "
         "sizes depend on the layout; a router's weights, which are drawn from the CPU's generator "
         "even on a GPU, would then depend on the layout",
-        apply=_apply_no_warm_up,
-        still_needed=lambda: (
-            "def _warmup_jit_function" in megatron_source("training/initialize.py")
-        ),
+        needed_while="def _warmup_jit_function",
     ),
-    Patch(
-        name="softmax-kernel",
-        needed_by="megatron/core/fusions/fused_softmax.py: is_kernel_available",
+    wrapping(
+        "softmax-kernel",
+        "megatron.core.fusions.fused_softmax: FusedScaleMaskSoftmax.is_kernel_available",
+        lambda stock: lambda self, mask, b, np, sq, sk: False,
         why="in 16 bits it answers from shapes alone, then imports a CUDA extension",
-        apply=_apply_softmax_kernel,
-        still_needed=lambda: (
-            "import scaled_masked_softmax_cuda" in megatron_source("core/fusions/fused_softmax.py")
-        ),
+        needed_while="import scaled_masked_softmax_cuda",
     ),
 )

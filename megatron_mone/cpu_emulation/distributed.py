@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mone.common.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, in_source, rebind
 
 
 def gloo_for(backend: str | None) -> str:
@@ -134,17 +134,15 @@ PATCHES = (
         needed_by="megatron/training/initialize.py: init_process_group(args.distributed_backend)",
         why="the default backend is nccl, with options (streams, CTAs) that gloo does not know",
         apply=_apply_groups,
-        still_needed=lambda: (
-            "'backend': args.distributed_backend" in megatron_source("training/initialize.py")
-        ),
+        still_needed=in_source("training/initialize.py", "'backend': args.distributed_backend"),
     ),
     Patch(
         name="barrier-device-ids",
         needed_by="megatron/core/parallel_state.py: barrier(device_ids=[current_device()])",
         why="gloo refuses device_ids",
         apply=_apply_barrier,
-        still_needed=lambda: (
-            "device_ids=[torch.cuda.current_device()]" in megatron_source("core/parallel_state.py")
+        still_needed=in_source(
+            "core/parallel_state.py", "device_ids=[torch.cuda.current_device()]"
         ),
     ),
     Patch(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from megatron_mone.common import patch
 from megatron_mone.common.patch import Patch
 from megatron_mone.cpu_emulation import (
     compilers,
@@ -59,6 +60,5 @@ def install() -> None:
             "the CPU emulation refuses to install: torch.cuda.is_available() is True; "
             "run without it, or hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         )
-    for patch in PATCHES:
-        patch.apply()
+    patch.install(PATCHES)
     _installed = True

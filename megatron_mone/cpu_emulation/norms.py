@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from megatron_mone.common.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, in_source
 
 
 def _apply() -> None:
@@ -37,9 +37,8 @@ PATCHES = (
         why="the only norm without Apex or Transformer Engine refuses sequence parallel, which "
         "MoE with tensor parallelism requires, and the default persist_layer_norm",
         apply=_apply,
-        still_needed=lambda: (
-            "sequence parallel not supported by torch LayerNorm"
-            in megatron_source("core/transformer/torch_norm.py")
+        still_needed=in_source(
+            "core/transformer/torch_norm.py", "sequence parallel not supported by torch LayerNorm"
         ),
     ),
 )

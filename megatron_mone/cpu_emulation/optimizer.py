@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.common.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, in_source, megatron_source, wrapping
 
 _NO_PARAMETERS = "this rank's shard holds no parameter"
 
@@ -73,13 +73,6 @@ def _apply() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
-def _apply_no_grad() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
-    original = DistributedOptimizer.load_parameter_state_from_dp_reshardable
-    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(original)
-
-
 def _loads_with_grad() -> bool:
     source = megatron_source("core/optimizer/distrib_optimizer.py")
     before, found, _ = source.partition("    def load_parameter_state_from_dp_reshardable(")
@@ -93,18 +86,17 @@ PATCHES = (
         why="before a load no parameter has a step, and `assert len(steps) == 1` stops; after it "
         "the step is 0 again, in one tensor for all parameters that counts once for each",
         apply=_apply,
-        still_needed=lambda: (
-            's["step"] = step' in megatron_source("core/optimizer/distrib_optimizer.py")
-            and "assert len(steps) == 1" in megatron_source("core/optimizer/distrib_optimizer.py")
+        still_needed=in_source(
+            "core/optimizer/distrib_optimizer.py", 's["step"] = step', "assert len(steps) == 1"
         ),
     ),
-    Patch(
-        name="load-without-grad",
-        needed_by="megatron/core/optimizer/distrib_optimizer.py: "
-        "load_parameter_state_from_dp_reshardable",
+    wrapping(
+        "load-without-grad",
+        "megatron.core.optimizer.distrib_optimizer: "
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable",
+        torch.no_grad(),
         why="copies into views of fp32 parameters without no_grad and stops; in 16 bits, as GPUs "
         "train, the main parameters are copies and it passes",
-        apply=_apply_no_grad,
-        still_needed=_loads_with_grad,
+        needed_while=_loads_with_grad,
     ),
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
-from megatron_mone.common.patch import Patch, megatron_source
+from megatron_mone.common.patch import Patch, in_source, megatron_source
 
 
 def _apply_attention() -> None:
@@ -54,8 +54,6 @@ PATCHES = (
         why="the default transformer_impl ends in \"'NoneType' object is not callable\"; an error "
         "names the flag instead",
         apply=_apply_error,
-        still_needed=lambda: (
-            "TESpecProvider = None" in megatron_source("core/models/gpt/gpt_layer_specs.py")
-        ),
+        still_needed=in_source("core/models/gpt/gpt_layer_specs.py", "TESpecProvider = None"),
     ),
 )

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
-from megatron_mone.common.patch import Patch, megatron_source, rebind
+from megatron_mone.common.patch import Patch, Replaced, in_source, megatron_source, rebind, wrapping
 
 
-@contextlib.contextmanager
-def one_device() -> Iterator[None]:
+def one_device() -> AbstractContextManager[None]:
     """Let `torch.cuda.device_count()` be 1 inside; Megatron sets up its groups only then."""
-    original = torch.cuda.device_count
-    torch.cuda.device_count = lambda: 1
-    try:
-        yield
-    finally:
-        torch.cuda.device_count = original
+    return Replaced(torch.cuda, "device_count", lambda: 1)
 
 
 def _with_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,13 +25,6 @@ def _with_one_device(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return wrapped
-
-
-def _apply_device_count() -> None:
-    from megatron.training import initialize
-
-    for name in ("_initialize_distributed", "_set_random_seed"):
-        setattr(initialize, name, _with_one_device(getattr(initialize, name)))
 
 
 def _apply_assertion() -> None:
@@ -64,26 +51,23 @@ PATCHES = (
         why="tensor parallelism on a device before Blackwell asserts this variable is 1; a CPU "
         "rank has one queue, so it is always true",
         apply=_apply_launch_order,
-        still_needed=lambda: (
-            "CUDA_DEVICE_MAX_CONNECTIONS" in megatron_source("training/arguments.py")
-        ),
+        still_needed=in_source("training/arguments.py", "CUDA_DEVICE_MAX_CONNECTIONS"),
     ),
     Patch(
         name="cuda-assertion",
         needed_by="megatron/training/initialize.py: assert torch.cuda.is_available()",
         why="initialize_megatron refuses machines without CUDA unless told that it may",
         apply=_apply_assertion,
-        still_needed=lambda: (
-            'assert torch.cuda.is_available(), "Megatron requires CUDA."'
-            in megatron_source("training/initialize.py")
+        still_needed=in_source(
+            "training/initialize.py", 'assert torch.cuda.is_available(), "Megatron requires CUDA."'
         ),
     ),
-    Patch(
-        name="device-count",
-        needed_by="megatron/training/initialize.py: _initialize_distributed, _set_random_seed",
+    wrapping(
+        "device-count",
+        "megatron.training.initialize: _initialize_distributed, _set_random_seed",
+        _with_one_device,
         why="with no device, model-parallel groups are not made and the RNG tracker is not seeded",
-        apply=_apply_device_count,
-        still_needed=lambda: (
+        needed_while=lambda: (
             torch.cuda.device_count() == 0
             and "if device_count > 0 and not skip_model_parallel_init"
             in megatron_source("training/initialize.py")

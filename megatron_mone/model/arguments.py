@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_mone.model import failure
 
@@ -30,12 +30,11 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
     from megatron_mone.model.checks import check_checkpoint, check_layout, check_run, check_values
-    from megatron_mone.model.checks.flags import parse_given
     from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.model.profile_window import window_of
 
     words = written_out(words)
-    given = parse_given(words, reading(words))
+    given = parse_given(words)
     (check_values if elsewhere else check_run)(given)
     try:
         args = arguments.parse_and_validate_args(extra_args_provider=reading(words))
@@ -56,15 +55,41 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     return args
 
 
-def reading(words: Sequence[str]) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
-    """An extra_args_provider of Megatron's: adds our flags, and has `words` parsed.
+def parse_given(words: Sequence[str]) -> argparse.Namespace:
+    """Megatron's arguments as `words` give them, each of which something reads.
+
+    Args:
+        words: of the command line, those of a run file written out.
+
+    Raises:
+        ValueError: from the parser or `check_flags`.
+    """
+    from megatron.training.arguments import parse_args
+
+    from megatron_mone.model.checks.flags import check_flags
+
+    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
+        # What it holds would replace all arguments, ours too.
+        raise ValueError("yaml_cfg is not read here: give Megatron's arguments in a --config FILE")
+    defaults: dict[str, Any] = {}
+    given = parse_args(reading(words, defaults))
+    check_flags(given, defaults)
+    return given
+
+
+def reading(
+    words: Sequence[str], defaults: dict[str, Any] | None = None
+) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """An extra_args_provider of Megatron's: adds our flags, notes all defaults, has `words` parsed.
 
     megatron/training/arguments.py: parse_args takes no words, and asks the parser that its provider
     hands back for those of sys.argv.
     """
 
     def provide(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        add_arguments(parser)
+        actions = add_arguments(parser)._actions
+        if defaults is not None:
+            defaults.update({a.dest: a.default for a in reversed(actions)})  # the first counts
         parser.parse_args = partial(parser.parse_args, words)  # type: ignore[method-assign, assignment]
         return parser
 

@@ -3,19 +3,18 @@
 What checks of ours (checks/) do not foresee ends here: the error's class, Megatron's words and the
 flags most likely meant. The traceback is in a file that the line names; whichever rank makes that
 file says the line, so that ranks which fail alike, or because that one did, are silent. After the
-first step an error is a bug, and Python's traceback stays. May touch: that file, Megatron's
-fault-tolerance hooks.
+first step an error is a bug, and Python's traceback stays. May touch: that file.
 """
 
 from __future__ import annotations
 
-import functools
 import linecache
 import logging
 import os
 import re
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from argparse import Namespace
@@ -28,7 +27,7 @@ import psutil
 from megatron_mone.common.command_line import ERROR
 from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.model.likely_flags import likely_flags
-from megatron_mone.model.liveness import PROGRESS_VARIABLE
+from megatron_mone.model.liveness import PROGRESS_VARIABLE, on_step_end
 
 UNEXPECTED = 1
 """Not the user's: a peer, a disk or a network failed, and another start may go well."""
@@ -37,7 +36,6 @@ _CLOCK_TICK = 0.01
 PATIENCE_SECONDS = 1.0
 """That other ranks leave to rank 0 to say what they all would."""
 LONGEST_WORDS = 400
-_ENDED = ("on_training_step_end", "on_eval_step_end")
 _NOT_THE_USERS = re.compile(
     r"gloo|nccl|connection|timed? ?out|socket|CUDA error|out of memory|broken pipe", re.IGNORECASE
 )
@@ -56,32 +54,10 @@ def begin() -> float:
 
 def watch_first_step() -> tuple[Callable[[], bool], Callable[[], None]]:
     """(whether a step of training or evaluation has ended since, what ends the watching)."""
-    from megatron.training import ft_integration
-
-    done: list[bool] = []
-    originals = {name: getattr(ft_integration, name) for name in _ENDED}
-
-    def noting(original: Callable[[], None]) -> Callable[[], None]:
-        @functools.wraps(original)
-        def ended() -> None:
-            done.append(True)
-            for name, before in originals.items():
-                setattr(ft_integration, name, before)
-            original()
-
-        return ended
-
-    for name, original in originals.items():
-        setattr(ft_integration, name, noting(original))
+    done = threading.Event()
     # StragglerDetector.__exit__ logs the traceback of what goes through it.
     logging.getLogger("megatron.core.utils").addFilter(_has_no_traceback)
-
-    def end() -> None:
-        if not done:
-            for name, before in originals.items():
-                setattr(ft_integration, name, before)
-
-    return lambda: bool(done), end
+    return done.is_set, on_step_end(done.set)
 
 
 def _has_no_traceback(record: logging.LogRecord) -> bool:

@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_mone.common.patch import install, wrapping
 from megatron_mone.config import (
     attach_fields_from_env,
     layer_pattern,
@@ -67,9 +68,7 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     check_packages(transformer)
     # On every rank: stages without MoNE layers take part in its collectives.
     follow_training(install_tracker(), transformer)
-    # GPTModelBuilder.build_model resolves it as a module global, and Megatron's asks for stock
-    # decoder specs; there is no argument to pass ours through.
-    megatron_gpt.mtp_block_spec = mtp_block_spec
+    install(PATCHES)
     neurons_per_token(transformer)  # one of the two fields is set
     block = stock_block(transformer, vp_stage)
     whole = layer_pattern(transformer)
@@ -161,6 +160,17 @@ def mtp_block_spec(
     return get_gpt_mtp_block_spec(
         transformer, spec, use_transformer_engine=use_te, vp_stage=vp_stage
     )
+
+
+PATCHES = (
+    wrapping(
+        "mtp-block-spec",
+        "megatron.training.models.gpt: mtp_block_spec",
+        lambda stock: mtp_block_spec,
+        why="build_model asks it for stock decoder specs, with no argument to pass ours through",
+        needed_while="mtp_spec = mtp_block_spec(self._model_config",
+    ),
+)
 
 
 def _with_mone(spec: Any) -> ModuleSpec:

@@ -2,7 +2,7 @@
 
 A job script names the file in MEGATRON_MONE_PROGRESS and sends SIGUSR2 to the ranks of a run that
 touches it no more; each prints the stacks of all its threads to stderr and goes on. May touch: this
-process's handler of SIGUSR2, Megatron's fault-tolerance hooks, the file.
+process's handler of SIGUSR2, the file.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+
+from megatron_mone.common.patch import in_source, wrapping
 
 PROGRESS_VARIABLE = "MEGATRON_MONE_PROGRESS"
 TOUCH_SECONDS = 1.0
 _STDERR = 2
-_HOOKS = ("on_training_step_end", "on_eval_step_end")
+_listeners: list[Callable[[], None]] = []
+"""Of the end of a step."""
 
 
 def dump_stacks_on_signal() -> None:
@@ -62,25 +64,31 @@ def report_progress() -> Callable[[], None]:
     name = os.environ.get(PROGRESS_VARIABLE)
     if not name or os.environ.get("RANK", "0") != "0":
         return lambda: None
-    from megatron.training import ft_integration
-
-    originals = {hook: getattr(ft_integration, hook) for hook in _HOOKS}
-    progress = Progress(Path(name))
-    for hook, original in originals.items():
-        setattr(ft_integration, hook, _then(original, progress))
-
-    def end() -> None:
-        for hook, original in originals.items():
-            setattr(ft_integration, hook, original)
-
-    return end
+    return on_step_end(Progress(Path(name)))
 
 
-def _then(function: Callable[..., Any], after: Callable[[], None]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def both(*args: Any, **kwargs: Any) -> Any:
-        result = function(*args, **kwargs)
-        after()
-        return result
+def on_step_end(listener: Callable[[], None]) -> Callable[[], None]:
+    """Call `listener` after each step of training and evaluation; returns what ends it."""
+    _listeners.append(listener)
+    return functools.partial(_listeners.remove, listener)
 
-    return both
+
+def _telling(hook: Callable[[], None]) -> Callable[[], None]:
+    @functools.wraps(hook)
+    def telling() -> None:
+        hook()
+        for listener in _listeners:
+            listener()
+
+    return telling
+
+
+PATCHES = (
+    wrapping(
+        "step-ends",
+        "megatron.training.ft_integration: on_training_step_end, on_eval_step_end",
+        _telling,
+        why="nothing else of Megatron's loop says that a step has ended",
+        needed_while=in_source("training/training.py", "ft_integration.on_training_step_end()"),
+    ),
+)

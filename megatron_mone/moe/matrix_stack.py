@@ -11,7 +11,6 @@ copies carry.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+
+from megatron_mone.common.patch import Patch, in_source, install, wrap
 
 ATTRIBUTE = "stacked_matrices"
 Group = dict[str, Any]
@@ -32,7 +33,7 @@ def declare(parameter: Parameter, matrices: Callable[[Tensor], list[Tensor]]) ->
         matrices: of a tensor of the parameter's shape; views, one an expert, of equal shape.
             Importable by name, for a parameter with its attributes may be pickled.
     """
-    _install()
+    install(PATCHES)
     setattr(parameter, ATTRIBUTE, matrices)
 
 
@@ -137,24 +138,19 @@ def _room(held: Tensor, stack: Tensor, matrices: int) -> Tensor:
     return held.new_empty((matrices, *held.shape))
 
 
-@functools.cache
-def _install() -> None:
-    """Once a process; before Megatron lays out gradient buffers or builds an optimizer."""
+def _or_a_stack(is_managed: Callable[[Parameter], bool]) -> Callable[[Parameter], bool]:
+    return lambda parameter: bool(getattr(parameter, ATTRIBUTE, None)) or is_managed(parameter)
+
+
+def _apply() -> None:
     from megatron.core import optimizer
     from megatron.core.optimizer import emerging_optimizers, layer_wise_optimizer
     from megatron.core.tensor_parallel import layers
 
     layers._MODEL_PARALLEL_ATTRIBUTE_DEFAULTS[ATTRIBUTE] = None  # copied to fp32 main parameters
 
-    stock_managed = layer_wise_optimizer.is_managed_by_layer_wise_optimizer
-
-    @functools.wraps(stock_managed)
-    def is_managed(parameter: Parameter) -> bool:
-        return bool(getattr(parameter, ATTRIBUTE, None)) or stock_managed(parameter)
-
-    layer_wise_optimizer.is_managed_by_layer_wise_optimizer = is_managed  # type: ignore[assignment]
-    optimizer.is_managed_by_layer_wise_optimizer = is_managed  # type: ignore[assignment]
-
+    for module in (layer_wise_optimizer, optimizer):
+        wrap(module, "is_managed_by_layer_wise_optimizer", _or_a_stack)
     for entry in emerging_optimizers._EMERGING_OPTIMIZERS.values():
         stock = entry.optimizer_cls
         entry.optimizer_cls = type(stock.__name__, (StepsByMatrix, stock), {})
@@ -171,3 +167,14 @@ def _but_stacks(key: Any) -> Any:
         return not getattr(parameter, ATTRIBUTE, None) and predicate.fn(parameter)
 
     return replace(key, predicate=replace(predicate, fn=matches))
+
+
+PATCHES = (
+    Patch(
+        name="stacked-matrices",
+        needed_by="megatron/core/optimizer/emerging_optimizers.py: _is_nonlinear_or_embedding",
+        why="it takes whatever has not two dimensions for Adam, and so all stacked weights",
+        apply=_apply,
+        still_needed=in_source("core/optimizer/emerging_optimizers.py", "len(param.shape) != 2"),
+    ),
+)

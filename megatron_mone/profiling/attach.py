@@ -12,10 +12,12 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.model.profile_window import profile_dir
 from megatron_mone.profiling.rank_record import write_record
 
@@ -40,16 +42,16 @@ class AttachedProfiler:
         assert folder is not None
         self.args, self.words, self.folder = args, words, folder
         self.first, self.last = first, last
-        self._training: Any = training
-        self._train_step: Any = self._training.train_step
+        self._train_step: Any = training.train_step
+        self._attached = ExitStack()
+        self._attached.enter_context(Replaced(training, "train_step", self._step))
         self._meter: Any = None
         self._facts: dict[str, Any] = {}
         self._written = time.monotonic()
-        training.train_step = self._step  # type: ignore[assignment]
 
     def close(self) -> None:
         """Take everything off; called after the window, and at the run's end whatever ended it."""
-        self._training.train_step = self._train_step
+        self._attached.close()
         if self._meter is not None:
             meter, self._meter = self._meter, None
             meter.detach()

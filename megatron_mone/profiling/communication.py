@@ -9,12 +9,15 @@ transport (DeepEP), whose phases still are. May touch: those classes, undone who
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_mone.common import phases
+from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import PhaseClock
 
 # Megatron's group descriptions (parallel_state.initialize_model_parallel) in the layout's words.
@@ -94,18 +97,12 @@ def phase_of(current: str, group: str) -> str:
 def watch_communication(clock: PhaseClock) -> Callable[[], None]:
     """Let every collective of this process tell `clock`; returns what undoes it."""
     launched: dict[int, tuple[str, str]] = {}  # id of the Work: its kind, its group
-    undo = [
-        _replace(dist.ProcessGroup, method, _launching(clock, launched, method))
-        for method in METHODS
-        if hasattr(dist.ProcessGroup, method)
-    ]
-    undo.append(_replace(dist.Work, "wait", _waiting(clock, launched)))
-
-    def end() -> None:
-        for restore in undo:
-            restore()
-
-    return end
+    stack = ExitStack()
+    for method in filter(partial(hasattr, dist.ProcessGroup), METHODS):
+        launch = _launching(clock, launched, method)
+        stack.enter_context(Replaced(dist.ProcessGroup, method, launch))
+    stack.enter_context(Replaced(dist.Work, "wait", _waiting(clock, launched)))
+    return stack.close
 
 
 def _launching(clock: PhaseClock, launched: dict[int, tuple[str, str]], method: str) -> Callable:
@@ -149,13 +146,6 @@ def _waiting(clock: PhaseClock, launched: dict[int, tuple[str, str]]) -> Callabl
             clock.note_communication(key, 0, 0, start, clock.switch(*before))
 
     return wait
-
-
-def _replace(owner: Any, name: str, new: Callable) -> Callable[[], None]:
-    """Put a method of our own on a class; returns what puts the old one back."""
-    own = vars(owner).get(name)
-    setattr(owner, name, new)
-    return lambda: delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import wraps
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.kernels.cpu import gate
 from megatron_mone.kernels.cpu.block_products import BlockProducts
 from megatron_mone.kernels.cpu.few_products import FewProducts
@@ -46,7 +46,7 @@ class FlopCounter(FlopCounterMode):
         super().__enter__()
         for owner, name, products in _NATIVE:
             watched = self._watched(name, getattr(owner, name), products)
-            self._patches.enter_context(patch.object(owner, name, watched))
+            self._patches.enter_context(Replaced(owner, name, watched))
         return self
 
     def __exit__(self, *failure: Any) -> Any:

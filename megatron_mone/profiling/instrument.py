@@ -9,7 +9,8 @@ not profiled runs Megatron's code alone. May touch: Megatron's modules, its sche
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from megatron_mone.common import phases
+from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import watch_communication
 
@@ -47,7 +49,7 @@ class Instruments:
 
     def __init__(self, clock: PhaseClock) -> None:
         self.clock = clock
-        self._undo: list[Callable[[], None]] = []
+        self._attached = ExitStack()
 
     def attach(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
         """Wrap a run.
@@ -70,7 +72,7 @@ class Instruments:
         self._wrap_backward_step()
         for name in ("start_grad_sync", "finish_grad_sync"):
             self._wrap(_BUCKETS, name, phases.GRAD_REDUCE)
-        self._undo.append(watch_communication(self.clock))
+        self._attached.callback(watch_communication(self.clock))
 
     def attach_modules(self, model: Sequence[torch.nn.Module]) -> None:
         """Wrap the model alone, which says what phase the forward or backward of a module is in."""
@@ -78,12 +80,11 @@ class Instruments:
             for module in chunk.modules():
                 self._wrap_module(module)
         phases.listen(self.clock.enter)
-        self._undo.append(lambda: phases.listen(None))
+        self._attached.callback(phases.listen, None)
 
     def detach(self) -> None:
         """Remove every wrapper."""
-        while self._undo:
-            self._undo.pop()()
+        self._attached.close()
 
     def _wrap_module(self, module: torch.nn.Module) -> None:
         if isinstance(module, GPTModel):
@@ -157,14 +158,7 @@ class Instruments:
 
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute until `detach`."""
-        own = vars(owner).get(name, _ABSENT)
-        self._undo.append(
-            lambda: delattr(owner, name) if own is _ABSENT else setattr(owner, name, own)
-        )
-        setattr(owner, name, value)
-
-
-_ABSENT = object()
+        self._attached.enter_context(Replaced(owner, name, value))
 
 
 def check_visible(config: Any) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.model.liveness import PROGRESS_VARIABLE, TOUCH_SECONDS, Progress, report_progress
+from megatron_mone.common.patch import install
+from megatron_mone.model import failure, liveness
+from megatron_mone.model.liveness import (
+    PATCHES,
+    PROGRESS_VARIABLE,
+    TOUCH_SECONDS,
+    Progress,
+    report_progress,
+)
 
 
 def test_touched_at_most_once_a_second(tmp_path, monkeypatch):
@@ -45,15 +53,23 @@ def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsy
 def test_megatron_s_step_touches_the_file(tmp_path, monkeypatch, hook):
     from megatron.training import ft_integration
 
+    install(PATCHES)
     path = tmp_path / "42.0.progress"
     original = getattr(ft_integration, hook)
     monkeypatch.setenv(PROGRESS_VARIABLE, str(path))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(liveness, "TOUCH_SECONDS", 0.0)
+    has_stepped, end_watch = failure.watch_first_step()
     end = report_progress()
     assert not path.exists()
+    assert not has_stepped()
+    for then in (lambda: None, end_watch, end):  # every step, not the first alone
+        getattr(ft_integration, hook)()
+        assert has_stepped()
+        path.unlink()
+        then()
     getattr(ft_integration, hook)()
-    assert path.exists()
-    end()
+    assert not path.exists()
     assert getattr(ft_integration, hook) is original
 
 

@@ -7,8 +7,8 @@ a flag has none and is not named here. Touches nothing.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -73,35 +73,6 @@ MOOT_WITH_MONE: dict[str, str] = {
     "use_transformer_engine_op_fuser": "MoNE experts have their own kernels, see --mone-backend",
 }
 """The same, of flags that stock experts read."""
-
-
-def parse_given(
-    words: Sequence[str], reading: Callable[[ArgumentParser], ArgumentParser]
-) -> Namespace:
-    """Megatron's arguments as `words` give them, each of which something reads.
-
-    Args:
-        words: of the command line, those of a run file written out.
-        reading: adds our flags to Megatron's parser, and has it parse the words.
-
-    Raises:
-        ValueError: from the parser or `check_flags`.
-    """
-    from megatron.training.arguments import parse_args
-
-    if any(word.partition("=")[0] == "--yaml-cfg" for word in words):
-        # What it holds would replace all arguments, ours too.
-        raise ValueError("yaml_cfg is not read here: give Megatron's arguments in a --config FILE")
-    defaults: dict[str, Any] = {}
-
-    def add_and_note_defaults(parser: ArgumentParser) -> ArgumentParser:
-        for action in reading(parser)._actions:
-            defaults.setdefault(action.dest, action.default)
-        return parser
-
-    given = parse_args(add_and_note_defaults)
-    check_flags(given, defaults)
-    return given
 
 
 def check_flags(args: Namespace, defaults: Mapping[str, Any]) -> None:

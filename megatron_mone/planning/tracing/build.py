@@ -24,9 +24,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from megatron_mone.common.exit_status import USER_ERROR
+from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.trace import Trace, merged
 
 TIMEOUT_SECONDS = 600
@@ -79,9 +79,11 @@ def main(job: str, result: str) -> None:
         prepare(is_gpu_job(asked["flags"]))
         from megatron.training import global_vars
 
-        for writer in ("_set_tensorboard_writer", "_set_wandb_writer"):
-            setattr(global_vars, writer, lambda args: None)
-        args, model_config = parse_gpu_job(asked["flags"], world_size, rank)
+        with (
+            Replaced(global_vars, "_set_tensorboard_writer", lambda args: None),
+            Replaced(global_vars, "_set_wandb_writer", lambda args: None),
+        ):
+            args, model_config = parse_gpu_job(asked["flags"], world_size, rank)
         trace = _trace(args, model_config, asked["rows"])
     except ValueError as error:
         print(" ".join(str(error).split()), file=sys.stderr)
@@ -144,7 +146,7 @@ def _stand_ins(
         if config.transformer_impl == "transformer_engine":
             stack.enter_context(fused_layers.installed())
             stack.enter_context(fused_weight.buffers_without_values())
-            stack.enter_context(patch.object(clip_grads, "l2_norm_impl", l2_norm))
+            stack.enter_context(Replaced(clip_grads, "l2_norm_impl", l2_norm))
         yield
 
 
@@ -168,7 +170,7 @@ def _recompute_is_told(clock: Any) -> Iterator[None]:
         finally:
             clock.switch(*before)
 
-    with patch.object(random, "_fork_rng", told):
+    with Replaced(random, "_fork_rng", told):
         yield
 
 

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+
+from megatron_mone.common.patch import Replaced
 
 CAPABILITY = (9, 0)
 """Reported compute capability: Hopper's, the least with fp8."""
@@ -133,7 +134,8 @@ def _as_on_the_cluster() -> Iterator[None]:
     from megatron.core.transformer.moe import fused_a2a
 
     with (
-        patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
-        patch.multiple(fused_a2a, HAVE_DEEP_EP=True, HAVE_HYBRIDEP=True),
+        Replaced(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
+        Replaced(fused_a2a, "HAVE_DEEP_EP", True),
+        Replaced(fused_a2a, "HAVE_HYBRIDEP", True),
     ):
         yield

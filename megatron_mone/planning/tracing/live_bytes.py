@@ -11,10 +11,11 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
+
+from megatron_mone.common.patch import Replaced
 
 
 class LiveBytes:
@@ -55,7 +56,7 @@ class LiveBytes:
                 self._change(storage._cdata, storage.nbytes())
             return result
 
-        with patch.object(torch.UntypedStorage, "resize_", resized):
+        with Replaced(torch.UntypedStorage, "resize_", resized):
             yield
 
     def _change(self, key: int, size: int) -> None:

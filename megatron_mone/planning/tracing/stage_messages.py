@@ -11,7 +11,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+
+from megatron_mone.common.patch import Replaced
 
 
 def mtp_layers_before(layout: Any, stage: int) -> int:
@@ -68,5 +69,5 @@ def known_shapes(args: Namespace, config: Any) -> Iterator[None]:
             shape(stage + 1) if recv_next else nothing,
         )
 
-    with patch.object(P2PCommunicator, "_communicate_shapes", answered):
+    with Replaced(P2PCommunicator, "_communicate_shapes", answered):
         yield

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.trace import Collective, Trace
 
 Place = tuple[int, int]
@@ -266,10 +266,8 @@ def _held(config: Any, p: int, v: int) -> tuple[int, int, int]:
     layout = config.pipeline_model_parallel_layout
     # A layout asks for the rank and the chunks of the running job, which there is none of.
     with (
-        patch.object(parallel_state, "get_pipeline_model_parallel_rank", lambda: p),
-        patch.object(
-            parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: chunks
-        ),
+        Replaced(parallel_state, "get_pipeline_model_parallel_rank", lambda: p),
+        Replaced(parallel_state, "get_virtual_pipeline_model_parallel_world_size", lambda: chunks),
     ):
         count = get_num_layers_to_build(config, vp_stage, p)
         first = get_transformer_layer_offset(config, vp_stage, p)

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.stand_ins.op import run, unknown
 from megatron_mone.planning.tracing.stand_ins.permutation import unpermute
@@ -296,5 +296,5 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, name, value in replaced:
-            stack.enter_context(patch.object(owner, name, value))
+            stack.enter_context(Replaced(owner, name, value))
         yield

@@ -19,12 +19,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NoReturn
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import UP_DOWN_GEMM
 from megatron_mone.moe.recompute import in_recompute
 from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
@@ -291,5 +291,5 @@ def installed(config: Any) -> Iterator[None]:
     ]
     with ExitStack() as stack:
         for owner, name, value in replaced:
-            stack.enter_context(patch.object(owner, name, value))
+            stack.enter_context(Replaced(owner, name, value))
         yield

@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.stand_ins.op import note
 
 
@@ -199,5 +199,5 @@ def installed() -> Iterator[None]:
     with ExitStack() as stack:
         for module, names in replaced:
             for name, stand_in in names.items():
-                stack.enter_context(patch.object(module, name, stand_in))
+                stack.enter_context(Replaced(module, name, stand_in))
         yield

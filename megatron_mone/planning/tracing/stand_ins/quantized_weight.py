@@ -15,12 +15,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.stand_ins.fp8 import (
     FP8,
     FP8GlobalStateManager,
@@ -139,8 +139,8 @@ def buffers_without_values() -> Iterator[None]:
     build = buffer.__init__
 
     def built(self: Any, *args: Any, **options: Any) -> None:
-        with patch.object(torch, "zeros", no_bytes):
+        with Replaced(torch, "zeros", no_bytes):
             build(self, *args, **options)
 
-    with patch.object(buffer, "__init__", built):
+    with Replaced(buffer, "__init__", built):
         yield

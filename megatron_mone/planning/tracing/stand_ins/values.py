@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.moe.dispatch.row_sources import Known, Shard
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.stand_ins import deep_ep, grouped_linear
@@ -72,7 +72,7 @@ def known_routing(rows: Sequence[int] | None = None) -> Iterator[None]:
         given = balanced_rows(tokens, self.topk, experts) if rows is None else rows
         return probs, routing_map(given, tokens, self.topk)
 
-    with patch.object(TopKRouter, "routing", known):
+    with Replaced(TopKRouter, "routing", known):
         yield
 
 
@@ -152,14 +152,14 @@ def installed(args: Any, config: Any, recorder: Recorder, rows: Sequence[int] | 
 
     answered = peers_micro_batches(args)
     with ExitStack() as stack:
-        stack.enter_context(patch.object(clip_grads, "l2_norm_impl", _l2_norm))
-        stack.enter_context(patch.object(Tensor, "type", _type_of(Tensor.type)))
+        stack.enter_context(Replaced(clip_grads, "l2_norm_impl", _l2_norm))
+        stack.enter_context(Replaced(Tensor, "type", _type_of(Tensor.type)))
         stack.enter_context(known_routing(rows))
-        stack.enter_context(patch.object(torch.distributed, "all_gather_object", answered))
+        stack.enter_context(Replaced(torch.distributed, "all_gather_object", answered))
         if config.transformer_impl == "transformer_engine":
             # An output freed by CheckpointWithoutOutput stays so: nobody reads values, and what
             # the backward pass makes again is counted there.
-            stack.enter_context(patch.object(random, "_get_share_storage", lambda: _leave_freed))
+            stack.enter_context(Replaced(random, "_get_share_storage", lambda: _leave_freed))
             stack.enter_context(grouped_linear.installed(config))
             stack.enter_context(deep_ep.installed(config, recorder))
         yield

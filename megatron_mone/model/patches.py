@@ -1,0 +1,29 @@
+"""Every lasting change of Megatron and torch in a training process, in one table.
+
+Each stands beside the code that it calls. Not here: the CPU ranks' (cpu_emulation), and what holds
+for a while (common/patch.py: Replaced). A model that another script builds needs the first two
+alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
+"""
+
+from __future__ import annotations
+
+from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, verify
+from megatron_mone.common import patch
+from megatron_mone.model import layer_spec, liveness
+from megatron_mone.moe import matrix_stack
+
+PATCHES = (
+    *matrix_stack.PATCHES,
+    *layer_spec.PATCHES,
+    *liveness.PATCHES,
+    *save.PATCHES,
+    *verify.PATCHES,
+    *optimizer_layout.PATCHES,
+    *schedule.PATCHES,
+    *signals.PATCHES,
+)
+
+
+def install() -> None:
+    """Make them all; once in a process, before Megatron's arguments are read."""
+    patch.install(PATCHES)
