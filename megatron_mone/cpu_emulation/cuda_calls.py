@@ -22,6 +22,10 @@ CAPABILITY = (8, 0)
 """Reported compute capability: the least that `--moe-grouped-gemm` accepts (arguments.py)."""
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for a call that only waits for, orders or tunes device work."""
+
+
 class Event:
     """Stand in for `torch.cuda.Event`: remembers when it was recorded."""
 
@@ -42,11 +46,7 @@ class Event:
         """Everything is done: True."""
         return True
 
-    def wait(self, stream: Any = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    wait = synchronize = _nothing
 
 
 class Stream:
@@ -79,14 +79,7 @@ class Stream:
         """Everything is done: True."""
         return True
 
-    def wait_event(self, event: Any) -> None:
-        """Nothing to wait for."""
-
-    def wait_stream(self, stream: Any) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
+    wait_event = wait_stream = synchronize = _nothing
 
 
 _STREAM = Stream()
@@ -102,10 +95,6 @@ def _properties(device: Any = None) -> SimpleNamespace:
         multi_processor_count=psutil.cpu_count() or 1,
         warp_size=32,
     )
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """Stand in for a call that only orders or tunes device work."""
 
 
 def _stream_context(stream: Any = None) -> contextlib.AbstractContextManager[None]:

@@ -94,29 +94,15 @@ def _apply_to() -> None:
     torch.Tensor.to = to  # type: ignore[method-assign]
 
 
-def _cuda(
-    self: torch.Tensor,
-    device: Any = None,
-    non_blocking: bool = False,
-    memory_format: torch.memory_format = torch.preserve_format,
-) -> torch.Tensor:
-    """Stand in for `Tensor.cuda`: a tensor that is "already on the device" is itself."""
-    return self
-
-
-def _pin_memory(self: torch.Tensor, device: Any = None) -> torch.Tensor:
-    """Stand in for `Tensor.pin_memory`: host memory is the device's memory."""
-    return self
-
-
-def _record_stream(self: torch.Tensor, stream: Any) -> None:
-    """Stand in for `Tensor.record_stream`: there is one queue, nothing to protect."""
+def _itself(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """Stand in for what brings a tensor to the device's memory, which the host's is."""
+    return tensor
 
 
 def _apply_methods() -> None:
-    torch.Tensor.cuda = _cuda  # type: ignore[method-assign]
-    torch.Tensor.pin_memory = _pin_memory  # type: ignore[method-assign]
-    torch.Tensor.record_stream = _record_stream  # type: ignore[method-assign]
+    torch.Tensor.cuda = torch.Tensor.pin_memory = _itself  # type: ignore[method-assign]
+    # There is one queue, nothing to protect.
+    torch.Tensor.record_stream = lambda self, stream: None  # type: ignore[method-assign]
 
 
 def _apply_type_name() -> None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
-from megatron_mone.common.patch import Patch, in_source
+from megatron_mone.common.patch import wrapping
 
 
-def _apply() -> None:
-    from megatron.core.transformer.torch_norm import WrappedTorchNorm
-
-    original = WrappedTorchNorm.__new__
-
+def _allowing(original: Callable[..., Any]) -> Callable[..., Any]:
     def new(
         cls: type, config: Any, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any
     ) -> Any:
@@ -27,18 +24,16 @@ def _apply() -> None:
             parameter.sequence_parallel = config.sequence_parallel
         return norm
 
-    WrappedTorchNorm.__new__ = new
+    return new
 
 
 PATCHES = (
-    Patch(
-        name="sequence-parallel-norm",
-        needed_by="megatron/core/transformer/torch_norm.py: WrappedTorchNorm.__new__",
+    wrapping(
+        "sequence-parallel-norm",
+        "megatron.core.transformer.torch_norm: WrappedTorchNorm.__new__",
+        _allowing,
         why="the only norm without Apex or Transformer Engine refuses sequence parallel, which "
         "MoE with tensor parallelism requires, and the default persist_layer_norm",
-        apply=_apply,
-        still_needed=in_source(
-            "core/transformer/torch_norm.py", "sequence parallel not supported by torch LayerNorm"
-        ),
+        needed_while="sequence parallel not supported by torch LayerNorm",
     ),
 )

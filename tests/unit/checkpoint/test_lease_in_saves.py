@@ -10,7 +10,7 @@ import pytest
 
 from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.lease.lease import LeaseLostError
-from megatron_mone.checkpoint.signals import StopHandler
+from megatron_mone.checkpoint.signals import StopHandler, arm
 from megatron_mone.checkpoint.tracker import TRACKER_NAME, read_tracker
 
 LOST = "checkpoint folder X was taken over"
@@ -150,3 +150,20 @@ def test_the_run_stops_at_the_end_of_the_step(monkeypatch):
     with pytest.raises(LeaseLostError, match=LOST):
         handler.signals_received()
     assert not handler.stopped
+
+
+def test_the_handler_of_exit_signal_handler_gives_way():
+    """Megatron has its own where the flag is given; the signals are ours until `release`."""
+    from megatron.training import global_vars
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    global_vars._set_signal_handler(signal.SIGTERM)
+    handler = arm(Namespace(exit_signal=signal.SIGTERM))
+    try:
+        assert global_vars.get_signal_handler() is handler
+        assert [signal.getsignal(number) for number in numbers] == [handler._receive] * 2
+    finally:
+        handler.release()
+        global_vars._GLOBAL_SIGNAL_HANDLER = None
+    assert [signal.getsignal(number) for number in numbers] == before
