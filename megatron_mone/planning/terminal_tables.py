@@ -5,7 +5,7 @@ May touch: nothing.
 
 from __future__ import annotations
 
-from megatron_mone.planning.cost.hardware import Device
+from megatron_mone.common.device import Device
 from megatron_mone.planning.document import GIB
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.planning.search import Found

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_mone.kernels.triton import limits as h100
+from megatron_mone.common.device import device_of
 
 SIDES = (256, 512, 1024, 2048, 4096)  # of square products
 LONG_ENOUGH = 0.02  # seconds of a product; a larger one is taken while it takes less
@@ -34,19 +34,19 @@ class RankPeaks:
     bytes_per_s: float | None
 
 
-# Dense rates (the data sheets' sparse ones are twice these) and memory bandwidth, from NVIDIA's
-# data sheets "A100 Tensor Core GPU" (2021), "H100 Tensor Core GPU" (SXM5, PCIe and NVL columns),
-# "H200 Tensor Core GPU" and "HGX B200" (an eighth of its 8 GPUs). Name as torch gives it ->
-# (bf16, fp32 by TF32 units, bytes a second); the first that is part of a device's name counts.
-PUBLISHED: dict[str, tuple[float, float, float]] = {
-    "A100-SXM4-80GB": (312e12, 156e12, 2.039e12),
+# Dense rates (the data sheets' sparse ones are twice these) and memory bandwidth: of a cluster's
+# hardware file, or from NVIDIA's data sheets "A100 Tensor Core GPU" (2021) and "H100 Tensor Core
+# GPU" (PCIe and NVL columns). Name as torch gives it -> the file, or (bf16, fp32 by TF32 units,
+# bytes a second); the first that is part of a device's name counts.
+PUBLISHED: dict[str, str | tuple[float, float, float]] = {
+    "A100-SXM4-80GB": "a100-hdr",
     "A100 80GB PCIe": (312e12, 156e12, 1.935e12),
     "A100": (312e12, 156e12, 1.555e12),  # 40 GB
     "H100 PCIe": (756e12, 378e12, 2.0e12),
     "H100 NVL": (835e12, 417.5e12, 3.9e12),
-    "H100 80GB HBM3": (h100.TENSOR_PER_SECOND, 494.5e12, h100.BYTES_PER_SECOND),  # SXM
-    "H200": (989e12, 494.5e12, 4.8e12),
-    "B200": (2.25e15, 1.125e15, 8.0e12),
+    "H100 80GB HBM3": "h100-ndr",  # SXM
+    "H200": "h200-ndr",
+    "B200": "b200-ndr",
 }
 
 
@@ -60,6 +60,9 @@ def published_peaks(name: str, dtype: torch.dtype) -> RankPeaks:
     row = next((rates for part, rates in PUBLISHED.items() if part in name), None)
     if row is None:
         return RankPeaks(None, None)
+    if isinstance(row, str):
+        device = device_of(row)
+        row = device.peak("bf16"), device.peak("tf32"), device.memory_bandwidth
     flops = {torch.bfloat16: row[0], torch.float16: row[0], torch.float32: row[1]}
     return RankPeaks(flops.get(dtype), row[2])
 

@@ -18,9 +18,10 @@ import pytest
 import yaml
 
 from megatron_mone.commands import plan as plan_command
+from megatron_mone.common.device import HARDWARE_ROOT
 from megatron_mone.model.run_config import load_run
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, load_cluster
+from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.document import layout_document
 from megatron_mone.planning.job import run_job

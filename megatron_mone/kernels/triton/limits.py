@@ -16,8 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BYTES_PER_SECOND = 3.35e12  # HBM3 of an H100 SXM
-TENSOR_PER_SECOND = 989e12  # bf16, dense
+from megatron_mone.common.device import device_of
+
+H100 = device_of("h100-ndr")  # SXM
 INTEGER_PER_SECOND = 16.7e12  # 132 multiprocessors x 64 lanes x 1.98 GHz
 
 
@@ -92,8 +93,8 @@ class Cost:
     def limits(self) -> dict[str, float]:
         """Seconds under each limit."""
         return {
-            "bytes": self.bytes / BYTES_PER_SECOND,
-            "tensor": self.tensor / TENSOR_PER_SECOND,
+            "bytes": self.bytes / H100.memory_bandwidth,
+            "tensor": self.tensor / H100.peak("bf16"),
             "integer": self.integer / INTEGER_PER_SECOND,
         }
 

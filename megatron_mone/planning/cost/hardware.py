@@ -12,38 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_mone.common.checked_yaml import Section, read_yaml
-from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.common.device import EXAMPLE, HARDWARE_ROOT, Device, read_device
 from megatron_mone.common.spelling import nearest_name
-
-HARDWARE_ROOT = CONFIG_ROOT / "cluster" / "hardware"
-DTYPES = ("bf16", "fp16", "fp8", "tf32", "fp32")
-_EXAMPLE = "configs/cluster/hardware/h100-ndr.yaml is a whole example"
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator.
-
-    Attributes:
-        name: as its maker calls it.
-        flops: dtype (of DTYPES) -> dense peak in operations a second, a multiply-add being two.
-        memory_bytes: of device memory, before any reservation of the driver.
-        memory_bandwidth: peak bytes a second, read and written.
-    """
-
-    name: str
-    flops: dict[str, float]
-    memory_bytes: float
-    memory_bandwidth: float
-
-    def peak(self, dtype: str) -> float:
-        """Dense peak in operations a second; ValueError where the device has no such units."""
-        if dtype not in self.flops:
-            raise ValueError(
-                f"{self.name} has no peak for dtype {dtype!r}: choose one of "
-                f"{', '.join(self.flops)}{nearest_name(dtype, list(self.flops))}"
-            )
-        return self.flops[dtype]
 
 
 @dataclass(frozen=True)
@@ -136,7 +106,7 @@ def load_cluster(name: str) -> Cluster:
             f"cluster {name!r} is neither a YAML file nor one of {', '.join(known)}"
             f"{nearest_name(name, known)}"
         )
-    return _cluster(read_yaml(path, _EXAMPLE))
+    return _cluster(read_yaml(path, EXAMPLE))
 
 
 def _cluster(file: Section) -> Cluster:
@@ -147,7 +117,7 @@ def _cluster(file: Section) -> Cluster:
     parts["node"].only("devices", "source")
     cluster = Cluster(
         name=file.path.stem,
-        device=_device(parts["device"]),
+        device=read_device(parts["device"]),
         node_devices=parts["node"].whole("devices"),
         domain=_domain(parts["domain"]),
         network=_network(parts["network"]),
@@ -168,20 +138,6 @@ def _cluster(file: Section) -> Cluster:
             f"a multiple of domain.devices ({cluster.domain.devices})",
         )
     return cluster
-
-
-def _device(part: Section) -> Device:
-    part.only("name", "tflops", "memory_mib", "memory_gb_per_s", "source")
-    rates = part.section("tflops")
-    rates.only(*DTYPES)
-    if not rates.values:
-        part.fail("tflops", f"must give at least one of {', '.join(DTYPES)}")
-    return Device(
-        name=part.text("name"),
-        flops={dtype: 1e12 * rates.number(dtype) for dtype in rates.values},
-        memory_bytes=part.number("memory_mib") * 2**20,
-        memory_bandwidth=1e9 * part.number("memory_gb_per_s"),
-    )
 
 
 def _domain(part: Section) -> Domain:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_mone.planning.cost.hardware import Device
+from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.pipeline import peak_activations
 from megatron_mone.planning.cost.pipeline_order import Schedule
 from megatron_mone.planning.tracing.job_facts import JobFacts

@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from megatron_mone.common.device import Device
 from megatron_mone.common.spelling import nearest_name
-from megatron_mone.planning.cost.hardware import Device
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Operation:
 
     Attributes:
         kind: of DEFAULTS.
-        dtype: of hardware.DTYPES, whose peak counts.
+        dtype: of device.DTYPES, whose peak counts.
         flops: executed, a multiply-add being two.
         bytes: of device memory read and written.
         rows: of one product: tokens, rows of one expert (the mean over those that have any), or

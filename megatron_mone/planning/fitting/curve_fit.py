@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mone.planning.cost.hardware import Device
+from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.roofline import Curve, Operation
 
 SHARES = ("peak_share", "bandwidth_share")

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.hardware import Device
 from megatron_mone.planning.cost.roofline import Curve, Operation
 from megatron_mone.planning.fitting.curve_fit import (
     PRIOR,

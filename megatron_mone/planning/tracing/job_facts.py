@@ -94,7 +94,7 @@ class JobFacts:
 
     @property
     def peak_dtype(self) -> str:
-        """The parameters' type as hardware.DTYPES names it."""
+        """The parameters' type as device.DTYPES names it."""
         return _PEAK_DTYPES[self.params_dtype]
 
     def to_json(self) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+from megatron_mone.common.device import Device
 from megatron_mone.common.phases import ATTENTION, BACKWARD, DISPATCH, FORWARD, OPTIMIZER
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.hardware import Cluster, Device, Domain, Network
+from megatron_mone.planning.cost.hardware import Cluster, Domain, Network
 from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace

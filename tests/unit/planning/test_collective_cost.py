@@ -13,13 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.collectives import (
     OPERATIONS,
     collective_cost,
     serial_all_to_all_cost,
 )
 from megatron_mone.planning.cost.expert_dispatch import expected_parts, hierarchical_dispatch_cost
-from megatron_mone.planning.cost.hardware import Cluster, Device, Domain, Network, load_cluster
+from megatron_mone.planning.cost.hardware import Cluster, Domain, Network, load_cluster
 from megatron_mone.planning.cost.placement import Placement, place_ranks, place_stride
 
 INSIDE, OUTSIDE = 1e-6, 5e-6  # latencies of `made_up`

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 
+from megatron_mone.common.device import HARDWARE_ROOT
 from megatron_mone.model import run_config
-from megatron_mone.planning.cost.hardware import HARDWARE_ROOT, cluster_names, load_cluster
+from megatron_mone.planning.cost.hardware import cluster_names, load_cluster
 from megatron_mone.profiling.peaks import published_peaks
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.planning.cost.hardware import Device, load_cluster
+from megatron_mone.common.device import Device
+from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation, gemm, grouped_gemm
 from megatron_mone.planning.fitting.curve_fit import Measurement, error_ratios, fit
 
