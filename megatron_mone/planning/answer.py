@@ -17,7 +17,6 @@ from megatron_mone.planning.document import (
     layout_document,
     model_document,
 )
-from megatron_mone.planning.fixes import cheapest_fix
 from megatron_mone.planning.job import JobSpec, short_layout
 from megatron_mone.planning.plan_document import (
     Best,
@@ -32,7 +31,7 @@ from megatron_mone.planning.plan_document import (
 )
 from megatron_mone.planning.planner import Planned, Planner, Progress
 from megatron_mone.planning.question import Question, is_mone
-from megatron_mone.planning.search import Candidate, explain, pareto, search
+from megatron_mone.planning.search import Candidate, cheapest_fix, explain, pareto, search
 from megatron_mone.planning.terminal_tables import (
     nothing_fits,
     nothing_planned,

@@ -11,9 +11,9 @@ from dataclasses import asdict
 
 import numpy as np
 
-from megatron_mone.planning.cost.chunk_cost import collective_seconds
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.prediction import Prediction
+from megatron_mone.planning.cost.rank_cost import collective_seconds
 from megatron_mone.planning.cost.rank_memory import RankMemory
 from megatron_mone.planning.plan_document import (
     ChunkTimes,

@@ -1,5 +1,8 @@
 """Seconds of one collective by the alpha-beta model: messages times latency, bytes over bandwidth.
 
+It depends on where the ranks of its group sit: how many share an NVLink domain and a leaf, rank r
+running on device r. Beside the plain collectives stand DeepEP's hierarchical dispatch and combine.
+
 Symbols: n ranks, m of them in an NVLink domain, d domains; S bytes that one rank puts in; a and B
 latency and bandwidth, of the domain or of the network. What is assumed, beside the figures of the
 cluster:
@@ -15,11 +18,75 @@ Touches nothing.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.planning.cost.hardware import Cluster
-from megatron_mone.planning.cost.placement import Placement
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A group over the devices of a cluster.
+
+    Attributes:
+        size: ranks of the group.
+        per_domain: ranks in the NVLink domain that holds most of them.
+        domains: NVLink domains with a rank.
+        per_leaf: ranks under the leaf switch that holds most of them.
+        leaves: leaf switches with a rank.
+    """
+
+    size: int
+    per_domain: int
+    domains: int
+    per_leaf: int
+    leaves: int
+
+    @property
+    def even(self) -> bool:
+        """Whether every domain holds equally many ranks."""
+        return self.per_domain * self.domains == self.size
+
+
+def place_ranks(ranks: Sequence[int], cluster: Cluster) -> Placement:
+    """The placement of a group that is given rank by rank.
+
+    Raises:
+        ValueError: no rank, a rank twice, or a negative one.
+    """
+    if not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 0:
+        raise ValueError(
+            f"ranks = {str(list(ranks))[:60]} is no group: give distinct ranks from 0, at least one"
+        )
+    domains = Counter(rank // cluster.domain.devices for rank in ranks)
+    leaves = Counter(rank // cluster.leaf_devices for rank in ranks)
+    return Placement(
+        len(ranks), max(domains.values()), len(domains), max(leaves.values()), len(leaves)
+    )
+
+
+def place_stride(size: int, stride: int, cluster: Cluster) -> Placement:
+    """The placement of ranks 0, stride, 2 stride, ...: `size` of them.
+
+    Raises:
+        ValueError: a size or stride below 1.
+    """
+    for name, value in (("size", size), ("stride", stride)):
+        if value < 1:
+            raise ValueError(f"{name} = {value} of a group must be 1 or more")
+    domain = _spread(size, stride, cluster.domain.devices)
+    return Placement(size, *domain, *_spread(size, stride, cluster.leaf_devices))
+
+
+@lru_cache(maxsize=1024)  # a step asks for the same few groups thousands of times
+def _spread(size: int, stride: int, devices: int) -> tuple[int, int]:
+    """(ranks in the unit that holds most, units with a rank) of ranks 0, stride, ...."""
+    units = Counter(rank // devices for rank in range(0, size * stride, stride))
+    return max(units.values()), len(units)
+
 
 # Messages of one rank that are under way together in an all-to-all: an assumption.
 PEERS_AT_ONCE = 8
@@ -214,3 +281,73 @@ OPERATIONS = {
     "send": _send,
     "recv": _send,
 }
+
+
+def expected_parts(chosen: int, experts: int, parts: int) -> float:
+    """Parts of the experts that hold at least one of a token's, if all choices are alike.
+
+    Args:
+        chosen: experts of a token, different ones.
+        experts: in all; `parts` divides them.
+        parts: equal parts, such as ranks or domains.
+
+    Raises:
+        ValueError: parts that do not divide the experts, or more chosen than there are.
+    """
+    if parts < 1 or experts % parts or not 0 <= chosen <= experts:
+        raise ValueError(
+            f"chosen = {chosen}, experts = {experts}, parts = {parts}: parts must divide the "
+            f"experts, and chosen be at most all of them"
+        )
+    missed = math.comb(experts - experts // parts, chosen) / math.comb(experts, chosen)
+    return parts * (1.0 - missed)
+
+
+def hierarchical_dispatch_cost(
+    tokens: float,
+    token_bytes: float,
+    domains_per_token: float,
+    ranks_per_token: float,
+    placement: Placement,
+    cluster: Cluster,
+) -> CollectiveCost:
+    """DeepEP's dispatch: a token crosses the network once for each domain, then takes NVLink.
+
+    Both go on at once, chunk by chunk, so the slower one counts. The combine is the same way back.
+
+    Args:
+        tokens: of this rank.
+        token_bytes: of one token as it travels.
+        domains_per_token: that hold one of its experts, its own domain counted; see
+            `expected_parts`, or less under node-limited routing.
+        ranks_per_token: likewise of ranks.
+        placement: of the expert-parallel group, equally many ranks in each domain.
+        cluster: gives latencies and bandwidths.
+
+    Raises:
+        ValueError: a group that is uneven over domains, or more destinations than there are.
+    """
+    if not placement.even:
+        raise ValueError(
+            f"an expert-parallel group of {placement.size} ranks is uneven over "
+            f"{placement.domains} domains: hierarchical dispatch needs equal parts"
+        )
+    if domains_per_token > placement.domains or ranks_per_token > placement.size:
+        raise ValueError(
+            f"domains_per_token = {domains_per_token}, ranks_per_token = {ranks_per_token} are "
+            f"more than the {placement.domains} domains or {placement.size} ranks of the group"
+        )
+    if placement.size == 1:
+        return FREE
+    links = Links.of(placement, cluster)
+    m, d = placement.per_domain, placement.domains
+    # By symmetry a token's own domain holds 1 in d of its destinations, and the rank on which it
+    # arrives in a domain (of the sender's own rail) 1 in m.
+    away = tokens * token_bytes * domains_per_token * (d - 1) / d
+    near = tokens * token_bytes * ranks_per_token * (m - 1) / m
+    inside = near / links.inside
+    outside = away / links.spread
+    alpha = (links.inside_latency if m > 1 else 0.0) + (links.outside_latency if d > 1 else 0.0)
+    return CollectiveCost(
+        cluster.launch_latency + alpha + max(inside, outside), "hierarchical dispatch"
+    )

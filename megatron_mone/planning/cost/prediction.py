@@ -16,19 +16,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mone.common.phases import OTHER
-from megatron_mone.planning.cost.chunk_cost import (
-    ChunkCost,
-    PassCost,
-    chunk_cost,
-    collective_seconds,
-)
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
-from megatron_mone.planning.cost.op_classes import DTYPES
-from megatron_mone.planning.cost.pipeline import PipelineRun, exposed_communication, simulate
-from megatron_mone.planning.cost.pipeline_order import Schedule
+from megatron_mone.planning.cost.pipeline import (
+    PipelineRun,
+    Schedule,
+    exposed_communication,
+    simulate,
+)
+from megatron_mone.planning.cost.rank_cost import (
+    ChunkCost,
+    PassCost,
+    StepCost,
+    chunk_cost,
+    collective_seconds,
+    step_cost,
+)
 from megatron_mone.planning.cost.rank_memory import RankMemory, rank_memory
-from megatron_mone.planning.cost.step_cost import StepCost, step_cost
+from megatron_mone.planning.cost.roofline import DTYPES
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Trace
 

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_mone.common.device import Device
-from megatron_mone.planning.cost.pipeline import peak_activations
-from megatron_mone.planning.cost.pipeline_order import Schedule
+from megatron_mone.planning.cost.pipeline import Schedule, peak_activations
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Trace
 

@@ -15,12 +15,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_mone.planning.cost.chunk_cost import collective_seconds
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
-from megatron_mone.planning.cost.op_classes import operation
 from megatron_mone.planning.cost.prediction import predict
-from megatron_mone.planning.cost.roofline import Operation
+from megatron_mone.planning.cost.rank_cost import collective_seconds
+from megatron_mone.planning.cost.roofline import Operation, operation
 from megatron_mone.planning.cost.routing_skew import REPLAYED, Skew, expert_rows
 from megatron_mone.planning.fitting.calibration_result import (
     Calibration,

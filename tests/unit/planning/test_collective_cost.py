@@ -16,12 +16,15 @@ from hypothesis import strategies as st
 from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.collectives import (
     OPERATIONS,
+    Placement,
     collective_cost,
+    expected_parts,
+    hierarchical_dispatch_cost,
+    place_ranks,
+    place_stride,
     serial_all_to_all_cost,
 )
-from megatron_mone.planning.cost.expert_dispatch import expected_parts, hierarchical_dispatch_cost
 from megatron_mone.planning.cost.hardware import Cluster, Domain, Network, load_cluster
-from megatron_mone.planning.cost.placement import Placement, place_ranks, place_stride
 
 INSIDE, OUTSIDE = 1e-6, 5e-6  # latencies of `made_up`
 

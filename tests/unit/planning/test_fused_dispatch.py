@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mone.planning.cost.expert_dispatch import expected_parts
+from megatron_mone.planning.cost.collectives import expected_parts
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.stand_ins import deep_ep
 from megatron_mone.planning.tracing.stand_ins import op as fused_op

@@ -248,7 +248,7 @@ def test_mone_holds_wide_operands_while_it_runs(recorder):
 def test_operations_of_mone_are_the_formulas(recorder, block):
     """A gate of all, two products more, six backward: of the kept entries where whole blocks of 128
     are skipped, else of all; the cost model reads rows, neurons, hidden size and kept share."""
-    from megatron_mone.planning.cost.op_classes import operation
+    from megatron_mone.planning.cost.roofline import operation
 
     output, operands = mone(Selection(S, block=block))
     computed = S if block == 128 else F

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.op_classes import operation
-from megatron_mone.planning.cost.roofline import DEFAULTS
-from megatron_mone.planning.tracing.live_bytes import LiveBytes
+from megatron_mone.planning.cost.roofline import DEFAULTS, operation
+from megatron_mone.planning.tracing.recorder import LiveBytes
 from megatron_mone.planning.tracing.trace import Op
 from tests.unit.planning.made_jobs import EXACT
 

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_mone.planning.cost.pipeline import exposed_communication, peak_activations, simulate
-from megatron_mone.planning.cost.pipeline_order import Schedule
+from megatron_mone.planning.cost.pipeline import (
+    Schedule,
+    exposed_communication,
+    peak_activations,
+    simulate,
+)
 
 SIZES = [(1, 3), (2, 1), (2, 8), (4, 3), (4, 16), (8, 8)]  # (stages, micro-batches)
 INTERLEAVED = [(2, 4, 2, None), (4, 8, 3, None), (4, 18, 2, 7), (2, 5, 2, 3), (4, 4, 2, None)]

@@ -9,10 +9,18 @@ from hypothesis import strategies as st
 
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
-from megatron_mone.planning.fixes import changes, cheapest_fix
 from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.planner import Planned, rows_of
-from megatron_mone.planning.search import Found, Held, explain, layouts, pareto, search
+from megatron_mone.planning.search import (
+    Found,
+    Held,
+    changes,
+    cheapest_fix,
+    explain,
+    layouts,
+    pareto,
+    search,
+)
 from megatron_mone.planning.terminal_tables import (
     nothing_fits,
     nothing_planned,

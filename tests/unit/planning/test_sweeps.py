@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.job import JobSpec
 from megatron_mone.planning.planner import Planned
-from megatron_mone.planning.scaling import scaled_facts, scaled_traces
 from megatron_mone.planning.sweeps import RATIOS, SCALES, expert_sweep, ratio_sweep, scaling_curve
 from megatron_mone.planning.tracing.trace_cache import TraceCache
 from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_mone.planning.cost.pipeline import simulate
-from megatron_mone.planning.cost.pipeline_order import Schedule
+from megatron_mone.planning.cost.pipeline import Schedule, simulate
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 

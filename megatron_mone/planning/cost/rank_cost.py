@@ -1,19 +1,20 @@
-"""Seconds of one micro-batch's passes through one pipeline chunk, from its trace.
+"""Seconds of what one rank does, from its traces: one micro-batch's passes through one pipeline
+chunk, and what is once a step: reducing gradients, the optimizer, gathering parameters.
 
-What goes on beside compute, as megatron-core 0.19 does it:
+What goes on beside a pass's compute, as megatron-core 0.19 does it:
 - tensor parallel, backward: a column-parallel linear gathers its input beside its dgrad GEMM and
   scatters dgrad beside its wgrad GEMM, so that of a block's three collectives (a row-parallel
   linear must gather first) two are hidden; without sequence parallelism every all-reduce is. With
   `tp_comm_overlap` forward and backward alike, but for the first of the tp pieces of each.
 - context parallel: a ring step goes on beside attention on the piece before, the first excepted.
-- expert parallel: nothing, unless `overlap_moe_expert_parallel_comm` (step_cost.py).
+- expert parallel: nothing, unless `overlap_moe_expert_parallel_comm`.
 May touch: nothing.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_mone.common.phases import (
@@ -23,13 +24,17 @@ from megatron_mone.common.phases import (
     DISPATCH,
     FORWARD,
 )
-from megatron_mone.planning.cost.collectives import OPERATIONS, collective_cost
+from megatron_mone.planning.cost.collectives import (
+    OPERATIONS,
+    Placement,
+    collective_cost,
+    expected_parts,
+    hierarchical_dispatch_cost,
+    place_stride,
+)
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.expert_dispatch import expected_parts, hierarchical_dispatch_cost
 from megatron_mone.planning.cost.hardware import Cluster
-from megatron_mone.planning.cost.op_classes import operation
-from megatron_mone.planning.cost.placement import Placement, place_stride
-from megatron_mone.planning.cost.roofline import Operation
+from megatron_mone.planning.cost.roofline import Operation, operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Op, Trace
 
@@ -205,3 +210,71 @@ def _destinations(facts: JobFacts, placement: Placement) -> tuple[float, float]:
         return min(plain, expected_parts(facts.topk, limited, reached))
 
     return parts(placement.domains), parts(placement.size)
+
+
+REDUCTIONS = ("reduce_scatter", "all_reduce")
+_SMALL = 4096  # bytes; norms, flags and losses, which are agreed on once and not for each chunk
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one rank and one step, in seconds.
+
+    Attributes:
+        reduce: of gradients over replicas, alone on the links.
+        reduce_buckets: collectives it consists of.
+        gather: of parameters after the update.
+        gather_buckets: likewise.
+        optimizer: gradients scaled and checked, their norm, the update, copies of parameters,
+            gradients zeroed.
+        agree: small collectives: norms, losses, faults.
+    """
+
+    reduce: float
+    reduce_buckets: int
+    gather: float
+    gather_buckets: int
+    optimizer: float
+    agree: float
+
+
+def step_cost(
+    chunks: Sequence[Trace], facts: JobFacts, cluster: Cluster, efficiency: Efficiency
+) -> StepCost:
+    """Cost of one rank's step outside its passes.
+
+    Args:
+        chunks: traces of the rank's chunks; the first is chunk 0.
+        facts: of the job.
+        cluster, efficiency: where, and how near to its peaks.
+    """
+    reductions = [c for c in _of_step(chunks) if c.kind in REDUCTIONS]
+    gathers = [c for c in _of_step(chunks) if c.kind == "all_gather"]
+    small = [c for c in chunks[0].collectives if not c.of_micro_batch and c.bytes <= _SMALL]
+    update = sum(
+        op.count * op_seconds(operation(op), cluster, efficiency)
+        for trace in chunks
+        for op in trace.ops
+        if op.of_step
+    )
+    return StepCost(
+        _seconds(reductions, facts, cluster),
+        sum(c.count for c in reductions),
+        _seconds(gathers, facts, cluster),
+        sum(c.count for c in gathers),
+        update,
+        _seconds(small, facts, cluster),
+    )
+
+
+def _of_step(chunks: Iterable[Trace]) -> list[Collective]:
+    return [
+        c
+        for trace in chunks
+        for c in trace.collectives
+        if not c.of_micro_batch and c.bytes > _SMALL
+    ]
+
+
+def _seconds(collectives: Iterable[Collective], facts: JobFacts, cluster: Cluster) -> float:
+    return sum(one.count * collective_seconds(one, facts, cluster) for one in collectives)
