@@ -1,4 +1,5 @@
-"""README's commands do what they say, typed as printed: each is read out of README.md and run.
+"""README's commands do what they say, typed as printed: each is read out of README.md, and of the
+documents that its first steps went to, and run.
 
 They run in a folder that looks like a fresh checkout, in a shell as README describes it. Only sizes
 differ, by `FORMS`: steps, ranks, widths, placeholders. A command that FORMS does not know, and a
@@ -51,6 +52,7 @@ FORMS = {
     "GRID=full make bench": Form(r"-m tools\.bench_experts --grid full", (_MAKE,)),
     "make setup": Form(r"sh tools/bootstrap\.sh", (_MAKE,)),
     ". .venv/bin/activate": Form(r"/bin/python$", also="&& command -v python"),
+    "python -m megatron_mone --help": Form(r"(?s)profile.*plan"),
     "python -m megatron_mone.kernels": Form(r"(?m)^cpu +usable"),
     ".venv/bin/python -m tools.prepare_data --input texts/ --output-prefix out/data/mine "
     "--tokenizer bpe:4096": Form(r"3 files read, 0 left out\ndocuments +\d\d\d? \(.txt cut"),
@@ -132,7 +134,19 @@ def printed_commands(text: str) -> list[str]:
     return [command for command in dict.fromkeys(found) if " " in command or ".py" in command]
 
 
-COMMANDS = printed_commands((ROOT / "README.md").read_text(encoding="utf-8"))
+def section(name: str, heading: str = "") -> str:
+    """A document, or what stands under one of its headings."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    return text if not heading else text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+DOCUMENTS = {
+    "README.md": section("README.md"),
+    "docs/TRAINING.md": section("docs/TRAINING.md"),
+    "docs/LAUNCH.md": section("docs/LAUNCH.md", "From a laptop to 16 nodes"),
+    "docs/TESTS.md": section("docs/TESTS.md"),
+}
+COMMANDS = printed_commands("\n".join(DOCUMENTS.values()))
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +227,13 @@ def test_command(checkout, command):
 
 
 def test_every_file_that_readme_names_is_there():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
     folders = "megatron_mone|configs|docs|tools|tests|launch"
-    spans = re.findall(rf"`((?:{folders})/[\w./*-]+)`", text)
-    assert len(links) + len(spans) > 20
-    assert [path for path in (*links, *spans) if not (ROOT / path).exists()] == []
+    found, missing = 0, []
+    for name, text in DOCUMENTS.items():
+        links = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)
+        spans = re.findall(rf"`((?:{folders})/[\w./*-]+)`", text)
+        paths = [*((ROOT / name).parent / link for link in links), *(ROOT / span for span in spans)]
+        found += len(paths)
+        missing += [path for path in paths if not path.exists()]
+    assert found > 20
+    assert missing == []
