@@ -11,8 +11,6 @@
 RUN is a run's name or a job's id. docs/LAUNCH.md has the fields of a launch file.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

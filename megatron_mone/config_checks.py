@@ -4,8 +4,6 @@ Touches nothing: takes any config that has the mone_* fields and Megatron's. The
 of config.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -6,8 +6,6 @@ Without CUDA it runs on CPU ranks through the emulation. Without mone_* fields i
 MoE model, so that a baseline differs in nothing else.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Shared fixtures: one CPU rank under the emulation, small configs, a spawner for more ranks."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

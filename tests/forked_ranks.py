@@ -5,8 +5,6 @@ server imports them once (tests/rank_imports.py) and forks a launcher for each j
 job's ranks and ends when they have ended, like torchrun.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import multiprocessing

@@ -9,8 +9,6 @@ ours passes every test that stock passes. The Megatron under test is the install
 checkout only the tests are used. Ranks print into OUT/KIND.log.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

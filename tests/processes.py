@@ -3,8 +3,6 @@
 A process keeps it through fork, through exec, in other sessions and after its parents have ended.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

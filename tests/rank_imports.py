@@ -3,8 +3,6 @@
 Importing it installs the CPU emulation and starts no thread and no process group.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import os

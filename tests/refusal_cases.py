@@ -6,8 +6,6 @@ datasets (ten: 10 documents, one: 1, a and b: 40 each), RUN for the checkpoints 
 two ranks after two steps, and TMP for a folder of the case's own.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

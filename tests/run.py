@@ -5,8 +5,6 @@ Slurm's clocks, then unit tests; and all that start ranks, then the rest of the 
 first row's report comes at the end. However this ends, no process that it started stays.
 """
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

@@ -6,8 +6,6 @@ values Megatron wrote to TensorBoard, which hold every step's loss in full float
 the gradients of the first step and the parameters after the third, each gathered whole.
 """
 
-from __future__ import annotations
-
 import functools
 import gc
 import inspect

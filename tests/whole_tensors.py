@@ -4,8 +4,6 @@ Megatron's sharded state dict says where each rank's piece lies in the whole ten
 what makes checkpoints independent of the layout.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

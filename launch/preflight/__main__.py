@@ -8,8 +8,6 @@ names bad nodes and writes the nodes to train on beside LINES. NAME is a field o
 launch/preflight/limits.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ Each group is measured in a forked child with a deadline, so that a collective t
 its process is one failed group. May touch: child processes, ports of `meeting_port`, GPU memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import time
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A hung file system, driver or collective stops the child only. May touch: one child process a call.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import select

@@ -4,8 +4,6 @@ The line goes through srun and not through a file, so that a node without its fi
 too. Nothing in it is trusted by `judge`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -4,8 +4,6 @@ Field names are those of `nvidia-smi --help-query-gpu` and `--help-query-remappe
 that mean "this GPU has no such thing" are no fault.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 import subprocess

@@ -3,8 +3,6 @@
 May touch: ATTEMPT.json, ATTEMPT.nodes and ATTEMPT.bad beside ATTEMPT.jsonl.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

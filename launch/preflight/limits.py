@@ -1,7 +1,5 @@
 """The limits of the pre-flight: what a node must have to be trained on. Standard library only."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields

@@ -4,8 +4,6 @@ A line that is broken, too long or of an unknown host does not exist; its node i
 is kept has bounded sizes and no control characters.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

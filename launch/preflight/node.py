@@ -3,8 +3,6 @@
 May touch: one file of its own beside the host list, removed again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import importlib.util

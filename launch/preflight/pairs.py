@@ -4,8 +4,6 @@ Nodes are numbers of the host list. Each meets its neighbours at distance one an
 neighbours alone a bad node every other place would spoil all pairs, and nobody could be named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 
 Pair = tuple[int, int]

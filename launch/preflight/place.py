@@ -3,8 +3,6 @@
 All of it comes from the environment that the job script gives a rank, and from the host list.
 """
 
-from __future__ import annotations
-
 import re
 import socket
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Which nodes are good, and why the others are not: from all lines to one verdict. Pure."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence

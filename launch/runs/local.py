@@ -3,8 +3,6 @@
 May touch: child processes, the run folder, this process's handlers of SIGUSR1 and SIGTERM.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

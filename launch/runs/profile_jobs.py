@@ -10,8 +10,6 @@ hold 16 nodes for the run of one. The report is a job that depends on the end of
 however they end. May touch: the run folder, Slurm through slurm/commands.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import tempfile

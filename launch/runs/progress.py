@@ -3,8 +3,6 @@
 May touch: the log, read-only; the terminal. Where stderr is none there is no bar.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ A run is named by its folder's name or by the id of a job. May touch: the manife
 through slurm/commands.py.
 """
 
-from __future__ import annotations
-
 import subprocess
 from collections import Counter
 from collections.abc import Sequence

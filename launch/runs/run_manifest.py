@@ -10,8 +10,6 @@ Attempts have files of their own, so that a job on a compute node needs no lock.
 folder, git.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

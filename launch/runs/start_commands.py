@@ -3,8 +3,6 @@
 May touch: the run folder, child processes, Slurm through slurm/commands.py.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

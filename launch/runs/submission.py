@@ -6,8 +6,6 @@ Who finds this mark while nobody holds the folder's lock asks Slurm for jobs tha
 into the run folder. May touch: the run folder, Slurm through slurm/commands.py.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

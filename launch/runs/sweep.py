@@ -3,8 +3,6 @@
 May touch: the run folder, child processes, Slurm through slurm/commands.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

@@ -6,8 +6,6 @@ A case is its values; its number is its place in the file, which only grows, so 
 folders stay what they were. May touch: sweep.json, Slurm through slurm/state.py.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ failed or was stopped goes on from its checkpoint. May touch: the run folder, Sl
 slurm_commands.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

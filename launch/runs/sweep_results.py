@@ -6,8 +6,6 @@ How a case ended is read from its attempts, its numbers from its TensorBoard fol
 way from Slurm where it answers. May touch: those files, Slurm through slurm/state.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reading what Slurm's commands print, whatever a site's wrappers print around it. Pure."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

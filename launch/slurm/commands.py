@@ -5,8 +5,6 @@ else. Every error is one line: `SlurmRefused` where Slurm answered no (the reque
 `SlurmUnavailable` where it gave no answer (the same request may work later).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

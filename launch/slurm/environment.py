@@ -7,8 +7,6 @@ commands print and do. So of all these only what names the cluster is kept; a us
 fields of the job, where it is seen that they count.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Why a job does not start, in one plain line. Reads a JobState and nothing else."""
 
-from __future__ import annotations
-
 import re
 import time
 

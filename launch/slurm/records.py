@@ -1,7 +1,5 @@
 """Slurm's records of jobs in one form: of squeue, scontrol and sacct, over its releases. Pure."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

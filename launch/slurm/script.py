@@ -4,8 +4,6 @@ Every value goes through a filter that quotes it, for the shell or for sbatch's 
 #SBATCH lines; the template cannot print one that did not.
 """
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterable

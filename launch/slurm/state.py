@@ -5,8 +5,6 @@ JSON that can be read `scontrol show job`), then, for what it no longer holds, a
 then the file of ended jobs (`sacct --completion`), so that a cluster without slurmdbd is read too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -4,8 +4,6 @@ Text may hold quotes, spaces, `$` and any letter: the script quotes it. Line bre
 control characters are refused, for a line is what sbatch and the shell read.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace

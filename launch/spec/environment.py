@@ -5,8 +5,6 @@ TORCH_NCCL_AVOID_RECORD_STREAMS is not among them: PyTorch 2.13 behaves so by it
 variable deprecated.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

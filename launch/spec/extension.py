@@ -4,8 +4,6 @@ Whether its learning-rate schedule allows more is looked at where the checkpoint
 flags say which schedule is meant). Touches nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

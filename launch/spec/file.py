@@ -4,8 +4,6 @@ Scalars are read as the text they are: YAML's own rules would make 14400 of `4:0
 takes for minutes. May touch: files under configs/launch and the one named.
 """
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Callable, Mapping

@@ -7,8 +7,6 @@ Numbers have one spelling each (1/2, .5 and 0.50 are 0.5), so that a point is th
 it was written. Imports Megatron, for the names and types of its arguments; reads no file.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import re

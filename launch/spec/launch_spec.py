@@ -1,7 +1,5 @@
 """LaunchSpec: what a job asks of a machine or a cluster. Its checks are in checks.py."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields

@@ -3,8 +3,6 @@
 Touches nothing.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 import warnings

@@ -4,8 +4,6 @@ Weak scaling: every rank keeps its micro-batches, so that the global batch grows
 data-parallel size. Strong scaling: the global batch stays. Reads and starts nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

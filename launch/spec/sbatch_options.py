@@ -3,8 +3,6 @@
 What stands in neither table is passed on as it is: sbatch judges it. Nothing here reads files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -4,8 +4,6 @@
 -- PROGRAM ARGUMENTS                 ranks of any program that reads RANK and WORLD_SIZE
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

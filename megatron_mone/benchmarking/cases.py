@@ -4,8 +4,6 @@ Shapes: N routed rows grouped by expert, H hidden size, F neurons of an expert, 
 S = r F neurons kept.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The race as a command asks for it: one cell, or a grid with a report."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys

@@ -8,8 +8,6 @@ are counted where they leave a rank, by the type of what torch.distributed is gi
 medians over gloo on one machine, so that their ratio says little about a GPU's network.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 import tempfile

@@ -1,7 +1,5 @@
 """Where a race ran, and a digest that changes when its numbers would."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from typing import Any

@@ -4,8 +4,6 @@ OUT/cells/KEY.json holds one cell; KEY is a digest of the cell and of all that i
 (environment.fingerprint), so that another machine, thread count, version or kernel measures anew.
 """
 
-from __future__ import annotations
-
 import gc
 import hashlib
 import json

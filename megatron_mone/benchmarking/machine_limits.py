@@ -5,8 +5,6 @@ operations each), and every tensor moved once in each phase. Peaks are measured 
 Shapes: N rows, H hidden, F neurons, E experts, r the share kept (1: dense).
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

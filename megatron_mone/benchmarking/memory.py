@@ -7,8 +7,6 @@ profiler's allocation events (allocations that BLAS and oneDNN make for themselv
 and are not seen), on CUDA from the caching allocator's counters.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any

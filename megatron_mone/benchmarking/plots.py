@@ -1,7 +1,5 @@
 """The race in four pictures, drawn from the content of results.json."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """One cell: build every implementation, check it, meter its memory, time all of them together."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """The report of a grid: report.md, plots, and one page that holds everything."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

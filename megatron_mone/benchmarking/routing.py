@@ -6,8 +6,6 @@ counts the rows of every expert in the files that a run with `mone_record_masks`
 of the run that made the committed file is kept in it).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -3,8 +3,6 @@
 Reads the content of results.json; touches no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction

@@ -1,7 +1,5 @@
 """Interleaved timing: every implementation runs once a round, in an order that rotates."""
 
-from __future__ import annotations
-
 import gc
 import math
 import time

@@ -8,8 +8,6 @@ out in forward and in backward. --fused adds gradients into main_grad, as Megatr
 gradient_accumulation_fusion; stock layers cannot on CPU ranks, and stay as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -11,8 +11,6 @@ sum costs one SHA-256 pass over the checkpoint, shared by the ranks; THREADS fil
 torch.distributed here: who hashes what is the caller's choice. May touch: a checkpoint folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

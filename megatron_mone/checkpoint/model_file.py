@@ -4,8 +4,6 @@ Megatron finds a wrong shape only after every rank has built its model, and then
 loader. The file is compared before anything starts. May touch: the checkpoint folder.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from argparse import Namespace

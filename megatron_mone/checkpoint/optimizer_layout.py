@@ -7,8 +7,6 @@ one for all. Their tensors are saved by parameter and load under any layout; the
 that exist. May touch: Megatron's ChainedOptimizer.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -5,8 +5,6 @@ of a step's end. Resuming from a folder (--load) needs no lease. May touch: the 
 files of the --save folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Generator

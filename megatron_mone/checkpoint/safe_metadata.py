@@ -7,8 +7,6 @@ function. Here the pickle is read once by an unpickler that knows only the class
 Megatron put there, and torch is told to load the objects with weights_only.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

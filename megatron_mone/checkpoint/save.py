@@ -16,8 +16,6 @@ each exchange of 2 and 3, and before 4, rank 0 looks whether this run still hold
 Megatron's modules, the folder being saved.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from pathlib import Path

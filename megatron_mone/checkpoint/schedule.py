@@ -8,8 +8,6 @@ and what does not fit is a line that names the flag. May touch: Megatron's Optim
 the groups of a loaded state.
 """
 
-from __future__ import annotations
-
 import functools
 from argparse import Namespace
 from collections.abc import Callable

@@ -7,8 +7,6 @@ tells all ranks that rank 0 lost the checkpoint folder (ownership.py): they stop
 save. May touch: this process's signal handlers, Megatron's global handler.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import signal

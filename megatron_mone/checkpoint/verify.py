@@ -6,8 +6,6 @@ fail together. A checkpoint without integrity.json (a stock one) is loaded with 
 touch: checkpoint folders, read-only; Megatron's start-up function.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from argparse import ArgumentParser, Namespace

@@ -6,8 +6,6 @@ another TP a model would gain or lose rows without a word, and its loss would ch
 checkpoint folder, read-only.
 """
 
-from __future__ import annotations
-
 import warnings
 from argparse import Namespace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`megatron-mone`: all commands behind one name."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from typer import Exit, Option

@@ -1,7 +1,5 @@
 """`bench`: races and meters of single parts, each with numbers to keep."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 May touch: the files asked for; the tracer's processes and cache.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_mone.common.files import write_json

@@ -1,7 +1,5 @@
 """`check-published`: predicted and published figures, and their errors."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """`compare`: two profiled runs phase by phase; fails where the second one got worse."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict
 from pathlib import Path

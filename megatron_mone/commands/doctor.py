@@ -1,7 +1,5 @@
 """`doctor`: what is installed, what works on this machine, and what a run file lacks here."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

@@ -1,7 +1,5 @@
 """`plan`: a job before there are devices."""
 
-from __future__ import annotations
-
 import logging
 import signal
 from typing import NoReturn

@@ -1,7 +1,5 @@
 """`prepare`: text -> a Megatron indexed dataset with its tokenizer and manifest."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`profile`: the training step of a MoNE model against baselines, in one job."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -1,7 +1,5 @@
 """`report-plan`: the page of a plan, or of a search over layouts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

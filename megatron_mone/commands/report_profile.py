@@ -1,7 +1,5 @@
 """`report-profile`: the page of a profile."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`train`: a training run, in the foreground."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -7,8 +7,6 @@ docs/*.md. A row is a field, or neighbours of one kind that need no words; an ob
 shown is not shown again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from importlib import import_module

@@ -7,8 +7,6 @@ stands between (torchrun), a variable of the environment tells the process below
 Imports nothing heavy. May touch: this process's death signal, os.environ.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os

@@ -3,8 +3,6 @@
 Imports nothing heavy, so that commands start fast.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import NoReturn

@@ -4,8 +4,6 @@ The files of configs/cluster/hardware/ are the one place that holds published pe
 they name, with their source. May touch: those files, read by safe loading.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_mone.common.checked_yaml import Section, read_yaml

@@ -6,8 +6,6 @@ without fields that they do not name. Values are of the kinds below: numbers fin
 and printable. Imports pydantic.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The job script (launch/templates/job.sbatch.j2) decides by them whether a job st
 74 and 75 are EX_IOERR and EX_TEMPFAIL of sysexits.h.
 """
 
-from __future__ import annotations
-
 USER_ERROR = 2
 """A wrong flag, file, layout or checkpoint: it would end the same way again."""
 NOT_FINITE = 3

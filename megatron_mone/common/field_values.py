@@ -4,8 +4,6 @@ Imports nothing of Megatron, so that commands start fast. A whole float (6.0, 1e
 integer, as in run files; text is never taken for a number, nor a bool.
 """
 
-from __future__ import annotations
-
 import math
 import numbers
 import os

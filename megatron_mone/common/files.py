@@ -1,7 +1,5 @@
 """Files that are whole or absent: written beside their place, forced to disk, then renamed."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Asks the system and the packages' metadata; imports none of them, so that it is 
 is wrong where one cannot be imported.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ What ranks say goes to log files; rank 0 has `terminal()` for what a person is t
 process is killed, they end with it. May touch: child processes, the log folder.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -5,8 +5,6 @@ Nothing here is specific to a patch. `still_needed` functions run in a process w
 been patched, so the helpers for them read source text instead of importing Megatron (4 s).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable

@@ -5,8 +5,6 @@ the profiler cannot reach from outside (kernels) calls `enter`; while nobody pro
 comparison. May be imported by every room; imports none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 DATA = "data"

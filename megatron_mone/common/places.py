@@ -1,7 +1,5 @@
 """Where the project's own files lie, and what it keeps for a user. Touches nothing."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

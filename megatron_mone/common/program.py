@@ -5,8 +5,6 @@ result the exit status. A mistake is one line on stderr and status 2, without a 
 Imports nothing heavy, so that commands start fast; their functions import what they need.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Callable, Sequence

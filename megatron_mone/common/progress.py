@@ -1,7 +1,5 @@
 """Bars of work under way: drawn on a terminal, nothing elsewhere. May touch: the stream."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The name that a user may have meant. Imports nothing of Megatron, so that commands start fast."""
 
-from __future__ import annotations
-
 import difflib
 
 

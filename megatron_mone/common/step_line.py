@@ -1,7 +1,5 @@
 """The line that Megatron's `training_log` prints of a step, read back. Pure."""
 
-from __future__ import annotations
-
 import re
 
 _STEP = re.compile(

@@ -5,8 +5,6 @@ starts inherits them: with TORCHELASTIC_USE_AGENT_STORE of a run around it, for 
 for a store that it should have opened itself. Touches nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -5,8 +5,6 @@ whole one an integer), and the other two stay the text they are. A key given twi
 where PyYAML takes the last. Loads safely: no tag runs code.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from pathlib import Path

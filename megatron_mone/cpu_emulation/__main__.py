@@ -1,7 +1,5 @@
 """`python -m megatron_mone.cpu_emulation SCRIPT ARGS...` or `... -m MODULE ARGS...`."""
 
-from __future__ import annotations
-
 import runpy
 import sys
 from pathlib import Path

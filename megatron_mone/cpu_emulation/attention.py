@@ -7,8 +7,6 @@ Shapes: s sequence of this rank, S whole sequence (s * CP), b batch, n heads of 
 them for keys and values under grouped queries), d head size.
 """
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compilers and compiled extensions that a CPU rank goes without."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

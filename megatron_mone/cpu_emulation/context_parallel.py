@@ -4,8 +4,6 @@ The sequence is cut into 2 * CP chunks and rank i holds chunks i and 2 * CP - 1 
 (`get_batch_on_this_cp_rank`), which balances causal attention.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ a device 0.3 to 0.9 and the others nothing (torch 2.14.1, one thread of a shared
 `python -m tests.unit.cpu_emulation.measure_overhead` prints the figures again).
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

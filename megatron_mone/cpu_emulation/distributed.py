@@ -1,7 +1,5 @@
 """Process groups over gloo, and the two collectives whose gloo version wants equal sizes."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

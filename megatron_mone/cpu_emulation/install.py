@@ -1,7 +1,5 @@
 """The table of all patches, and the one call that applies them."""
 
-from __future__ import annotations
-
 import torch
 
 from megatron_mone.common import patch

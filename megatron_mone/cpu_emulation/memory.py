@@ -4,8 +4,6 @@ The numbers include everything the process holds (the interpreter, libraries, th
 tensors alone: they are true for the rank, and an upper bound for its tensors.
 """
 
-from __future__ import annotations
-
 import resource
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The token dispatcher's host copies."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

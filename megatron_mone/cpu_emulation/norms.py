@@ -1,7 +1,5 @@
 """The local norm, with the two settings that Megatron's wrapper of torch's norm refuses."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

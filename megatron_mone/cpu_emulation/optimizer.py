@@ -4,8 +4,6 @@ Apex's and Transformer Engine's Adam keep one step per parameter group; torch's 
 parameter, made at the first update. Megatron's code for it has three gaps, all on load.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Questions to the installed torch that need two ranks."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 

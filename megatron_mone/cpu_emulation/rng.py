@@ -10,8 +10,6 @@ that load data would drop other activations than their tensor-parallel peers: th
 `host_generator()`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

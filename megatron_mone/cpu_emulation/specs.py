@@ -1,7 +1,5 @@
 """What the layer specs hand out where Transformer Engine is absent."""
 
-from __future__ import annotations
-
 from typing import Any, NoReturn
 
 from megatron_mone.common.patch import Patch, in_source, megatron_source

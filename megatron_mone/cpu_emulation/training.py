@@ -1,7 +1,5 @@
 """Megatron's start-up: the CUDA assertion, the device count, the launch-order variable."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Callable

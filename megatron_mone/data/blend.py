@@ -7,8 +7,6 @@ slip becomes a prefix that is nowhere, or an assertion without words: here it is
 what is meant. May touch: those files, and whether an .idx is there.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence

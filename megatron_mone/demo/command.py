@@ -5,8 +5,6 @@
 Interrupted, the same command goes on where it was.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

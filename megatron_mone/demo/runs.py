@@ -5,8 +5,6 @@ and data skip a finished run and continue an unfinished one from its checkpoint;
 afresh. May touch: the folders of runs, child processes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

@@ -5,8 +5,6 @@
 With --table-from, write the table of measured times that `auto` looks up, from a benchmark.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

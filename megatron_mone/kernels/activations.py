@@ -4,8 +4,6 @@ softmax runs over all F neurons of a row; when they are split over expert-tensor
 and sum are taken over the group. Everything else is elementwise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """How an expert's neurons are chosen, as every backend takes it. May touch: torch, NeuronMask."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -8,8 +8,6 @@ Usable without Megatron. Shapes: N rows, E experts, F neurons of an expert, H hi
 of the mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor

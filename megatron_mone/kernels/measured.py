@@ -10,8 +10,6 @@ dtype, rows per expert, kept share S / F, block, and milliseconds of forward + b
 backend; a call takes the nearest cell of its class and dtype. May touch: the table's file.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import math

@@ -4,8 +4,6 @@ May touch: torch and one process group, given as an argument. Nothing here is di
 Shapes: N routed rows, F neurons of an expert, F_l of them on this rank (F / ETP), G groups.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from functools import partial
 

@@ -3,8 +3,6 @@
 Shapes: N rows grouped by expert, E experts, F neurons of an expert, H hidden size.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

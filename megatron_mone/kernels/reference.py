@@ -5,8 +5,6 @@ all neurons kept it makes the same GEMM calls as a stock Megatron expert (gate a
 on [2F, H], down on [H, F]) and is therefore equal to it to the bit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup

@@ -9,8 +9,6 @@ The one that moves fewer bytes is used. May touch: torch and the process group i
 Shapes: N rows, F_l neurons on this rank, P ranks, S kept per row over all ranks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

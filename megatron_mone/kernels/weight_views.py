@@ -11,8 +11,6 @@ May touch: torch, the parameters' Megatron attributes.
 Shapes: E experts, F neurons, H hidden, all of this rank.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Everything is read from the words handed in; sys.argv is neither read nor change
 Megatron's global arguments, which its own validation sets.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Megatron's arguments -> the GPTModelConfig that is trained, MoNE or stock. Touches nothing."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

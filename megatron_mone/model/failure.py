@@ -6,8 +6,6 @@ file says the line, so that ranks which fail alike, or because that one did, are
 first step an error is a bug, and Python's traceback stays. May touch: that file.
 """
 
-from __future__ import annotations
-
 import linecache
 import logging
 import os

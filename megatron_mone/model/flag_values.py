@@ -3,8 +3,6 @@
 May touch: the types of a parser's actions; no Megatron state.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import types

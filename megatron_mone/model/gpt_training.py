@@ -3,8 +3,6 @@
 The same for MoNE and stock models. May touch: Megatron's data utilities and model-parallel state.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -4,8 +4,6 @@ May touch: Megatron's spec functions and GPT model builder. Works on the local a
 Transformer-Engine specs alike, because only the MoE module inside a layer is replaced.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial

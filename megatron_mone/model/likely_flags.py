@@ -3,8 +3,6 @@
 Touches nothing.
 """
 
-from __future__ import annotations
-
 import re
 import traceback
 from argparse import Namespace

@@ -5,8 +5,6 @@ touches it no more; each prints the stacks of all its threads to stderr and goes
 process's handler of SIGUSR2, the file.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import functools
 import os

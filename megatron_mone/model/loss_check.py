@@ -5,8 +5,6 @@ touch: Megatron's rerun state machine, which runs a step again to tell a machine
 model's.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from functools import partial
 

@@ -5,8 +5,6 @@ for a while (common/patch.py: Replaced). A model that another script builds need
 alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
 """
 
-from __future__ import annotations
-
 from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, verify
 from megatron_mone.common import patch
 from megatron_mone.model import layer_spec, liveness

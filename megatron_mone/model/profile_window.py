@@ -3,8 +3,6 @@
 Touches nothing; `profiling/attach.py` does what they ask.
 """
 
-from __future__ import annotations
-
 import argparse
 from argparse import Namespace
 from pathlib import Path

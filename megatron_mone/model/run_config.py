@@ -14,8 +14,6 @@ Flags on the command line come later and win. May touch: files under configs/, a
 Megatron state.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Megatron's own count of the dense model, less what the experts of MoNE layers do
 recompute). Known before the first step: rows and kept neurons are what the config promises.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

@@ -5,8 +5,6 @@ Weights are neuron-major: a neuron is three H-vectors, so that a kernel gathers 
 Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ETP), H hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

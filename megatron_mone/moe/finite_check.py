@@ -4,8 +4,6 @@ Megatron checks the loss and the gradients, where the number has reached every r
 group and nothing tells where it began. May touch: torch, the rank's number.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 May touch: Megatron's MoELayer, the files of this folder. Process groups come from `pg_collection`.
 """
 
-from __future__ import annotations
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules

@@ -9,8 +9,6 @@ May touch: Megatron's registry of emerging optimizers, and which attributes of a
 copies carry.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

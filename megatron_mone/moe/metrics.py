@@ -5,8 +5,6 @@ rank; that call is also where a layer learns that the step has ended. May touch:
 singleton, through Megatron's setter.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ May touch: Megatron's aux-loss scaler, the metrics tracker, the process groups i
 Shapes: N routed rows, E_l local experts, R source ranks, M micro-batches among them.
 """
 
-from __future__ import annotations
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler

@@ -4,8 +4,6 @@ May touch: torch and process groups given as arguments. Shapes: E_l experts and 
 rank, E and F over all ranks, f_EF relative load of a neuron (1 when its expert is balanced).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -8,8 +8,6 @@ its sign carries the mark, exactly in both passes, and moves no byte. Touches no
 Shapes: T tokens of this rank, E experts, N routed rows.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -7,8 +7,6 @@ bit-packed, and the repetition takes it. May touch: torch's and Megatron's recom
 only.
 """
 
-from __future__ import annotations
-
 from collections import deque
 
 import torch

@@ -3,8 +3,6 @@
 May touch: the planner's tracer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

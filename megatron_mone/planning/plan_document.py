@@ -3,8 +3,6 @@
 May touch: nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Annotated, Self
 

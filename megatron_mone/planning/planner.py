@@ -7,8 +7,6 @@
 May touch: the tracer's processes and cache.
 """
 
-from __future__ import annotations
-
 import logging
 import warnings
 from argparse import ArgumentParser

@@ -3,8 +3,6 @@
 May touch: files under configs/ and those it is given.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

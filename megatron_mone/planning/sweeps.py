@@ -4,8 +4,6 @@ May touch: the tracer's processes and cache, by way of the Planner.
 Shapes: K_E experts of a token, K_N kept neurons of F in each, r = K_N / F.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -3,8 +3,6 @@
 May touch: nothing.
 """
 
-from __future__ import annotations
-
 from megatron_mone.common.device import Device
 from megatron_mone.planning.document import GIB
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search

@@ -7,8 +7,6 @@ own file; tools/merge_profile.py and tools/report_profile.py make the rest of th
 `training.train_step`, put back after the window.
 """
 
-from __future__ import annotations
-
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence

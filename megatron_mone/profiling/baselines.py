@@ -8,8 +8,6 @@
 May touch: Megatron's argument parser, through the entry point's functions.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

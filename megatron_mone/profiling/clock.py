@@ -6,8 +6,6 @@ read one step later, so that measuring never makes the host wait. May touch: tor
 NVTX ranges; nothing of Megatron.
 """
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable

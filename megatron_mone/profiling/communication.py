@@ -6,8 +6,6 @@ too. Not seen: functional collectives (torch.ops._c10d_functional) and libraries
 transport (DeepEP), whose phases still are. May touch: those classes, undone whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial

@@ -3,8 +3,6 @@
 Reads the profiles it is given and writes nothing. Imports no torch.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -5,8 +5,6 @@ products and a fused SwiGLU. For comparison only: it has no checkpoint keys of i
 Megatron's layer specs. Shapes: N rows grouped by expert, E_l local experts, F_l neurons, H hidden.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron.core.process_groups_config import ProcessGroupCollection

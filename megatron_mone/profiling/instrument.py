@@ -7,8 +7,6 @@ are attributes of instances and of Megatron's schedule module, and are removed w
 not profiled runs Megatron's code alone. May touch: Megatron's modules, its schedules, `phases`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import fields, is_dataclass

@@ -7,8 +7,6 @@ window, so that a machine that grows slower or faster is fair to all. The first 
 not measured: it finds the caches full of another model. May touch: Megatron's start-up functions.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

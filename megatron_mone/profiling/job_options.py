@@ -1,7 +1,5 @@
 """The options of `megatron-mone profile`, shared by its ranks and by `submit --profile`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

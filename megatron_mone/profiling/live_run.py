@@ -5,8 +5,6 @@ every step. Process groups, timers and the micro-batch calculator are shared, so
 layout (baselines.LAYOUT). May touch: Megatron's training functions and those globals.
 """
 
-from __future__ import annotations
-
 import functools
 from argparse import Namespace
 from collections.abc import Callable, Sequence

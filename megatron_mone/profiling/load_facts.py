@@ -4,8 +4,6 @@ A time is never quoted without them. May touch: forward pre-hooks on Megatron's 
 counters of MoNE layers (read only). Shapes: L MoE layers, E_l experts and F_l neurons of this rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

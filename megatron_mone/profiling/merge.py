@@ -6,8 +6,6 @@ docs/PROFILER.md describes both formats. Reads `folder/ranks/`, writes `folder/p
 rank record is in memory at a time. Imports no torch.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator

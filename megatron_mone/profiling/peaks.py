@@ -5,8 +5,6 @@ ranks measure at once, since ranks of a host share its memory and its clock. Non
 utilisation against a guess is worse than none. May touch: torch, the time.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

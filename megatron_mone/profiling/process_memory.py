@@ -7,8 +7,6 @@ that was allocated but never written is not. Measure a step like one that ran be
 profiler, whose events would be counted too.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from collections.abc import Iterator

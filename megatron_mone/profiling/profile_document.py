@@ -3,8 +3,6 @@
 Touches nothing; imports no torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self

@@ -4,8 +4,6 @@ docs/PROFILER.md has the fields. Touches the folder it is given; imports no torc
 be merged where none is installed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Self
 

@@ -4,8 +4,6 @@ Touches numpy arrays only. Shapes: R ranks, S steps, P phases and Q passes in th
 common/phases.py; all times in ms.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -3,8 +3,6 @@
 May touch: Megatron's parallel state (read only), module_flops, the rank files of an older job.
 """
 
-from __future__ import annotations
-
 import socket
 import uuid
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Steps of one window share what the machine did meanwhile, so that they are drawn
 numpy arrays only. Shapes: K quantities, S steps, D draws, B blocks (windows, or single steps).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

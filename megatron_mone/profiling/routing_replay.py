@@ -6,8 +6,6 @@ Probabilities remain each run's own. May touch: `router_replay` of Megatron's ro
 Shapes: T tokens of a micro-batch on this rank, E experts, k chosen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -3,8 +3,6 @@
 May touch: one run's model and optimizer through Instruments and LoadFacts, both undone whole.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Touches numpy arrays only. Shapes: R ranks, P phases in the order of common/phases.py; ms.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Each watcher slows its step down, so none of these steps is among the timed ones
 clock of the rank, torch's profiler, the folder it is given.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -1,7 +1,5 @@
 """The activation of dense baselines, as lean in memory as a fused kernel. Touches nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

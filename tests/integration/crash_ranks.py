@@ -9,8 +9,6 @@ one unbuffered line a step, to NAME.RANK.loss, so that a killed rank's losses ar
 last step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

@@ -5,8 +5,6 @@ writes its weights, gradients, optimizer state and the most bytes that autograd 
 CASE/most-RANK.json, every number read from real tensors. It touches those files alone.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """What the ranks of a refusal case run; forked, for each case is a job of its own."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 import time

@@ -5,8 +5,6 @@ remove in the folder they note in a journal, with a time that all processes shar
 events, also of Megatron and torch, and of their children.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -4,8 +4,6 @@ Two ranks, EP 2, distributed optimizer, a save every second step of twelve; ever
 interrupted run is compared with those of a run that was never stopped.
 """
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import functools

@@ -1,7 +1,5 @@
 """A run that has ended goes on: with more steps, and with another schedule where a flag says so."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

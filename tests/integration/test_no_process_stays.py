@@ -4,8 +4,6 @@ All that a command starts is found by a mark in its environment. Before a comman
 below it are stopped (SIGSTOP): none of them can see the end of a pipe and leave by itself.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

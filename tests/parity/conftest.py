@@ -1,7 +1,5 @@
 """Prints the parity suite's table after the tests, and writes it beside the other results."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 COLUMNS = ("loss", "metrics", "gradients", "parameters", "keep-all = stock")

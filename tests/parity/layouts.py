@@ -3,8 +3,6 @@
 Expert tensor parallelism follows TP where it is not named, as in Megatron.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from tests.training_cases import MOCK, MONE, TINY

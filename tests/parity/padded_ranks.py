@@ -1,7 +1,5 @@
 """Training runs whose model gets a padding mask: every token whose id is a multiple of 5."""
 
-from __future__ import annotations
-
 
 def main(todo: str, folder: str) -> None:
     """As training_cases: the cases of a file, one after another."""

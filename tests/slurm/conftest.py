@@ -1,7 +1,5 @@
 """Fixtures: Slurm clusters on loopback, booted once a session for each size."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

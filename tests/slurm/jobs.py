@@ -1,7 +1,5 @@
 """What the tests on a real Slurm share: a script to submit, and waiting for a job's state."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The launch command on a real Slurm, with programs that take no time."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The pre-flight as 128 tasks on 16 nodes of a real Slurm: one bad GPU, one node left out."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

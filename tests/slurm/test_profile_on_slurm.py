@@ -1,7 +1,5 @@
 """submit --profile on a real Slurm: two sizes, and the report after both."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -3,8 +3,6 @@
 All jobs are submitted at once, for most of the time is Slurm's own waiting.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The test clusters themselves: they leave nothing behind, and say why they cannot be had."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """What a job becomes on a real Slurm, and that it is read right by every way there is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

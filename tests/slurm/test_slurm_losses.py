@@ -1,7 +1,5 @@
 """Lost power on a real Slurm: of a node, of the controller; and a time limit that passes."""
 
-from __future__ import annotations
-
 import signal
 from pathlib import Path
 

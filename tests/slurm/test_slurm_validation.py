@@ -1,7 +1,5 @@
 """Slurm's own judgement of a script for a large cluster, of which only the controller runs."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

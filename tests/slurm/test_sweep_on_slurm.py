@@ -1,7 +1,5 @@
 """A sweep as a job array of a real Slurm: three trainings, and what a second start does."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

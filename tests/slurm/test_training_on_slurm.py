@@ -5,8 +5,6 @@ their controller's trust (split-brain), are started again by Slurm, and must end
 the first.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import signal

@@ -4,8 +4,6 @@ A frozen rank (SIGSTOP) takes no step and no processor, so a test decides at whi
 limit or a lost node meets the run, however fast this machine is.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

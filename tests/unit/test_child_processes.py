@@ -1,7 +1,5 @@
 """Children end with their parent, by whatever signal it ends, through programs between them."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

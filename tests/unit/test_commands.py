@@ -1,7 +1,5 @@
 """`megatron-mone`: its commands' flags, its mistakes in one line, its completion, and `train`."""
 
-from __future__ import annotations
-
 import os
 import runpy
 import subprocess

@@ -1,7 +1,5 @@
 """A run shows that it lives: a file touched after steps, and stacks on request."""
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -3,8 +3,6 @@
 A module attribute is changed for a while by `Replaced`, which puts it back.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 from collections.abc import Iterator

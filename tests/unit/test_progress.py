@@ -1,7 +1,5 @@
 """One helper draws every bar: on a terminal, and nowhere else."""
 
-from __future__ import annotations
-
 import io
 import re
 

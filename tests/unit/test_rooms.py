@@ -4,8 +4,6 @@ Imports inside functions count too. `layer_spec` is a name kept for stock script
 are config's for those who do not wait for Megatron.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter

@@ -1,7 +1,5 @@
 """The implementations that race, one adapter each."""
 
-from __future__ import annotations
-
 from megatron_mone.benchmarking.adapters.base import Adapter
 from megatron_mone.benchmarking.adapters.cuda_peers import CUDA_PEERS
 from megatron_mone.benchmarking.adapters.deepspeed_experts import DeepSpeedExperts

@@ -1,7 +1,5 @@
 """The interface of one implementation in the race."""
 
-from __future__ import annotations
-
 import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable

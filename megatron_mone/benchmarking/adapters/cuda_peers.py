@@ -5,8 +5,6 @@ sonic-moe 0.1.2 `functional/__init__.py`, MegaBlocks `layers/glu.py`. All are ch
 reference before they are timed, so that one that changed its interface reports itself as failed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """DeepSpeed's MoE experts: a module for each, on rows padded to the fullest expert's count."""
 
-from __future__ import annotations
-
 import os
 
 import torch

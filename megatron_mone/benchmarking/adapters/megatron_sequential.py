@@ -1,7 +1,5 @@
 """Megatron-Core's own SequentialMLP, with its fused SwiGLU as `--swiglu` training runs it."""
 
-from __future__ import annotations
-
 import tempfile
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MoNE's own backends, as the public op runs them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

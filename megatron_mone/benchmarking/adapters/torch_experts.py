@@ -4,8 +4,6 @@ Both keep only the gate and up activations (2 F a row) for the backward and reco
 fused SwiGLU does, so that they are no straw men in memory.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,7 +1,5 @@
 """Hugging Face transformers' MoE experts (OLMoE's class, shared by its MoE models), grouped_mm."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ whether a newcomer is about to take the next number. It takes that number itself
 touch: `.lease-*` files of a checkpoint folder; one daemon thread.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import threading

@@ -23,8 +23,6 @@ go on writing it. Such a shard is found by its checksum when it is loaded, not p
 `.lease-*` files of a checkpoint folder, read-only.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

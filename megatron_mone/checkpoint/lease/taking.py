@@ -3,8 +3,6 @@
 May touch: `.lease-*` files of a checkpoint folder.
 """
 
-from __future__ import annotations
-
 import enum
 import json
 import os

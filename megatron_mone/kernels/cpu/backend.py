@@ -12,8 +12,6 @@ weights is made. route.py says which products run. Shapes: N rows grouped by exp
 neurons, H hidden, K kept entries.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from ctypes import byref
 from functools import cache

@@ -6,8 +6,6 @@ or its own rows (weight gradients). Shapes: N rows grouped by expert, E experts,
 hidden, K kept entries.
 """
 
-from __future__ import annotations
-
 from ctypes import byref
 
 import torch

@@ -7,8 +7,6 @@ built elsewhere from the same sources is used. Needs only the standard library, 
 setup.py run it before anything is installed.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

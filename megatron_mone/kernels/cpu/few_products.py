@@ -4,8 +4,6 @@ An expert has at most native.FEW_ROWS rows. Shapes: N rows grouped by expert, E 
 H hidden, K kept entries.
 """
 
-from __future__ import annotations
-
 from ctypes import byref
 
 import torch

@@ -4,8 +4,6 @@ Only the kept entries of a tile outlive it. Shapes: N rows grouped by expert, M 
 experts, F neurons, H hidden, S kept of a row, K kept in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from ctypes import byref
 from dataclasses import replace

@@ -4,8 +4,6 @@ Every pointer handed over comes from a tensor whose dtype, shape and strides wer
 caller in `products.py` and `backend.py`. Calls release the interpreter lock.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ where most neurons are kept. Arrays over kept entries ("_K") are float32 in CSR 
 Shapes: N rows grouped by expert, E experts, F neurons, H hidden, K kept entries.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Iterator

@@ -11,8 +11,6 @@ Not measured: AMX. There torch's bfloat16 GEMM is several times its float32 one,
 all neurons beat native kernels that compute in float32; few rows are bound by memory instead.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

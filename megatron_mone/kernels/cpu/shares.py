@@ -4,8 +4,6 @@ Shapes: N rows, F neurons, K kept entries, B blocks of rows. Sums are in float32
 on the number of threads.
 """
 
-from __future__ import annotations
-
 from ctypes import byref
 
 import torch

@@ -9,8 +9,6 @@ is the dense expert's. An fp8 recipe comes from the autocast context that the ca
 Not run on a GPU yet: the GEMMs are Transformer Engine's, and stand-ins take their place in tests.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

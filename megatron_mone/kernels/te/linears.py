@@ -13,8 +13,6 @@ refused. Rows must be multiples of `alignment` (see PaddedLinears).
 Not run on a GPU yet.
 """
 
-from __future__ import annotations
-
 import inspect
 from functools import cache
 from typing import Any, Literal

@@ -7,8 +7,6 @@ of every operand and result of N rows, and at most `alignment` - 1 rows an exper
 counts are multiples already (--moe-router-padding-for-quantization).
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

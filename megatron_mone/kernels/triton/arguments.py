@@ -3,8 +3,6 @@
 Arguments are checked once for every backend, in kernels/operands.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Whether the Triton kernels can run here, and the one place that imports them."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

@@ -10,8 +10,6 @@ only those blocks go there until a GPU has answered.
 Not run on a GPU yet. Importing this needs no triton.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ slot) writes its own float32 row of H partial sums, added over the slots in orde
 atomics, the same bits on every run, and a workspace of N Q H floats (so use wide blocks).
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ Built without a copy to the host: the number of tiles is bounded from the shapes
 the true number carry a segment that does not exist. The sort is stable, so it is deterministic.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -6,8 +6,6 @@ the same block) with that block's weights on tensor cores, in float32 sums. It s
 the kept pre-activations (x, w_gate) and the gradient of h (dy, w_down).
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -6,8 +6,6 @@ program owns its outputs and adds the rows in order: no atomics, the same bits o
 serves dW_gate (da, x), dW_up (du, x) and dW_down (h, dy), all neuron-major.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -8,8 +8,6 @@ backward pass wins only at B = 128 with some thousands of rows per expert.
 Not run on a GPU yet. Shapes: N rows, E experts, F neurons, H hidden, Q blocks of B neurons per row.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -10,8 +10,6 @@ dh is dy W_down, before p. Everything is recomputed from a and u in float32, but
 dtype first, as the reference's is. A program owns a row: no atomics, the same bits on every run.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

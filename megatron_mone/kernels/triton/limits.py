@@ -12,8 +12,6 @@ reaches; use the ratios to decide what is worth running, not as timings. What is
 Shapes: N rows, E experts, F neurons, H hidden, S kept in Q = S / B blocks.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_mone.common.device import device_of

@@ -7,8 +7,6 @@ Every weight is neuron-major, so these three serve the forward and the backward 
 grouped by expert. Shapes: N rows, E experts, F neurons of an expert, H hidden.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 

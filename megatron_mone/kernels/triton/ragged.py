@@ -13,8 +13,6 @@ are over rows of [N, F], so the same bits on every run.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, K kept.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ Sums in float32; the output is in x's dtype. Weights are read once per row that 
 pays only while an expert has about F / S rows or fewer (decoding): see limits.py.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 from torch import Tensor

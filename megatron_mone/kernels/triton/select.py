@@ -9,8 +9,6 @@ Each row is read once (a group wider than ON_CHIP again, from cache). The S-th l
 by bisecting the ordered bits on chip, the slots by a prefix sum: the same bits on every run.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -6,8 +6,6 @@ A row's S neurons are split over `splits` programs so that one row still fills a
 float32 partial sum and they are added in order: no atomics, the same bits on every run.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl

@@ -11,8 +11,6 @@ and with few rows (decoding) up and down are gathered, and sparse, instead.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, S kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

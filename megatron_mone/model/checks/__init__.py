@@ -5,8 +5,6 @@ validated ones. Each failure is a ValueError of one line that names the flag or 
 the fix.
 """
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from pathlib import Path

@@ -2,8 +2,6 @@
 they were not there. Imports the module that --spec names; touches nothing else.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from importlib import import_module
 

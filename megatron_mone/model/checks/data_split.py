@@ -5,8 +5,6 @@ for ever; where validation has no data at all it fails at the first evaluation. 
 headers and lengths of .idx files.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

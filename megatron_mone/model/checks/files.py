@@ -4,8 +4,6 @@ Each failure is a ValueError of one line that names the flag or file, the value 
 touch: the file system, read-mostly.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from argparse import Namespace

@@ -5,8 +5,6 @@ do nothing. tests/unit/checks/test_flags.py looks for readers in Megatron's sour
 a flag has none and is not named here. Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Mapping
 from fnmatch import fnmatchcase

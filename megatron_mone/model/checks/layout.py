@@ -2,8 +2,6 @@
 layers and schedules, or finds out in a shape. Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 

@@ -4,8 +4,6 @@ It is Megatron's meaning of its flags, which a stock model has as well, so it st
 What belongs to the model is kept instead (checkpoint/vocabulary.py). Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterable
 

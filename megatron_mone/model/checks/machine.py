@@ -5,8 +5,6 @@ silence what they would do. Looked at where the run is to run, and for jobs of C
 they are described; not where a GPU job is described on another machine. Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

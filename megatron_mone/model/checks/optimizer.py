@@ -2,8 +2,6 @@
 is built, or never says. Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from importlib.util import find_spec
 

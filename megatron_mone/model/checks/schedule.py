@@ -1,7 +1,5 @@
 """The learning-rate schedule against the length of training. Touches nothing."""
 
-from __future__ import annotations
-
 import re
 from argparse import Namespace
 

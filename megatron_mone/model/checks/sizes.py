@@ -3,8 +3,6 @@
 Touches nothing.
 """
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from collections.abc import Callable

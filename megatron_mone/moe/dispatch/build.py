@@ -1,7 +1,5 @@
 """Which dispatcher a model has. Touches nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -8,8 +8,6 @@ Shapes: N rows, B = ceil(F / 8) bytes of a packed row, F neurons of a whole expe
 rank, E experts in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -13,8 +13,6 @@ Shapes: as in carrier.py, and K experts of a token (`moe_router_topk`), S = 2 + 
 slot, W = K * S bytes of a token's row, M rows that arrived, H the tokens' width.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ needs them by source micro-batch (docs/MODEL.md, "Scope"), so the layer asks for
 per local expert and source rank, in the order in which the dispatcher lays them out.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple

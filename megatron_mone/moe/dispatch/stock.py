@@ -7,8 +7,6 @@ Shapes: as in carrier.py, and E_l experts of this rank, R source ranks of the ex
 (ETP x EP), C rows of an expert's capacity.
 """
 
-from __future__ import annotations
-
 import torch
 from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs

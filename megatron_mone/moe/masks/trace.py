@@ -7,8 +7,6 @@ Shapes: P routed pairs of one layer and step, B = ceil(F / 8) bytes of a packed 
 neurons of a whole expert.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import pickle

@@ -6,8 +6,6 @@ seconds and their quotients. A user's cluster is a file of the same form. May to
 read by safe loading.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -15,8 +15,6 @@ A send does not wait for its receiver to be ready. Touches nothing.
 Shapes: P stages, V chunks of a stage, M micro-batches.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

@@ -7,8 +7,6 @@ May touch: nothing.
 Shapes: P stages, V chunks of a stage, M micro-batches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -11,8 +11,6 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
 May touch: nothing.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ May touch: nothing.
 Shapes: P stages, V chunks of a stage.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 

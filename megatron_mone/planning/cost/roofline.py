@@ -11,8 +11,6 @@ Shapes: a product is [rows, depth] x [depth, columns], a grouped one that for ea
 N routed rows, E local experts, H hidden, F neurons of an expert, K kept entries of [N, F].
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -7,8 +7,6 @@ May touch: the profile it is given.
 Shapes: E experts, T tokens of one router call, each with K_E different experts.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -7,8 +7,6 @@ rows that its experts took. Communication, waiting and what overlap costs are no
 what the cluster file and the assumptions say. May touch: the tracer's processes and cache.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -3,8 +3,6 @@
 Kept as JSON, schema "megatron-mone/calibration/1". Touches nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -5,8 +5,6 @@ Least squares on the logarithm of the seconds, so that a kernel of 10 us counts 
 curve the fit starts from. Touches nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

@@ -5,8 +5,6 @@ model that differ. Data, tokenizer and folders are not needed to trace, and are 
 touch: the profile it is given.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ By curve_fit.py's method: least squares on the logarithm, with a prior on the st
 by its share of the step, so that small ones do not decide. Touches nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@ The figures stand in files (docs/PUBLISHED_RUNS.md says what these hold); none i
 May touch: the files it is given; the tracer's processes and cache, by way of the Planner.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

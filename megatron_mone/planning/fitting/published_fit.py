@@ -4,8 +4,6 @@ Of each cluster: one factor on all compute peaks, one on the memory bandwidth, t
 launch, and what overlap costs. Only runs marked `calibrates` are looked at. May touch: nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 

@@ -11,8 +11,6 @@ local` as its CPU ranks build it, whose core attention keeps whole scores, and w
 kernels. May touch: that process, whole.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -7,8 +7,6 @@ What only the cluster has is not looked for: data, folders, checkpoints. A job o
 jobs of one kind from the first on.
 """
 
-from __future__ import annotations
-
 import os
 from argparse import Namespace
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ Only tensors with values are written (`unknown_values.py`): on the others a coll
 beyond being seen. May touch: torch.distributed's new_group and ProcessGroup, undone whole.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ May touch: a PhaseClock, which it asks for the phase and pass under way; torch's
 `torch.UntypedStorage.resize_`, while entered.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ each depth travel, one behind the other. Megatron's exchange of shapes takes pla
 brings is filled in from the layout. May touch: Megatron's communicator, while `known_shapes` lasts.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ Megatron's ranks, so every group inside a stage stays what it was. `stage_flags`
 flags, `in_job` puts its trace back into the job that was asked for. Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

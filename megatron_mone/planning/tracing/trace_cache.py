@@ -5,8 +5,6 @@ torch and Megatron, and the source of the rooms that take part. Files are whole 
 processes may share a folder; a damaged one counts as absent. May touch: that folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

@@ -8,8 +8,6 @@ to the file `result` and all that it prints to `log`, and ends with status 0, or
 and one line at the end of the log. May touch: itself, whole; those files.
 """
 
-from __future__ import annotations
-
 import gc
 import importlib
 import json

@@ -17,8 +17,6 @@ May touch: the kernels' registry, and the config that it makes run on this backe
 Shapes: N routed rows, E local experts, H hidden, F neurons of an expert, S kept of them, K in all.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable

@@ -6,8 +6,6 @@ asks for to know shapes, are computed by its own code. What mixes both is unknow
 runs while it is entered; no global state.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

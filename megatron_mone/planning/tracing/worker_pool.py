@@ -4,8 +4,6 @@ The server (trace_worker.py) imports Megatron, which takes seconds, and then for
 request, which takes milliseconds. May touch: that process; files in the folder it is given.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

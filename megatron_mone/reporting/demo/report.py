@@ -1,7 +1,5 @@
 """The demo's report: plots, statement, numbers and commands on one page, and the JSON beside it."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """What happened, in plain sentences computed from the numbers, whoever won."""
 
-from __future__ import annotations
-
 import math
 
 from megatron_mone.common.machine import cores

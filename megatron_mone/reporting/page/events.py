@@ -4,8 +4,6 @@ Each process that trains writes its own event file. A restarted run repeats the 
 checkpoint, so a later file replaces everything from its own first step on, tag by tag.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A page that needs nothing but itself: one HTML file, pictures inside, no scripts, no network."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from html import escape

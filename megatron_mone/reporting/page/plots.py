@@ -1,7 +1,5 @@
 """The report's plots, each as PNG and SVG. Colours mean the same run everywhere."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Losses are nats per token, times seconds, memory bytes, operations floating-poin
 ranks together unless a name says otherwise.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 from dataclasses import asdict, dataclass

@@ -3,8 +3,6 @@
 May touch: the two files of the plot.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

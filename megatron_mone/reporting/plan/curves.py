@@ -4,8 +4,6 @@ Each function takes a checked plan or search (plan_document.py) and returns a fi
 there is nothing to draw. A hollow mark needs more memory than the device has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import product
 from typing import Any

@@ -1,7 +1,5 @@
 """What a plan's page needs beside text, tables and pictures: folded lists, files beside it."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Sequence
 from html import escape

@@ -5,8 +5,6 @@ F12.1 or B12.1; where a stage waits there is a gap. Times in a trace are microse
 step's start. Writes the file it is told to, and touches nothing else.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Each function takes a checked plan or search (plan_document.py) and returns a fi
 there is nothing to draw. Colours mean the same as in a profile's report.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

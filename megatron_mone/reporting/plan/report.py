@@ -4,8 +4,6 @@ Writes report.html, plots/NAME.png, plots/NAME.svg and timeline.json.gz under on
 or not at all.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_mone.common.checked_json import load

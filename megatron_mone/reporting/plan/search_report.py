@@ -3,8 +3,6 @@
 Writes report.html, plots/NAME.png and plots/NAME.svg under one folder, each whole or not at all.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_mone.planning.plan_document import Search

@@ -1,7 +1,5 @@
 """The tables of a plan's page: header and rows of text. Touches no files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 from megatron_mone.planning.cost.rank_memory import ORDER

@@ -1,7 +1,5 @@
 """One predicted step as a picture: a row a pipeline stage, a box a pass. Draws; writes nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import lru_cache
 

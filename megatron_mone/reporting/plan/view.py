@@ -1,7 +1,5 @@
 """What the page, plots and sentences of a plan say alike: names, units, sentences. No files."""
 
-from __future__ import annotations
-
 from megatron_mone.planning.plan_document import (
     CandidateLayout,
     Layout,

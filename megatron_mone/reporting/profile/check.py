@@ -1,7 +1,5 @@
 """Refuses profiles that are no points of one scaling curve. Touches nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_mone.common.checked_json import differences

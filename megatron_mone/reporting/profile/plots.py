@@ -4,8 +4,6 @@ Each function takes a profile and returns a figure, or None where the
 profile lacks what it would draw.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

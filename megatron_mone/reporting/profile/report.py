@@ -3,8 +3,6 @@
 Writes report.html and plots/NAME.png, plots/NAME.svg under one folder, each whole or not at all.
 """
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a profile says, in sentences computed from its numbers, whoever is faster. No files."""
 
-from __future__ import annotations
-
 from megatron_mone.common.phases import COMMUNICATION, PHASES
 from megatron_mone.profiling.compare import STEP
 from megatron_mone.profiling.profile_document import Profile, ProfiledRun

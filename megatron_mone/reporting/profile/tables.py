@@ -1,7 +1,5 @@
 """The tables of a profile's page: header and rows of text. Touches no files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megatron_mone.common.phases import COMMUNICATION, PHASES

@@ -6,8 +6,6 @@
 Replaces the event files of an earlier call in those folders, and touches nothing else in them.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

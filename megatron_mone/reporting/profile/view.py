@@ -3,8 +3,6 @@
 Arithmetic on a profile; touches no files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 

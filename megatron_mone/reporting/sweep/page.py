@@ -1,7 +1,5 @@
 """A sweep as one page: its table, the losses of all cases by step, bars of step time and loss."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

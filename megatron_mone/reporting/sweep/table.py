@@ -3,8 +3,6 @@
 Losses are nats per token; ratios are to the first row. May touch: reads TensorBoard folders.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -1,7 +1,5 @@
 """Synthetic rows and results."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from megatron_mone.benchmarking.race import with_ratios

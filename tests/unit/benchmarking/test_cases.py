@@ -1,7 +1,5 @@
 """Cells, routing, timing and the roofline."""
 
-from __future__ import annotations
-
 import itertools
 import json
 

@@ -1,7 +1,5 @@
 """The command line: the promised file, resuming, and one line for a mistake."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """A grid goes on where it was, measures anew when something changed, and skips what cannot fit."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The meters of memory on functions whose allocations are known."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The race itself: agreement with the reference, absence with a reason, and the ratios."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

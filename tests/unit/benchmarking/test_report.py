@@ -1,7 +1,5 @@
 """The report says what synthetic results hold."""
 
-from __future__ import annotations
-
 from megatron_mone.benchmarking import summary
 from megatron_mone.benchmarking.plots import PLOTS
 from megatron_mone.benchmarking.report import cell_table, markdown, write_report

@@ -1,7 +1,5 @@
 """The sums find every kind of damage and name the file; the tracker moves in one step or not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

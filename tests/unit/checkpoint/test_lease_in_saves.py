@@ -1,7 +1,5 @@
 """A save of a run that lost its folder ends without a trace, whatever else went wrong."""
 
-from __future__ import annotations
-
 import signal
 from argparse import Namespace
 from pathlib import Path

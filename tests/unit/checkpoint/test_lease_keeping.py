@@ -1,7 +1,5 @@
 """The holder renews its lease, and knows of its loss before it writes anything."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import time

@@ -1,7 +1,5 @@
 """A newcomer takes a checkpoint folder exactly when its holder cannot be writing it."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """A checkpoint's `.metadata` cannot run code: what it names is refused before it is called."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import pickletools

@@ -5,8 +5,6 @@ of a config class that Megatron fills from its arguments by name. What only vali
 (training/arguments.py) has no effect by that.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import re

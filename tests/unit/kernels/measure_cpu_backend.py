@@ -12,8 +12,6 @@ compaction alone, as a share of the dense forward. With --grid one line per case
 of minima, the largest last.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

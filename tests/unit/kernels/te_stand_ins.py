@@ -5,8 +5,6 @@ the names, signatures and layouts of TE's grouped GEMM (read in 2.10 and 2.20) w
 its quantized tensors know which way they may be read, and the GEMM refuses the other way.
 """
 
-from __future__ import annotations
-
 import sys
 from dataclasses import dataclass, field
 from types import ModuleType

@@ -4,8 +4,6 @@ The glue (selection, masked activation, padding) runs as it is. The adapter is h
 and signatures of TE's source; that TE computes them is not tested here.
 """
 
-from __future__ import annotations
-
 import sys
 
 import pytest

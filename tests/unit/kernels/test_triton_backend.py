@@ -5,8 +5,6 @@ here ran on a GPU: values come from the interpreter, registers from the compiler
 model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -7,8 +7,6 @@ memory, tensor-core instruction, asynchronous 16-byte copies. Compiled, not run:
 Needs its own process, as Triton's interpreter and compiler cannot share one.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -4,8 +4,6 @@ Not run on a GPU. The interpreter truncates where a GPU rounds to bfloat16, whic
 tolerances allow for.
 """
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable
 

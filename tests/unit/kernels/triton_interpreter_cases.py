@@ -7,8 +7,6 @@ kernels are imported. Not run on a GPU: this checks what is computed, not how fa
 truncates where a GPU rounds to bfloat16, which the bfloat16 tolerances allow for.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys

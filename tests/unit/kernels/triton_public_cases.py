@@ -3,8 +3,6 @@
 Cases of triton_interpreter_cases.py, which runs them.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

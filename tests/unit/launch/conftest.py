@@ -1,7 +1,5 @@
 """Commands under test submit nothing real: Megatron and the planner are not asked either."""
 
-from __future__ import annotations
-
 import pytest
 
 from launch import __main__ as command

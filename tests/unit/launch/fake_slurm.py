@@ -3,8 +3,6 @@
 `srun` runs the one task with rank 1 of 2 and writes the words it was given.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

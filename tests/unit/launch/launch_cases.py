@@ -1,7 +1,5 @@
 """The jobs of the snapshot tests. `python -m tests.unit.launch.launch_cases` writes them anew."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a job's script does after its ranks: start again, later, elsewhere, or not at all."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

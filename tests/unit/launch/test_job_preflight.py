@@ -1,7 +1,5 @@
 """The pre-flight in a job's script: ranks on good nodes only, bad ones left out or excluded."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The watchdog of a job's script: it ends ranks that show no progress, and only those."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

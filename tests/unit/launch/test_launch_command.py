@@ -1,7 +1,5 @@
 """`python -m launch`: run and submit from the command line to the run folder."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

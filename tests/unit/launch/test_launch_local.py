@@ -1,7 +1,5 @@
 """Ranks on this machine: the environment, records and statuses of a job, and the stop signals."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """The bar of a local run: steps as Megatron logs them."""
 
-from __future__ import annotations
-
 import pytest
 
 from launch.runs.progress import StepReader

@@ -1,7 +1,5 @@
 """status, logs, cancel and resume, with Slurm's answers given by the test."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

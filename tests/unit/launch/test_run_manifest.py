@@ -1,7 +1,5 @@
 """The run manifest: what was run, one config a folder, all attempts, safe for two at once."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 from pathlib import Path

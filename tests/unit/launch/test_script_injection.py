@@ -1,7 +1,5 @@
 """Hostile text in any field of a job arrives as it was given, or is refused in one line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

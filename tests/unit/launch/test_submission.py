@@ -1,7 +1,5 @@
 """What is left of a submission whose launcher dies, hangs or is refused, and who finds it."""
 
-from __future__ import annotations
-
 import json
 import os
 import time

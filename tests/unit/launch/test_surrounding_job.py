@@ -1,7 +1,5 @@
 """What a job, a run or a shell around the launcher left in the environment decides nothing."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

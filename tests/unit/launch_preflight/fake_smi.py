@@ -4,8 +4,6 @@ The values and messages are written after nvidia-smi's documented CSV format and
 published for H100, A100 and GeForce cards; they were not recorded on this project's machines.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 

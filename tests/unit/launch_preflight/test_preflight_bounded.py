@@ -1,7 +1,5 @@
 """A bounded call returns, raises or is killed; it never outlives its time."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """What nvidia-smi says -> what is wrong with a GPU, through a stand-in that answers by field."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

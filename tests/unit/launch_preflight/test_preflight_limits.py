@@ -1,7 +1,5 @@
 """Limits from text: typed, and refused in one line with the fix."""
 
-from __future__ import annotations
-
 import pytest
 
 from launch.preflight.limits import Limits, read_limits

@@ -1,7 +1,5 @@
 """The lines of tasks, whoever wrote them: what is no line of ours does not exist."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

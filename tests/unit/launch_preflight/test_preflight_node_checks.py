@@ -1,7 +1,5 @@
 """Disk, memory, the shared folder and the versions of a node."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

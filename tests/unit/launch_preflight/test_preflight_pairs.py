@@ -1,7 +1,5 @@
 """Who meets whom in which round, and whose fault a failed pair is."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

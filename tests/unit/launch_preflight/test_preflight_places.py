@@ -1,7 +1,5 @@
 """Where a task stands, from its environment and the host list; whom it meets on which port."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The check as real processes: pairs over gloo, partners that die or never come, broken nodes."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """From lines to the verdict: every kind of bad node, and what the job script reads of it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

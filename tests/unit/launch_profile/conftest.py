@@ -1,7 +1,5 @@
 """Slurm's commands as stand-ins that note what they were asked, and a tracer of real flags."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

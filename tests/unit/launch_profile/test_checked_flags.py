@@ -1,7 +1,5 @@
 """Flags of a job as Megatron itself takes or refuses them, before anything is submitted."""
 
-from __future__ import annotations
-
 import struct
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The report over a profile's sizes: what is there is drawn, what is missing is explained."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

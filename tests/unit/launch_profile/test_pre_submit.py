@@ -1,7 +1,5 @@
 """What is checked of a job before it is submitted: what is said, what is refused, what passes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """submit --profile: the jobs of a sweep over nodes, all in Slurm's queue or none."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

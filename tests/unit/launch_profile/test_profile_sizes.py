@@ -1,7 +1,5 @@
 """Which numbers of nodes a profile takes, and with what global batch."""
 
-from __future__ import annotations
-
 import pytest
 
 from launch.spec.profile_sizes import Size, Sizes

@@ -3,8 +3,6 @@
 Whatever the programs print, a job is read as it is or not at all, and nobody sees a traceback.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What is sent to Slurm's commands, and what comes of what they say: with stand-ins on the PATH."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from pathlib import Path

@@ -5,8 +5,6 @@ The recorded jobs, on two nodes n0 and n1, n1 drained after the fifth: 1 `exit 3
 and for 2-01:00:00, 11 on three nodes, 12 held, 13 on n1, 14 on both nodes for 30 minutes.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

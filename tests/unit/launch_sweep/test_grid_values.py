@@ -1,7 +1,5 @@
 """--grid: one spelling a number, all combinations, and mistakes found before anything starts."""
 
-from __future__ import annotations
-
 from fractions import Fraction
 
 import pytest

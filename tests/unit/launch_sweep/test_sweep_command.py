@@ -1,7 +1,5 @@
 """`python -m launch sweep` from the command line to the run folder, with a stand-in for sbatch."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

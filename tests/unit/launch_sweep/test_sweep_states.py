@@ -1,7 +1,5 @@
 """What a case of a sweep is, and how far: the record, the attempts on disk, Slurm's answers."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

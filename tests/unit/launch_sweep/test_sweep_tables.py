@@ -1,7 +1,5 @@
 """The results table of a sweep: what is read from event files, and how a missing number looks."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -3,8 +3,6 @@
 The clusters are made up with round figures, so that an expected time is a sum one can do by hand.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Cluster files: the shipped ones hold what data sheets say, and a wrong one is refused."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 

@@ -1,7 +1,5 @@
 """The trace of a predicted step holds what the plan says, in the format that the viewers read."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """Pipeline schedules: Megatron's own order and counts, closed forms, what any times must obey."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

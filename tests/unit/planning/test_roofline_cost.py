@@ -1,7 +1,5 @@
 """The roofline and its fit: hand-made times, limits, and planted parameters found again."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Valid rank records with chosen numbers, for tests of what reads them."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

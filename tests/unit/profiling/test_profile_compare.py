@@ -1,7 +1,5 @@
 """Two runs compared: what grew is named, chance is not, and the interval keeps its 95%."""
 
-from __future__ import annotations
-
 import copy
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Rank files to one profile: sums that hold for any times, lost ranks, and refusals in one line."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import subprocess

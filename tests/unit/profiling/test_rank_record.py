@@ -1,7 +1,5 @@
 """A rank's record: what is written is read back, and every damage is one line that names it."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random

@@ -1,7 +1,5 @@
 """Synthetic results and event files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

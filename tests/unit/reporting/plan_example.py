@@ -1,7 +1,5 @@
 """A made-up plan and search whose numbers agree with each other, as the planner writes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A made-up profile.json whose numbers agree with each other, as merge would write it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A plan or search that cannot be drawn ends in one line with file, field and fix."""
 
-from __future__ import annotations
-
 import copy
 import json
 

@@ -1,7 +1,5 @@
 """A plan's and a search's page in a real browser: all is shown, nothing sticks out at 1280 px."""
 
-from __future__ import annotations
-
 import pytest
 
 from megatron_mone.reporting.plan.report import write_plan_files

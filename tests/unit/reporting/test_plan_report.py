@@ -1,7 +1,5 @@
 """The page says what the plan's numbers say, omits what is absent, and holds no foreign code."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

@@ -4,8 +4,6 @@ The page holds no scripts and forbids them, so the browser is asked from outside
 protocol over a pipe (JSON messages that end in NUL, on the browser's descriptors 3 and 4).
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """The report says what the profile's numbers say, survives what may be absent, and stays small."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

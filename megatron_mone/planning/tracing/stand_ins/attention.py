@@ -19,8 +19,6 @@ Sources: transformer_engine/pytorch/attention/dot_product_attention/backends.py 
 context_parallel.py; FlashAttention-2 (arXiv 2307.08691), section 3.1.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

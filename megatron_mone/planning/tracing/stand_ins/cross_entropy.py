@@ -8,8 +8,6 @@ nothing.
 Source: megatron/core/fusions/fused_cross_entropy.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -10,8 +10,6 @@ Shapes: T tokens of this rank, R ranks of the group, K experts of a token, M tok
 routed rows of them, E experts, H hidden.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager

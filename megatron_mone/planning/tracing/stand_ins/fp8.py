@@ -6,8 +6,6 @@ process.
 Sources: transformer_engine/common/recipe, transformer_engine/pytorch/fp8.py and tensor/*.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ May touch: the names in Megatron's modules that it replaces while `installed`.
 Shapes: N routed rows, E local experts, K and C columns of a linear's input and output.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

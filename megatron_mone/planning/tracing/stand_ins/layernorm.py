@@ -6,8 +6,6 @@ the input and, in fp32, each row's 1 / deviation (of a layer norm its mean too).
 Sources: transformer_engine/pytorch/module/_common.py, ops/basic/rmsnorm.py, layer_norm.py.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -14,8 +14,6 @@ May touch: the names in Megatron's modules that it replaces while `installed`.
 Sources: megatron/core/fusions/*.py, transformer_engine/pytorch/cross_entropy.py, attention/rope.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -18,8 +18,6 @@ Transformer Engine cache them from a step's first micro-batch on. May touch: `ma
 Sources: transformer_engine/pytorch/module/linear.py, layernorm_linear.py, base.py.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

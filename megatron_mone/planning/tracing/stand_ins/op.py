@@ -5,8 +5,6 @@ the kernel on a GPU would read, write and multiply. May touch: the Recorder that
 of this process; nothing is taken down while none does.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -8,8 +8,6 @@ optimizer's where Megatron asks for that: whole, or of bf16 parameters the lower
 Sources: transformer_engine/pytorch/optimizers/fused_adam.py, multi_tensor_apply.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 

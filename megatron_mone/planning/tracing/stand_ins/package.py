@@ -5,8 +5,6 @@ training job of a GPT reaches are there; where others are missing Megatron goes 
 beside an older Transformer Engine. May touch: sys.modules.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -6,8 +6,6 @@ a sort int32 [N].
 Shapes: T tokens of this rank, N routed rows, E experts, H hidden.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

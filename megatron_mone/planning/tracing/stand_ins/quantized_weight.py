@@ -9,8 +9,6 @@ Sources: transformer_engine/pytorch/quantized_tensor.py, tensor/utils.py;
 megatron/core/fp8_utils.py.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ fused.router, fused.router_scores, fused.router_aux_loss and their backward; fus
 Shapes: T tokens of this rank, E experts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

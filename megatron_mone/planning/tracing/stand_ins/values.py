@@ -8,8 +8,6 @@ and what moves rows in permutation.py and deep_ep.py.
 May touch: the names in Megatron and torch that it replaces while `installed`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
