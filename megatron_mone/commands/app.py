@@ -1,5 +1,7 @@
 """`megatron-mone`: all commands behind one name."""
 
+import sys
+from pathlib import Path
 from typing import Annotated
 
 from typer import Exit, Option
@@ -22,7 +24,9 @@ from megatron_mone.commands import (
 from megatron_mone.common.installed import NAME, own
 from megatron_mone.common.program import Program
 
-app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=True)
+# A shell completes a command by its name, which `python -m megatron_mone` has not.
+_NAMED = Path(sys.argv[0]).name != "__main__.py"
+app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),

@@ -21,6 +21,8 @@ COMMANDS = {
     "status": "--runs", "logs": "--follow", "cancel": "--runs", "resume": "--runs",
 }  # fmt: skip
 
+HEAVY = {"torch", "megatron", "matplotlib", "transformers"}
+
 
 def status_of(*words: str) -> int:
     try:
@@ -40,10 +42,9 @@ def test_the_help_of_a_command_shows_its_flags_alone(name, capsys):
 
 
 def test_help_waits_for_no_heavy_import():
-    heavy = {"torch", "megatron", "matplotlib", "transformers"}
     code = (
         "import sys; from megatron_mone.commands.app import main; main(['--help'])\n"
-        f"assert not {heavy!r} & set(sys.modules), {heavy!r} & set(sys.modules)"
+        f"assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -53,17 +54,24 @@ def test_help_waits_for_no_heavy_import():
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [("megatron-mone pro", "profile"), ("megatron-mone profile --warm", "--warm-up"),
-     ("megatron-mone bench la", "layer")],
+     ("megatron-mone bench la", "layer"), ("megatron-mone can", "cancel"),
+     ("megatron-mone submit --test", "--test-only"),
+     ("megatron-mone bench experts --tok", "--tokens")],
 )  # fmt: skip
 def test_a_shell_completes_commands_and_flags(typed, offered):
+    """At a key press: so nothing heavy is imported for it."""
     asked = {"COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    code = "import sys; from megatron_mone.commands import app; sys.argv[0] = 'megatron-mone'"
+    code = (
+        "import atexit, sys; from megatron_mone.commands import app; sys.argv[0] = 'megatron-mone'"
+    )
+    code += f"; atexit.register(lambda: print(*{HEAVY!r} & set(sys.modules), file=sys.stderr))"
     code += "; app.main()"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "_MEGATRON_MONE_COMPLETE": "complete_bash", **asked},
     )  # fmt: skip
     assert done.stdout.split() == [offered], done.stderr
+    assert done.stderr.strip() == ""
 
 
 @pytest.mark.parametrize(

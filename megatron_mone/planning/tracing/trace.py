@@ -17,7 +17,6 @@ from typing import Any
 from megatron_mone.common.checked_json import Field, load
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
-from megatron_mone.profiling.communication import sent_bytes
 
 SCHEMA = "megatron-mone/trace/1"
 _FIX = "trace the rank again"
@@ -154,6 +153,8 @@ class Trace:
 
     def traffic(self) -> dict[str, tuple[int, int]]:
         """ "kind group" -> (calls, bytes sent), as the profiler adds them up."""
+        from megatron_mone.profiling.communication import sent_bytes  # imports torch
+
         found: dict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
         for one in self.collectives:
             calls, sent = found[f"{one.kind} {one.group}"]
