@@ -5,14 +5,13 @@ S = r F neurons kept.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_mone.benchmarking.routing import ROUTINGS, rows_of_experts
+from megatron_mone.benchmarking.routing import rows_of_experts
+from megatron_mone.kernels.race_results import DTYPES, ROUTINGS, CellConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALIGNMENT = 16
 """Bytes that torch's grouped_mm wants a row to be a multiple of."""
 
@@ -90,14 +89,12 @@ class Cell:
     @property
     def label(self) -> str:
         """One line for people."""
-        return (
-            f"N {self.tokens}, H {self.hidden}, F {self.neurons}, E {self.experts}, {self.dtype}, "
-            f"{self.routing}"
-        )
+        return self.config.shape
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {**asdict(self), "ratios": list(self.ratios)}
+    @property
+    def config(self) -> CellConfig:
+        """As files have it."""
+        return CellConfig(**{**asdict(self), "ratios": list(self.ratios)})
 
     def bytes_needed(self) -> int:
         """A generous estimate of the memory that a race of this cell takes at its peak."""

@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -123,11 +123,12 @@ def _check_folder(option: str, folder: Path) -> None:
 def _settings(options: Asked) -> Any:
     import torch
 
-    from megatron_mone.benchmarking.grid import Settings
+    from megatron_mone.kernels.race_results import Settings
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    return Settings(options.seconds, options.repeats, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    return Settings(seconds=options.seconds, repeats=options.repeats, threads=threads)
 
 
 def _one(options: Asked, cell: Any) -> int:
@@ -136,7 +137,7 @@ def _one(options: Asked, cell: Any) -> int:
     from megatron_mone.benchmarking.machine_limits import best_of, measure_peaks
     from megatron_mone.benchmarking.race import run_cell
     from megatron_mone.benchmarking.report import cell_table
-    from megatron_mone.common.files import write_json
+    from megatron_mone.kernels.race_results import CellFile
 
     settings = _settings(options)
     device = environment.device()
@@ -144,26 +145,22 @@ def _one(options: Asked, cell: Any) -> int:
     peaks = measure_peaks(device)
     rows = run_cell(cell, device, seconds=settings.seconds, repeats=settings.repeats)
     peaks = best_of(peaks, measure_peaks(device))
-    with_limits(rows, cell, peaks)
-    config = cell.as_dict()
-    config["ratio"] = config.pop("ratios")[0]
-    content = {
-        "config": {**config, "rows_of_experts": cell.counts, **asdict(settings)},
-        "machine": machine,
-        "peaks": asdict(peaks),
-        "results": rows,
-    }
+    config = cell.config.plain()
+    (config["ratio"],) = config.pop("ratios")
+    config |= {"rows_of_experts": cell.counts, **settings.plain()}
+    found = CellFile(
+        config=config, machine=machine, peaks=peaks, results=with_limits(rows, cell, peaks)
+    )
     print(f"{cell.label}, {machine['Processor']}, {settings.threads} threads")
-    print("\n".join(cell_table(rows)))
+    print("\n".join(cell_table(found.results)))
     if options.json is not None:
-        write_json(options.json, content)
+        found.write(options.json)
     return 0
 
 
 def _grid(options: Asked, cells: list[Any]) -> int:
     from megatron_mone.benchmarking.grid import Store, run_grid
     from megatron_mone.benchmarking.report import write_report
-    from megatron_mone.common.files import write_json
 
     settings, out = _settings(options), options.out or OUT
     store = Store(out, settings)
@@ -171,9 +168,8 @@ def _grid(options: Asked, cells: list[Any]) -> int:
     if kept:
         print(f"going on: {kept} of {len(cells)} cells were measured before", flush=True)
     with _progress(len(cells)) as on_cell:
-        results = run_grid(cells, out, settings, on_cell)
-    results = {"command": _command(options), **results}
-    write_json(out / "results.json", results)
+        results = run_grid(cells, out, settings, on_cell, command=_command(options))
+    results.write(out / "results.json")
     print(f"report: {write_report(out, results)}")
     return 0
 

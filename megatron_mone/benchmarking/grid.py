@@ -8,17 +8,24 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_mone.benchmarking import environment
 from megatron_mone.benchmarking.cases import Cell
-from megatron_mone.benchmarking.machine_limits import PHASES, Peaks, limit_ms, measure_peaks
-from megatron_mone.benchmarking.race import run_cell, with_ratios
-from megatron_mone.common.files import write_json
+from megatron_mone.benchmarking.machine_limits import PHASES, limit_ms, measure_peaks
+from megatron_mone.benchmarking.race import run_cell
+from megatron_mone.kernels.race_results import (
+    AGAIN,
+    CellResults,
+    LeftOut,
+    Peaks,
+    RaceResults,
+    Row,
+    Settings,
+)
 
 RATIOS = (1.0, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 DEMO_SHAPE = (512, 1408, 8)
@@ -32,21 +39,6 @@ SHAPES = (  # (H, F, E)
 TOKENS = (8, 32, 128, 512, 2048, 4096, 8192, 16384)
 OnCell = Callable[[int, Cell, str], None]
 """(cells done, the cell, "measured", "kept" or a reason why it was left out)."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How cells are timed.
-
-    Attributes:
-        seconds: for the repeats of a cell.
-        repeats: least number.
-        threads: of torch.
-    """
-
-    seconds: float
-    repeats: int
-    threads: int
 
 
 def quick_grid(neuron_block: int) -> list[Cell]:
@@ -77,9 +69,14 @@ def _cell(tokens: int, shape: tuple[int, int, int], dtype: str, routing: str = "
 
 
 def run_grid(
-    cells: list[Cell], out: Path, settings: Settings, on_cell: OnCell = lambda *_: None
-) -> dict[str, Any]:
-    """Measure the cells that OUT does not hold yet; the content of results.json.
+    cells: list[Cell],
+    out: Path,
+    settings: Settings,
+    on_cell: OnCell = lambda *_: None,
+    *,
+    command: str = "",
+) -> RaceResults:
+    """Measure the cells that OUT does not hold yet.
 
     A cell that would not fit into free memory is left out with that reason.
     """
@@ -88,35 +85,33 @@ def run_grid(
     peaks = store.peaks(device)
     measured, skipped = [], []
     for done, cell in enumerate(cells, start=1):
-        rows, state = store.load(cell), "kept"
-        if rows is None:
+        found, state = store.load(cell), "kept"
+        if found is None:
             needed, free = cell.bytes_needed(), environment.free_bytes()
             if needed > free:
                 state = f"needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-                skipped.append({"config": cell.as_dict(), "reason": state})
+                skipped.append(LeftOut(config=cell.config, reason=state))
             else:
-                rows, state = (
-                    run_cell(cell, device, seconds=settings.seconds, repeats=settings.repeats),
-                    "measured",
-                )
-                store.save(cell, rows)
+                rows = run_cell(cell, device, seconds=settings.seconds, repeats=settings.repeats)
+                found, state = store.save(cell, with_limits(rows, cell, peaks)), "measured"
                 gc.collect()
-        if rows is not None:
-            measured.append({
-                "config": cell.as_dict(), "rows_of_experts": cell.counts,
-                "results": with_limits(with_ratios(rows), cell, peaks),
-            })  # fmt: skip
+        if found is not None:
+            measured.append(found)
         on_cell(done, cell, state)
-    return {"settings": asdict(settings), "machine": environment.describe(),
-            "peaks": asdict(peaks), "cells": measured, "skipped": skipped}  # fmt: skip
+    return RaceResults(command=command, settings=settings, machine=environment.describe(),
+                       peaks=peaks, cells=measured, skipped=skipped)  # fmt: skip
 
 
-def with_limits(rows: list[dict[str, Any]], cell: Cell, peaks: Peaks) -> list[dict[str, Any]]:
+def with_limits(rows: list[Row], cell: Cell, peaks: Peaks) -> list[Row]:
     """The rows with `limit_PHASE_ms`, the least time that the measured peaks allow."""
-    for row in rows:
-        for phase in PHASES:
-            row[f"limit_{phase}_ms"] = limit_ms(cell, row["ratio"], phase, peaks)
-    return rows
+    return [
+        row.model_copy(
+            update={
+                f"limit_{phase}_ms": limit_ms(cell, row.ratio, phase, peaks) for phase in PHASES
+            }
+        )
+        for row in rows
+    ]
 
 
 class Store:
@@ -125,30 +120,32 @@ class Store:
     def __init__(self, out: Path, settings: Settings) -> None:
         self.folder = out / "cells"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.fingerprint = environment.fingerprint(asdict(settings))
+        self.fingerprint = environment.fingerprint(settings.plain())
 
     def path(self, cell: Cell) -> Path:
         """Where a cell's rows are kept."""
-        text = json.dumps([self.fingerprint, cell.as_dict()], sort_keys=True)
+        text = json.dumps([self.fingerprint, cell.config.plain()], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def load(self, cell: Cell) -> list[dict[str, Any]] | None:
-        """The kept rows; None if there are none."""
+    def load(self, cell: Cell) -> CellResults | None:
+        """What is kept of a cell; None if nothing is."""
         try:
-            return json.loads(self.path(cell).read_text(encoding="utf-8"))["results"]
-        except (OSError, ValueError, KeyError):
+            return CellResults.read(self.path(cell), AGAIN)
+        except ValueError:
             return None
 
-    def save(self, cell: Cell, rows: list[dict[str, Any]]) -> None:
+    def save(self, cell: Cell, rows: list[Row]) -> CellResults:
         """Keep a cell's rows."""
-        write_json(self.path(cell), {"config": cell.as_dict(), "results": rows})
+        found = CellResults(config=cell.config, rows_of_experts=cell.counts, results=rows)
+        found.write(self.path(cell))
+        return found
 
     def peaks(self, device: torch.device) -> Peaks:
         """The machine's peaks, measured once for all its cells."""
         path = self.folder / f"peaks-{self.fingerprint}.json"
         try:
-            return Peaks(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return Peaks.read(path, AGAIN)
+        except ValueError:
             peaks = measure_peaks(device)
-            write_json(path, asdict(peaks))
+            peaks.write(path)
             return peaks

@@ -6,29 +6,16 @@ Shapes: N rows, H hidden, F neurons, E experts, r the share kept (1: dense).
 """
 
 import time
-from dataclasses import dataclass
 
 import torch
 
-from megatron_mone.benchmarking.cases import DTYPES, Cell
+from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.kernels.race_results import DTYPES, Peaks
 
 PHASES = ("forward", "forward_backward")
 _SIDES = (256, 512, 1024, 2048, 4096)
 _LONG_ENOUGH = 0.03  # seconds of a product; a larger one is tried while it takes less
 _COPY = 1 << 26  # elements
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """Measured on this machine with this number of threads.
-
-    Attributes:
-        flops: dtype name -> operations a second of one large square product.
-        bandwidth: bytes a second, read and written, of one large copy.
-    """
-
-    flops: dict[str, float]
-    bandwidth: float
 
 
 def measure_peaks(device: torch.device, *, elements: int = _COPY) -> Peaks:
@@ -45,13 +32,13 @@ def measure_peaks(device: torch.device, *, elements: int = _COPY) -> Peaks:
     source = torch.ones(elements, device=device)
     target = torch.empty_like(source)
     seconds = _best(lambda: target.copy_(source))
-    return Peaks(flops, 2 * source.nbytes / seconds)
+    return Peaks(flops=flops, bandwidth=2 * source.nbytes / seconds)
 
 
 def best_of(first: Peaks, second: Peaks) -> Peaks:
     """The higher of two measurements: another process can only lower them."""
     flops = {name: max(rate, second.flops[name]) for name, rate in first.flops.items()}
-    return Peaks(flops, max(first.bandwidth, second.bandwidth))
+    return Peaks(flops=flops, bandwidth=max(first.bandwidth, second.bandwidth))
 
 
 def operations(cell: Cell, ratio: float | None, phase: str) -> float:

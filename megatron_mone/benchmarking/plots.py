@@ -2,36 +2,36 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from megatron_mone.benchmarking.summary import AUTO, Point, fraction, label
+from megatron_mone.benchmarking.summary import Point, fraction
+from megatron_mone.kernels.race_results import RaceResults, Row
 from megatron_mone.reporting.page import plots
 
 # Okabe and Ito's colours: r from all neurons to few.
 RATIO_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#D55E00", "#CC79A7")
 FORWARD, BOTH, ROOF = "#0072B2", "#D55E00", "#444444"
 SETTINGS = {**plots.SETTINGS, "font.size": 10}
-Drawing = Callable[[dict[str, Any], list[Point]], Figure | None]
+Drawing = Callable[[RaceResults, list[Point]], Figure | None]
 
 
-def ratio_against_rows(results: dict[str, Any], found: list[Point]) -> Figure | None:
+def ratio_against_rows(results: RaceResults, found: list[Point]) -> Figure | None:
     """Time over the fastest dense peer's against N, a line for each r, a panel a dtype."""
     found = _of_main_shape(found)
     dtypes = _dtypes(found)
-    if len({point.config["tokens"] for point in found}) < 2:
+    if len({point.config.tokens for point in found}) < 2:
         return None
     with plt.rc_context(SETTINGS):
         figure, panels = _panels(dtypes)
         for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = [point for point in found if point.config["dtype"] == dtype]
+            mine = [point for point in found if point.config.dtype == dtype]
             ratios = sorted({point.ratio for point in mine}, reverse=True)
             for colour, ratio in zip(RATIO_COLOURS, ratios, strict=False):
                 line = sorted(
-                    (p.config["tokens"], p.forward_backward, p.limit) for p in mine
+                    (p.config.tokens, p.forward_backward, p.limit) for p in mine
                     if p.ratio == ratio
                 )  # fmt: skip
                 rows, times, limits = zip(*line, strict=True)
@@ -47,7 +47,7 @@ def ratio_against_rows(results: dict[str, Any], found: list[Point]) -> Figure | 
     return figure
 
 
-def ratio_against_share(results: dict[str, Any], found: list[Point]) -> Figure | None:
+def ratio_against_share(results: RaceResults, found: list[Point]) -> Figure | None:
     """Time over the fastest dense peer's against r at the largest N, with the roofline's."""
     found = _largest(found)
     dtypes = _dtypes(found)
@@ -56,7 +56,7 @@ def ratio_against_share(results: dict[str, Any], found: list[Point]) -> Figure |
     with plt.rc_context(SETTINGS):
         figure, panels = _panels(dtypes)
         for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = sorted((p for p in found if p.config["dtype"] == dtype), key=lambda p: p.ratio)
+            mine = sorted((p for p in found if p.config.dtype == dtype), key=lambda p: p.ratio)
             shares = [point.ratio for point in mine]
             for name, colour, values in (
                 ("forward", FORWARD, [point.forward for point in mine]),
@@ -67,43 +67,43 @@ def ratio_against_share(results: dict[str, Any], found: list[Point]) -> Figure |
                        label="forward + backward by roofline")  # fmt: skip
             _even(panel)
             _ratio_axis(panel, shares)
-            panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
+            panel.set_title(f"{dtype}, N {mine[0].config.tokens}, {_shape(mine)}")
         panels[0].set_ylabel("time / fastest dense")
         plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
-def time_and_roofline(results: dict[str, Any], found: list[Point]) -> Figure | None:
+def time_and_roofline(results: RaceResults, found: list[Point]) -> Figure | None:
     """Bars of forward + backward time at the largest N, each with its roofline."""
     found = _largest(found)
     dtypes = _dtypes(found)
-    cells = {point.config["dtype"]: point.config for point in found}
+    cells = {point.config.dtype: point.config for point in found}
     if not found:
         return None
     with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 8}):
         figure, panels = _panels(dtypes, height=4.6, share=False)
         for panel, dtype in zip(panels, dtypes, strict=True):
-            cell = next(c for c in results["cells"] if c["config"] == cells[dtype])
-            rows = [r for r in cell["results"] if r["agrees"] and r["name"] != AUTO]
+            cell = next(c for c in results.cells if c.config == cells[dtype])
+            rows = cell.agreeing
             names = [
-                row["name"] if row["dense"] else f"{row['name']}, r = {fraction(row['ratio'])}"
+                row.name if row.ratio is None else f"{row.name}, r = {fraction(row.ratio)}"
                 for row in rows
             ]
-            times = [row["forward_backward_ms"] for row in rows]
-            colours = ["#999999" if row["dense"] else BOTH for row in rows]
+            times = [row.forward_backward_ms for row in rows]
+            colours = ["#999999" if row.dense else BOTH for row in rows]
             panel.barh(names, times, color=colours, xerr=_spread(rows),
                        error_kw={"ecolor": ROOF, "linewidth": 1})  # fmt: skip
-            limits = [row["limit_forward_backward_ms"] for row in rows]
+            limits = [row.limit_forward_backward_ms for row in rows]
             panel.plot(limits, names, linestyle="", marker="|", markersize=9, color="black",
                        label="roofline of this machine")  # fmt: skip
             panel.invert_yaxis()
-            panel.set_title(f"{dtype}, N {cell['config']['tokens']}", fontsize=9)
+            panel.set_title(f"{dtype}, N {cell.config.tokens}", fontsize=9)
             panel.set_xlabel("forward + backward (ms): median, p10 to p90")
         plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
 
 
-def memory_against_share(results: dict[str, Any], found: list[Point]) -> Figure | None:
+def memory_against_share(results: RaceResults, found: list[Point]) -> Figure | None:
     """Bytes kept for the backward against r at the largest N, MoNE's and the dense peers'."""
     found = _largest(found)
     dtypes = _dtypes(found)
@@ -112,18 +112,17 @@ def memory_against_share(results: dict[str, Any], found: list[Point]) -> Figure 
     with plt.rc_context(SETTINGS):
         figure, panels = _panels(dtypes, share=False)
         for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = sorted((p for p in found if p.config["dtype"] == dtype), key=lambda p: p.ratio)
+            mine = sorted((p for p in found if p.config.dtype == dtype), key=lambda p: p.ratio)
             shares = [point.ratio for point in mine]
-            cell = next(c for c in results["cells"] if c["config"] == mine[0].config)
-            panel.plot(shares, [p.mone["saved_bytes"] / 2**20 for p in mine], color=BOTH,
+            cell = next(c for c in results.cells if c.config == mine[0].config)
+            panel.plot(shares, [p.mone.saved_bytes / 2**20 for p in mine], color=BOTH,
                        marker="o", markersize=4, label="MoNE")  # fmt: skip
-            dense = [r["saved_bytes"] / 2**20 for r in cell["results"]
-                     if r["dense"] and r["agrees"]]  # fmt: skip
+            dense = [row.saved_bytes / 2**20 for row in cell.agreeing if row.dense]
             panel.axhspan(min(dense), max(dense), color="#999999", alpha=0.3, label="dense peers")
             panel.axhline(min(dense), color="#999999")
             _ratio_axis(panel, shares)
             panel.set_ylim(bottom=0)
-            panel.set_title(f"{dtype}, N {mine[0].config['tokens']}, {_shape(mine)}")
+            panel.set_title(f"{dtype}, N {mine[0].config.tokens}, {_shape(mine)}")
         panels[0].set_ylabel("kept for the backward (MiB)")
         plots.legend_below(figure, panels[0], share=0.09, most=6)
     return figure
@@ -142,20 +141,17 @@ PLOTS: tuple[tuple[str, Drawing, str], ...] = (
 )  # fmt: skip
 
 
-def _spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+def _spread(rows: Sequence[Row]) -> list[list[float]]:
     """Lengths of the error bars below and above the medians."""
-    middle = [row["forward_backward_ms"] for row in rows]
-    low = [row["forward_backward_ms_p10"] for row in rows]
-    high = [row["forward_backward_ms_p90"] for row in rows]
     return [
-        [m - value for m, value in zip(middle, low, strict=True)],
-        [value - m for m, value in zip(middle, high, strict=True)],
+        [row.forward_backward_ms - row.forward_backward_ms_p10 for row in rows],
+        [row.forward_backward_ms_p90 - row.forward_backward_ms for row in rows],
     ]
 
 
 def _of_main_shape(found: Sequence[Point]) -> list[Point]:
     """Balanced points of the shape that has most of them."""
-    balanced = [point for point in found if point.config["routing"] == "balanced"] or list(found)
+    balanced = [point for point in found if point.config.routing == "balanced"] or list(found)
     if not balanced:
         return []
     main = Counter(_key(point) for point in balanced).most_common(1)[0][0]
@@ -166,24 +162,24 @@ def _largest(found: Sequence[Point]) -> list[Point]:
     """Points of the main shape at the largest N of each dtype."""
     main = _of_main_shape(found)
     most = {
-        dtype: max(p.config["tokens"] for p in main if p.config["dtype"] == dtype)
+        dtype: max(p.config.tokens for p in main if p.config.dtype == dtype)
         for dtype in _dtypes(main)
     }
-    return [point for point in main if point.config["tokens"] == most[point.config["dtype"]]]
+    return [point for point in main if point.config.tokens == most[point.config.dtype]]
 
 
 def _key(point: Point) -> tuple[int, int, int, str]:
     config = point.config
-    return config["hidden"], config["neurons"], config["experts"], config["routing"]
+    return config.hidden, config.neurons, config.experts, config.routing
 
 
 def _dtypes(found: Sequence[Point]) -> list[str]:
-    return sorted({point.config["dtype"] for point in found}, reverse=True)
+    return sorted({point.config.dtype for point in found}, reverse=True)
 
 
 def _shape(found: Sequence[Point]) -> str:
     """H, F and E, without the rest of the label."""
-    return ", ".join(label(found[0].config).split(", ")[1:4])
+    return ", ".join(found[0].config.shape.split(", ")[1:4])
 
 
 def _panels(

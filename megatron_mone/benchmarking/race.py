@@ -1,5 +1,6 @@
 """One cell: build every implementation, check it, meter its memory, time all of them together."""
 
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_mone.benchmarking.summary import AUTO
 from megatron_mone.benchmarking.timing import race
 from megatron_mone.kernels import mone_grouped_mlp
 from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.race_results import NUMBERS, Row
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 """Relative norm of an output's difference from the reference's."""
@@ -41,9 +43,7 @@ class Entry:
     found: dict[str, Any] = field(default_factory=dict)
 
 
-def run_cell(
-    cell: Cell, device: torch.device, *, seconds: float, repeats: int
-) -> list[dict[str, Any]]:
+def run_cell(cell: Cell, device: torch.device, *, seconds: float, repeats: int) -> list[Row]:
     """Race one cell.
 
     Args:
@@ -53,8 +53,7 @@ def run_cell(
         repeats: at least so many.
 
     Returns:
-        One row an implementation: FIELDS, whether and why not it ran, and its ratios to the
-        fastest dense peer.
+        One row an implementation, without the limits of the machine.
     """
     inputs = make_inputs(cell, device)
     entries = [_enter(adapter, cell, inputs, device) for adapter in all_adapters(cell)]
@@ -80,18 +79,25 @@ def run_cell(
     return with_ratios(rows + _auto_rows(rows, cell, device))
 
 
-def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_ratios(rows: list[Row]) -> list[Row]:
     """The rows with their medians over the fastest dense peer's of the same run.
 
     A peer that disagrees with the reference is not asked; without any the ratios are None.
     """
-    for phase, name in (("forward_backward", "ratio_to_best_dense"),
-                        ("forward", "ratio_to_best_dense_forward")):  # fmt: skip
-        key = f"{phase}_ms"
-        peers = [r[key] for r in rows if r["dense"] and r["agrees"] and r[key] is not None]
-        for row in rows:
-            row[name] = row[key] / min(peers) if peers and row[key] is not None else None
-    return rows
+    peers = [row for row in rows if row.dense and row.agrees]
+    if not peers:
+        return rows
+    forward = min(row.forward_ms for row in peers)
+    both = min(row.forward_backward_ms for row in peers)
+
+    def compared(row: Row) -> Row:
+        ratios = {
+            "ratio_to_best_dense": row.forward_backward_ms / both,
+            "ratio_to_best_dense_forward": row.forward_ms / forward,
+        }
+        return row.model_copy(update=ratios)
+
+    return [compared(row) if row.available else row for row in rows]
 
 
 def _enter(adapter: Adapter, cell: Cell, inputs: Inputs, device: torch.device) -> Entry:
@@ -145,8 +151,8 @@ def _check(entry: Entry, cell: Cell, inputs: Inputs, kept: dict[str, Reference])
     # a NaN fails every comparison, so that it cannot agree
     agrees = error <= limit and gradient <= GRADIENT_SLACK * limit
     agrees = agrees and overlap >= LEAST_OVERLAP[cell.dtype]
-    entry.found |= {"error": error, "gradient_error": gradient, "overlap": overlap,
-                    "agrees": agrees}  # fmt: skip
+    entry.found |= {"error": _finite(error), "gradient_error": _finite(gradient),
+                    "overlap": overlap, "agrees": agrees}  # fmt: skip
     if not agrees:
         entry.reason = (
             f"disagrees with the reference: error {error:.1e} and gradients {gradient:.1e} where "
@@ -159,6 +165,10 @@ def distance(value: Tensor, expected: Tensor) -> float:
     value, expected = value.detach().double(), expected.double()
     scale = float(expected.norm()) or 1.0
     return float((value - expected).norm()) / scale
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def overlap_of(mask: NeuronMask, expected: NeuronMask) -> float:
@@ -217,33 +227,25 @@ def _halves(experts: Experts, inputs: Inputs) -> tuple[Any, Any]:
     return lambda: experts.forward(x_NH, probs_N), backward
 
 
-FIELDS = ("forward_ms", "forward_ms_p10", "forward_ms_p90", "forward_backward_ms",
-          "forward_backward_ms_p10", "forward_backward_ms_p90", "repeats", "saved_bytes",
-          "peak_bytes", "peak_forward_bytes", "peak_backward_bytes", "error", "gradient_error",
-          "overlap")  # fmt: skip
-
-
-def _row(entry: Entry) -> dict[str, Any]:
+def _row(entry: Entry) -> Row:
     adapter = entry.adapter
-    return {
+    facts: dict[str, Any] = {
         "name": adapter.name,
         "dense": adapter.ratio is None,
         "ratio": adapter.ratio,
         "available": entry.experts is not None,
-        "agrees": entry.found.get("agrees", False),
+        "agrees": False,
         "reason": entry.reason,
         "timed": adapter.timed,
-        **{name: entry.found.get(name) for name in FIELDS},
     }
+    return Row(**facts | dict.fromkeys(NUMBERS) | entry.found)
 
 
-def _auto_rows(
-    rows: list[dict[str, Any]], cell: Cell, device: torch.device
-) -> list[dict[str, Any]]:
+def _auto_rows(rows: list[Row], cell: Cell, device: torch.device) -> list[Row]:
     """What `backend="auto"` takes, a copy of that backend's row: it is not timed twice."""
     taken = {ratio: f"mone-{resolve('auto', cell, device, ratio)}" for ratio in cell.ratios}
     return [
-        {**row, "name": AUTO, "same_as": row["name"]}
+        row.model_copy(update={"name": AUTO, "same_as": row.name})
         for row in rows
-        if row["name"] == taken.get(row["ratio"])
+        if row.ratio is not None and row.name == taken[row.ratio]
     ]

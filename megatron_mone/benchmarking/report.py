@@ -1,19 +1,16 @@
 """The report of a grid: report.md, plots, and one page that holds everything."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron_mone.benchmarking import plots
 from megatron_mone.benchmarking.summary import (
     AUTO,
     Point,
-    Row,
     fraction,
-    label,
     points,
     where_mone_wins,
 )
+from megatron_mone.kernels.race_results import RaceResults, Row
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import save
 from megatron_mone.reporting.page.results import write_atomically
@@ -40,7 +37,7 @@ WINS = ("cell", "r", "backend", "fastest dense", "forward", "forward + backward"
         "by roofline", "kept")  # fmt: skip
 
 
-def write_report(out: Path, results: dict[str, Any]) -> Path:
+def write_report(out: Path, results: RaceResults) -> Path:
     """Write report.md, report.html and the plots beside results.json; returns report.html."""
     found = points(results)
     figures = []
@@ -55,10 +52,10 @@ def write_report(out: Path, results: dict[str, Any]) -> Path:
     return out / "report.html"
 
 
-def markdown(results: dict[str, Any], figures: list[tuple[str, str]]) -> str:
+def markdown(results: RaceResults, figures: list[tuple[str, str]]) -> str:
     """The text of report.md."""
     found = points(results)
-    lines = [f"# {TITLE}", "", "Made by this command:", "", f"    {results['command']}", ""]
+    lines = [f"# {TITLE}", "", "Made by this command:", "", f"    {results.command}", ""]
     lines += [f"- {name}: {value}" for name, value in _machine(results)]
     lines += ["", "## Where MoNE wins", ""]
     lines += [f"- {text}" for text in where_mone_wins(found)]
@@ -72,17 +69,17 @@ def markdown(results: dict[str, Any], figures: list[tuple[str, str]]) -> str:
     lines += ["", "## Every cell", ""]
     everywhere = _common_remarks(results)
     lines += [*everywhere, ""]
-    for cell in results["cells"]:
-        remarks = [line for line in _remarks(cell["results"]) if line not in everywhere]
-        lines += [f"### {label(cell['config'])}", "", *_rows(cell["results"]), ""]
+    for cell in results.cells:
+        remarks = [line for line in _remarks(cell.results) if line not in everywhere]
+        lines += [f"### {cell.config.label}", "", *_rows(cell.results), ""]
         lines += [*remarks, ""] if remarks else []
-    if results["skipped"]:
+    if results.skipped:
         lines += ["## Left out", ""]
-        lines += [f"- {label(c['config'])}: {c['reason']}" for c in results["skipped"]]
+        lines += [f"- {c.config.label}: {c.reason}" for c in results.skipped]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def fill_page(page: Page, results: dict[str, Any], figures: list[tuple[str, str, bytes]]) -> None:
+def fill_page(page: Page, results: RaceResults, figures: list[tuple[str, str, bytes]]) -> None:
     """The same report as a page; cells' tables stay in report.md."""
     found = points(results)
     page.heading("Where MoNE wins")
@@ -93,7 +90,7 @@ def fill_page(page: Page, results: dict[str, Any], figures: list[tuple[str, str,
     page.heading("How it was measured")
     page.bullets(METHOD)
     page.bullets([f"{name}: {value}" for name, value in _machine(results)])
-    page.code(results["command"])
+    page.code(results.command)
 
 
 def cell_table(rows: list[Row]) -> list[str]:
@@ -102,13 +99,13 @@ def cell_table(rows: list[Row]) -> list[str]:
 
 
 def _rows(rows: list[Row]) -> list[str]:
-    ran = [row for row in rows if row["available"] and row["name"] != AUTO]
+    ran = [row for row in rows if row.available and row.name != AUTO]
     return _table(TABLE, [_cells(row) for row in ran], text_columns=1)
 
 
-def _common_remarks(results: dict[str, Any]) -> list[str]:
+def _common_remarks(results: RaceResults) -> list[str]:
     """What is to be said of every cell, to be said once."""
-    said = [_remarks(cell["results"]) for cell in results["cells"]]
+    said = [_remarks(cell.results) for cell in results.cells]
     return [line for line in said[0] if all(line in lines for lines in said)] if said else []
 
 
@@ -116,62 +113,61 @@ def _remarks(rows: list[Row]) -> list[str]:
     """Who did not run and why, who disagrees, and what `auto` is."""
     reasons: dict[str, str] = {}
     for row in rows:
-        if row["reason"]:
-            reasons[row["name"]] = ("" if row["available"] else "not run: ") + row["reason"]
-    same = {row["same_as"] for row in rows if row["name"] == AUTO}
+        if row.reason:
+            reasons[row.name] = ("" if row.available else "not run: ") + row.reason
+    same = {row.same_as for row in rows if row.name == AUTO}
     lines = [f"- {name}: {reason}" for name, reason in reasons.items()]
     return lines + [f"- {AUTO}: is {name} here" for name in sorted(same)]
 
 
 def _cells(row: Row) -> list[str]:
     def spread(phase: str) -> str:
-        return f"{row[f'{phase}_ms_p10']:.3g} .. {row[f'{phase}_ms_p90']:.3g}"
+        low, high = getattr(row, f"{phase}_ms_p10"), getattr(row, f"{phase}_ms_p90")
+        return f"{low:.3g} .. {high:.3g}"
 
     return [
-        row["name"],
-        "dense" if row["dense"] else fraction(row["ratio"]),
-        f"{row['forward_ms']:.4g}",
+        row.name,
+        "dense" if row.ratio is None else fraction(row.ratio),
+        f"{row.forward_ms:.4g}",
         spread("forward"),
-        _or_dash(row["ratio_to_best_dense_forward"], lambda v: f"{v:.2f}"),
-        f"{row['forward_backward_ms']:.4g}",
+        _or_dash(row.ratio_to_best_dense_forward, ".2f"),
+        f"{row.forward_backward_ms:.4g}",
         spread("forward_backward"),
-        _or_dash(row["ratio_to_best_dense"], lambda v: f"{v:.2f}"),
-        _or_dash(row.get("limit_forward_backward_ms"), lambda v: f"{v:.3g}"),
-        f"{row['saved_bytes'] / 1e6:.4g}",
-        f"{row['peak_bytes'] / 1e6:.4g}",
-        f"{row['error']:.1e}",
-        str(row["repeats"]),
+        _or_dash(row.ratio_to_best_dense, ".2f"),
+        _or_dash(row.limit_forward_backward_ms, ".3g"),
+        f"{row.saved_bytes / 1e6:.4g}",
+        f"{row.peak_bytes / 1e6:.4g}",
+        _or_dash(row.error, ".1e"),
+        str(row.repeats),
     ]
 
 
 def _win(point: Point) -> list[str]:
     return [
-        label(point.config),
+        point.config.label,
         fraction(point.ratio),
-        point.mone["name"],
-        point.best["name"],
+        point.mone.name,
+        point.best.name,
         *(f"{v:.2f}" for v in (point.forward, point.forward_backward, point.limit, point.saved)),
     ]
 
 
-def _machine(results: dict[str, Any]) -> list[tuple[str, str]]:
-    peaks = results["peaks"]
-    rates = ", ".join(
-        f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in peaks["flops"].items()
-    )
-    measured = f"{rates}, copy {peaks['bandwidth'] / 1e9:.1f} GB/s"
-    settings = results["settings"]
+def _machine(results: RaceResults) -> list[tuple[str, str]]:
+    peaks = results.peaks
+    rates = ", ".join(f"{value / 1e9:,.0f} GFLOP/s {name}" for name, value in peaks.flops.items())
+    measured = f"{rates}, copy {peaks.bandwidth / 1e9:.1f} GB/s"
+    settings = results.settings
     return [
-        *results["machine"].items(),
+        *results.machine.items(),
         ("Measured peaks", measured),
-        ("Repeats", f"at least {settings['repeats']}, until {settings['seconds']:g} s a cell"),
+        ("Repeats", f"at least {settings.repeats}, until {settings.seconds:g} s a cell"),
     ]
 
 
-def _doubts(results: dict[str, Any]) -> list[str]:
+def _doubts(results: RaceResults) -> list[str]:
     """A warning where something ran faster than the roofline says is possible."""
-    rows = [row for cell in results["cells"] for row in cell["results"] if row["available"]]
-    beaten = sum(row["forward_backward_ms"] < row["limit_forward_backward_ms"] for row in rows)
+    rows = [row for cell in results.cells for row in cell.results if row.available]
+    beaten = sum(row.forward_backward_ms < row.limit_forward_backward_ms for row in rows)
     if not beaten:
         return []
     return [
@@ -180,8 +176,8 @@ def _doubts(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _or_dash(value: float | None, shown: Callable[[float], str]) -> str:
-    return "-" if value is None else shown(value)
+def _or_dash(value: float | None, shown: str) -> str:
+    return "-" if value is None else format(value, shown)
 
 
 def _table(header: tuple[str, ...], rows: list[list[str]], text_columns: int) -> list[str]:

@@ -16,7 +16,6 @@ from typing import Any
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import CONFIG_ROOT
 
-ROUTINGS = ("balanced", "skewed")
 RECORDED = CONFIG_ROOT / "bench" / "routing.json"
 
 

@@ -1,14 +1,14 @@
 """What the numbers of a grid say: the best MoNE backend of each cell and ratio, and where it wins.
 
-Reads the content of results.json; touches no torch.
+Reads the content of results.json.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
 
-Row = dict[str, Any]
+from megatron_mone.kernels.race_results import CellConfig, CellResults, RaceResults, Row
+
 AUTO = "mone-auto"
 
 
@@ -27,7 +27,7 @@ class Point:
         limit: MoNE's roofline over the dense one, forward and backward together.
     """
 
-    config: dict[str, Any]
+    config: CellConfig
     ratio: float
     mone: Row
     best: Row
@@ -37,31 +37,30 @@ class Point:
     limit: float
 
 
-def points(results: dict[str, Any]) -> list[Point]:
+def points(results: RaceResults) -> list[Point]:
     """All cells and ratios where both a MoNE backend and a dense peer ran and agreed."""
-    return [point for cell in results["cells"] for point in _points_of(cell)]
+    return [point for cell in results.cells for point in _points_of(cell)]
 
 
-def _points_of(cell: dict[str, Any]) -> Iterator[Point]:
-    rows = [row for row in cell["results"] if row["agrees"] and row["name"] != AUTO]
-    dense = [row for row in rows if row["dense"]]
+def _points_of(cell: CellResults) -> Iterator[Point]:
+    dense = [row for row in cell.agreeing if row.dense]
     if not dense:
         return
-    best = min(dense, key=lambda row: row["forward_backward_ms"])
-    least_saved = min(row["saved_bytes"] for row in dense)
-    for ratio in cell["config"]["ratios"]:
-        ours = [row for row in rows if row["ratio"] == ratio]
+    best = min(dense, key=lambda row: row.forward_backward_ms)
+    least_saved = min(row.saved_bytes for row in dense)
+    for ratio in cell.config.ratios:
+        ours = [row for row in cell.agreeing if row.ratio == ratio]
         if ours:
-            mone = min(ours, key=lambda row: row["forward_backward_ms"])
+            mone = min(ours, key=lambda row: row.forward_backward_ms)
             yield Point(
-                config=cell["config"],
+                config=cell.config,
                 ratio=ratio,
                 mone=mone,
                 best=best,
-                forward=min(row["ratio_to_best_dense_forward"] for row in ours),
-                forward_backward=mone["ratio_to_best_dense"],
-                saved=mone["saved_bytes"] / least_saved,
-                limit=mone["limit_forward_backward_ms"] / best["limit_forward_backward_ms"],
+                forward=min(row.ratio_to_best_dense_forward for row in ours),
+                forward_backward=mone.ratio_to_best_dense,
+                saved=mone.saved_bytes / least_saved,
+                limit=mone.limit_forward_backward_ms / best.limit_forward_backward_ms,
             )
 
 
@@ -80,7 +79,7 @@ def where_mone_wins(found: list[Point]) -> list[str]:
             point = chosen(found, key=lambda p: getattr(p, field))  # type: ignore[operator]
             texts.append(
                 f"{what}, {word}: {getattr(point, field):.2f} of the fastest dense peer's time at "
-                f"r = {fraction(point.ratio)}, {label(point.config)}."
+                f"r = {fraction(point.ratio)}, {point.config.label}."
             )
     saved = [point for point in found if point.saved < 1]
     texts.append(
@@ -88,16 +87,6 @@ def where_mone_wins(found: list[Point]) -> list[str]:
         f"pairs, from {min(p.saved for p in found):.2f} to {max(p.saved for p in found):.2f} of it."
     )
     return texts
-
-
-def label(config: dict[str, Any]) -> str:
-    """A cell in words."""
-    text = (
-        f"N {config['tokens']}, H {config['hidden']}, F {config['neurons']}, "
-        f"E {config['experts']}, {config['dtype']}, {config['routing']}"
-    )
-    block = config.get("neuron_block", 1)
-    return text + (f", blocks of {block}" if block > 1 else "")
 
 
 def fraction(ratio: float) -> str:

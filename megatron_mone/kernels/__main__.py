@@ -9,12 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
 from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend, measured
 from megatron_mone.kernels.activations import ACTIVATIONS
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from megatron_mone.kernels.race_results import DTYPES
 
 
 def main() -> None:

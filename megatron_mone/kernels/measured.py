@@ -15,15 +15,39 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_mone.common.documents import AtLeast1, Document, Key, Part, Positive, Text
 from megatron_mone.common.files import atomic_write
+from megatron_mone.kernels.race_results import AGAIN, DTYPES, CellResults, RaceResults
 
 TABLE = Path(__file__).with_name("measured.json")
 TABLE_ENV = "MONE_KERNEL_TABLE"
 PREFIX = "mone-"  # of our backends' names in benchmark results
+
+
+class MeasuredCell(Part):
+    """The backends at one shape and kept share."""
+
+    machine: Text
+    dtype: Text
+    rows_per_expert: Positive
+    kept_share: Positive
+    block: AtLeast1
+    hidden: AtLeast1 | None = None
+    neurons: AtLeast1 | None = None
+    ms: dict[Key, Positive]
+    """forward + backward, by backend"""
+
+
+class KernelTable(
+    Document,
+    again="write one with python -m megatron_mone.kernels --table-from RESULTS, or unset it",
+):
+    """The file that `auto` looks up."""
+
+    cells: list[MeasuredCell]
 
 
 @functools.cache
@@ -40,7 +64,7 @@ def machine_class(device: str) -> str:
 
 def nearest_cell(
     device: str, dtype: torch.dtype, rows_per_expert: float, kept_share: float, block: int
-) -> dict[str, Any] | None:
+) -> MeasuredCell | None:
     """The measured cell closest to a call in log(rows per expert) and log(S / F), or None where
     this class of machine, dtype and kind of block was never measured.
 
@@ -54,20 +78,20 @@ def nearest_cell(
 @functools.lru_cache(maxsize=256)  # decoding asks the same thing for every token
 def _nearest(
     path: str, like: tuple[str, str, int], rows_per_expert: float, kept_share: float
-) -> dict[str, Any] | None:
-    cells = [c for c in _cells(path) if (c["machine"], c["dtype"], c["block"]) == like]
+) -> MeasuredCell | None:
+    cells = [c for c in _cells(path) if (c.machine, c.dtype, c.block) == like]
     if not cells:
         return None
 
-    def distance(cell: dict[str, Any]) -> float:
-        rows = math.log2(max(1.0, rows_per_expert) / cell["rows_per_expert"])
-        share = math.log2(max(kept_share, 1e-3) / cell["kept_share"])
+    def distance(cell: MeasuredCell) -> float:
+        rows = math.log2(max(1.0, rows_per_expert) / cell.rows_per_expert)
+        share = math.log2(max(kept_share, 1e-3) / cell.kept_share)
         return rows * rows + 4 * share * share
 
     return min(cells, key=distance)
 
 
-def check_table() -> list[dict[str, Any]]:
+def check_table() -> list[MeasuredCell]:
     """The cells in use; read once.
 
     Raises:
@@ -77,64 +101,48 @@ def check_table() -> list[dict[str, Any]]:
 
 
 @functools.cache
-def _cells(path: str) -> list[dict[str, Any]]:
+def _cells(path: str) -> list[MeasuredCell]:
     if path == str(TABLE) and not TABLE.exists():
         return []
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        cells = table["cells"]
-        for cell in cells:
-            rows, share = float(cell["rows_per_expert"]), float(cell["kept_share"])
-            times = [float(ms) for ms in cell["ms"].values()]
-            if min(rows, share, *times) <= 0:
-                raise ValueError("a size or time is not positive")
-            _ = cell["machine"], cell["dtype"], cell["block"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return KernelTable.read(Path(path), KernelTable.AGAIN).cells
+    except ValueError as error:
         raise ValueError(
-            f"{TABLE_ENV} = {path!r} is not a table of kernel times ({error!r}): write one with "
-            "python -m megatron_mone.kernels --table-from RESULTS, or unset it"
+            f"{TABLE_ENV} = {path!r} is not a table of kernel times: {error}"
         ) from error
-    return cells
 
 
-def table_of(results: dict[str, Any]) -> dict[str, Any]:
-    """The table of a benchmark's results ({"cells": [{"config", "results"}]}).
+def table_of(results: RaceResults) -> KernelTable:
+    """The table of a benchmark's results.
 
     Raises:
-        ValueError: they are not a benchmark's, or none of our backends ran.
+        ValueError: none of our backends ran.
     """
-    try:
-        cells = [
-            table_cell(cell["config"], ratio, cell["results"])
-            for cell in results["cells"]
-            if cell["config"]["routing"] == "balanced"
-            for ratio in cell["config"]["ratios"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"these are not a benchmark's results: {error!r}") from error
-    cells = [cell for cell in cells if cell["ms"]]
+    cells = [
+        _measured_cell(cell, ratio)
+        for cell in results.cells
+        if cell.config.routing == "balanced"
+        for ratio in cell.config.ratios
+    ]
+    cells = [cell for cell in cells if cell.ms]
     if not cells:
         raise ValueError("no backend of ours was measured with balanced routing in these results")
-    return {"cells": cells}
+    return KernelTable(cells=cells)
 
 
-def table_cell(config: dict[str, Any], ratio: float, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """One cell: what was measured of our backends at one shape and ratio."""
-    ours = [
-        row for row in rows
-        if row["ratio"] == ratio and row["name"].startswith(PREFIX)
-        and row["available"] and row["agrees"] and "same_as" not in row
-    ]  # fmt: skip
-    return {
-        "machine": machine_class("cuda" if torch.cuda.is_available() else "cpu"),
-        "dtype": {"fp32": "float32", "bf16": "bfloat16"}[config["dtype"]],
-        "rows_per_expert": config["tokens"] / config["experts"],
-        "kept_share": ratio,
-        "block": config["neuron_block"],
-        "hidden": config["hidden"],
-        "neurons": config["neurons"],
-        "ms": {row["name"].removeprefix(PREFIX): row["forward_backward_ms"] for row in ours},
-    }
+def _measured_cell(cell: CellResults, ratio: float) -> MeasuredCell:
+    config = cell.config
+    ours = [row for row in cell.agreeing if row.ratio == ratio and row.name.startswith(PREFIX)]
+    return MeasuredCell(
+        machine=machine_class("cuda" if torch.cuda.is_available() else "cpu"),
+        dtype=str(DTYPES[config.dtype]).removeprefix("torch."),
+        rows_per_expert=config.tokens / config.experts,
+        kept_share=ratio,
+        block=config.neuron_block,
+        hidden=config.hidden,
+        neurons=config.neurons,
+        ms={row.name.removeprefix(PREFIX): row.forward_backward_ms for row in ours},
+    )
 
 
 def write_table(results: Path, table: Path) -> int:
@@ -143,10 +151,11 @@ def write_table(results: Path, table: Path) -> int:
     Raises:
         ValueError: the file cannot be read, or is not a benchmark's; says which.
     """
+    found = RaceResults.read(results, AGAIN)
     try:
-        content = table_of(json.loads(results.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
+        cells = table_of(found).cells
+    except ValueError as error:
         raise ValueError(f"{results}: {error}") from error
-    cells = ",\n".join(map(json.dumps, content["cells"]))  # one a line, to be read and compared
-    atomic_write(table, f'{{"cells": [\n{cells}\n]}}\n'.encode())
-    return len(content["cells"])
+    lines = ",\n".join(json.dumps(cell.plain()) for cell in cells)  # to be read and compared
+    atomic_write(table, f'{{"cells": [\n{lines}\n]}}\n'.encode())
+    return len(cells)

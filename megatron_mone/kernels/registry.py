@@ -140,15 +140,15 @@ def _fastest(usable: list[Backend], skipped: list[str], call: Call) -> Chosen:
     if call.rows is not None and call.experts and call.kept_share is not None:
         per_expert = call.rows / call.experts
         cell = nearest_cell(call.device, call.dtype, per_expert, call.kept_share, call.block)
-    times = {} if cell is None else {b.name: cell["ms"].get(b.name) for b in usable}
-    if cell is None or None in times.values():
+    if cell is None or not all(backend.name in cell.ms for backend in usable):
         return Chosen(usable[0], "the first usable one: no measurement is like this call")
+    times = {backend.name: cell.ms[backend.name] for backend in usable}
     best = min(usable, key=lambda backend: times[backend.name])
     measured = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times.items())
     return Chosen(
         best,
-        f"fastest at {cell['rows_per_expert']:g} rows an expert, S / F {cell['kept_share']:g}, "
-        f"block {cell['block']}, {cell['dtype']} on {cell['machine']}: {measured}",
+        f"fastest at {cell.rows_per_expert:g} rows an expert, S / F {cell.kept_share:g}, "
+        f"block {cell.block}, {cell.dtype} on {cell.machine}: {measured}",
     )
 
 

@@ -10,12 +10,12 @@ from megatron_mone.benchmarking import routing, timing
 from megatron_mone.benchmarking.cases import Cell, make_inputs
 from megatron_mone.benchmarking.grid import GRIDS
 from megatron_mone.benchmarking.machine_limits import (
-    Peaks,
     bytes_moved,
     limit_ms,
     measure_peaks,
     operations,
 )
+from megatron_mone.kernels.race_results import ROUTINGS, Peaks
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -35,7 +35,7 @@ def test_inputs_are_the_same_for_the_same_cell_and_down_has_two_layouts():
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(8, 3), (4096, 8), (7, 64), (1, 1)])
-@pytest.mark.parametrize("kind", routing.ROUTINGS)
+@pytest.mark.parametrize("kind", ROUTINGS)
 def test_rows_sum_to_the_tokens(kind, tokens, experts):
     counts = routing.rows_of_experts(kind, tokens, experts)
     assert (len(counts), sum(counts)) == (experts, tokens)
@@ -91,13 +91,13 @@ def test_operations_and_limit_follow_the_published_counts():
     assert operations(cell, 0.25, "forward") / dense["forward"] == pytest.approx(0.5)
     both = operations(cell, 0.25, "forward_backward") / dense["forward_backward"]
     assert both == pytest.approx(1 / 3)
-    compute_bound = Peaks({"fp32": 1e9}, bandwidth=1e15)
-    memory_bound = Peaks({"fp32": 1e18}, bandwidth=1e9)
+    compute_bound = Peaks(flops={"fp32": 1e9}, bandwidth=1e15)
+    memory_bound = Peaks(flops={"fp32": 1e18}, bandwidth=1e9)
     assert limit_ms(cell, None, "forward", compute_bound) == pytest.approx(dense["forward"] / 1e6)
     assert limit_ms(cell, None, "forward", memory_bound) == pytest.approx(
         bytes_moved(cell, None, "forward") / 1e6
     )
-    slow_half = Peaks({"fp32": 2e9, "bf16": 1e9}, bandwidth=1e15)  # then fp32 is the limit
+    slow_half = Peaks(flops={"fp32": 2e9, "bf16": 1e9}, bandwidth=1e15)  # then fp32 is the limit
     half = Cell(4096, 512, 1408, 8, (0.25,), "bf16")
     assert limit_ms(half, None, "forward", slow_half) == pytest.approx(dense["forward"] / 2e6)
 

@@ -85,7 +85,7 @@ def test_an_interrupted_grid_says_how_to_go_on_and_then_does(tmp_path, capsys, m
             done.append(0)
             raise KeyboardInterrupt
         done.append(cell.tokens)
-        return make_cell(cell.tokens, cell.dtype, {0.5: 4.0, 0.25: 2.0})["results"]
+        return make_cell(cell.tokens, cell.dtype, {0.5: 4.0, 0.25: 2.0}).results
 
     monkeypatch.setitem(grid.GRIDS, "quick", lambda block: cells)
     monkeypatch.setattr(grid, "run_cell", race)

@@ -6,10 +6,10 @@ import pytest
 
 from megatron_mone.benchmarking import environment, grid
 from megatron_mone.benchmarking.cases import Cell
-from megatron_mone.benchmarking.machine_limits import Peaks
+from megatron_mone.kernels.race_results import Peaks, Settings
 from tests.unit.benchmarking.conftest import make_cell
 
-SETTINGS = grid.Settings(seconds=0.01, repeats=1, threads=1)
+SETTINGS = Settings(seconds=0.01, repeats=1, threads=1)
 CELLS = [Cell(n, 32, 64, 4, (0.5, 0.25)) for n in (8, 64, 128)]
 
 
@@ -23,10 +23,12 @@ def raced(monkeypatch) -> list[int]:
             tokens.append(-1)
             raise KeyboardInterrupt
         tokens.append(cell.tokens)
-        return make_cell(cell.tokens, cell.dtype, {0.5: 4.0, 0.25: 2.0})["results"]
+        return make_cell(cell.tokens, cell.dtype, {0.5: 4.0, 0.25: 2.0}).results
 
     monkeypatch.setattr(grid, "run_cell", race)
-    monkeypatch.setattr(grid, "measure_peaks", lambda device: Peaks({"fp32": 1e9}, 1e9))
+    monkeypatch.setattr(
+        grid, "measure_peaks", lambda device: Peaks(flops={"fp32": 1e9}, bandwidth=1e9)
+    )
     return tokens
 
 
@@ -39,8 +41,8 @@ def test_an_interrupted_grid_goes_on_and_ends_like_one_that_was_not(tmp_path, ra
     )
     assert raced == [8, 64, -1, 128]
     assert states == ["kept", "kept", "measured"]
-    assert [cell["config"]["tokens"] for cell in results["cells"]] == [8, 64, 128]
-    assert results["cells"][0]["results"][0]["limit_forward_ms"] > 0
+    assert [cell.config.tokens for cell in results.cells] == [8, 64, 128]
+    assert results.cells[0].results[0].limit_forward_ms > 0
 
 
 @pytest.mark.parametrize("changed", ["settings", "cell", "machine", "damaged"])
@@ -48,7 +50,7 @@ def test_what_changed_is_measured_anew(tmp_path, raced, monkeypatch, changed):
     grid.run_grid(CELLS[:1], tmp_path, SETTINGS)
     settings, cells = SETTINGS, CELLS[:1]
     if changed == "settings":
-        settings = replace(SETTINGS, threads=2)
+        settings = SETTINGS.model_copy(update={"threads": 2})
     elif changed == "cell":
         cells = [replace(cells[0], neuron_block=2)]
     elif changed == "machine":
@@ -65,5 +67,5 @@ def test_a_cell_that_does_not_fit_is_left_out_with_the_reason(tmp_path, raced, m
     monkeypatch.setattr(environment, "free_bytes", lambda: CELLS[0].bytes_needed())
     results = grid.run_grid([replace(CELLS[0], tokens=1 << 20), CELLS[0]], tmp_path, SETTINGS)
     assert raced == [8]
-    assert "GiB are free" in results["skipped"][0]["reason"]
-    assert [cell["config"]["tokens"] for cell in results["cells"]] == [8]
+    assert "GiB are free" in results.skipped[0].reason
+    assert [cell.config.tokens for cell in results.cells] == [8]

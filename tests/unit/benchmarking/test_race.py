@@ -47,29 +47,29 @@ def _race(cell: Cell, monkeypatch=None, adapters: list[Adapter] | None = None) -
         assert monkeypatch is not None
         monkeypatch.setattr(race_module, "all_adapters", lambda cell: adapters)
     rows = run_cell(cell, CPU, seconds=0.01, repeats=2)
-    return {row["name"]: row for row in rows}
+    return {row.name: row for row in rows}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("tokens", [23, 3])  # 3: experts without rows
 def test_every_implementation_that_runs_agrees_with_the_reference(one_rank, dtype, tokens):
     rows = _race(Cell(tokens, 32, 64, 4, (0.25,), dtype, "skewed"))
-    ran = {name for name, row in rows.items() if row["available"]}
+    ran = {name for name, row in rows.items() if row.available}
     assert ALWAYS | {"mone-reference"} <= ran
     for name in ran:
-        assert rows[name]["agrees"], rows[name]["reason"]
-        assert rows[name]["repeats"] == 2
-        assert rows[name]["forward_ms"] > 0
+        assert rows[name].agrees, rows[name].reason
+        assert rows[name].repeats == 2
+        assert rows[name].forward_ms > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they may run")
 def test_an_absent_implementation_says_why(one_rank):
     rows = _race(Cell(8, 32, 64, 4, (0.25,)))
     for name in NEED_CUDA:
-        assert not rows[name]["available"]
-        assert "not installed" in rows[name]["reason"] or "CUDA" in rows[name]["reason"]
-        assert rows[name]["forward_backward_ms"] is None
-        assert rows[name]["ratio_to_best_dense"] is None
+        assert not rows[name].available
+        assert "not installed" in rows[name].reason or "CUDA" in rows[name].reason
+        assert rows[name].forward_backward_ms is None
+        assert rows[name].ratio_to_best_dense is None
 
 
 def test_a_cuda_peer_that_is_installed_still_needs_cuda(monkeypatch):
@@ -85,17 +85,17 @@ def test_a_cuda_peer_that_is_installed_still_needs_cuda(monkeypatch):
 
 def test_a_peer_that_disagrees_is_reported_and_is_not_the_best(monkeypatch):
     rows = _race(Cell(16, 32, 64, 4, (0.25,)), monkeypatch, [TorchLoop(), Doubled()])
-    assert rows["torch-loop"]["ratio_to_best_dense"] == 1.0
-    assert not rows["doubled"]["agrees"]
-    assert rows["doubled"]["error"] == pytest.approx(1.0, rel=1e-3)
-    assert "disagrees" in rows["doubled"]["reason"]
+    assert rows["torch-loop"].ratio_to_best_dense == 1.0
+    assert not rows["doubled"].agrees
+    assert rows["doubled"].error == pytest.approx(1.0, rel=1e-3)
+    assert "disagrees" in rows["doubled"].reason
 
 
 def test_a_peer_that_fails_is_absent_with_the_first_line(monkeypatch):
     rows = _race(Cell(16, 32, 64, 4, (0.25,)), monkeypatch, [TorchLoop(), Broken()])
-    assert rows["broken"]["reason"] == "failed: RuntimeError: no kernel"
-    assert not rows["broken"]["available"]
-    assert rows["torch-loop"]["available"]
+    assert rows["broken"].reason == "failed: RuntimeError: no kernel"
+    assert not rows["broken"].available
+    assert rows["torch-loop"].available
 
 
 def test_every_ratio_is_an_entry_and_blocks_are_passed_on(one_rank):
@@ -104,8 +104,8 @@ def test_every_ratio_is_an_entry_and_blocks_are_passed_on(one_rank):
     assert ("mone-reference", 0.5) in names
     assert ("mone-reference", 0.25) in names
     rows = run_cell(cell, CPU, seconds=0.01, repeats=1)
-    mone = [row for row in rows if row["name"] == "mone-reference"]
-    assert [row["agrees"] for row in mone] == [True, True]
+    mone = [row for row in rows if row.name == "mone-reference"]
+    assert [row.agrees for row in mone] == [True, True]
 
 
 def test_ratios_are_over_the_fastest_dense_peer_that_agrees():
@@ -116,18 +116,18 @@ def test_ratios_are_over_the_fastest_dense_peer_that_agrees():
         absent_row("absent", "not here"),
         make_row("mone-cpu", 4.0, 0.25),
     ])  # fmt: skip
-    found = {row["name"]: row for row in rows}
-    assert found["mone-cpu"]["ratio_to_best_dense"] == 0.5
+    found = {row.name: row for row in rows}
+    assert found["mone-cpu"].ratio_to_best_dense == 0.5
     # the fastest forward is another peer's
-    assert found["mone-cpu"]["ratio_to_best_dense_forward"] == pytest.approx(0.4)
-    assert found["slow"]["ratio_to_best_dense"] == 1.25
-    assert found["wrong"]["ratio_to_best_dense"] == 0.125
-    assert found["absent"]["ratio_to_best_dense"] is None
+    assert found["mone-cpu"].ratio_to_best_dense_forward == pytest.approx(0.4)
+    assert found["slow"].ratio_to_best_dense == 1.25
+    assert found["wrong"].ratio_to_best_dense == 0.125
+    assert found["absent"].ratio_to_best_dense is None
 
 
 def test_without_a_dense_peer_there_is_no_ratio():
     rows = with_ratios([make_row("mone-cpu", 4.0, 0.25)])
-    assert rows[0]["ratio_to_best_dense"] is None
+    assert rows[0].ratio_to_best_dense is None
 
 
 def test_the_lean_swiglu_is_the_plain_one():

@@ -1,8 +1,15 @@
 """The report says what synthetic results hold."""
 
+import json
+from pathlib import Path
+
+import pytest
+
 from megatron_mone.benchmarking import summary
 from megatron_mone.benchmarking.plots import PLOTS
 from megatron_mone.benchmarking.report import cell_table, markdown, write_report
+from megatron_mone.common.places import ROOT
+from megatron_mone.kernels.race_results import AGAIN, LeftOut, RaceResults
 from tests.unit.benchmarking.conftest import make_results
 
 
@@ -15,7 +22,7 @@ def test_the_report_holds_tables_plots_and_what_was_not_run(tmp_path):
         assert f"]({name}.png)" in text
         assert caption.split(";")[0].split(",")[0] in page
     assert page.count("data:image/png;base64,") == len(PLOTS)
-    assert results["command"] in text
+    assert results.command in text
     assert "- scattermoe: not run: the package scattermoe is not installed" in text
     assert "100 GFLOP/s fp32, 200 GFLOP/s bf16, copy 10.0 GB/s" in text
 
@@ -31,26 +38,29 @@ def test_where_mone_wins_is_counted_from_the_rows():
 
 
 def test_a_wrong_or_copied_row_is_no_point():
-    results = make_results()
-    for cell in results["cells"]:
-        for row in cell["results"]:
-            row["agrees"] = row["agrees"] and row["name"] != "mone-cpu"
-        cell["results"].append(
-            {**cell["results"][0], "name": "mone-auto", "ratio": 0.25, "same_as": "mone-cpu"}
-        )
+    cells = []
+    for cell in make_results().cells:
+        rows = [
+            row.model_copy(update={"agrees": row.agrees and row.name != "mone-cpu"})
+            for row in cell.results
+        ]
+        copy = {"name": "mone-auto", "ratio": 0.25, "same_as": "mone-cpu"}
+        rows.append(rows[0].model_copy(update=copy))
+        cells.append(cell.model_copy(update={"results": rows}))
+    results = make_results(cells=cells)
     assert summary.points(results) == []
     assert "nothing can be said" in markdown(results, [])
 
 
 def test_a_cell_that_was_left_out_is_named():
-    results = make_results()
-    config = results["cells"][0]["config"]
-    results["skipped"] = [{"config": config, "reason": "needs about 9.0 GiB, 1.0 GiB are free"}]
+    config = make_results().cells[0].config
+    left_out = LeftOut(config=config, reason="needs about 9.0 GiB, 1.0 GiB are free")
+    results = make_results(skipped=[left_out])
     assert "fp32, balanced: needs about 9.0 GiB, 1.0 GiB are free" in markdown(results, [])
 
 
 def test_a_table_row_shows_time_spread_and_ratio():
-    rows = make_results()["cells"][1]["results"]
+    rows = make_results().cells[1].results
     line = next(line for line in cell_table(rows) if "mone-cpu | 1/4" in line)
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert cells[5:8] == ["4", "3.6 .. 4.8", "0.50"]
@@ -59,9 +69,44 @@ def test_a_table_row_shows_time_spread_and_ratio():
 def test_a_time_below_the_roofline_is_a_warning():
     results = make_results()
     assert "Do not read the roofline" not in markdown(results, [])
-    results["cells"][0]["results"][0]["limit_forward_backward_ms"] = 9.0
+    first = results.cells[0].results
+    first[0] = first[0].model_copy(update={"limit_forward_backward_ms": 9.0})
     assert "1 of 16 times lie below the roofline" in markdown(results, [])
 
 
 def test_fractions():
     assert [summary.fraction(r) for r in (1.0, 0.25, 1 / 16, 0.3)] == ["1", "1/4", "1/16", "3/10"]
+
+
+def test_the_report_in_docs_is_made_of_the_results_beside_it(tmp_path):
+    folder = ROOT / "docs/benchmarks/2026-11-22-experts-cpu-avx2"
+    results = RaceResults.read(folder / "results.json", "look into docs")
+    figures = [(name, caption) for name, _, caption in PLOTS]
+    assert markdown(results, figures) == (folder / "report.md").read_text(encoding="utf-8")
+    assert json.dumps(results.plain()) == (folder / "results.json").read_text(encoding="utf-8")
+    results.write(tmp_path / "results.json")
+    assert RaceResults.read(tmp_path / "results.json", "").plain() == results.plain()
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "told"),
+    [
+        (("cells", 0, "config", "dtype"), "fp8",
+         "cells[0].config.dtype: 'fp8' is none of fp32, bf16"),
+        (("cells", 0, "results", 1, "forward_ms"), None,
+         "cells[0].results[1].forward_ms: is null in a row that is available"),
+        (("cells", 0, "results", 1, "ratio"), 0.5,
+         "cells[0].results[1].ratio: must be null in a dense row, and only there"),
+        (("settings", "repeats"), 0, "settings.repeats: is 0, it must be 1 or more"),
+        (("cells", 0, "results", 1, "error"), -1.0,
+         "cells[0].results[1].error: -1.0 is not a finite number of 0 or more"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_one_line_with_its_place(place, value, told):
+    content = inside = json.loads(json.dumps(make_results().plain()))
+    for step in place[:-1]:
+        inside = inside[step]
+    inside[place[-1]] = value
+    with pytest.raises(ValueError) as caught:
+        RaceResults.of(content, Path("results.json"))
+    assert str(caught.value) == f"results.json: {told}; {AGAIN}"

@@ -1,6 +1,7 @@
 """`auto` takes the fastest of what was measured nearest to the call, and says which and why."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from megatron_mone.kernels import Call, choose_backend, measured, registry
+from megatron_mone.kernels.race_results import CellResults
 from megatron_mone.kernels.registry import Backend
+from tests.unit.benchmarking.conftest import absent_row, make_results, make_row
 
 MACHINE = measured.machine_class("cpu")
 
@@ -96,21 +99,21 @@ def test_the_choice_can_be_asked_for():
 def results(**changes):
     config = dict(tokens=4096, experts=8, hidden=64, neurons=128, ratios=[0.25, 1.0], dtype="fp32",
                   routing="balanced", neuron_block=1)  # fmt: skip
-    entries = [("mone-cpu", 0.25, 4.0), ("mone-reference", 0.25, 9.0), ("mone-auto", 0.25, 4.0),
-               ("mone-cpu", 1.0, 9.5), ("mone-reference", 1.0, 9.1), ("mone-triton", 1.0, None),
-               ("torch-grouped-mm", None, 8.0)]  # fmt: skip
-    return {"cells": [{
-        "config": {**config, **changes},
-        "results": [
-            dict(name=n, ratio=r, available=ms is not None, agrees=True, forward_backward_ms=ms)
-            | ({"same_as": "mone-cpu"} if n == "mone-auto" else {})
-            for n, r, ms in entries
-        ],
-    }]}  # fmt: skip
+    rows = [
+        make_row("mone-cpu", 4.0, 0.25),
+        make_row("mone-reference", 9.0, 0.25),
+        make_row("mone-auto", 4.0, 0.25, same_as="mone-cpu"),
+        make_row("mone-cpu", 9.5, 1.0),
+        make_row("mone-reference", 9.1, 1.0),
+        absent_row("mone-triton", "there is no GPU", 1.0),
+        make_row("torch-grouped-mm", 8.0),
+    ]
+    cell = {"config": {**config, **changes}, "rows_of_experts": [512] * 8, "results": rows}
+    return make_results(cells=[CellResults(**cell)])
 
 
 def test_a_benchmark_becomes_a_table(tmp_path):
-    (tmp_path / "results.json").write_text(json.dumps(results()))
+    results().write(tmp_path / "results.json")
     command = [sys.executable, "-m", "megatron_mone.kernels", "--table-from",
                str(tmp_path / "results.json"), "--table", str(tmp_path / "table.json")]  # fmt: skip
     subprocess.run(command, check=True)
@@ -125,7 +128,16 @@ def test_a_benchmark_becomes_a_table(tmp_path):
     assert (cell["rows_per_expert"], cell["kept_share"], cell["block"]) == (512, 0.25, 1)
 
 
-@pytest.mark.parametrize("wrong", [{}, {"cells": [{}]}, results(routing="skewed")])
-def test_results_without_our_backends_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"benchmark's results|no backend of ours"):
-        measured.table_of(wrong)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({}, "has no field 'command'; a benchmark's results come from"),
+        ({**results().plain(), "cells": [{}]}, "cells[0]: has no field 'config'; a benchmark's"),
+        (results(routing="skewed").plain(), "no backend of ours was measured with balanced"),
+    ],
+)
+def test_results_without_our_backends_are_refused(wrong, told, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(wrong))
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {told}')}.*$"):
+        measured.write_table(path, tmp_path / "table.json")
