@@ -1,8 +1,8 @@
 """`train`: a training run, in the foreground."""
 
 import os
-import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -53,8 +53,7 @@ def train(
         return launch(["run", *own, "--", *words])
     if ranks is not None:
         raise ValueError(f"--ranks {ranks} is for a shell: here torchrun or srun started them")
-    sys.argv = [sys.argv[0], "--config", str(file), *words]
-    runpy.run_module("megatron_mone.pretrain", run_name="__main__")
+    import_module("megatron_mone.pretrain").main(["--config", str(file), *words])
     return 0
 
 
