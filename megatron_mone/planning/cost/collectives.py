@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,23 +49,6 @@ class Placement:
     def even(self) -> bool:
         """Whether every domain holds equally many ranks."""
         return self.per_domain * self.domains == self.size
-
-
-def place_ranks(ranks: Sequence[int], cluster: Cluster) -> Placement:
-    """The placement of a group that is given rank by rank.
-
-    Raises:
-        ValueError: no rank, a rank twice, or a negative one.
-    """
-    if not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 0:
-        raise ValueError(
-            f"ranks = {str(list(ranks))[:60]} is no group: give distinct ranks from 0, at least one"
-        )
-    domains = Counter(rank // cluster.domain.devices for rank in ranks)
-    leaves = Counter(rank // cluster.leaf_devices for rank in ranks)
-    return Placement(
-        len(ranks), max(domains.values()), len(domains), max(leaves.values()), len(leaves)
-    )
 
 
 def place_stride(size: int, stride: int, cluster: Cluster) -> Placement:
@@ -226,15 +209,6 @@ def _reduce_scatter(size: float, p: Placement, links: Links) -> dict[str, float]
     return algorithms
 
 
-def _all_gather(size: float, p: Placement, links: Links) -> dict[str, float]:
-    """A reduce-scatter backwards: its input is n times as large."""
-    return _reduce_scatter(p.size * size, p, links)
-
-
-def _broadcast(size: float, p: Placement, links: Links) -> dict[str, float]:
-    return {"ring": _flat(1, 1.0, size, p, links)}
-
-
 def _send(size: float, p: Placement, links: Links) -> dict[str, float]:
     if p.size != 2:
         raise ValueError(f"a send is between 2 ranks, not {p.size}: give the group of the two")
@@ -243,11 +217,7 @@ def _send(size: float, p: Placement, links: Links) -> dict[str, float]:
     return {"direct": links.outside_latency + size / links.spread}
 
 
-def _all_to_all(size: float, p: Placement, links: Links) -> dict[str, float]:
-    return {"pairwise": max(_all_to_all_parts(size, p, links))}
-
-
-def _all_to_all_parts(size: float, p: Placement, links: Links) -> tuple[float, float]:
+def pairwise_parts(size: float, p: Placement, links: Links) -> tuple[float, float]:
     """(seconds inside the domain, seconds on the network) of pairwise messages.
 
     A message to another rail moves to that rail's device of its own domain first (NCCL's PXN).
@@ -260,24 +230,13 @@ def _all_to_all_parts(size: float, p: Placement, links: Links) -> tuple[float, f
     return inside, outside
 
 
-def serial_all_to_all_cost(size: float, placement: Placement, cluster: Cluster) -> CollectiveCost:
-    """An all-to-all that uses NVLink and the network in turn; `collective_cost` uses both at once.
-
-    Args:
-        size, placement, cluster: as in `collective_cost`.
-    """
-    if placement.size == 1:
-        return FREE
-    parts = _all_to_all_parts(size, placement, Links.of(placement, cluster))
-    return CollectiveCost(cluster.launch_latency + sum(parts), "pairwise in turn")
-
-
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[float, Placement, Links], dict[str, float]]] = {
     "all_reduce": _all_reduce,
-    "all_gather": _all_gather,
+    # A reduce-scatter backwards: its input is n times as large.
+    "all_gather": lambda size, p, links: _reduce_scatter(p.size * size, p, links),
     "reduce_scatter": _reduce_scatter,
-    "all_to_all": _all_to_all,
-    "broadcast": _broadcast,
+    "all_to_all": lambda size, p, links: {"pairwise": max(pairwise_parts(size, p, links))},
+    "broadcast": lambda size, p, links: {"ring": _flat(1, 1.0, size, p, links)},
     "send": _send,
     "recv": _send,
 }

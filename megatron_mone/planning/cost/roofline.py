@@ -6,7 +6,7 @@
 A traced operator is a product, attention, a selection, or bytes to move: products are known by
 their operations and shapes, the rest by name; an operator that is none of them moves its bytes.
 Efficiencies are smooth curves of the shape, one set of parameters per class of operation.
-DEFAULTS are assumptions, not measurements; curve_fit.py fits them. Touches nothing.
+DEFAULTS are assumptions, not measurements; phase_fit.py fits them. Touches nothing.
 Shapes: a product is [rows, depth] x [depth, columns], a grouped one that for each of its groups;
 N routed rows, E local experts, H hidden, F neurons of an expert, K kept entries of [N, F].
 """
@@ -143,45 +143,6 @@ DEFAULTS = {
     "memory": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.9, 2e6, 3e-6),
     "selection": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.6, 2e6, 5e-6),
 }
-
-
-def gemm(rows: int, columns: int, depth: int, dtype: str, itemsize: int) -> Operation:
-    """A product whose operands and result move once.
-
-    Args:
-        rows, columns, depth: M, N, K.
-        dtype: of the peak.
-        itemsize: bytes of an element of all three.
-    """
-    moved = itemsize * (rows * depth + depth * columns + rows * columns)
-    return Operation("gemm", dtype, 2.0 * rows * columns * depth, moved, rows, columns, depth)
-
-
-def grouped_gemm(
-    rows_per_group: list[int],
-    columns: int,
-    depth: int,
-    dtype: str,
-    itemsize: int,
-    kept: float = 1.0,
-) -> Operation | None:
-    """Products of one kernel, one a group (expert); None if no group has a row.
-
-    Args:
-        rows_per_group: may be uneven and hold zeros; groups without rows move no weights.
-        columns, depth: of every group.
-        dtype: of the peak.
-        itemsize: bytes of an element.
-        kept: share of the [rows, columns] entries that are computed and written.
-    """
-    counts = [count for count in rows_per_group if count]
-    if not counts:
-        return None
-    rows = sum(counts)
-    moved = itemsize * (rows * depth + len(counts) * depth * columns + kept * rows * columns)
-    flops = 2.0 * rows * columns * depth * kept
-    mean = rows / len(counts)
-    return Operation("grouped_gemm", dtype, flops, moved, mean, columns, depth, kept)
 
 
 DTYPES = {

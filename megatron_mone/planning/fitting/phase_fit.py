@@ -2,8 +2,8 @@
 
     phase = sum over its operations of curve[kind].seconds, never less than launches x host_seconds
 
-By curve_fit.py's method: least squares on the logarithm, with a prior on the start. A phase counts
-by its share of the step, so that small ones do not decide. Touches nothing.
+By curve_fit.py's method: least squares on the logarithm of the seconds, with a prior on the start.
+A phase counts by its share of the step, so that small ones do not decide. Touches nothing.
 """
 
 from collections.abc import Mapping, Sequence

@@ -13,8 +13,6 @@ from typing import Any
 
 from megatron_mone.common.checked_json import Field, any_text
 
-_PEAK_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
 
 @dataclass(frozen=True)
 class JobFacts:
@@ -91,11 +89,6 @@ class JobFacts:
     model_flops_per_step: float
     executed_flops_per_step: float
     active_flops_per_step: float
-
-    @property
-    def peak_dtype(self) -> str:
-        """The parameters' type as device.DTYPES names it."""
-        return _PEAK_DTYPES[self.params_dtype]
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""

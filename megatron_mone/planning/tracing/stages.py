@@ -149,20 +149,6 @@ def virtual_stages(args: Namespace, config: Any) -> dict[Place, VirtualStage]:
     return found
 
 
-def stage_keys(args: Namespace, model_config: Any) -> dict[Place, str]:
-    """The key of every virtual stage: stages of equal keys have equal traces.
-
-    Args:
-        args: Megatron's, validated.
-        model_config: the GPTModelConfig made of them.
-
-    Raises:
-        ValueError: see `virtual_stages`.
-    """
-    found = virtual_stages(args, model_config.transformer)
-    return {place: stage.key for place, stage in found.items()}
-
-
 def stage_flags(
     flags: Sequence[str], parser: ArgumentParser, stages: Mapping[Place, VirtualStage]
 ) -> tuple[str, ...]:

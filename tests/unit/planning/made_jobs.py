@@ -6,7 +6,7 @@ from megatron_mone.common.device import Device
 from megatron_mone.common.phases import ATTENTION, BACKWARD, DISPATCH, FORWARD, OPTIMIZER
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster, Domain, Network
-from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace
 
@@ -34,6 +34,45 @@ CLUSTER = Cluster(
 PERFECT = Curve(1.0, 0.0, 0.0, 1, 0.0, 1.0, 0.0, 0.0)
 EXACT = Efficiency(dict.fromkeys(DEFAULTS, PERFECT), 0.0, 0.0, 0.0, 1.0, "perfect")
 MEMORY = StageMemory(10_000_000, 20_000_000, 15_000_000, 5_000_000, 6_000_000, 9_000_000)
+
+
+def gemm(rows: int, columns: int, depth: int, dtype: str, itemsize: int) -> Operation:
+    """A product whose operands and result move once.
+
+    Args:
+        rows, columns, depth: M, N, K.
+        dtype: of the peak.
+        itemsize: bytes of an element of all three.
+    """
+    moved = itemsize * (rows * depth + depth * columns + rows * columns)
+    return Operation("gemm", dtype, 2.0 * rows * columns * depth, moved, rows, columns, depth)
+
+
+def grouped_gemm(
+    rows_per_group: list[int],
+    columns: int,
+    depth: int,
+    dtype: str,
+    itemsize: int,
+    kept: float = 1.0,
+) -> Operation | None:
+    """Products of one kernel, one a group (expert); None if no group has a row.
+
+    Args:
+        rows_per_group: may be uneven and hold zeros; groups without rows move no weights.
+        columns, depth: of every group.
+        dtype: of the peak.
+        itemsize: bytes of an element.
+        kept: share of the [rows, columns] entries that are computed and written.
+    """
+    counts = [count for count in rows_per_group if count]
+    if not counts:
+        return None
+    rows = sum(counts)
+    moved = itemsize * (rows * depth + len(counts) * depth * columns + kept * rows * columns)
+    flops = 2.0 * rows * columns * depth * kept
+    mean = rows / len(counts)
+    return Operation("grouped_gemm", dtype, flops, moved, mean, columns, depth, kept)
 
 
 def product(milliseconds, pass_=FORWARD, phase=ATTENTION, count=1):

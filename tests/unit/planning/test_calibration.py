@@ -22,7 +22,7 @@ from megatron_mone.common.phases import (
 )
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.prediction import predict
-from megatron_mone.planning.cost.roofline import DEFAULTS, Operation, gemm, grouped_gemm
+from megatron_mone.planning.cost.roofline import DEFAULTS, Operation
 from megatron_mone.planning.fitting import calibration
 from megatron_mone.planning.fitting.calibration import calibrate, mean_operations, rank_rows
 from megatron_mone.planning.fitting.calibration_result import summary
@@ -35,6 +35,8 @@ from tests.unit.planning.made_jobs import (
     EXACT,
     exchange,
     facts,
+    gemm,
+    grouped_gemm,
     move,
     product,
     trace,

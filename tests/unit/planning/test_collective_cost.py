@@ -5,6 +5,7 @@ The clusters are made up with round figures, so that an expected time is a sum o
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -13,14 +14,16 @@ from hypothesis import strategies as st
 
 from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.collectives import (
+    FREE,
     OPERATIONS,
+    CollectiveCost,
+    Links,
     Placement,
     collective_cost,
     expected_parts,
     hierarchical_dispatch_cost,
-    place_ranks,
+    pairwise_parts,
     place_stride,
-    serial_all_to_all_cost,
 )
 from megatron_mone.planning.cost.hardware import Cluster, Domain, Network, load_cluster
 
@@ -42,6 +45,31 @@ def made_up(domain=(), network=(), launch_latency=0.0) -> Cluster:
 
 def seconds(operation: str, size: float, placement: Placement, cluster: Cluster) -> float:
     return collective_cost(operation, size, placement, cluster).seconds
+
+
+def place_ranks(ranks: list[int], cluster: Cluster) -> Placement:
+    """The placement of a group that is given rank by rank.
+
+    Raises:
+        ValueError: no rank, a rank twice, or a negative one.
+    """
+    if not ranks or len(set(ranks)) != len(ranks) or min(ranks) < 0:
+        raise ValueError(
+            f"ranks = {str(list(ranks))[:60]} is no group: give distinct ranks from 0, at least one"
+        )
+    domains = Counter(rank // cluster.domain.devices for rank in ranks)
+    leaves = Counter(rank // cluster.leaf_devices for rank in ranks)
+    return Placement(
+        len(ranks), max(domains.values()), len(domains), max(leaves.values()), len(leaves)
+    )
+
+
+def serial_all_to_all_cost(size: float, placement: Placement, cluster: Cluster) -> CollectiveCost:
+    """An all-to-all by NVLink and the network in turn; `collective_cost` has both at once."""
+    if placement.size == 1:
+        return FREE
+    parts = pairwise_parts(size, placement, Links.of(placement, cluster))
+    return CollectiveCost(cluster.launch_latency + sum(parts), "pairwise in turn")
 
 
 # Placement

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from megatron_mone.common.checked_json import Field
+from megatron_mone.planning.cost.roofline import DTYPES
 from megatron_mone.planning.tracing.job_facts import JobFacts, job_facts
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed
@@ -107,7 +108,7 @@ def test_recompute(monkeypatch):
 )
 def test_dtype_of_the_peak(monkeypatch, flag, dtype):
     facts = facts_of(monkeypatch, *filter(None, [flag]), base=(*TINY, *MOCK))
-    assert facts.peak_dtype == dtype
+    assert DTYPES[facts.params_dtype] == dtype
 
 
 @pytest.fixture(scope="module")

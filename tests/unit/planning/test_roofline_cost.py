@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.hardware import load_cluster
-from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation, gemm, grouped_gemm
-from megatron_mone.planning.fitting.curve_fit import Measurement, error_ratios, fit
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation
+from tests.unit.planning.curve_fits import Measurement, error_ratios, fit
+from tests.unit.planning.made_jobs import gemm, grouped_gemm
 
 DEVICE = Device("made up", {"bf16": 1e15, "fp32": 1e14}, 1e11, 2e12)
 # No loss anywhere, so that a time is operations over peak or bytes over bandwidth.

@@ -11,7 +11,6 @@ from megatron_mone.planning.tracing.stages import (
     in_job,
     stage_flags,
     stage_job,
-    stage_keys,
     virtual_stages,
 )
 from megatron_mone.planning.tracing.trace import Collective, StageMemory, Trace
@@ -71,6 +70,10 @@ DROPPED = (
     "--expert-model-parallel-size", "2", "--bf16", "--seed=7", "--lr", "1e-3", "--data-path",
     "a", "b", "--save", "c",
 )  # fmt: skip
+
+
+def stage_keys(args, config):
+    return {place: stage.key for place, stage in virtual_stages(args, config.transformer).items()}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
