@@ -502,12 +502,19 @@ def test_measured_phases_without_operators_are_refused(tmp_path):
         calibrate(read_profile(path), CPU, MadeTracer(MONE_JOB))
 
 
+@pytest.fixture
+def clusters(monkeypatch):
+    named = {"cpu": CPU, "paper": CLUSTER}
+    monkeypatch.setattr("megatron_mone.commands.calibrate.load_cluster", named.__getitem__)
+
+
+@pytest.mark.usefixtures("clusters")
 def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         "megatron_mone.commands.calibrate.Tracer", lambda: MadeTracer(MONE_JOB, MOE_JOB)
     )
     out = tmp_path / "made" / "efficiency.json"
-    calibrate_command(made_profile(tmp_path), CPU, out)
+    calibrate_command(made_profile(tmp_path), "cpu", out)
     efficiency = Efficiency.read(out)
     document = json.loads(out.with_name("efficiency-fit.json").read_text())
     printed = capsys.readouterr().out
@@ -522,10 +529,11 @@ def test_the_command_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     assert names == {"efficiency.json", *(f"efficiency-fit.{x}" for x in ("json", "png", "svg"))}
 
 
+@pytest.mark.usefixtures("clusters")
 def test_the_command_refuses_before_it_traces(tmp_path, monkeypatch):
     monkeypatch.setattr("megatron_mone.commands.calibrate.Tracer", lambda: pytest.fail("traced"))
     profile = made_profile(tmp_path)
     with pytest.raises(ValueError, match=r"must end in \.json"):
-        calibrate_command(profile, CPU, Path("efficiency.yaml"))
+        calibrate_command(profile, "cpu", Path("efficiency.yaml"))
     with pytest.raises(ValueError, match="was measured on AMD EPYC"):
-        calibrate_command(profile, CLUSTER, tmp_path / "efficiency.json")
+        calibrate_command(profile, "paper", tmp_path / "efficiency.json")
