@@ -14,7 +14,7 @@ import pytest
 from megatron_mone.common.places import ROOT
 
 FOLDERS = ("megatron_mone", "launch", "tools")
-LISTS_WHAT_WAS = "LOG.md"
+LIST_WHAT_WAS = ("LOG.md", "CHANGELOG.md")
 PATH = re.compile(r"(?<![\w/.{}*<>-])(?:[\w.-]+/)*[\w-]+\.(?:py|md|j2)\b")
 MODULE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})(?:\.\w+)+")
 NOT_HERE = {
@@ -76,7 +76,8 @@ def unknown(text: str) -> set[str]:
 
 
 SOURCES = sorted(p for name in FOLDERS for p in (ROOT / name).rglob("*.py"))
-DOCUMENTS = [*ROOT.glob("*.md"), *(p for p in ROOT.glob("docs/*.md") if p.name != LISTS_WHAT_WAS)]
+DOCUMENTS = [p for folder in (ROOT, ROOT / "docs") for p in folder.glob("*.md")
+             if p.name not in LIST_WHAT_WAS]  # fmt: skip
 
 
 @pytest.mark.parametrize("paths", [SOURCES, DOCUMENTS], ids=["sources", "documents"])

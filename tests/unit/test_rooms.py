@@ -5,6 +5,7 @@ are config's for those who do not wait for Megatron.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -97,6 +98,13 @@ GRAPH = {module: modules_of(path.read_text(encoding="utf-8")) for module, path i
 def test_every_module_stands_in_a_room():
     standing = {room(module) for module in MODULES if module.startswith("megatron_mone.")}
     assert standing == set(ROOMS)
+
+
+def test_a_contributor_is_shown_every_room_in_this_order():
+    tour = re.findall(r"(?m)^\| `(\w+)` \|", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert tuple(tour[: len(ROOMS)]) == ROOMS
+    folders = (path.name for path in (ROOT / "launch").iterdir() if path.is_dir())
+    assert sorted(tour[len(ROOMS) :]) == sorted(name for name in folders if name[0] != "_")
 
 
 @pytest.mark.parametrize("where", ROOMS)
