@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
 from pydantic_core import core_schema
 
 from megatron_mone.common import checked_json
@@ -182,10 +182,7 @@ class Document(Part):
         if cls.SCHEMA is not None:
             Field(value, path, cls.AGAIN).has_schema(cls.SCHEMA)
             del fields["schema"]
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise ValueError(f"{path}: {_first_fault(error)}; {cls.AGAIN}") from None
+        return record_of(cls, fields, path, cls.AGAIN)
 
     def plain(self) -> dict[str, Any]:
         """As `Part.plain`, the schema first."""
@@ -199,6 +196,24 @@ class Document(Part):
             self.plain(), indent=self.INDENT, separators=separators, allow_nan=False
         )  # fmt: skip
         atomic_write(path, text.encode() + b"\n")
+
+
+def record_of[Record](kind: type[Record], value: Any, path: Path, fix: str) -> Record:
+    """A Part, or a dataclass whose fields are of the kinds above, of a JSON value.
+
+    Args:
+        kind: to be made.
+        value: whose fields that it has not are passed over.
+        path: that errors are in the name of.
+        fix: what the user can do about a wrong one.
+
+    Raises:
+        ValueError: one line that names the place and what is wrong there.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_fault(error)}; {fix}") from None
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -220,6 +235,7 @@ def _first_fault(error: ValidationError) -> str:
 
 _WORDS = {
     "model_type": "must be an object",
+    "dataclass_type": "must be an object",
     "dict_type": "must be an object",
     "list_type": "must be a list",
     "tuple_type": "must be a list",

@@ -211,7 +211,7 @@ class Composer:
         """
         planner = self._planner
         description = planner.tracer.describe(planner.flags(job), gpus)
-        facts, keys = description.facts, description.stages
+        facts, keys = description.facts, description.keys
         # In the order in which a micro-batch goes through them.
         places = sorted(keys, key=lambda place: (place[1], place[0]))
         contents = {key: stage_contents(key) for key in keys.values()}

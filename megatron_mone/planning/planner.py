@@ -104,7 +104,7 @@ class Planner:
         rows = rows_of(self.skew, facts)
         traced = self.tracer.trace(flags, gpus, rows, progress)
         prediction = predict(traced.traces, facts, self.cluster, self.efficiency)
-        return Planned(job, traced, description.stages, prediction, hottest(rows, max(1, facts.ep)))
+        return Planned(job, traced, description.keys, prediction, hottest(rows, max(1, facts.ep)))
 
 
 def rows_of(skew: Skew, facts: JobFacts) -> list[int] | None:

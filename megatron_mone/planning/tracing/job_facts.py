@@ -4,14 +4,13 @@ Read from arguments that Megatron has validated, so that whatever it derives or 
 Touches nothing.
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
-from megatron_mone.common.checked_json import Field, any_text
+from pydantic import StrictBool
+
+from megatron_mone.common.documents import AnyText, Number, Text, Whole
 
 
 @dataclass(frozen=True)
@@ -50,65 +49,45 @@ class JobFacts:
             with the kept neurons alone.
     """
 
-    world_size: int
-    tp: int
-    cp: int
-    pp: int
-    vp: int
-    ep: int
-    etp: int
-    dp: int
-    edp: int
-    micro_batch_size: int
-    global_batch_size: int
-    micro_batches: int
-    seq_length: int
-    params_dtype: str
-    fp8: str
-    num_layers: int
-    hidden_size: int
-    num_experts: int
-    topk: int
-    router_groups: int
-    router_group_topk: int
-    moe_ffn_hidden_size: int
-    neurons_per_token: int
-    dispatcher: str
-    overlap_grad_reduce: bool
-    overlap_param_gather: bool
-    overlap_tp: bool
-    overlap_expert_parallel: bool
-    overlap_p2p: bool
-    delay_wgrad: bool
-    microbatch_group_size_per_vp_stage: int
-    distributed_optimizer: bool
-    num_distributed_optimizer_instances: int
-    bucket_size: int
-    recompute_granularity: str
-    recompute_modules: tuple[str, ...]
-    model_flops_per_step: float
-    executed_flops_per_step: float
-    active_flops_per_step: float
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object."""
-        return {**asdict(self), "recompute_modules": list(self.recompute_modules)}
-
-    @classmethod
-    def from_json(cls, document: Field) -> JobFacts:
-        """What `to_json` made.
-
-        Raises:
-            ValueError: one line that names the file, the field and what is wrong there.
-        """
-        read: dict[str, Callable[[Field], Any]] = {
-            "int": Field.whole,
-            "float": Field.number,
-            "bool": Field.flag,
-            "str": lambda field: field.text() if field.value else field.checked(any_text),
-            "tuple[str, ...]": lambda field: tuple(one.text() for one in field.elements()),
-        }
-        return cls(**{f.name: read[str(f.type)](document[f.name]) for f in fields(cls)})
+    world_size: Whole
+    tp: Whole
+    cp: Whole
+    pp: Whole
+    vp: Whole
+    ep: Whole
+    etp: Whole
+    dp: Whole
+    edp: Whole
+    micro_batch_size: Whole
+    global_batch_size: Whole
+    micro_batches: Whole
+    seq_length: Whole
+    params_dtype: AnyText
+    fp8: AnyText
+    num_layers: Whole
+    hidden_size: Whole
+    num_experts: Whole
+    topk: Whole
+    router_groups: Whole
+    router_group_topk: Whole
+    moe_ffn_hidden_size: Whole
+    neurons_per_token: Whole
+    dispatcher: AnyText
+    overlap_grad_reduce: StrictBool
+    overlap_param_gather: StrictBool
+    overlap_tp: StrictBool
+    overlap_expert_parallel: StrictBool
+    overlap_p2p: StrictBool
+    delay_wgrad: StrictBool
+    microbatch_group_size_per_vp_stage: Whole
+    distributed_optimizer: StrictBool
+    num_distributed_optimizer_instances: Whole
+    bucket_size: Whole
+    recompute_granularity: AnyText
+    recompute_modules: tuple[Text, ...]
+    model_flops_per_step: Number
+    executed_flops_per_step: Number
+    active_flops_per_step: Number
 
 
 def job_facts(args: Namespace, model_config: Any) -> JobFacts:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from megatron_mone.common.checked_json import Field, load
+from megatron_mone.common.checked_json import Fault, Field, load
+from megatron_mone.common.documents import Kind, Text, Whole, record_of
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.phases import GRAD_REDUCE, OPTIMIZER, PASSES, PHASES
+from megatron_mone.common.phases import GRAD_REDUCE, OPTIMIZER
+from megatron_mone.profiling.rank_record import PassName, Phase
 
 SCHEMA = "megatron-mone/trace/1"
 _FIX = "trace the rank again"
@@ -27,7 +29,17 @@ _PER_MICRO_BATCH = ("tp", "cp", "tp-cp", "ep", "etp", "tp-ep", "pp")
 _PER_RANK = ("mp", "world", "intra_distributed_optimizer_instance_group")
 _PER_STEP = (GRAD_REDUCE, OPTIMIZER)
 
-Shape = tuple[int, ...]
+Shape = tuple[Whole, ...]
+
+
+def _layer(key: str) -> int:
+    if not key.isdecimal():
+        raise Fault(f"{key!r} is not the number of a layer")
+    return int(key)
+
+
+Layer = Annotated[int, Kind("number of a layer", _layer)]
+"""1-based, as a key of a JSON object."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +57,16 @@ class Op:
         count: how many.
     """
 
-    name: str
+    name: Text
     inputs: tuple[Shape, ...]
     outputs: tuple[Shape, ...]
-    dtype: str
-    bytes_read: int
-    bytes_written: int
-    flops: int
-    phase: str
-    pass_: str
-    count: int = 1
+    dtype: Text
+    bytes_read: Whole
+    bytes_written: Whole
+    flops: Whole
+    phase: Phase
+    pass_: PassName
+    count: Whole = 1
 
     @property
     def of_step(self) -> bool:
@@ -76,14 +88,14 @@ class Collective:
         count: how many.
     """
 
-    kind: str
-    bytes: int
-    group: str
-    ranks: int
-    stride: int
-    phase: str
-    pass_: str
-    count: int = 1
+    kind: Text
+    bytes: Whole
+    group: Text
+    ranks: Whole
+    stride: Whole
+    phase: Phase
+    pass_: PassName
+    count: Whole = 1
 
     @property
     def of_micro_batch(self) -> bool:
@@ -113,15 +125,15 @@ class StageMemory:
             the first three.
     """
 
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    forward_peak: int = 0
-    backward_peak: int = 0
-    expert_weights: int = 0
-    expert_gradients: int = 0
-    expert_optimizer: int = 0
+    weights: Whole
+    gradients: Whole
+    optimizer: Whole
+    activations: Whole
+    forward_peak: Whole = 0
+    backward_peak: Whole = 0
+    expert_weights: Whole = 0
+    expert_gradients: Whole = 0
+    expert_optimizer: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -137,11 +149,11 @@ class Trace:
         memory: of the rank.
     """
 
-    world_size: int
-    rank: int
-    micro_batches: int
-    backend: str
-    rows: dict[int, int]
+    world_size: Whole
+    rank: Whole
+    micro_batches: Whole
+    backend: Text
+    rows: dict[Layer, Whole]
     ops: tuple[Op, ...]
     collectives: tuple[Collective, ...]
     memory: StageMemory
@@ -174,21 +186,9 @@ class Trace:
         Raises:
             ValueError: one line that names the file, the place and what is wrong there.
         """
-        document = Field(load(path, _FIX), path, _FIX)
-        document.has_schema(SCHEMA)
-        rows = {_layer(key, value): value.whole() for key, value in document["rows"].members()}
-        return cls(
-            world_size=document["world_size"].whole(),
-            rank=document["rank"].whole(),
-            micro_batches=document["micro_batches"].whole(),
-            backend=document["backend"].text(),
-            rows=rows,
-            ops=tuple(_record(Op, element) for element in document["ops"].elements()),
-            collectives=tuple(
-                _record(Collective, element) for element in document["collectives"].elements()
-            ),
-            memory=_record(StageMemory, document["memory"]),
-        )
+        document = load(path, _FIX)
+        Field(document, path, _FIX).has_schema(SCHEMA)
+        return record_of(cls, document, path, _FIX)
 
 
 def merged[Record: (Op, Collective)](records: Iterable[Record]) -> tuple[Record, ...]:
@@ -200,29 +200,3 @@ def merged[Record: (Op, Collective)](records: Iterable[Record]) -> tuple[Record,
         else:
             found.append(record)
     return tuple(found)
-
-
-def _layer(key: str, value: Field) -> int:
-    if not key.isdecimal():
-        value.fail(f"{key!r} is not the number of a layer")
-    return int(key)
-
-
-def _record(kind: type, element: Field) -> Any:
-    """A dataclass of texts, whole numbers and lists of shapes from a JSON object."""
-    values: dict[str, Any] = {}
-    for field in fields(kind):
-        member = element[field.name]
-        if field.name == "phase":
-            values[field.name] = member.text(tuple(PHASES))
-        elif field.name == "pass_":
-            values[field.name] = member.text(PASSES)
-        elif field.type == "str":
-            values[field.name] = member.text()
-        elif field.type == "int":
-            values[field.name] = member.whole()
-        else:
-            values[field.name] = tuple(
-                tuple(size.whole() for size in shape.elements()) for shape in member.elements()
-            )
-    return kind(**values)

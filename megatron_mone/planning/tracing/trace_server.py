@@ -12,9 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from megatron_mone.common.checked_json import Field, any_text, load
+from megatron_mone.common.checked_json import load
+from megatron_mone.common.documents import AnyText, Whole, record_of
 from megatron_mone.planning.tracing.gpu_job import is_gpu_job
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.stages import Place, in_job, stage_job
@@ -30,20 +32,43 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class DescribedStage:
+    """Chunk `chunk` of pipeline stage `stage`.
+
+    Attributes:
+        key: equal keys mean equal traces.
+        first_layer: number of its first decoder layer, 1-based.
+    """
+
+    stage: Whole
+    chunk: Whole
+    key: AnyText
+    first_layer: Whole
+
+
+@dataclass(frozen=True)
 class JobDescription:
     """A job that Megatron accepts, without any of its model.
 
     Attributes:
         facts: for the cost model.
-        stages: (p, v) -> key; equal keys mean equal traces.
-        first_layers: (p, v) -> number of the first decoder layer, 1-based.
+        stages: in the order in which a micro-batch goes through them.
         stage_flags: of the job in which every virtual stage is a stage of its own.
     """
 
     facts: JobFacts
-    stages: dict[Place, str]
-    first_layers: dict[Place, int]
-    stage_flags: tuple[str, ...]
+    stages: tuple[DescribedStage, ...]
+    stage_flags: tuple[AnyText, ...]
+
+    @cached_property
+    def keys(self) -> dict[Place, str]:
+        """(p, v) -> key."""
+        return {(one.stage, one.chunk): one.key for one in self.stages}
+
+    @cached_property
+    def first_layers(self) -> dict[Place, int]:
+        """(p, v) -> first layer."""
+        return {(one.stage, one.chunk): one.first_layer for one in self.stages}
 
     @classmethod
     def read(cls, path: Path) -> JobDescription:
@@ -52,21 +77,7 @@ class JobDescription:
         Raises:
             ValueError: one line that names the file, the place and what is wrong there.
         """
-        document = Field(load(path, _FIX), path, _FIX)
-        stages: dict[Place, str] = {}
-        first_layers: dict[Place, int] = {}
-        for element in document["stages"].elements():
-            place = element["stage"].whole(), element["chunk"].whole()
-            stages[place] = element["key"].checked(any_text)
-            first_layers[place] = element["first_layer"].whole()
-        return cls(
-            facts=JobFacts.from_json(document["facts"]),
-            stages=stages,
-            first_layers=first_layers,
-            stage_flags=tuple(
-                flag.checked(any_text) for flag in document["stage_flags"].elements()
-            ),
-        )
+        return record_of(cls, load(path, _FIX), path, _FIX)
 
 
 @dataclass(frozen=True)
@@ -166,7 +177,7 @@ class Tracer:
         started = time.monotonic()
         job = self.describe(flags, world_size)
         first: dict[str, Place] = {}
-        for place, key in job.stages.items():
+        for place, key in job.keys.items():
             first.setdefault(key, place)
         asked = {place: _stage_request(job, place, rows_per_expert) for place in first.values()}
         made, traced = self._traces(asked, progress or (lambda _done, _total: None))
@@ -174,7 +185,7 @@ class Tracer:
             facts=job.facts,
             traces={
                 place: _moved(job, made[first[key]], first[key], place)
-                for place, key in job.stages.items()
+                for place, key in job.keys.items()
             },
             seconds=time.monotonic() - started,
             traced=traced,

@@ -18,6 +18,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,7 +131,7 @@ def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
     args, model_config = parse_gpu_job(words, world_size, rank=0)
     stages = virtual_stages(args, model_config.transformer)
     return {
-        "facts": job_facts(args, model_config).to_json(),
+        "facts": asdict(job_facts(args, model_config)),
         "stages": [
             {"stage": p, "chunk": v, "key": stage.key, "first_layer": stage.first_layer}
             for (p, v), stage in stages.items()

@@ -344,7 +344,7 @@ class MadeTracer:
 
     def describe(self, flags, world_size):
         assert world_size == 4
-        return JobDescription(self._job(flags).facts, {}, {}, ())
+        return JobDescription(self._job(flags).facts, (), ())
 
     def trace(self, flags, world_size, rows):
         return self._job(flags)

@@ -1,10 +1,11 @@
 """Facts of a job: what Megatron derives from flags, read right, and kept in JSON."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 
-from megatron_mone.common.checked_json import Field
+from megatron_mone.common.documents import record_of
 from megatron_mone.planning.cost.roofline import DTYPES
 from megatron_mone.planning.tracing.job_facts import JobFacts, job_facts
 from tests.training_cases import MOCK, TINY
@@ -119,8 +120,8 @@ def facts():
 
 
 def test_json_gives_the_facts_back(facts, tmp_path):
-    written = json.loads(json.dumps(facts.to_json()))
-    assert JobFacts.from_json(Field(written, tmp_path / "f.json", "again")) == facts
+    written = json.loads(json.dumps(asdict(facts)))
+    assert record_of(JobFacts, written, tmp_path / "f.json", "again") == facts
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,8 @@ def test_json_gives_the_facts_back(facts, tmp_path):
     ],
 )
 def test_damaged_json_is_one_line(facts, tmp_path, change, fault):
-    written = facts.to_json()
+    written = asdict(facts)
     change(written)
     with pytest.raises(ValueError, match=fault) as failure:
-        JobFacts.from_json(Field(written, tmp_path / "f.json", "again"))
+        record_of(JobFacts, written, tmp_path / "f.json", "again")
     assert "\n" not in str(failure.value)
