@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.planning.tracing.build import trace_rank
 from megatron_mone.planning.tracing.trace import Trace
 from tests import forked_ranks
 from tests.integration import traced_ranks
@@ -29,6 +28,7 @@ from tests.parity.layouts import (
     VPP2,
 )
 from tests.training_cases import MOCK, MONE, TINY
+from tests.unit.planning.one_trace import trace_rank
 
 pytestmark = pytest.mark.slow
 
@@ -73,10 +73,8 @@ def folder(tmp_path_factory):
         (folder / name).mkdir()
     _wait(folder, RANKS, traced_ranks.run, (str(todo), str(folder)))
     for name, rank in TRACED:
-        job = folder / "job.json"
-        job.write_text(json.dumps({"flags": CASES[name], "rows": None}))
-        arguments = (str(job), str(folder / f"{name}-{rank}.json"), RANKS, rank)
-        _wait(folder, 1, traced_ranks.trace, arguments)
+        job = {"flags": CASES[name], "world_size": RANKS, "rank": rank, "rows": None}
+        _wait(folder, 1, traced_ranks.trace, (job, str(folder / f"{name}-{rank}.json")))
     return folder
 
 

@@ -8,7 +8,6 @@ weights and gradients from the ledger, kept tensors by address, operations from 
 
 import functools
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -73,10 +72,9 @@ def run(todo: str, folder: str) -> None:
         training_cases._main(todo, folder)
 
 
-def trace(job: str, result: str, world_size: int, rank: int) -> None:
+def trace(job: dict, result: str) -> None:
     """What planning.build does in a process of its own."""
-    from megatron_mone.planning.tracing import build
+    from megatron_mone.planning.tracing.build import trace_step
 
     training_cases.spare_repeated_work()
-    os.environ.update(WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0")
-    build.main(job, result)
+    trace_step(job).write(Path(result))

@@ -1,7 +1,5 @@
 """Trace one rank of a job of any size: Megatron's own model and step, without weights or peers.
 
-    trace = trace_rank(flags, world_size=1024, rank=0)
-
 Megatron keeps its state in globals, so every trace is a process of its own. There the model is
 built and `training.train_step` runs twice, of which the second is recorded: over loopback process
 groups (`loopback.py`), on tensors without values (`unknown_values.py`), with what follows from
@@ -11,82 +9,42 @@ local` as its CPU ranks build it, whose core attention keeps whole scores, and w
 kernels. May touch: that process, whole.
 """
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.common.patch import Replaced
 from megatron_mone.planning.tracing.trace import Trace, merged
 
-TIMEOUT_SECONDS = 600
 
-
-def trace_rank(
-    flags: Sequence[str], world_size: int, rank: int, rows_per_expert: Sequence[int] | None = None
-) -> Trace:
-    """Trace one step of one rank, in a new process.
+def trace_step(job: dict[str, Any]) -> Trace:
+    """Trace one step of one rank, in this process.
 
     Args:
-        flags: as `megatron_mone.pretrain` takes them, on GPUs or CPU ranks; the batch size is
-            replaced by the smallest that the schedule takes.
-        world_size: W, ranks of the job.
-        rank: 0 to W - 1.
-        rows_per_expert: E rows that one micro-batch on one rank sends to each expert; balanced
-            when None.
+        job: "flags" as `megatron_mone.pretrain` takes them, on GPUs or CPU ranks, whose batch size
+            is replaced by the smallest that the schedule takes; "world_size", W ranks; "rank", 0 to
+            W - 1; "rows", that one micro-batch on one rank sends to each of E experts, None:
+            balanced.
 
     Raises:
-        ValueError: one line; the flags are wrong, or cannot be traced.
-        RuntimeError: the trace failed; the end of what it printed.
+        ValueError: the flags are wrong, or cannot be traced.
     """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank = {rank} is not one of the {world_size} ranks, 0 to W - 1")
-    with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "trace.json"
-        job.write_text(json.dumps({"flags": list(flags), "rows": rows_per_expert}))
-        environment = {
-            **os.environ, "WORLD_SIZE": str(world_size), "RANK": str(rank), "LOCAL_RANK": "0",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": "",
-        }  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, "-m", "megatron_mone.planning.tracing.build", str(job), str(result)],
-            env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS,
-        )  # fmt: skip
-        if done.returncode == USER_ERROR:
-            raise ValueError(done.stderr.strip().splitlines()[-1])
-        if done.returncode:
-            raise RuntimeError(f"trace of rank {rank} failed:\n{done.stderr[-4000:]}")
-        return Trace.read(result)
-
-
-def main(job: str, result: str) -> None:
-    """Trace what the file `job` asks for, in this process, and write it to `result`."""
     from megatron_mone.planning.tracing.gpu_job import is_gpu_job, parse_gpu_job, prepare
 
-    asked = json.loads(Path(job).read_text())
-    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    try:
-        prepare(is_gpu_job(asked["flags"]))
-        from megatron.training import global_vars
+    flags, world_size, rank = job["flags"], job["world_size"], job["rank"]
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank = {rank} is not one of the {world_size} ranks, 0 to W - 1")
+    prepare(is_gpu_job(flags))
+    from megatron.training import global_vars
 
-        with (
-            Replaced(global_vars, "_set_tensorboard_writer", lambda args: None),
-            Replaced(global_vars, "_set_wandb_writer", lambda args: None),
-        ):
-            args, model_config = parse_gpu_job(asked["flags"], world_size, rank)
-        trace = _trace(args, model_config, asked["rows"])
-    except ValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(USER_ERROR) from error
-    trace.write(Path(result))
+    with (
+        Replaced(global_vars, "_set_tensorboard_writer", lambda args: None),
+        Replaced(global_vars, "_set_wandb_writer", lambda args: None),
+    ):
+        args, model_config = parse_gpu_job(flags, world_size, rank)
+    return _trace(args, model_config, job["rows"])
 
 
 def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Trace:
@@ -267,7 +225,3 @@ def _micro_batches(args: Namespace) -> Iterator[dict[str, Any]]:
             key: torch.empty(shape, dtype=dtype, device="meta")
             for key, (shape, dtype) in shapes.items()
         }
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -17,7 +17,6 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -99,6 +98,9 @@ def _fork(request: dict[str, Any]) -> int:
         answer = {DESCRIBE: _describe, TRACE: _trace}[request["kind"]]
         answer(request["job"], Path(request["result"]))
         status = 0
+    except ValueError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        status = USER_ERROR
     except SystemExit as ended:
         status = ended.code or 0
     except BaseException:
@@ -113,24 +115,15 @@ def _end(status: Any) -> NoReturn:
 
 
 def _describe(job: dict[str, Any], result: Path) -> None:
-    """Write facts, stages and the flags to trace them with, or end with the user's error."""
-    try:
-        described = _described(job["flags"], job["world_size"])
-    except ValueError as error:
-        print(" ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(USER_ERROR) from error
-    write_json(result, described)
-
-
-def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
+    """Write facts, stages and the flags to trace them with."""
     from megatron_mone.model.arguments import flag_parser, written_out
     from megatron_mone.planning.tracing.job_facts import job_facts
     from megatron_mone.planning.tracing.stages import stage_flags, virtual_stages
 
-    words = written_out(flags)
-    args, model_config = parse_gpu_job(words, world_size, rank=0)
+    words = written_out(job["flags"])
+    args, model_config = parse_gpu_job(words, job["world_size"], rank=0)
     stages = virtual_stages(args, model_config.transformer)
-    return {
+    described = {
         "facts": asdict(job_facts(args, model_config)),
         "stages": [
             {"stage": p, "chunk": v, "key": stage.key, "first_layer": stage.first_layer}
@@ -138,18 +131,13 @@ def _described(flags: Sequence[str], world_size: int) -> dict[str, Any]:
         ],
         "stage_flags": stage_flags(words, flag_parser(), stages),
     }
+    write_json(result, described)
 
 
 def _trace(job: dict[str, Any], result: Path) -> None:
-    from megatron_mone.planning.tracing import build
+    from megatron_mone.planning.tracing.build import trace_step
 
-    os.environ.update(
-        WORLD_SIZE=str(job["world_size"]), RANK=str(job["rank"]), LOCAL_RANK="0",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT="1",
-    )  # fmt: skip
-    asked = result.with_suffix(".job")
-    asked.write_text(json.dumps({"flags": job["flags"], "rows": job["rows"]}))
-    build.main(str(asked), str(result))
+    trace_step(job).write(result)
 
 
 if __name__ == "__main__":

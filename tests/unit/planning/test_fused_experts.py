@@ -10,7 +10,6 @@ import torch
 from megatron_mone.common import phases
 from megatron_mone.kernels.choice import BiasedRule, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.planning.tracing.build import trace_rank
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.stand_ins import grouped_linear as fused_experts
 from megatron_mone.planning.tracing.stand_ins import op as fused_op
@@ -27,6 +26,7 @@ from megatron_mone.planning.tracing.stand_ins.grouped_linear import (
 from megatron_mone.planning.tracing.traced_backend import ask, keeps_all, on_gpu
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
+from tests.unit.planning.one_trace import trace_rank
 
 N, H, F, S = 96, 256, 160, 40
 COUNTS = [40, 0, 56]

@@ -3,7 +3,6 @@
 The theorem of virtual stages: chunks traced apart add up to the interleaved job traced whole.
 """
 
-import json
 import os
 import signal
 import threading
@@ -68,11 +67,12 @@ def tracer(folder):
 
 def traced_whole(folder, flags, rank):
     """The trace of a rank with all of its chunks."""
-    job, result = folder / "job.json", folder / "trace.json"
-    job.write_text(json.dumps({"flags": flags, "rows": None}))
-    arguments = (str(job), str(result), RANKS, rank)
+    result = folder / "trace.json"
+    job = {"flags": flags, "world_size": RANKS, "rank": rank, "rows": None}
     log = folder / "log"
-    assert forked_ranks.start(1, traced_ranks.trace, arguments, log).wait(120) == 0, log.read_text()
+    assert forked_ranks.start(1, traced_ranks.trace, (job, str(result)), log).wait(120) == 0, (
+        log.read_text()
+    )
     return Trace.read(result)
 
 
