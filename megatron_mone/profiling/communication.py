@@ -147,7 +147,10 @@ def _waiting(clock: PhaseClock, launched: dict[int, tuple[str, str]]) -> Callabl
 
 
 def tensors_in(values: Iterable[Any]) -> Iterable[Tensor]:
-    """The tensors among the values and in their lists, tuples and dictionaries, at any depth."""
+    """The tensors among the values and in their lists, tuples and dictionaries, at any depth.
+
+    A trace asks for every operator, of tens of thousands: torch's own trees take longer.
+    """
     for value in values:
         if isinstance(value, Tensor):
             yield value

@@ -63,14 +63,6 @@ class FlopCounter(FlopCounterMode):
         counts = self.get_flop_counts().get("Global", {})
         return {str(key).removeprefix("aten."): int(count) for key, count in counts.items()}
 
-    def of_modules(self, suffix: str) -> int:
-        """Operations inside modules whose path ends in `suffix`, e.g. "self_attention".
-
-        torch tells modules apart by hooks: exact where a module's input feeds nothing else.
-        """
-        counts = self.get_flop_counts()
-        return sum(sum(c.values()) for path, c in counts.items() if path.endswith(f".{suffix}"))
-
     def _watched(self, name: str, method: Callable, products: Callable[..., int]) -> Callable:
         @wraps(method)
         def counted(*args: Any) -> Any:

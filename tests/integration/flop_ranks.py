@@ -43,6 +43,15 @@ def watch(model):
     return rows, kept
 
 
+def of_modules(counter: FlopCounter, suffix: str) -> int:
+    """Operations inside modules whose path ends in `suffix`, e.g. "self_attention".
+
+    torch tells modules apart by hooks: exact where a module's input feeds nothing else.
+    """
+    counts = counter.get_flop_counts()
+    return sum(sum(c.values()) for path, c in counts.items() if path.endswith(f".{suffix}"))
+
+
 def counted(train_step):
     """`train_step` under the counter; what it found goes to FOLDER/CASE.RANK.json."""
 
@@ -59,7 +68,7 @@ def counted(train_step):
         found = {
             "counted": counter.total(),
             "operations": counter.by_operation(),
-            "inside": {name: counter.of_modules(name) for name in MODULES},
+            "inside": {name: of_modules(counter, name) for name in MODULES},
             "formula": module_flops(config, share),
             "bytes": expert_bytes(config, share),
             "rows": rows,

@@ -21,9 +21,8 @@ from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import BACKWARD, FORWARD, RECOMPUTE
 from megatron_mone.common.phases import OPTIMIZER as OPTIMIZER_PHASE
 from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory
-from megatron_mone.planning.tracing.unknown_values import tensors_in
 from megatron_mone.profiling.clock import PhaseClock
-from megatron_mone.profiling.communication import GROUP_NAMES
+from megatron_mone.profiling.communication import GROUP_NAMES, tensors_in
 from megatron_mone.profiling.flop_counter import FlopCounter
 from megatron_mone.profiling.ledger import GRADIENTS, OPTIMIZER, WEIGHTS
 
@@ -113,7 +112,7 @@ class Recorder:
         """An operator ran; views and unwritten memory are no work."""
         if not self.clock.running:
             return
-        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in(result))
+        inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in((result,)))
         if not outputs or _is_view(func):
             return
         if not _is_in_place(func):

@@ -6,12 +6,14 @@ asks for to know shapes, are computed by its own code. What mixes both is unknow
 runs while it is entered; no global state.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_mone.profiling.communication import tensors_in
 
 aten = torch.ops.aten
 META = torch.device("meta")
@@ -43,20 +45,6 @@ class UnknownValues(TorchDispatchMode):
             result = func(*args, **kwargs)
         self._observe(func, args, kwargs, result)
         return result
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dictionaries.
-
-    Asked for every operator, of which a trace has tens of thousands: torch's own trees take longer.
-    """
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, list | tuple):
-        for leaf in tree:
-            yield from tensors_in(leaf)
-    elif isinstance(tree, dict):
-        yield from tensors_in(tuple(tree.values()))
 
 
 def _makes_floats(func: Any, kwargs: dict[str, Any]) -> bool:

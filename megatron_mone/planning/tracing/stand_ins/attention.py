@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_mone.planning.tracing.stand_ins.linear import gather_rows, scatter_rows
 from megatron_mone.planning.tracing.stand_ins.op import note
 
 
@@ -104,7 +105,7 @@ class _Attention(torch.autograd.Function):
         if job.ranks > 1 and job.exchange == "a2a":
             dout = _all_to_all(dout, job.group, gathers=True)
         if job.ranks > 1 and job.exchange == "all_gather":
-            k, v = (_gather(tensor, job.group) for tensor in (k, v))
+            k, v = (gather_rows(tensor.contiguous(), job.group) for tensor in (k, v))
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         note("fused.attention_backward", (*saved, dout), (dq, dk, dv), flops=ctx.products[1])
         if job.ranks > 1:
@@ -122,7 +123,7 @@ def _exchange(q: Tensor, k: Tensor, v: Tensor, job: AttentionJob) -> tuple[Tenso
         return q, k, v
     if job.exchange == "all_gather":
         for tensor in (k, v):
-            _gather(tensor, job.group)
+            gather_rows(tensor.contiguous(), job.group)
         return q, k, v
     sent = k.new_empty(k.numel() + v.numel())
     for _ in range(job.ranks - 1):
@@ -137,7 +138,7 @@ def _exchange_back(
     if job.exchange == "a2a":
         dq, dk, dv = (_all_to_all(tensor, job.group, gathers=False) for tensor in (dq, dk, dv))
     elif job.exchange == "all_gather":
-        dk, dv = (_scatter(tensor, job.group) for tensor in (dk, dv))
+        dk, dv = (scatter_rows(tensor, job.group) for tensor in (dk, dv))
     else:
         half = dk.new_empty(dk.numel() + dv.numel())
         _pass_on(half, job.group)  # keys and values
@@ -153,18 +154,6 @@ def _pass_on(tensor: Tensor, group: Any) -> None:
     arrives = torch.empty_like(tensor)
     dist.isend(tensor, ranks[(place + 1) % len(ranks)], group)
     dist.irecv(arrives, ranks[place - 1], group)
-
-
-def _gather(tensor: Tensor, group: Any) -> Tensor:
-    gathered = tensor.new_empty((tensor.shape[0] * group.size(), *tensor.shape[1:]))
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=group)
-    return gathered
-
-
-def _scatter(tensor: Tensor, group: Any) -> Tensor:
-    part = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
-    dist.reduce_scatter_tensor(part, tensor, group=group)
-    return part
 
 
 def _all_to_all(tensor: Tensor, group: Any, *, gathers: bool) -> Tensor:

@@ -6,8 +6,7 @@ process.
 Sources: transformer_engine/common/recipe, transformer_engine/pytorch/fp8.py and tensor/*.py.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import OPTIMIZER
 from megatron_mone.planning.tracing.stand_ins.op import note
 
@@ -100,33 +100,23 @@ class FP8GlobalStateManager:
         return cls.recipe
 
 
-@contextmanager
 def fp8_autocast(
     enabled: bool = True, fp8_recipe: Recipe | None = None, **_groups: Any
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Layers called inside run in fp8."""
-    before = FP8GlobalStateManager.recipe
-    FP8GlobalStateManager.recipe = (fp8_recipe or DelayedScaling()) if enabled else None
-    try:
-        yield
-    finally:
-        FP8GlobalStateManager.recipe = before
+    recipe = (fp8_recipe or DelayedScaling()) if enabled else None
+    return Replaced(FP8GlobalStateManager, "recipe", recipe)
 
 
-@contextmanager
 def fp8_model_init(
     enabled: bool = True,
     recipe: Recipe | None = None,
     preserve_high_precision_init_val: bool = False,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Layers built inside keep their weights in fp8 alone."""
     del preserve_high_precision_init_val
-    before = FP8GlobalStateManager.initialising
-    FP8GlobalStateManager.initialising = (recipe or DelayedScaling()) if enabled else None
-    try:
-        yield
-    finally:
-        FP8GlobalStateManager.initialising = before
+    recipe = (recipe or DelayedScaling()) if enabled else None
+    return Replaced(FP8GlobalStateManager, "initialising", recipe)
 
 
 @dataclass(frozen=True)
