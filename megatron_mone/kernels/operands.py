@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
 
 WEIGHTS = ("w_gate", "w_up", "w_down")
 
@@ -84,12 +85,15 @@ def check_choice(choose: Any, rows: int, neurons: int) -> None:
         raise ValueError(f"choose = {choose!r} is not a Selection, a NeuronMask or a function")
 
 
-def apply_rule(rule: Callable[[Tensor], Tensor], gate_NF: Tensor) -> Tensor:
-    """[N, F] bool that a caller's rule answers.
+def apply_rule(rule: Selection | Callable[[Tensor], Tensor], gate_NF: Tensor) -> Tensor:
+    """[N, F] bool that a selection or a caller's rule answers.
 
     Raises:
         ValueError: it answered something else.
     """
+    if isinstance(rule, Selection):
+        kept = rule.kept
+        rule = NeuronSelector("topk", kept, kept, groups=rule.groups, block=rule.block)
     mask_NF = rule(gate_NF)
     if mask_NF.dtype != torch.bool or mask_NF.shape != gate_NF.shape:
         raise ValueError(

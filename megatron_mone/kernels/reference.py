@@ -13,7 +13,6 @@ from megatron_mone.common.phases import SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 
@@ -42,7 +41,10 @@ def grouped_mlp(
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
     enter(SELECTION)
-    mask_NF = _choose(choose, gate_NF.detach())
+    if isinstance(choose, NeuronMask):
+        mask_NF = choose.to_bool()
+    else:
+        mask_NF = apply_rule(choose, gate_NF.detach())
     enter(UP_DOWN_GEMM)
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
@@ -56,15 +58,6 @@ def grouped_mlp(
     )
     mask = NeuronMask.from_bool(mask_NF, choose.block if isinstance(choose, Selection) else 1)
     return GroupedMLPOutput(y_NH, mask, gate_NF[mask_NF], gate_NF if all_gates else None)
-
-
-def _choose(choose: Choose, gate_NF: Tensor) -> Tensor:
-    if isinstance(choose, NeuronMask):
-        return choose.to_bool()
-    if isinstance(choose, Selection):
-        kept, groups, block = choose.kept, choose.groups, choose.block
-        choose = NeuronSelector("topk", kept, kept, groups=groups, block=block)
-    return apply_rule(choose, gate_NF)
 
 
 register(Backend("reference", why_not=lambda call: None, run=grouped_mlp))

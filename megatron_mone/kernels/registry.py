@@ -51,8 +51,6 @@ class Call:
     neurons: int | None = None
     kept_share: float | None = None
     """S / F."""
-    ragged: bool = False
-    """Whether rows of a given mask may keep different numbers of neurons."""
 
     def sized(self, rows: int, weight_EFH: Tensor, choose: Choose) -> Call:
         """The same call with the sizes of a batch."""
@@ -64,7 +62,7 @@ class Call:
             )  # fmt: skip
         sized = replace(self, rows=rows, experts=experts, neurons=neurons)
         if isinstance(choose, NeuronMask):
-            return replace(sized, ragged=True, block=choose.block, kept_share=choose.density)
+            return replace(sized, block=choose.block, kept_share=choose.density)
         return replace(sized, by_rule=True)
 
 

@@ -12,7 +12,6 @@ Not run on a GPU yet: the GEMMs are Transformer Engine's, and stand-ins take the
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
@@ -63,24 +62,9 @@ def run(*operands: Any, choose: Choose, activation: str, **_unused: Any) -> Grou
 
 
 def grouped_mlp_on(
-    linears: GroupedLinears,
-    x_NH: Tensor,
-    probs_N: Tensor,
-    counts: list[int],
-    w_gate_EFH: Tensor,
-    w_up_EFH: Tensor,
-    w_down_EFH: Tensor,
-    *,
-    choose: Choose,
-    activation: str,
+    linears: GroupedLinears, *operands: Any, choose: Choose, activation: str
 ) -> GroupedMLPOutput:
-    """The masked expert with the dense products of `linears`, on any device.
-
-    Args:
-        linears: of fc1, fc2 and their gradients.
-        others: as `grouped_mlp_with_gates`.
-    """
-    operands = (x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
+    """The masked expert with the dense products of `linears`, on any device; else as `run`."""
     if triton_available()[0] and _rows_are_uniform(choose):
         assert isinstance(choose, Selection | NeuronMask)
         made = masked_grouped_mlp(*operands, choose=choose, activation=activation, linears=linears)

@@ -5,8 +5,8 @@
     ready mask of such blocks               blocks.py
     ready mask, rows of one length          unstructured.py, without selection
     ready mask, rows of several lengths     ragged.py, torch operations around dense products
-In limits.py's model the block-sparse kernels lose to dense products but for B = 128 backward, so
-only those blocks go there until a GPU has answered.
+In the model of tests/unit/kernels/triton_limits.py the block-sparse kernels lose to dense products
+but for B = 128 backward, so only those blocks go there until a GPU has answered.
 Not run on a GPU yet. Importing this needs no triton.
 """
 

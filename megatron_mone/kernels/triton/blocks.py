@@ -3,8 +3,8 @@
 Kept blocks of 16 neurons or more give tensor cores whole tiles, so every product but the choice of
 blocks is sparse, forward and backward. The blocks are given: `choose_blocks` makes them, from a
 dense gate product that the caller pays for. Gathered rows and per-block partial sums cost bytes: in
-limits.py's model of an H100 the forward pass loses to dense GEMMs at every B up to 128, and the
-backward pass wins only at B = 128 with some thousands of rows per expert.
+a model of an H100 (triton_limits.py) the forward pass loses to dense GEMMs at every B up to 128,
+and the backward pass wins only at B = 128 with some thousands of rows per expert.
 Not run on a GPU yet. Shapes: N rows, E experts, F neurons, H hidden, Q blocks of B neurons per row.
 """
 

@@ -23,7 +23,6 @@ from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, ente
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.triton.linears import GroupedLinears, weight_grads
 
@@ -139,9 +138,5 @@ class _Entries:
 def _mask(choose: Choose, a_NF: Tensor, activation: str) -> NeuronMask:
     if isinstance(choose, NeuronMask):
         return choose
-    gate_NF = gate_activation(activation, a_NF)
-    if isinstance(choose, Selection):
-        kept, groups, block = choose.kept, choose.groups, choose.block
-        selector = NeuronSelector("topk", kept, kept, groups=groups, block=block)
-        return NeuronMask.from_bool(selector(gate_NF), block)
-    return NeuronMask.from_bool(apply_rule(choose, gate_NF))
+    block = choose.block if isinstance(choose, Selection) else 1
+    return NeuronMask.from_bool(apply_rule(choose, gate_activation(activation, a_NF)), block)

@@ -3,7 +3,7 @@
 Contract: x_NH contiguous and w_EFH neuron-major (arguments.py), of one dtype, expert_N int32,
 index_NS any integer type.
 Sums in float32; the output is in x's dtype. Weights are read once per row that keeps them, so this
-pays only while an expert has about F / S rows or fewer (decoding): see limits.py.
+pays only while an expert has about F / S rows or fewer (decoding): see triton_limits.py.
 """
 
 import triton

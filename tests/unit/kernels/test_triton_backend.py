@@ -18,11 +18,12 @@ pytest.importorskip("triton")
 
 from megatron_mone.kernels import Selection, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
-from megatron_mone.kernels.triton import limits, unstructured
-from megatron_mone.kernels.triton.limits import Cost, Shape
+from megatron_mone.kernels.triton import unstructured
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
+from tests.unit.kernels import triton_limits as limits
 from tests.unit.kernels.triton_aot import ARCHITECTURES, cases
 from tests.unit.kernels.triton_case_tools import CASES
+from tests.unit.kernels.triton_limits import Cost, Shape
 
 TABLE = Path(__file__).with_name("triton_aot_table.json")
 COMPILED = [f"{name} sm_{number}" for name in cases() for number in ARCHITECTURES]

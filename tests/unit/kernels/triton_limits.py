@@ -1,6 +1,6 @@
 """Bytes and operations of each kernel against an H100's limits: model, not measured.
 
-    python -m megatron_mone.kernels.triton.limits        a table of a few shapes
+    python -m tests.unit.kernels.triton_limits        a table of a few shapes
 
 Pure functions of a shape. A kernel's time is taken as its slowest limit alone, which no kernel
 reaches; use the ratios to decide what is worth running, not as timings. What is counted:
