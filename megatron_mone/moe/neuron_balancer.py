@@ -117,11 +117,15 @@ class NeuronBalancer:
             whole = statistics.summed(self.source_map.replica_group)
             weight_BF = self._weights(whole, 1.0)
         else:
-            weight_BF = self._last_step_weights()
+            assert self.experts.ng_weights is not None
+            weight_BF = self.experts.ng_weights  # of the whole last step; 0 in the first one
             if tokens_M is not None:
                 weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
                 statistics = statistics.of_experts(self.load.step_counts_EF.shape[0])
-            self._add_to_step(statistics)
+            self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
+            # the replicas of an expert hold the rows of all DP ranks' micro-batches together
+            ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
+            self.step_microbatches += ranks // self.tp_cp_group.size()
         loss = shares.loss(weight_BF, share_BF, total_N)
         repeats = 1
         if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
@@ -173,21 +177,6 @@ class NeuronBalancer:
             rows_per_share=rows_per_share,
             etp_group=self.experts.etp_group,
         )
-
-    def _last_step_weights(self) -> Tensor:
-        """[E_l, F_l] weights from the statistics of the whole last step; 0 in the first one."""
-        weights = self.experts.ng_weights
-        assert weights is not None
-        return weights
-
-    def _add_to_step(self, statistics: BlockStatistics) -> None:
-        self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
-        self.step_microbatches += self._microbatches_seen_at_once()
-
-    def _microbatches_seen_at_once(self) -> int:
-        """Micro-batches whose rows the replicas of an expert hold together: all DP ranks'."""
-        ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
-        return ranks // self.tp_cp_group.size()
 
     def table_row(self) -> int | None:
         """0-based row of the layer among decoder, then MTP layers; None before its first use."""
