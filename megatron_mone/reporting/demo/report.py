@@ -16,7 +16,6 @@ from megatron_mone.reporting.page.results import (
     RunResult,
     median_after_first,
     summary,
-    write_atomically,
 )
 
 _INTRO = (
@@ -81,9 +80,7 @@ def write_report(
     page.bullets([f"{label}: {value}" for label, value in facts.items()])
     summary(unigram_loss, runs).write(out / "summary.json")
     write_json(out / "details.json", _details(unigram_loss, [*runs, without_ng], sentences, facts))
-    path = out / "report.html"
-    write_atomically(path, page.render().encode())
-    return path
+    return page.write(out / "report.html")
 
 
 def table_rows(runs: list[RunResult]) -> tuple[list[str], list[list[str]]]:

@@ -3,6 +3,9 @@
 import base64
 from collections.abc import Sequence
 from html import escape
+from pathlib import Path
+
+from megatron_mone.reporting.page.results import write_atomically
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
@@ -78,6 +81,11 @@ class Page:
     def code(self, text: str) -> None:
         """A block of preformatted text."""
         self._parts.append(f"<pre>{escape(text)}</pre>")
+
+    def write(self, path: Path) -> Path:
+        """Write the file whole or not at all, in a folder made if it is not there; its path."""
+        write_atomically(path, self.render().encode())
+        return path
 
     def render(self) -> str:
         """The whole file."""

@@ -153,11 +153,8 @@ def neuron_load(
     with plt.rc_context(SETTINGS):
         figure, panels = plt.subplots(1, len(layers), figsize=(9, 3.6), sharey=True, squeeze=False)
         for panel, layer in zip(panels[0], layers, strict=True):
-            for load, name, style in (
-                (without_ng[layer], "mone_without_ng", "stepfilled"),
-                (with_ng[layer], "mone", "step"),
-            ):
-                _load_curve(panel, load, name, filled=style == "stepfilled")
+            _load_curve(panel, without_ng[layer], "mone_without_ng", filled=True)
+            _load_curve(panel, with_ng[layer], "mone", filled=False)
             panel.axvline(1.0, color="#444444", linewidth=1, linestyle=":")
             panel.set(title=f"layer {layer}, step {step}", xlabel="load / balanced load")
             panel.set_xscale("log", base=2)

@@ -183,8 +183,7 @@ def _name_best(axes: Axes, search: Search) -> None:
 def _ratio_panel(axes: Axes, plan: Plan, points: Sequence[ScalingPoint]) -> None:
     first = plan.models[0]
     for i, other in enumerate(plan.models[1:], 1):
-        _curve(axes, ratio_points(points, first.name, other.name),
-               _colour(i))  # fmt: skip
+        _curve(axes, ratio_points(points, first.name, other.name), _colour(i))
     axes.axhline(1.0, color="#444444", linewidth=1, linestyle=":")
     axes.set_ylabel(f"{name_of(first)}'s tokens / s over the other's")
     low, high = axes.get_ylim()

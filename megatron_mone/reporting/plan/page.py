@@ -57,7 +57,7 @@ class PlanPage(Page):
             f"<summary>{escape(summary)}</summary>\n<ul>\n{items}</ul></details>"
         )
 
-    def file_beside(self, before: str, name: str, after: str) -> None:
-        """A paragraph with a link to a file in the page's folder."""
+    def link_to_trace(self, name: str) -> None:
+        """A paragraph with a link to the trace, a file in the page's folder."""
         link = f'<a href="{escape(quote(name))}">{escape(name)}</a>'
-        self._parts.append(f"<p>{escape(before)}{link}{escape(after)}</p>")
+        self._parts.append(f"<p>The same to zoom into: open {link} in ui.perfetto.dev.</p>")

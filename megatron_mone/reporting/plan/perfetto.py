@@ -7,7 +7,7 @@ step's start. Writes the file it is told to, and touches nothing else.
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,14 @@ def step_slices(timeline: Timeline) -> list[list[Slice]]:
     return [[one for one in row if one.end > one.start] for row in rows]
 
 
-def timeline_events(model: PlannedModel) -> dict[str, Any]:
-    """The trace of one model's step, in Chrome's JSON format.
+def timeline_events(models: Iterable[PlannedModel]) -> dict[str, Any]:
+    """The trace of the models' steps, in Chrome's JSON format.
 
     Args:
-        model: an element of `models` in a checked plan.
+        models: of a checked plan.
     """
-    return _document(_events(model, 1))
+    events = [event for i, model in enumerate(models, 1) for event in _events(model, i)]
+    return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
 def write_perfetto(path: Path, plan: Plan) -> None:
@@ -84,14 +85,9 @@ def write_perfetto(path: Path, plan: Plan) -> None:
         path: ends in .json.gz, by which the viewers know it.
         plan: checked.
     """
-    events = [e for i, model in enumerate(plan.models, 1) for e in _events(model, i)]
-    text = json.dumps(_document(events), separators=(",", ":"))
+    text = json.dumps(timeline_events(plan.models), separators=(",", ":"))
     path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, gzip.compress(text.encode(), mtime=0))
-
-
-def _document(events: Iterator[dict[str, Any]] | list[dict[str, Any]]) -> dict[str, Any]:
-    return {"displayTimeUnit": "ms", "traceEvents": list(events)}
 
 
 def _events(model: PlannedModel, process: int) -> Iterator[dict[str, Any]]:

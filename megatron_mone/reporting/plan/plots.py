@@ -22,7 +22,7 @@ from megatron_mone.reporting.plan.view import (
     layout_text,
     over_limit,
 )
-from megatron_mone.reporting.profile.plots import PHASE_COLOURS, SETTINGS, WIDTH, ink
+from megatron_mone.reporting.profile.plots import PHASE_COLOURS, SETTINGS, WIDTH, ink, write_inside
 from megatron_mone.reporting.profile.resource_plots import KIND_COLOURS
 from megatron_mone.reporting.profile.view import milliseconds, name_of
 
@@ -179,33 +179,20 @@ def _memory_panel(axes: Axes, model: PlannedModel, plan: Plan, size: float) -> N
 
 
 def _name_parts(axes: Axes, row: int, parts: Sequence[Part]) -> None:
-    """Each part's name and ms inside its segment, as far as they fit."""
+    """Each part's name and ms inside its segment: upright if that fits, else turned, else not."""
     low, high = axes.get_ylim()
     tall = _THICK * axes.get_window_extent().height / abs(high - low)
     per_ms = axes.get_window_extent().width / (axes.get_xlim()[1] - axes.get_xlim()[0])
     left = 0.0
     for part in parts:
-        _name_part(axes, (left + part.size / 2, row), part, (per_ms * part.size, tall))
+        narrow, ms = part.name.replace(" ", "\n"), milliseconds(part.size)
+        texts = ((f"{part.name}\n{ms}", 0, 8), (f"{narrow}\n{ms}", 0, 8),
+                 (part.name, 90, 8), (narrow, 90, 8))  # fmt: skip
+        # on a hatched segment a text needs a ground of its own
+        ground = {"facecolor": part.colour, "edgecolor": "none", "pad": 0.6}
+        write_inside(axes, (left + part.size / 2, row), (per_ms * part.size, tall), texts,
+                     color=ink(part.colour), bbox=ground if part.hatched else None)  # fmt: skip
         left += part.size
-
-
-def _name_part(
-    axes: Axes, centre: tuple[float, float], part: Part, room: tuple[float, float]
-) -> None:
-    """Upright if that fits into `room` (width and height in pixels), else turned, else not."""
-    narrow = part.name.replace(" ", "\n")
-    # on a hatched segment a text needs a ground of its own
-    ground = {"facecolor": part.colour, "edgecolor": "none", "pad": 0.6} if part.hatched else None
-    for words, angle in (
-        (f"{part.name}\n{milliseconds(part.size)}", 0), (f"{narrow}\n{milliseconds(part.size)}", 0),
-        (part.name, 90), (narrow, 90),
-    ):  # fmt: skip
-        text = axes.text(*centre, words, ha="center", va="center", fontsize=8, rotation=angle,
-                         color=ink(part.colour), linespacing=1.1, bbox=ground)  # fmt: skip
-        extent = text.get_window_extent()
-        if extent.width <= 0.94 * room[0] and extent.height <= 0.98 * room[1]:
-            return
-        text.remove()
 
 
 def _in_order(parts: Iterable[Part]) -> list[Part]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from megatron_mone.common.checked_json import load
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
-from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -65,9 +64,7 @@ def write_report(plan: Plan, folder: Path) -> Path:
     _scaling(page, plan)
     _sweeps(page, plan)
     _configuration(page, plan)
-    path = folder / PAGE
-    write_atomically(path, page.render().encode())
-    return path
+    return page.write(folder / PAGE)
 
 
 def _head(page: PlanPage, plan: Plan) -> None:
@@ -105,7 +102,7 @@ def _time(page: PlanPage, plan: Plan) -> None:
             f"{name_of(model)}: one step, a row a pipeline stage, in boxes the micro-batch; "
             f"passes of later chunks are lighter.{many}{part}",
         )  # fmt: skip
-    page.file_beside("The same to zoom into: open ", TIMELINE, " in ui.perfetto.dev.")
+    page.link_to_trace(TIMELINE)
     for model in plan.models:
         page.titled_table(f"Stages of {name_of(model)}", plan_tables.stages_table(model))
 

@@ -6,7 +6,6 @@ Writes report.html, plots/NAME.png and plots/NAME.svg under one folder, each who
 from pathlib import Path
 
 from megatron_mone.planning.plan_document import Search
-from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -45,9 +44,7 @@ def write_search_report(search: Search, folder: Path) -> Path:
     )  # fmt: skip
     _front(page, search)
     _left_out(page, search)
-    path = folder / PAGE
-    write_atomically(path, page.render().encode())
-    return path
+    return page.write(folder / PAGE)
 
 
 def answer(search: Search) -> str:

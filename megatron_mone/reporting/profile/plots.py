@@ -6,6 +6,7 @@ profile lacks what it would draw.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -223,20 +224,34 @@ def _stack(axes: Axes, row: int, run: ProfiledRun, phases: Sequence[str]) -> Non
 def _label(axes: Axes, row: int, left: float, ms: float, phase: str) -> None:
     """The phase's name inside its segment: upright if that fits, else turned, else not at all."""
     colour = PHASE_COLOURS[phase]
-    text_colour = ink(colour)
     per_ms = axes.get_window_extent().width / (axes.get_xlim()[1] - axes.get_xlim()[0])
     tall = 0.76 * axes.get_window_extent().height / abs(np.diff(axes.get_ylim())[0])
     narrow = phase.replace(" ", "\n")
-    for words, angle, size in (
-        (f"{phase}\n{milliseconds(ms)}", 0, 8), (f"{narrow}\n{milliseconds(ms)}", 0, 8),
-        (phase, 90, 8), (narrow, 90, 7.5),
-    ):  # fmt: skip
-        text = axes.text(left + ms / 2, row, words, ha="center", va="center", fontsize=size,
-                         rotation=angle, color=text_colour, linespacing=1.1)  # fmt: skip
-        if phase in COMMUNICATION:
-            text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=colour)])
+    texts = ((f"{phase}\n{milliseconds(ms)}", 0, 8), (f"{narrow}\n{milliseconds(ms)}", 0, 8),
+             (phase, 90, 8), (narrow, 90, 7.5))  # fmt: skip
+    halo = patheffects.withStroke(linewidth=2.5, foreground=colour)
+    write_inside(axes, (left + ms / 2, row), (per_ms * ms, tall), texts, color=ink(colour),
+                 path_effects=[halo] if phase in COMMUNICATION else [])  # fmt: skip
+
+
+def write_inside(
+    axes: Axes, centre: tuple[float, float], room: tuple[float, float],
+    texts: Sequence[tuple[str, float, float]], **style: Any,
+) -> None:  # fmt: skip
+    """The first of some texts that fits, or none.
+
+    Args:
+        axes: whose limits and size are settled.
+        centre: of the text.
+        room: its width and height in pixels.
+        texts: words, angle and font size of each.
+        style: of matplotlib's text.
+    """
+    for words, angle, size in texts:
+        text = axes.text(*centre, words, ha="center", va="center", fontsize=size, rotation=angle,
+                         linespacing=1.1, **style)  # fmt: skip
         box = text.get_window_extent()
-        if box.width <= 0.94 * per_ms * ms and box.height <= 0.98 * tall:
+        if box.width <= 0.94 * room[0] and box.height <= 0.98 * room[1]:
             return
         text.remove()
 

@@ -13,7 +13,6 @@ from megatron_mone.common.phases import COMMUNICATION
 from megatron_mone.profiling.profile_document import Profile
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import save
-from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.reporting.profile import plots as profile_plots
 from megatron_mone.reporting.profile import resource_plots as profile_resource_plots
 from megatron_mone.reporting.profile import tables as profile_tables
@@ -52,10 +51,7 @@ def write_report(profile: Profile, folder: Path, others: Sequence[Profile] = ())
     """
     every = [profile, *others]
     check_one_model(every, [f"profile {i} of {len(every)}" for i in range(1, len(every) + 1)])
-    report = _Report(profile, list(others), folder)
-    path = folder / PAGE
-    write_atomically(path, report.page().render().encode())
-    return path
+    return _Report(profile, list(others), folder).page().write(folder / PAGE)
 
 
 class _Report:

@@ -55,14 +55,14 @@ def test_times_that_count_the_gather_give_the_same_step():
 
 
 def test_slices_are_in_microseconds_with_category_and_place():
-    backward = next(one for one in slices(timeline_events(TINY_MODEL)) if one["name"] == "B0.1")
+    backward = next(one for one in slices(timeline_events([TINY_MODEL])) if one["name"] == "B0.1")
     assert backward == {
         "ph": "X", "name": "B0.1", "cat": "backward", "pid": 1, "tid": 2, "ts": 3000.0,
         "dur": 1500.0, "args": {"micro_batch": 0, "chunk": 1},
     }  # fmt: skip
     names = {
         event["tid"]: event["args"]["name"]
-        for event in timeline_events(TINY_MODEL)["traceEvents"]
+        for event in timeline_events([TINY_MODEL])["traceEvents"]
         if event["name"] == "thread_name"
     }
     assert names == {1: "stage 0: embedding, mone*2", 2: "stage 1: mone*2, head"}
@@ -71,7 +71,7 @@ def test_slices_are_in_microseconds_with_category_and_place():
 @pytest.mark.parametrize("pp", [1, 4])
 def test_a_simulated_step_ends_when_the_plan_says_and_no_stage_does_two_things_at_once(pp):
     model = example_plan(("mone",), pp=pp, vpp=2 if pp > 1 else 1, sweeps=False)["models"][0]
-    events = slices(timeline_events(as_model(model)))
+    events = slices(timeline_events([as_model(model)]))
     assert max(e["ts"] + e["dur"] for e in events) == pytest.approx(1e3 * model["step_ms"])
     layout = model["layout"]
     passes = 2 * layout["micro_batches"] * layout["vpp"]
@@ -95,7 +95,7 @@ def test_one_process_a_model_in_one_gzipped_file(tmp_path):
     }
     assert names == {1: "mone, predicted", 2: "moe, predicted"}
     for process, model in enumerate(plan["models"], 1):
-        alone = slices(timeline_events(as_model(model)))
+        alone = slices(timeline_events([as_model(model)]))
         together = [one for one in slices(trace) if one["pid"] == process]
         assert [one["name"] for one in together] == [one["name"] for one in alone]
         assert [one["ts"] for one in together] == [one["ts"] for one in alone]
