@@ -393,6 +393,11 @@ class Search(_Head, schema="megatron-mone/plan-search/1", again=_AGAIN, indent=1
                 raise Fault(f"{one.layout!r} is the name of no candidate", "best", index, "layout")
         return self
 
+    def best_candidates(self) -> list[CandidateLayout]:
+        """The candidates that are the best, in their order."""
+        by_name = {one.name: one for one in self.candidates}
+        return [by_name[one.layout] for one in self.best]
+
 
 def _check_sum(what: str, parts: Mapping[str, float], total: str, whole: float) -> None:
     """Refuse parts that a stacked bar would show longer or shorter than its total."""

@@ -94,12 +94,10 @@ class Candidate:
 
     Attributes:
         layout: in short.
-        changes: Megatron arguments.
         planned: what came of it.
     """
 
     layout: str
-    changes: dict[str, Any]
     planned: Planned
 
 
@@ -284,8 +282,7 @@ def search(
             sizes = next(left, None)
             if sizes is None:
                 break
-            changes = as_changes(sizes)
-            candidate = job.with_layout(changes)
+            candidate = job.with_layout(as_changes(sizes))
             name = short_layout(candidate.values())
             if _is_hopeless(known.values(), sizes, planner, gpus):
                 found.hopeless.append(name)
@@ -299,7 +296,7 @@ def search(
                 continue
             held = Held.of(planned.traced.traces, planned.traced.facts)
             known.setdefault(tuple(sizes[name] for name in _SHARDING), held)
-            found.candidates.append(Candidate(name, changes, planned))
+            found.candidates.append(Candidate(name, planned))
         for one in found.fitting[:whole]:
             place = found.candidates.index(one)
             again = planner.plan(one.planned.job, gpus)

@@ -45,9 +45,8 @@ def search_table(document: Search) -> str:
         f"{document.not_tried} not tried"
     )
     lines = [f"{document.model} on {document.gpus} x {document.cluster.device}: {counts}"]
-    by_name = {one.name: one for one in document.candidates}
-    for place, one in enumerate(document.best, 1):
-        candidate = by_name[one.layout]
+    best = zip(document.best, document.best_candidates(), strict=True)
+    for place, (one, candidate) in enumerate(best, 1):
         lines.append(
             f"{place}. {one.layout}: {candidate.step_ms:,.0f} ms, "
             f"{candidate.peak_gib:.1f} GiB\n   {one.why}"

@@ -151,19 +151,13 @@ class PipelineRun:
     Attributes:
         schedule: whose step it is.
         seconds: from the first pass to the end of the last pass or send (makespan).
-        busy_P: seconds each stage computes.
-        bubble_P: seconds each stage does not: waiting for another stage, or for a send.
         end_P: when each stage's last pass ends.
-        in_flight_PV: the most micro-batches of a chunk that wait for their backward at once.
         events: stage after stage, in order of time.
     """
 
     schedule: Schedule
     seconds: float
-    busy_P: NDArray[np.float64]
-    bubble_P: NDArray[np.float64]
     end_P: NDArray[np.float64]
-    in_flight_PV: NDArray[np.int64]
     events: list[Event]
 
     def last_backward(self, stage: int, chunk: int) -> Event:
@@ -222,7 +216,9 @@ def simulate(
                 remaining -= 1
         if remaining == before:
             raise AssertionError("the order of the passes has a cycle")
-    return _run(schedule, free, events)
+    end_P = np.array([of_stage[-1].end for of_stage in events])
+    seconds = float(max(end_P.max(), max(free)))
+    return PipelineRun(schedule, seconds, end_P, [e for of_stage in events for e in of_stage])
 
 
 def _times(name: str, values: ArrayLike, schedule: Schedule) -> NDArray[np.float64]:
@@ -272,22 +268,6 @@ def _holds(schedule: Schedule, stage: int, work: Work) -> bool:
         ends = stage == 0 and work.chunk == 0
     hidden = schedule.chunks > 1 and work.steady and not work.forward
     return not ends and not hidden
-
-
-def _run(schedule: Schedule, free: list[float], events: list[list[Event]]) -> PipelineRun:
-    ends = np.array([of_stage[-1].end for of_stage in events])
-    seconds = float(max(ends.max(), max(free)))
-    busy = np.array([sum(e.end - e.start for e in of_stage) for of_stage in events])
-    counts = [np.max(schedule.in_flight(stage), axis=0) for stage in range(schedule.stages)]
-    return PipelineRun(
-        schedule,
-        seconds,
-        busy,
-        seconds - busy,
-        ends,
-        np.array(counts, dtype=np.int64),
-        [event for of_stage in events for event in of_stage],
-    )
 
 
 def peak_activations(

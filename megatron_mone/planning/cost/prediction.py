@@ -52,7 +52,6 @@ class Prediction:
         last: the stage that ends last.
         run: the simulated pipeline.
         costs_PV: of one micro-batch in each chunk.
-        steps_P: of each stage.
         memory_P: of a rank of each stage.
         collectives: in the traces of the stage that ends last.
         executed_flops: of one device and step, mean over stages, recomputation included.
@@ -69,7 +68,6 @@ class Prediction:
     last: int
     run: PipelineRun
     costs_PV: list[list[ChunkCost]]
-    steps_P: list[StepCost]
     memory_P: list[RankMemory]
     collectives: list[Collective]
     executed_flops: float
@@ -173,7 +171,6 @@ def predict(
         last=last,
         run=run,
         costs_PV=costs_PV,
-        steps_P=steps_P,
         memory_P=rank_memory(traces_PV, schedule, facts),
         collectives=[
             c

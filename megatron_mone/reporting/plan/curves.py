@@ -21,7 +21,7 @@ from megatron_mone.planning.plan_document import (
     Search,
 )
 from megatron_mone.reporting.plan.plots import LIMIT_COLOUR, WHOLE
-from megatron_mone.reporting.plan.view import best_candidates, over_limit, time
+from megatron_mone.reporting.plan.view import over_limit, time
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH
 from megatron_mone.reporting.profile.view import name_of
 
@@ -161,7 +161,7 @@ def candidates(search: Search) -> Figure | None:
 
 def _name_best(axes: Axes, search: Search) -> None:
     """The best layouts' numbers beside their marks, where they cover no mark or number of these."""
-    best = best_candidates(search)
+    best = search.best_candidates()
     taken: list[Bbox] = []
     for one in best:
         x, y = axes.transData.transform((one.peak_gib, one.step_ms))

@@ -18,7 +18,6 @@ from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.reporting.plan.view import (
-    best_candidates,
     layout_text,
     over_limit,
 )
@@ -91,7 +90,7 @@ def best_bars(search: Search) -> Figure | None:
     """A stacked bar for each of the best layouts; None where there is none."""
     rows = [
         (f"{number}: {layout_text(one.layout, batch=False)}", parts_of(one.parts_ms))
-        for number, one in enumerate(best_candidates(search), 1)
+        for number, one in enumerate(search.best_candidates(), 1)
     ]
     return _time_bars(rows) if rows else None
 

@@ -13,7 +13,6 @@ from megatron_mone.reporting.plan.page import PAGE, PlanPage
 from megatron_mone.reporting.plan.view import (
     MOST_TEXT,
     basis,
-    best_candidates,
     gibibytes,
     layout_text,
     title,
@@ -60,7 +59,7 @@ def answer(search: Search) -> str:
         counted += f"; {search.not_tried:,} beyond the limit were not tried"
     if not search.best:
         return f"No layout fits: {counted}."
-    best = best_candidates(search)[0]
+    best = search.best_candidates()[0]
     return (
         f"The fastest layout that fits is {layout_text(best.layout)}: "
         f"{milliseconds(best.step_ms)} ms a step, {best.tokens_per_s_per_gpu:,.0f} tokens/s "

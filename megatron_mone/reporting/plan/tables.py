@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import ExpertPoint, Plan, PlannedModel, RatioPoint, Search
 from megatron_mone.reporting.plan.view import (
-    best_candidates,
     layout_text,
     over_limit,
     time,
@@ -144,7 +143,7 @@ def best_table(search: Search) -> Table:
     """The best layouts by number, with what was predicted of them."""
     header = ["layout", "ms a step", "tokens/s a GPU", "peak, GiB"]
     rows = []
-    for number, found in enumerate(best_candidates(search), 1):
+    for number, found in enumerate(search.best_candidates(), 1):
         rows.append([
             f"{number}: {layout_text(found.layout)}", milliseconds(found.step_ms),
             f"{found.tokens_per_s_per_gpu:,.0f}", _one(found.peak_gib),

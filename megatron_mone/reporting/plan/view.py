@@ -1,7 +1,6 @@
 """What the page, plots and sentences of a plan say alike: names, units, sentences. No files."""
 
 from megatron_mone.planning.plan_document import (
-    CandidateLayout,
     Layout,
     Plan,
     PlannedModel,
@@ -115,12 +114,6 @@ def time(ms: float) -> str:
 def over_limit(plan: Plan | Search, peak_gib: float) -> bool:
     """Whether a peak passes the device's memory."""
     return peak_gib > plan.cluster.memory_gib
-
-
-def best_candidates(search: Search) -> list[CandidateLayout]:
-    """The candidates that the search calls the best, in its order."""
-    by_name = {one.name: one for one in search.candidates}
-    return [by_name[best.layout] for best in search.best]
 
 
 def _fitting(plan: Plan, model: PlannedModel) -> str:
