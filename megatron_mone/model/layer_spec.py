@@ -28,11 +28,7 @@ from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_mone.common.patch import install, wrapping
-from megatron_mone.config import (
-    attach_fields_from_env,
-    layer_pattern,
-    neurons_per_token,
-)
+from megatron_mone.config import attach_fields_from_env, layer_pattern, neurons_per_token
 from megatron_mone.model.step_flops import follow_training
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of

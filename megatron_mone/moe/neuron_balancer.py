@@ -11,11 +11,7 @@ from torch import Tensor
 
 from megatron_mone.config import MoNEConfig, neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
-from megatron_mone.moe.balance_loss import (
-    BlockStatistics,
-    gate_shares,
-    row_weights,
-)
+from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
 from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.gate_shares import kept_counts

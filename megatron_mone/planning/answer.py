@@ -9,12 +9,7 @@ from typing import Any
 
 from megatron_mone.common.progress import Say
 from megatron_mone.planning import sweeps
-from megatron_mone.planning.document import (
-    GIB,
-    cluster_document,
-    layout_document,
-    model_document,
-)
+from megatron_mone.planning.document import GIB, cluster_document, layout_document, model_document
 from megatron_mone.planning.job import JobSpec, short_layout
 from megatron_mone.planning.plan_document import (
     Best,

@@ -15,13 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_mone.common.phases import (
-    ATTENTION,
-    BACKWARD,
-    COMBINE,
-    DISPATCH,
-    FORWARD,
-)
+from megatron_mone.common.phases import ATTENTION, BACKWARD, COMBINE, DISPATCH, FORWARD
 from megatron_mone.planning.cost.collectives import (
     OPERATIONS,
     Placement,

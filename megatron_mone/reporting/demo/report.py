@@ -11,12 +11,7 @@ from megatron_mone.common.files import write_json
 from megatron_mone.reporting.demo.statement import neuron_statement, noise_note, statement
 from megatron_mone.reporting.page import plots
 from megatron_mone.reporting.page.html import Page
-from megatron_mone.reporting.page.results import (
-    LayerLoad,
-    RunResult,
-    median_after_first,
-    summary,
-)
+from megatron_mone.reporting.page.results import LayerLoad, RunResult, median_after_first, summary
 
 _INTRO = (
     "Three small models, trained on the same tokens in the same order from the same seed, each on "

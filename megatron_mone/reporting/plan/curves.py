@@ -14,12 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.transforms import Bbox
 
-from megatron_mone.planning.plan_document import (
-    Plan,
-    RatioPoint,
-    ScalingPoint,
-    Search,
-)
+from megatron_mone.planning.plan_document import Plan, RatioPoint, ScalingPoint, Search
 from megatron_mone.reporting.plan.plots import LIMIT_COLOUR, WHOLE
 from megatron_mone.reporting.plan.view import over_limit, time
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH

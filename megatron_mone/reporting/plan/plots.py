@@ -17,10 +17,7 @@ from matplotlib.ticker import FuncFormatter
 from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
-from megatron_mone.reporting.plan.view import (
-    layout_text,
-    over_limit,
-)
+from megatron_mone.reporting.plan.view import layout_text, over_limit
 from megatron_mone.reporting.profile.plots import PHASE_COLOURS, SETTINGS, WIDTH, ink, write_inside
 from megatron_mone.reporting.profile.resource_plots import KIND_COLOURS
 from megatron_mone.reporting.profile.view import milliseconds, name_of

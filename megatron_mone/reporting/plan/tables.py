@@ -4,11 +4,7 @@ from collections.abc import Callable, Sequence
 
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import ExpertPoint, Plan, PlannedModel, RatioPoint, Search
-from megatron_mone.reporting.plan.view import (
-    layout_text,
-    over_limit,
-    time,
-)
+from megatron_mone.reporting.plan.view import layout_text, over_limit, time
 from megatron_mone.reporting.profile.tables import MOST_ROWS, NOTHING, Table
 from megatron_mone.reporting.profile.view import (
     engineering,

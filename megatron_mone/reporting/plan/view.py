@@ -1,11 +1,6 @@
 """What the page, plots and sentences of a plan say alike: names, units, sentences. No files."""
 
-from megatron_mone.planning.plan_document import (
-    Layout,
-    Plan,
-    PlannedModel,
-    Search,
-)
+from megatron_mone.planning.plan_document import Layout, Plan, PlannedModel, Search
 from megatron_mone.reporting.profile.view import milliseconds, name_of, short
 
 MOST_TEXT = 400

@@ -19,11 +19,7 @@ from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.common.phases import PHASES
 from megatron_mone.profiling.profile_document import NeuronLoad, Profile, ProfiledRun, RunMemory
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH, ink, run_legend
-from megatron_mone.reporting.profile.view import (
-    engineering,
-    mebibytes,
-    name_of,
-)
+from megatron_mone.reporting.profile.view import engineering, mebibytes, name_of
 
 KIND_COLOURS = {
     "weights": "#0072B2", "gradients": "#56B4E9", "optimizer": "#7B8794",
