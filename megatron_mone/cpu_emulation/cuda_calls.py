@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,9 +125,11 @@ CALLS: dict[str, Any] = {
 """Attributes of `torch.cuda` and what stands in for them."""
 
 
-def _apply_calls() -> None:
-    for name, stand_in in CALLS.items():
-        setattr(torch.cuda, name, stand_in)
+def put(calls: Mapping[str, Any], *modules: Any) -> None:
+    """Set the stand-ins, by name, in each of the modules."""
+    for module in modules:
+        for name, stand_in in calls.items():
+            setattr(module, name, stand_in)
 
 
 PATCHES = (
@@ -134,7 +137,7 @@ PATCHES = (
         name="cuda-calls",
         needed_by="megatron/core/timers.py: torch.cuda.synchronize()",
         why="device, stream, event and property calls raise without a driver",
-        apply=_apply_calls,
+        apply=lambda: put(CALLS, torch.cuda),
         still_needed=lambda: (
             raises(lambda: torch.cuda.current_device())
             and raises(lambda: torch.cuda.synchronize())

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from megatron_mone.common.patch import Patch, megatron_source, raises
+from megatron_mone.cpu_emulation.cuda_calls import put
 
 _RU_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 _STATUS = Path("/proc/self/status")
@@ -73,18 +74,12 @@ CALLS: dict[str, Any] = {
 """Functions of `torch.cuda` (and `torch.cuda.memory`) and what stands in for them."""
 
 
-def _apply() -> None:
-    for name, stand_in in CALLS.items():
-        setattr(torch.cuda, name, stand_in)
-        setattr(torch.cuda.memory, name, stand_in)
-
-
 PATCHES = (
     Patch(
         name="memory-calls",
         needed_by="megatron/training/utils/common_utils.py: report_memory",
         why="memory reports are zero or raise where there is no device",
-        apply=_apply,
+        apply=lambda: put(CALLS, torch.cuda, torch.cuda.memory),
         still_needed=lambda: (
             (
                 raises(lambda: torch.cuda.max_memory_allocated())

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_mone.common.patch import Patch, megatron_source, raises
+from megatron_mone.cpu_emulation.cuda_calls import put
 
 _host_state: torch.Tensor | None = None
 
@@ -51,12 +52,6 @@ CALLS: dict[str, Any] = {
     "initial_seed": lambda: torch.default_generator.initial_seed(),
 }
 """Functions of `torch.cuda` (and `torch.cuda.random`) and what stands in for them."""
-
-
-def _apply_states() -> None:
-    for name, stand_in in CALLS.items():
-        setattr(torch.cuda, name, stand_in)
-        setattr(torch.cuda.random, name, stand_in)
 
 
 def _apply_tracker() -> None:
@@ -119,7 +114,7 @@ PATCHES = (
         name="rng-states",
         needed_by="megatron/core/tensor_parallel/random.py: CudaRNGStatesTracker.add",
         why="torch.cuda.get_rng_state raises, and seeding CUDA would not seed what draws here",
-        apply=_apply_states,
+        apply=lambda: put(CALLS, torch.cuda, torch.cuda.random),
         still_needed=lambda: (
             raises(lambda: torch.cuda.get_rng_state())
             and "torch.cuda.get_rng_state()" in megatron_source("core/tensor_parallel/random.py")
