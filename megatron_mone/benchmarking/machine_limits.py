@@ -5,11 +5,10 @@ operations each), and every tensor moved once in each phase. Peaks are measured 
 Shapes: N rows, H hidden, F neurons, E experts, r the share kept (1: dense).
 """
 
-import time
-
 import torch
 
 from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.benchmarking.timing import Call, seconds_of
 from megatron_mone.kernels.race_results import DTYPES, Peaks
 
 PHASES = ("forward", "forward_backward")
@@ -25,7 +24,7 @@ def measure_peaks(device: torch.device, *, elements: int = _COPY) -> Peaks:
         for side in _SIDES:
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
             # as in a forward: some bf16 libraries are slow on any other layout
-            seconds = _best(lambda a=a, b=b: a @ b.t())  # type: ignore[misc]
+            seconds = _best(lambda a=a, b=b: a @ b.t())
             flops[name] = max(flops[name], 2 * side**3 / seconds)
             if seconds > _LONG_ENOUGH:
                 break
@@ -82,15 +81,9 @@ def limit_ms(cell: Cell, ratio: float | None, phase: str, peaks: Peaks) -> float
     return 1e3 * max(compute, bytes_moved(cell, ratio, phase) / peaks.bandwidth)
 
 
-def _best(call, repeats: int = 5, spend: float = 0.3) -> float:
+def _best(call: Call, repeats: int = 5, spend: float = 0.3) -> float:
     """Least seconds of a call, the first left out; short ones are tried for `spend` seconds."""
     seconds: list[float] = []
     while len(seconds) <= repeats or (sum(seconds) < spend and len(seconds) < 1000):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(call))
     return min(seconds[1:])

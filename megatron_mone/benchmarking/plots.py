@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_mone.benchmarking.summary import Point, fraction
-from megatron_mone.kernels.race_results import RaceResults, Row
+from megatron_mone.kernels.race_results import CellResults, RaceResults
 from megatron_mone.reporting.page import plots
 
 # Okabe and Ito's colours: r from all neurons to few.
@@ -21,111 +22,85 @@ Drawing = Callable[[RaceResults, list[Point]], Figure | None]
 def ratio_against_rows(results: RaceResults, found: list[Point]) -> Figure | None:
     """Time over the fastest dense peer's against N, a line for each r, a panel a dtype."""
     found = _of_main_shape(found)
-    dtypes = _dtypes(found)
     if len({point.config.tokens for point in found}) < 2:
         return None
-    with plt.rc_context(SETTINGS):
-        figure, panels = _panels(dtypes)
-        for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = [point for point in found if point.config.dtype == dtype]
-            ratios = sorted({point.ratio for point in mine}, reverse=True)
-            for colour, ratio in zip(RATIO_COLOURS, ratios, strict=False):
-                line = sorted(
-                    (p.config.tokens, p.forward_backward, p.limit) for p in mine
-                    if p.ratio == ratio
-                )  # fmt: skip
-                rows, times, limits = zip(*line, strict=True)
-                panel.plot(rows, times, color=colour, marker="o", markersize=4,
-                           label=f"r = {fraction(ratio)}")  # fmt: skip
-                panel.plot(rows, limits, color=colour, linewidth=1, linestyle=":")
-            _even(panel)
-            panel.set_xscale("log", base=2)
-            panel.set(title=f"{dtype}, {_shape(mine)}", xlabel="N, routed rows")
-        panels[0].set_ylabel("forward + backward time / fastest dense")
-        panels[0].plot([], [], color=ROOF, linewidth=1, linestyle=":", label="by roofline")
-        plots.legend_below(figure, panels[0], share=0.09, most=6)
-    return figure
+
+    def draw(panel: Axes, mine: list[Point]) -> None:
+        ratios = sorted({point.ratio for point in mine}, reverse=True)
+        for colour, ratio in zip(RATIO_COLOURS, ratios, strict=False):
+            line = sorted(
+                (p.config.tokens, p.forward_backward, p.limit) for p in mine if p.ratio == ratio
+            )
+            rows, times, limits = zip(*line, strict=True)
+            panel.plot(rows, times, color=colour, marker="o", markersize=4,
+                       label=f"r = {fraction(ratio)}")  # fmt: skip
+            panel.plot(rows, limits, color=colour, linewidth=1, linestyle=":")
+        panel.plot([], [], color=ROOF, linewidth=1, linestyle=":", label="by roofline")
+        _even(panel)
+        panel.set_xscale("log", base=2)
+        panel.set(title=f"{mine[0].config.dtype}, {_shape(mine)}", xlabel="N, routed rows")
+
+    return _panels(found, draw, "forward + backward time / fastest dense")
 
 
 def ratio_against_share(results: RaceResults, found: list[Point]) -> Figure | None:
     """Time over the fastest dense peer's against r at the largest N, with the roofline's."""
-    found = _largest(found)
-    dtypes = _dtypes(found)
-    if not found:
-        return None
-    with plt.rc_context(SETTINGS):
-        figure, panels = _panels(dtypes)
-        for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = sorted((p for p in found if p.config.dtype == dtype), key=lambda p: p.ratio)
-            shares = [point.ratio for point in mine]
-            for name, colour, values in (
-                ("forward", FORWARD, [point.forward for point in mine]),
-                ("forward + backward", BOTH, [point.forward_backward for point in mine]),
-            ):
-                panel.plot(shares, values, color=colour, marker="o", markersize=4, label=name)
-            panel.plot(shares, [point.limit for point in mine], color=ROOF, linestyle=":",
-                       label="forward + backward by roofline")  # fmt: skip
-            _even(panel)
-            _ratio_axis(panel, shares)
-            panel.set_title(f"{dtype}, N {mine[0].config.tokens}, {_shape(mine)}")
-        panels[0].set_ylabel("time / fastest dense")
-        plots.legend_below(figure, panels[0], share=0.09, most=6)
-    return figure
+
+    def draw(panel: Axes, mine: list[Point]) -> None:
+        shares = _share_axis(panel, mine)
+        for name, colour, values in (
+            ("forward", FORWARD, [point.forward for point in mine]),
+            ("forward + backward", BOTH, [point.forward_backward for point in mine]),
+        ):
+            panel.plot(shares, values, color=colour, marker="o", markersize=4, label=name)
+        panel.plot(shares, [point.limit for point in mine], color=ROOF, linestyle=":",
+                   label="forward + backward by roofline")  # fmt: skip
+        _even(panel)
+
+    return _panels(_largest(found), draw, "time / fastest dense")
 
 
 def time_and_roofline(results: RaceResults, found: list[Point]) -> Figure | None:
     """Bars of forward + backward time at the largest N, each with its roofline."""
-    found = _largest(found)
-    dtypes = _dtypes(found)
-    cells = {point.config.dtype: point.config for point in found}
-    if not found:
-        return None
-    with plt.rc_context({**SETTINGS, "axes.grid": False, "font.size": 8}):
-        figure, panels = _panels(dtypes, height=4.6, share=False)
-        for panel, dtype in zip(panels, dtypes, strict=True):
-            cell = next(c for c in results.cells if c.config == cells[dtype])
-            rows = cell.agreeing
-            names = [
-                row.name if row.ratio is None else f"{row.name}, r = {fraction(row.ratio)}"
-                for row in rows
-            ]
-            times = [row.forward_backward_ms for row in rows]
-            colours = ["#999999" if row.dense else BOTH for row in rows]
-            panel.barh(names, times, color=colours, xerr=_spread(rows),
-                       error_kw={"ecolor": ROOF, "linewidth": 1})  # fmt: skip
-            limits = [row.limit_forward_backward_ms for row in rows]
-            panel.plot(limits, names, linestyle="", marker="|", markersize=9, color="black",
-                       label="roofline of this machine")  # fmt: skip
-            panel.invert_yaxis()
-            panel.set_title(f"{dtype}, N {cell.config.tokens}", fontsize=9)
-            panel.set_xlabel("forward + backward (ms): median, p10 to p90")
-        plots.legend_below(figure, panels[0], share=0.09, most=6)
-    return figure
+
+    def draw(panel: Axes, mine: list[Point]) -> None:
+        rows = _cell_of(mine, results).agreeing
+        names = [
+            row.name if row.ratio is None else f"{row.name}, r = {fraction(row.ratio)}"
+            for row in rows
+        ]
+        times = [row.forward_backward_ms for row in rows]
+        below = [row.forward_backward_ms - row.forward_backward_ms_p10 for row in rows]
+        above = [row.forward_backward_ms_p90 - row.forward_backward_ms for row in rows]
+        colours = ["#999999" if row.dense else BOTH for row in rows]
+        panel.barh(names, times, color=colours, xerr=[below, above],
+                   error_kw={"ecolor": ROOF, "linewidth": 1})  # fmt: skip
+        limits = [row.limit_forward_backward_ms for row in rows]
+        panel.plot(limits, names, linestyle="", marker="|", markersize=9, color="black",
+                   label="roofline of this machine")  # fmt: skip
+        panel.invert_yaxis()
+        config = mine[0].config
+        panel.set_title(f"{config.dtype}, N {config.tokens}", fontsize=9)
+        panel.set_xlabel("forward + backward (ms): median, p10 to p90")
+
+    smaller = {**SETTINGS, "axes.grid": False, "font.size": 8}
+    return _panels(_largest(found), draw, "", height=4.6, share=False, settings=smaller)
 
 
 def memory_against_share(results: RaceResults, found: list[Point]) -> Figure | None:
     """Bytes kept for the backward against r at the largest N, MoNE's and the dense peers'."""
-    found = _largest(found)
-    dtypes = _dtypes(found)
-    if not found:
-        return None
-    with plt.rc_context(SETTINGS):
-        figure, panels = _panels(dtypes, share=False)
-        for panel, dtype in zip(panels, dtypes, strict=True):
-            mine = sorted((p for p in found if p.config.dtype == dtype), key=lambda p: p.ratio)
-            shares = [point.ratio for point in mine]
-            cell = next(c for c in results.cells if c.config == mine[0].config)
-            panel.plot(shares, [p.mone.saved_bytes / 2**20 for p in mine], color=BOTH,
-                       marker="o", markersize=4, label="MoNE")  # fmt: skip
-            dense = [row.saved_bytes / 2**20 for row in cell.agreeing if row.dense]
-            panel.axhspan(min(dense), max(dense), color="#999999", alpha=0.3, label="dense peers")
-            panel.axhline(min(dense), color="#999999")
-            _ratio_axis(panel, shares)
-            panel.set_ylim(bottom=0)
-            panel.set_title(f"{dtype}, N {mine[0].config.tokens}, {_shape(mine)}")
-        panels[0].set_ylabel("kept for the backward (MiB)")
-        plots.legend_below(figure, panels[0], share=0.09, most=6)
-    return figure
+
+    def draw(panel: Axes, mine: list[Point]) -> None:
+        shares = _share_axis(panel, mine)
+        panel.plot(shares, [p.mone.saved_bytes / 2**20 for p in mine], color=BOTH, marker="o",
+                   markersize=4, label="MoNE")  # fmt: skip
+        rows = _cell_of(mine, results).agreeing
+        dense = [row.saved_bytes / 2**20 for row in rows if row.dense]
+        panel.axhspan(min(dense), max(dense), color="#999999", alpha=0.3, label="dense peers")
+        panel.axhline(min(dense), color="#999999")
+        panel.set_ylim(bottom=0)
+
+    return _panels(_largest(found), draw, "kept for the backward (MiB)", share=False)
 
 
 PLOTS: tuple[tuple[str, Drawing, str], ...] = (
@@ -139,14 +114,6 @@ PLOTS: tuple[tuple[str, Drawing, str], ...] = (
     ("memory_against_share", memory_against_share,
      "Memory kept for the backward beside inputs and weights, against the share of neurons kept."),
 )  # fmt: skip
-
-
-def _spread(rows: Sequence[Row]) -> list[list[float]]:
-    """Lengths of the error bars below and above the medians."""
-    return [
-        [row.forward_backward_ms - row.forward_backward_ms_p10 for row in rows],
-        [row.forward_backward_ms_p90 - row.forward_backward_ms for row in rows],
-    ]
 
 
 def _of_main_shape(found: Sequence[Point]) -> list[Point]:
@@ -183,10 +150,32 @@ def _shape(found: Sequence[Point]) -> str:
 
 
 def _panels(
-    names: Sequence[str], height: float = 3.9, share: bool = True
-) -> tuple[Figure, list[Axes]]:
-    figure, panels = plt.subplots(1, len(names), figsize=(9, height), sharey=share, squeeze=False)
-    return figure, list(panels[0])
+    found: Sequence[Point],
+    draw: Callable[[Axes, list[Point]], None],
+    ylabel: str,
+    *,
+    height: float = 3.9,
+    share: bool = True,
+    settings: dict[str, Any] = SETTINGS,
+) -> Figure | None:
+    """A panel for each dtype of the points, drawn from its own, which rise in r; one legend."""
+    dtypes = _dtypes(found)
+    if not found:
+        return None
+    with plt.rc_context(settings):
+        figure, ((*panels,),) = plt.subplots(
+            1, len(dtypes), figsize=(9, height), sharey=share, squeeze=False
+        )
+        for panel, dtype in zip(panels, dtypes, strict=True):
+            mine = [point for point in found if point.config.dtype == dtype]
+            draw(panel, sorted(mine, key=lambda point: point.ratio))
+        panels[0].set_ylabel(ylabel)
+        plots.legend_below(figure, panels[0], share=0.09, most=6)
+    return figure
+
+
+def _cell_of(mine: Sequence[Point], results: RaceResults) -> CellResults:
+    return next(cell for cell in results.cells if cell.config == mine[0].config)
 
 
 def _even(axes: Axes) -> None:
@@ -195,7 +184,11 @@ def _even(axes: Axes) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
-def _ratio_axis(axes: Axes, shares: Sequence[float]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(list(shares), [fraction(share) for share in shares])
-    axes.set_xlabel("r, share of neurons kept")
+def _share_axis(panel: Axes, mine: Sequence[Point]) -> list[float]:
+    """The shares of neurons kept, which the x axis shows."""
+    shares = [point.ratio for point in mine]
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(shares, [fraction(share) for share in shares])
+    panel.set_xlabel("r, share of neurons kept")
+    panel.set_title(f"{mine[0].config.dtype}, N {mine[0].config.tokens}, {_shape(mine)}")
+    return shares

@@ -6,17 +6,20 @@ counts the rows of every expert in the files that a run with `mone_record_masks`
 of the run that made the committed file is kept in it).
 """
 
-import argparse
 import json
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from typer import Argument, Option
 
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.common.program import Program
 
 RECORDED = CONFIG_ROOT / "bench" / "routing.json"
+program = Program()
 
 
 def rows_of_experts(routing: str, tokens: int, experts: int) -> list[int]:
@@ -85,21 +88,15 @@ def _whole(weights: list[float], total: int) -> list[int]:
     return counts
 
 
-def main() -> int:
-    """Read recorded masks, write the loads; 0, or 2 after a user's mistake."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("masks", type=Path, help="the folder of mone_record_masks")
-    parser.add_argument("--out", type=Path, default=RECORDED)
-    parser.add_argument("--text", default="", help="what was run, kept in the file")
-    options = parser.parse_args()
-    try:
-        recorded = record(options.masks)
-    except (ValueError, OSError) as error:
-        print(f"routing: {error}", file=sys.stderr)
-        return 2
-    write_json(options.out, {"recorded_by": options.text, **recorded})
-    return 0
+@program.command()
+def write(
+    masks: Annotated[Path, Argument(metavar="MASKS", help="the folder of mone_record_masks")],
+    out: Annotated[Path, Option(help="configs/bench/routing.json", show_default=False)] = RECORDED,
+    text: Annotated[str, Option(help="what was run, kept in the file")] = "",
+) -> None:
+    """Write the rows of every expert in recorded masks, as the skewed routing reads them."""
+    write_json(out, {"recorded_by": text, **record(masks)})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program.main())

@@ -1,11 +1,11 @@
 """Interleaved timing: every implementation runs once a round, in an order that rotates."""
 
 import gc
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 Call = Callable[[], object]
@@ -50,9 +50,10 @@ def race(
         for done in range(warm_up + max(least, MOST_ROUNDS)):
             if done >= warm_up + least and time.perf_counter() - start > seconds:
                 break
-            for i in _rotated(len(entries), done):
+            for turn in range(len(entries)):
+                i = (turn + done) % len(entries)
                 for phase, call in entries[i].items():
-                    elapsed = _clock(call)
+                    elapsed = seconds_of(call)
                     if done >= warm_up:
                         taken[i][phase].append(1e3 * elapsed)
     finally:
@@ -63,22 +64,10 @@ def race(
 
 def summary(values: Sequence[float]) -> Times:
     """Median and percentiles, linear between the values."""
-    ordered = sorted(values)
-
-    def at(share: float) -> float:
-        place = share * (len(ordered) - 1)
-        low = math.floor(place)
-        high = min(low + 1, len(ordered) - 1)
-        return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-    return Times(at(0.5), at(0.1), at(0.9), len(ordered))
+    return Times(*np.quantile(values, (0.5, 0.1, 0.9)).tolist(), len(values))
 
 
-def _rotated(count: int, by: int) -> list[int]:
-    return [(i + by) % count for i in range(count)]
-
-
-def _clock(call: Call) -> float:
+def seconds_of(call: Call) -> float:
     """Seconds of one call; on CUDA until the device is done."""
     cuda = torch.cuda.is_available()
     if cuda:

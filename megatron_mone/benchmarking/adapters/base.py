@@ -31,15 +31,17 @@ class Adapter(ABC):
         name: in tables.
         ratio: r of a MoNE entry; None says that it is dense.
         timed: what is timed beside the experts' products, in a few words.
+        module, package: what it imports, and what is installed for that.
     """
 
     name: str
     ratio: float | None = None
     timed: str = ""
+    module, package = "torch", "torch"
 
-    @abstractmethod
     def why_absent(self, cell: Cell, device: torch.device) -> str | None:
         """One line why it cannot run this cell here, or None."""
+        return why_no_package(self.module, self.package)
 
     @abstractmethod
     def build(self, cell: Cell, inputs: Inputs) -> Experts:
@@ -53,8 +55,3 @@ def why_no_package(module: str, package: str) -> str | None:
     """One line when `module` cannot be found, or None."""
     found = importlib.util.find_spec(module) is not None
     return None if found else f"the package {package} is not installed"
-
-
-def why_not_cuda(device: torch.device) -> str | None:
-    """One line when the race is not on CUDA, or None."""
-    return None if device.type == "cuda" else "it runs on CUDA only, and there is no CUDA device"

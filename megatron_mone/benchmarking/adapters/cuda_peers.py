@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_mone.benchmarking.adapters.base import (
-    Adapter,
-    Experts,
-    why_no_package,
-    why_not_cuda,
-)
+from megatron_mone.benchmarking.adapters.base import Adapter, Experts
 from megatron_mone.benchmarking.adapters.torch_experts import WeightedSwiGLU
 from megatron_mone.benchmarking.cases import Cell, Inputs, leaf
 
@@ -25,21 +20,19 @@ class CudaPeer(Adapter):
     """A package that runs on CUDA only.
 
     Attributes:
-        module: what is imported.
-        package: what is installed.
         bf16_only: whether it takes no other dtype.
     """
 
-    module: str
-    package: str
     bf16_only = False
 
     def why_absent(self, cell: Cell, device: torch.device) -> str | None:
         """Package first, then device, then dtype."""
-        reason = why_no_package(self.module, self.package) or why_not_cuda(device)
-        if reason is None and self.bf16_only and cell.dtype != "bf16":
-            reason = f"it takes bf16 only, not {cell.dtype}"
-        return reason
+        if (missing := super().why_absent(cell, device)) is not None:
+            return missing
+        if device.type != "cuda":
+            return "it runs on CUDA only, and there is no CUDA device"
+        other = self.bf16_only and cell.dtype != "bf16"
+        return f"it takes bf16 only, not {cell.dtype}" if other else None
 
 
 class TransformerEngine(CudaPeer):

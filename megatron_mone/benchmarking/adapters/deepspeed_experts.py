@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from megatron_mone.benchmarking.adapters.base import Adapter, Experts, why_no_package
+from megatron_mone.benchmarking.adapters.base import Adapter, Experts
 from megatron_mone.benchmarking.cases import Cell, Inputs
 
 
@@ -29,11 +29,11 @@ class DeepSpeedExperts(Adapter):
 
     name = "deepspeed"
     timed = "padding to equal counts and back, probabilities after the experts"
+    module, package = "deepspeed", "deepspeed (make bench installs it)"
 
     def why_absent(self, cell: Cell, device: torch.device) -> str | None:
-        """A reason where DeepSpeed is missing or does not import."""
-        missing = why_no_package("deepspeed", "deepspeed (make bench installs it)")
-        if missing:
+        """Also where it does not import."""
+        if (missing := super().why_absent(cell, device)) is not None:
             return missing
         os.environ.setdefault("DS_BUILD_OPS", "0")
         os.environ.setdefault("DS_ACCELERATOR", device.type)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.benchmarking.adapters.base import Adapter, Experts, why_no_package
+from megatron_mone.benchmarking.adapters.base import Adapter, Experts
 from megatron_mone.benchmarking.cases import Cell, Inputs
 
 
@@ -15,10 +15,7 @@ class MegatronSequential(Adapter):
 
     name = "megatron-sequential"
     timed = "one MLP for each expert"
-
-    def why_absent(self, cell: Cell, device: torch.device) -> str | None:
-        """A reason where Megatron-Core is missing."""
-        return why_no_package("megatron.core", "megatron-core")
+    module, package = "megatron.core", "megatron-core"
 
     def build(self, cell: Cell, inputs: Inputs) -> Experts:
         """Stock modules on views of the shared weights."""

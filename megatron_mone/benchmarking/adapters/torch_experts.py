@@ -43,10 +43,6 @@ class TorchLoop(Adapter):
     name = "torch-loop"
     timed = "a matmul for each expert, unbound weights, and a lean SwiGLU"
 
-    def why_absent(self, cell: Cell, device: torch.device) -> str | None:
-        """It always runs."""
-        return None
-
     def build(self, cell: Cell, inputs: Inputs) -> Experts:
         """Weights as linear layers hold them."""
         fc1_E2FH, fc2_EHF = leaf(inputs.gate_up_E2FH), leaf(inputs.down_EHF)

@@ -73,9 +73,9 @@ def test_an_absent_implementation_says_why(one_rank):
 
 
 def test_a_cuda_peer_that_is_installed_still_needs_cuda(monkeypatch):
-    from megatron_mone.benchmarking.adapters import cuda_peers
+    from megatron_mone.benchmarking.adapters import base, cuda_peers
 
-    monkeypatch.setattr(cuda_peers, "why_no_package", lambda module, package: None)
+    monkeypatch.setattr(base, "why_no_package", lambda module, package: None)
     cell = Cell(8, 32, 64, 4, (0.25,))
     sonic = cuda_peers.SonicMoE()
     assert "CUDA" in (sonic.why_absent(cell, CPU) or "")
