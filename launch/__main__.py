@@ -14,8 +14,9 @@ RUN is a run's name or a job's id. docs/LAUNCH.md has the fields of a launch fil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Argument, BadParameter, Context, Option
 
@@ -71,6 +72,23 @@ class Options(SiteFlags, ProfileFlags, StartFlags):
     """All that run, submit and sweep take."""
 
 
+def _asks_slurm(command: Callable[..., int | None]) -> Callable[..., int]:
+    """A command that ends with NO_ANSWER where Slurm gives none."""
+
+    @wraps(command)
+    def asking(*given: Any, **options: Any) -> int:
+        try:
+            return command(*given, **options) or 0
+        except SlurmUnavailable as error:
+            print(f"{ERROR} {error}", file=sys.stderr)
+            return NO_ANSWER
+        except KeyboardInterrupt:
+            print("launch: interrupted", file=sys.stderr)
+            return INTERRUPTED
+
+    return asking
+
+
 @program.command("run", context_settings=PASSES_REST)
 def run(context: Context, options: Options) -> int:
     """Start the ranks of a run file, or of a program after --, on this machine."""
@@ -89,14 +107,11 @@ def sweep(context: Context, options: Options) -> int:
     return _start("sweep", options, context.args)
 
 
+@_asks_slurm
 def _start(action: str, options: Options, rest: Sequence[str]) -> int:
     if options.dry_run and options.test_only:
         raise BadParameter("argument --test-only: not allowed with argument --dry-run")
     options.action, options.grid = action, options.grid or []
-    return _asking(lambda: _started(options, rest))
-
-
-def _started(options: Options, rest: Sequence[str]) -> int:
     if options.profile:
         submit_profile(options, rest, site_of(options))
         return 0
@@ -112,18 +127,6 @@ def _started(options: Options, rest: Sequence[str]) -> int:
     return 0
 
 
-def _asking(call: Callable[[], int | None]) -> int:
-    """The status of what may ask Slurm."""
-    try:
-        return call() or 0
-    except SlurmUnavailable as error:
-        print(f"{ERROR} {error}", file=sys.stderr)
-        return NO_ANSWER
-    except KeyboardInterrupt:
-        print("launch: interrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
 def _one(action: str, names: Sequence[str] | None) -> str:
     if names is None or len(names) != 1:
         raise ValueError(f"{action} takes one run: its name or the id of its job")
@@ -131,54 +134,47 @@ def _one(action: str, names: Sequence[str] | None) -> str:
 
 
 @program.command("status")
-def status(names: Names = None, runs: Runs = RUNS) -> int:
+@_asks_slurm
+def status(names: Names = None, runs: Runs = RUNS) -> None:
     """Say how runs stand, all of them or those named."""
-
-    def show() -> None:
-        lines = status_lines(runs, names or [])
-        print("\n".join(lines) or f"no run was started in {runs}")
-
-    return _asking(show)
+    lines = status_lines(runs, names or [])
+    print("\n".join(lines) or f"no run was started in {runs}")
 
 
 @program.command("logs")
+@_asks_slurm
 def logs(
     names: Names = None,
     runs: Runs = RUNS,
     follow: Annotated[bool, Option("--follow", "-f", help="until interrupted")] = False,
 ) -> int:
     """Print what a run's ranks and its job said."""
-    return _asking(lambda: show_logs(runs, _one("logs", names), follow))
+    return show_logs(runs, _one("logs", names), follow)
 
 
 @program.command("results")
-def results(names: Names = None, runs: Runs = RUNS) -> int:
+@_asks_slurm
+def results(names: Names = None, runs: Runs = RUNS) -> None:
     """Print the table of a run or sweep, and write its page."""
-    return _asking(lambda: show_results(find_run(runs, _one("results", names))[0]))
+    show_results(find_run(runs, _one("results", names))[0])
 
 
 @program.command("cancel")
-def cancel(names: Names = None, runs: Runs = RUNS) -> int:
+@_asks_slurm
+def cancel(names: Names = None, runs: Runs = RUNS) -> None:
     """Take a run's jobs from Slurm."""
-
-    def end() -> None:
-        name = _one("cancel", names)
-        said = [f"job {job} is cancelled" for job in cancel_run(runs, name)]
-        print("\n".join(said or [f"{name} has no job under way"]))
-
-    return _asking(end)
+    name = _one("cancel", names)
+    said = [f"job {job} is cancelled" for job in cancel_run(runs, name)]
+    print("\n".join(said or [f"{name} has no job under way"]))
 
 
 @program.command("resume")
-def resume(names: Names = None, runs: Runs = RUNS) -> int:
+@_asks_slurm
+def resume(names: Names = None, runs: Runs = RUNS) -> None:
     """Submit a run again, from its last checkpoint; of a sweep, the cases that are missing."""
-
-    def again() -> None:
-        name = _one("resume", names)
-        job_id = resume_run(runs, name)
-        print(f"job {job_id}" if job_id else f"{name}: no case is missing")
-
-    return _asking(again)
+    name = _one("resume", names)
+    job_id = resume_run(runs, name)
+    print(f"job {job_id}" if job_id else f"{name}: no case is missing")
 
 
 if __name__ == "__main__":

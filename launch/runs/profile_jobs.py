@@ -12,7 +12,6 @@ however they end. May touch: the run folder, Slurm through slurm/commands.py.
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,8 +21,9 @@ from typer import Option
 
 from launch.runs.run_commands import SCRIPT
 from launch.runs.run_manifest import locked, open_run
+from launch.runs.start_commands import judged
 from launch.runs.submission import SUBMIT_LOCK, noted, refuse_if_submitted
-from launch.slurm.commands import SlurmUnavailable, cancel, submit
+from launch.slurm.commands import SlurmUnavailable, cancel
 from launch.slurm.script import sbatch_script
 from launch.spec.checks import checked, limit_seconds
 from launch.spec.launch_spec import LaunchSpec
@@ -130,7 +130,7 @@ def submit_profile(options: Any, words: Sequence[str], site: Mapping[str, Any]) 
             print(sbatch_script(spec), end="")
     elif options.test_only:
         for spec in (*sweep.specs, _report_job(sweep, [])):
-            print(f"{spec.name}: {_judged_by_slurm(spec)}")
+            print(f"{spec.name}: {judged(sbatch_script(spec))}")
     else:
         _submit_all(sweep)
 
@@ -264,13 +264,6 @@ def _checked(sweep: ProfileSweep, checks: PreSubmitChecks, force: bool) -> Profi
         raise Refused(refused[0])
     sizes, specs = zip(*kept, strict=True) if kept else ((), ())
     return replace(sweep, sizes=sizes, specs=specs, left_out=(*sweep.left_out, *refused))
-
-
-def _judged_by_slurm(spec: LaunchSpec) -> str:
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / SCRIPT
-        path.write_text(sbatch_script(spec), encoding="utf-8")
-        return submit(path, test_only=True)
 
 
 def _submit_all(sweep: ProfileSweep) -> None:

@@ -121,10 +121,7 @@ def submit_run(job: Job, options: Any) -> None:
         print(script, end="")
         return
     if options.test_only:
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / SCRIPT
-            path.write_text(script, encoding="utf-8")
-            print(submit(path, test_only=True))
+        print(judged(script))
         return
     folder = Path(job.spec.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +132,14 @@ def submit_run(job: Job, options: Any) -> None:
             job_id = send(path)
             star = "_*" if job.spec.array or job.spec.cases else ""
             print(f"job {job_id}, log {folder}/logs/{job_id}{star}.log", flush=True)
+
+
+def judged(script: str) -> str:
+    """Slurm's judgement of a batch script that is not submitted."""
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / SCRIPT
+        path.write_text(script, encoding="utf-8")
+        return submit(path, test_only=True)
 
 
 def prepare_folder(job: Job, spec: LaunchSpec, script: str) -> Path:

@@ -132,13 +132,8 @@ def _check_run(spec: LaunchSpec) -> None:
 
 
 def _check_sizes(spec: LaunchSpec) -> None:
-    for name in ("nodes", "tasks_per_node", "cpus_per_task", "max_requeues"):
-        value = getattr(spec, name)
-        if value is not None and value < 1:
-            raise ValueError(f"{name} = {value} must be at least 1")
-    for name in ("gpus_per_node", "signal_lead_seconds"):
-        if getattr(spec, name) < 0:
-            raise ValueError(f"{name} = {getattr(spec, name)} must be at least 0")
+    _check_least(spec, 1, "nodes", "tasks_per_node", "cpus_per_task", "max_requeues")
+    _check_least(spec, 0, "gpus_per_node", "signal_lead_seconds")
     if spec.gpu_type is not None and not _GPU_TYPE.fullmatch(spec.gpu_type):
         raise ValueError(
             f"gpu_type = {spec.gpu_type!r} is not a GPU's type, like h100 (sinfo -o %G)"
@@ -152,6 +147,13 @@ def _check_sizes(spec: LaunchSpec) -> None:
         )
 
 
+def _check_least(spec: LaunchSpec, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} = {value} must be at least {least}")
+
+
 def _check_attempts(spec: LaunchSpec) -> None:
     """What decides when ranks start, end and start again."""
     if spec.max_failures < 1:
@@ -159,9 +161,7 @@ def _check_attempts(spec: LaunchSpec) -> None:
             f"max_failures = {spec.max_failures} must be at least 1, which gives up after the "
             "first failure"
         )
-    for name in ("backoff_seconds", "hang_seconds", "spare_nodes"):
-        if getattr(spec, name) < 0:
-            raise ValueError(f"{name} = {getattr(spec, name)} must be at least 0")
+    _check_least(spec, 0, "backoff_seconds", "hang_seconds", "spare_nodes")
     if spec.backoff_limit_seconds < spec.backoff_seconds:
         raise ValueError(
             f"backoff_limit_seconds = {spec.backoff_limit_seconds} is below backoff_seconds = "

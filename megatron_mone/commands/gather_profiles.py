@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 from typer import Argument, Option
 
 from megatron_mone.common.command_line import ERROR
+from megatron_mone.common.local_ranks import error_line
 from megatron_mone.common.program import Program
 
 if TYPE_CHECKING:
     from megatron_mone.profiling.profile_document import Profile
 
 _LOGS_READ = 16
-_LOG_BYTES = 1 << 20
 program = Program()
 main = program.main
 
@@ -90,18 +90,9 @@ def why_missing(case: Path, error: ValueError | OSError) -> str:
     last = tried[-1]
     if last["status"] == 0:
         return str(error)
-    said = _error_of(case / "logs" / last["attempt"])
+    logs = sorted((case / "logs" / last["attempt"]).glob("rank-*.log"))[:_LOGS_READ]
+    said = error_line(logs).removeprefix(ERROR).strip()
     return f"{last['reason'] or 'its job was killed'}{said and f': {said}'}"
-
-
-def _error_of(logs: Path) -> str:
-    """The line in which a rank said what was wrong, or nothing."""
-    for path in sorted(logs.glob("rank-*.log"))[:_LOGS_READ]:
-        with path.open(errors="replace") as stream:
-            for line in stream.read(_LOG_BYTES).splitlines():
-                if line.startswith(ERROR):
-                    return line.removeprefix(ERROR).strip()
-    return ""
 
 
 def _names(text: str) -> list[str]:

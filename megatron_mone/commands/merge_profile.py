@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,12 +48,14 @@ def merge_profile(
 
 def summary(profile: Profile) -> str:
     """The ranks there are, then a few lines a run."""
+    from megatron_mone.reporting.profile.view import rank_ranges
+
     ranks = profile.ranks
     lines = [f"ranks          {ranks.present} of {ranks.world_size} on {len(ranks.hosts)} host(s)"]
     for what in ("missing", "incomplete"):
         numbers = getattr(ranks, what)
         if numbers:
-            lines.append(f"{what:15}{len(numbers)}: {number_ranges(numbers)}")
+            lines.append(f"{what:15}{len(numbers)}: {rank_ranges(numbers, most=len(numbers))}")
     for run in profile.runs:
         lines += ["", *_run_lines(run)]
     return "\n".join(lines)
@@ -87,13 +88,3 @@ def _run_lines(run: ProfiledRun) -> list[str]:
         )
     more = len(run.stragglers) - _STRAGGLERS_SHOWN
     return lines + ([f"               and {more} more stragglers"] if more > 0 else [])
-
-
-def number_ranges(numbers: list[int]) -> str:
-    """[17, 40, 41, 42] -> "17, 40-42"; the numbers rise."""
-    starts = [b for a, b in pairwise([-2, *numbers]) if b != a + 1]
-    ends = [a for a, b in pairwise([*numbers, -2]) if b != a + 1]
-    return ", ".join(
-        str(first) if first == last else f"{first}-{last}"
-        for first, last in zip(starts, ends, strict=True)
-    )

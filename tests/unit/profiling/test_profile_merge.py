@@ -17,6 +17,7 @@ from megatron_mone.profiling.merge import merge
 from megatron_mone.profiling.rank_record import RankRecord, record_name, write_record
 from megatron_mone.profiling.rank_steps import align, common_steps, middle_half, take_steps
 from megatron_mone.profiling.totals import histogram_quantiles
+from megatron_mone.reporting.profile.view import rank_ranges
 from tests.unit.profiling.profile_builders import (
     MIB,
     combined,
@@ -487,7 +488,7 @@ def test_the_command_prints_the_gist(tmp_path, capsys):
     assert "4: 2-4, 8" in text
     assert "rank 7 on node03" in text
     assert "kept neurons 25.0%" in text
-    assert merge_profile.number_ranges([17, *range(40, 48)]) == "17, 40-47"
+    assert rank_ranges([17, *range(40, 48)]) == "17, 40-47"
 
 
 def test_the_command_fails_in_one_line(tmp_path, capsys):
