@@ -130,20 +130,13 @@ def _build(kind: str, width: int, options: Any) -> tuple[Any, int]:
     """(a dispatcher of this rank, its first expert)."""
     from megatron.core.process_groups_config import ProcessGroupCollection
 
+    from megatron_mone.benchmarking.adapters.megatron_sequential import swiglu_experts
     from megatron_mone.config import MoNEConfig
     from megatron_mone.moe.dispatch.build import build_dispatcher
 
     config = MoNEConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=1,
-        num_moe_experts=options.experts,
+        **swiglu_experts(options.hidden, width, options.experts),
         moe_router_topk=options.topk,
-        moe_ffn_hidden_size=width,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=False,
         transformer_impl="local",
         moe_token_dispatcher_type=kind,  # type: ignore[arg-type]
         expert_model_parallel_size=options.ranks,

@@ -64,7 +64,8 @@ def race(
 
 def summary(values: Sequence[float]) -> Times:
     """Median and percentiles, linear between the values."""
-    return Times(*np.quantile(values, (0.5, 0.1, 0.9)).tolist(), len(values))
+    median, p10, p90 = np.quantile(values, (0.5, 0.1, 0.9)).tolist()
+    return Times(median, p10, p90, len(values))
 
 
 def seconds_of(call: Call) -> float:

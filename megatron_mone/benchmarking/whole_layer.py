@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.benchmarking import environment
-from megatron_mone.benchmarking.adapters.megatron_sequential import start_one_rank
+from megatron_mone.benchmarking.adapters.megatron_sequential import start_one_rank, swiglu_experts
 from megatron_mone.benchmarking.cases import DTYPES
 from megatron_mone.benchmarking.memory import measure_peaks, saved_bytes
 from megatron_mone.benchmarking.timing import race
@@ -108,17 +108,9 @@ def _build(options: Any, loss: float, mone: bool = True) -> torch.nn.Module:
     from megatron_mone.model.layer_spec import mone_layer_spec
 
     config = MoNEConfig(
-        num_layers=1,
-        hidden_size=options.hidden,
-        num_attention_heads=1,
-        num_moe_experts=options.experts,
+        **swiglu_experts(options.hidden, options.neurons, options.experts),
         moe_router_topk=2,
         moe_router_dtype="fp32",
-        moe_ffn_hidden_size=options.neurons,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
-        bias_activation_fusion=True,
         transformer_impl="local",
         moe_token_dispatcher_type="alltoall",
         params_dtype=DTYPES[options.dtype],

@@ -25,15 +25,7 @@ class MegatronSequential(Adapter):
         from megatron.core.transformer.transformer_config import TransformerConfig
 
         config = TransformerConfig(
-            num_layers=1,
-            hidden_size=cell.hidden,
-            num_attention_heads=1,
-            num_moe_experts=cell.experts,
-            moe_ffn_hidden_size=cell.neurons,
-            gated_linear_unit=True,
-            activation_func=torch.nn.functional.silu,
-            add_bias_linear=False,
-            bias_activation_fusion=True,
+            **swiglu_experts(cell.hidden, cell.neurons, cell.experts),
             params_dtype=inputs.x_NH.dtype,
             perform_initialization=False,
         )
@@ -50,6 +42,21 @@ class MegatronSequential(Adapter):
             return experts(x_NH, counts, probs_N)[0]
 
         return Experts(forward, list(experts.parameters()))
+
+
+def swiglu_experts(hidden: int, neurons: int, experts: int) -> dict[str, Any]:
+    """Fields of Megatron's configuration: one layer of experts as `--swiglu` training has them."""
+    return {
+        "num_layers": 1,
+        "hidden_size": hidden,
+        "num_attention_heads": 1,
+        "num_moe_experts": experts,
+        "moe_ffn_hidden_size": neurons,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "bias_activation_fusion": True,
+    }
 
 
 def start_one_rank() -> None:
