@@ -131,6 +131,12 @@ class Inputs:
         """F."""
         return self.down_EFH.shape[1]
 
+    @property
+    def expert_of_N(self) -> Tensor:
+        """The expert of each row."""
+        counts = torch.tensor(self.counts, device=self.x_NH.device)
+        return torch.arange(counts.numel(), device=counts.device).repeat_interleave(counts)
+
     def leaves(self) -> tuple[Tensor, Tensor]:
         """(x_NH, probs_N), fresh leaves that ask for gradients and share the storage."""
         return leaf(self.x_NH), leaf(self.probs_N)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 from typer import Option
 
@@ -58,7 +58,7 @@ class Asked:
 
 def run(options: Asked, cells: list[Any], grid: bool) -> int:
     """Measure what `check` answered; 0, or 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.simplefilter("ignore")  # of the peers' imports
     logging.disable(logging.WARNING)
     try:
@@ -194,7 +194,3 @@ def _progress(total: int) -> Iterator[Any]:
                 print(f"{done}/{total} {cell.label}: {state}", flush=True)
 
         yield on_cell
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -44,8 +43,8 @@ def main() -> int:
     """Run the command line; 0, or 1 after an error on stderr."""
     options = build_parser().parse_args()
     end_with_starter()
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGHUP, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.default_int_handler)
     # Paths from the repository, where ranks run: so no command names a machine's folders.
     out = Path(os.path.relpath(options.out.resolve(), ROOT))
     os.chdir(ROOT)
@@ -135,7 +134,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
     return value
-
-
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt

@@ -5,65 +5,54 @@
 With --table-from, write the table of measured times that `auto` looks up, from a benchmark.
 """
 
-import argparse
 import sys
 from pathlib import Path
+from typing import Annotated, Literal
 
+from typer import Option
+
+from megatron_mone.common.program import Program
 from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend, measured
 from megatron_mone.kernels.activations import ACTIVATIONS
 from megatron_mone.kernels.race_results import DTYPES
 
+program = Program()
 
-def main() -> None:
-    """Parse, ask every backend, print."""
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_mone.kernels", description="Backends here, and auto's choice."
-    )
-    parser.add_argument("--tokens", type=int, default=4096, help="N routed rows on this rank")
-    parser.add_argument("--experts", type=int, default=8, help="E experts on this rank")
-    parser.add_argument("--neurons", type=int, default=1408, help="F neurons of an expert")
-    parser.add_argument("--ratio", type=float, default=0.25, help="r, kept neurons / F")
-    parser.add_argument("--neuron-block", type=int, default=1, help="B neurons chosen together")
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="silu")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--table-from", type=Path, metavar="RESULTS", help="of make bench")
-    parser.add_argument("--table", type=Path, default=measured.TABLE, help="where to write it")
-    options = parser.parse_args()
-    if options.table_from is not None:
-        try:
-            cells = measured.write_table(options.table_from, options.table)
-        except ValueError as error:
-            parser.error(str(error))
-        print(f"{options.table}: {cells} cells")
+
+@program.command(help=__doc__)
+def backends(
+    tokens: Annotated[int, Option(help="N routed rows on this rank")] = 4096,
+    experts: Annotated[int, Option(help="E experts on this rank")] = 8,
+    neurons: Annotated[int, Option(help="F neurons of an expert")] = 1408,
+    ratio: Annotated[float, Option(help="r, kept neurons / F")] = 0.25,
+    neuron_block: Annotated[int, Option(help="B neurons chosen together")] = 1,
+    dtype: Literal[*DTYPES] = "fp32",  # type: ignore[valid-type]
+    activation: Literal[*ACTIVATIONS] = "silu",  # type: ignore[valid-type]
+    device: Literal["cpu", "cuda"] = "cpu",
+    table_from: Annotated[Path | None, Option(metavar="RESULTS", help="of make bench")] = None,
+    table: Annotated[
+        Path, Option(help="where to write it (kernels/measured.json)", show_default=False)
+    ] = measured.TABLE,
+) -> None:
+    """Ask every backend, and print a line each and the choice."""
+    if table_from is not None:
+        print(f"{table}: {measured.write_table(table_from, table)} cells")
         return
-    if options.tokens < 0 or options.experts < 1:
-        parser.error("--tokens must be 0 or more and --experts 1 or more")
-    kept = round(options.ratio * options.neurons)
-    try:
-        Selection(kept, block=options.neuron_block).check(options.neurons)
-    except ValueError as error:
-        parser.error(str(error))
+    if tokens < 0 or experts < 1:
+        raise ValueError("--tokens must be 0 or more and --experts 1 or more")
+    kept = round(ratio * neurons)
+    Selection(kept, block=neuron_block).check(neurons)
     call = Call(
-        options.device, DTYPES[options.dtype], options.activation, rows=options.tokens,
-        experts=options.experts, neurons=options.neurons, kept_share=kept / options.neurons,
-        block=options.neuron_block,
+        device, DTYPES[dtype], activation, rows=tokens, experts=experts, neurons=neurons,
+        kept_share=kept / neurons, block=neuron_block,
     )  # fmt: skip
-    print_backends(call)
-
-
-def print_backends(call: Call) -> None:
-    """One line a backend, then the choice."""
     for backend in BACKENDS.values():
         reason = backend.why_not(call)
         note = f" ({backend.note})" if backend.note else ""
         print(f"{backend.name:10s} {'usable' if reason is None else 'not usable: ' + reason}{note}")
-    try:
-        chosen = choose_backend("auto", call)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    chosen = choose_backend("auto", call)
     print(f"{'auto':10s} {chosen.backend.name}: {chosen.reason}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program.main())

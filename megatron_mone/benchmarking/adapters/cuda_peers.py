@@ -74,7 +74,7 @@ class ScatterMoE(CudaPeer):
         from scattermoe import flatten_sort_count, parallel_linear
 
         fc1, fc2 = leaf(inputs.gate_up_E2FH), leaf(inputs.down_EHF)
-        expert_of_N1 = _expert_of_rows(inputs).unsqueeze(-1)
+        expert_of_N1 = inputs.expert_of_N.unsqueeze(-1)
 
         def forward(x_NH: Tensor, probs_N: Tensor) -> Tensor:
             order = flatten_sort_count(expert_of_N1, cell.experts)
@@ -102,7 +102,7 @@ class SonicMoE(CudaPeer):
 
         fc1, fc2 = leaf(inputs.gate_up_E2FH), leaf(inputs.down_EHF)
         rows_N = torch.arange(cell.tokens, device=inputs.x_NH.device, dtype=torch.int32)
-        expert_of_N = _expert_of_rows(inputs).int()
+        expert_of_N = inputs.expert_of_N.int()
 
         def forward(x_NH: Tensor, probs_N: Tensor) -> Tensor:
             return moe_general_routing_inputs(
@@ -155,12 +155,6 @@ class MegaBlocks(CudaPeer):
             return module(x_NH, counts) * probs_N.to(x_NH.dtype).unsqueeze(-1)
 
         return Experts(forward, [module.w1, module.v1, module.w2])
-
-
-def _expert_of_rows(inputs: Inputs) -> Tensor:
-    device = inputs.x_NH.device
-    counts = torch.tensor(inputs.counts, device=device)
-    return torch.arange(counts.numel(), device=device).repeat_interleave(counts)
 
 
 CUDA_PEERS: tuple[Callable[[], CudaPeer], ...] = (

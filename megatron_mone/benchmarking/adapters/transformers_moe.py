@@ -37,10 +37,7 @@ class TransformersGroupedMM(Adapter):
             experts = OlmoeExperts(config)
         experts.gate_up_proj = torch.nn.Parameter(inputs.gate_up_E2FH)
         experts.down_proj = torch.nn.Parameter(inputs.down_EHF)
-        device = inputs.x_NH.device
-        expert_of_N1 = torch.repeat_interleave(
-            torch.arange(cell.experts, device=device), torch.tensor(inputs.counts, device=device)
-        ).unsqueeze(-1)
+        expert_of_N1 = inputs.expert_of_N.unsqueeze(-1)
 
         def forward(x_NH: Tensor, probs_N: Tensor) -> Tensor:
             # routing weights come in the model's dtype, as from its router
