@@ -7,15 +7,21 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from typer import Option
+import torch
 
+from megatron_mone.benchmarking import environment
+from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.benchmarking.grid import GRIDS, OnCell, Store, run_grid, with_limits
+from megatron_mone.benchmarking.machine_limits import best_of, measure_peaks
+from megatron_mone.benchmarking.options import Asked
+from megatron_mone.benchmarking.race import run_cell
+from megatron_mone.benchmarking.report import cell_table, write_report
 from megatron_mone.common.exit_status import INTERRUPTED
 from megatron_mone.common.progress import progress_bar
+from megatron_mone.kernels.race_results import CellFile, Settings
 
 CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0.25,
         "dtype": "fp32", "routing": "balanced"}  # fmt: skip
@@ -23,40 +29,7 @@ CELL = {"tokens": 4096, "hidden": 512, "neurons": 1408, "experts": 8, "ratio": 0
 OUT = Path("out/bench")
 
 
-def _ratio(text: object) -> float:
-    try:
-        return float(Fraction(str(text)))
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"{text!r} is not a number like 0.25 or 1/4") from None
-
-
-@dataclass
-class Asked:
-    """The options as typed; any of the first eight asks for one cell."""
-
-    tokens: Annotated[int | None, Option(help="N, routed rows (4096)")] = None
-    hidden: Annotated[int | None, Option(help="H (512)")] = None
-    neurons: Annotated[int | None, Option(help="F, neurons of one expert (1408)")] = None
-    experts: Annotated[int | None, Option(help="E (8)")] = None
-    ratio: Annotated[float | None, Option(parser=_ratio, help="r = S / F, 0.25 or 1/4 (0.25)")] = (
-        None
-    )
-    dtype: Annotated[str | None, Option(help="fp32 or bf16 (fp32)")] = None
-    routing: Annotated[
-        str | None, Option(help="balanced, or skewed as in a recorded run (balanced)")
-    ] = None
-    json: Annotated[Path | None, Option(help="write the numbers of one cell to this file")] = None
-    grid: Annotated[
-        Literal["quick", "full"] | None, Option(help="which cells of a grid (quick)")
-    ] = None
-    out: Annotated[Path | None, Option(help="folder of a grid's report (out/bench)")] = None
-    neuron_block: Annotated[int, Option(help="B adjacent neurons chosen together")] = 1
-    threads: Annotated[int | None, Option(help="of torch (its own choice)")] = None
-    repeats: Annotated[int, Option(help="least repeats")] = 5
-    seconds: Annotated[float, Option(help="for repeats of a cell")] = 6.0
-
-
-def run(options: Asked, cells: list[Any], grid: bool) -> int:
+def run(options: Asked, cells: list[Cell], grid: bool) -> int:
     """Measure what `check` answered; 0, or 130 when interrupted."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     warnings.simplefilter("ignore")  # of the peers' imports
@@ -69,7 +42,7 @@ def run(options: Asked, cells: list[Any], grid: bool) -> int:
         return INTERRUPTED
 
 
-def check(options: Asked) -> tuple[list[Any], bool]:
+def check(options: Asked) -> tuple[list[Cell], bool]:
     """(cells, whether they are a grid), everything checked that can be before a measurement.
 
     Raises:
@@ -91,9 +64,6 @@ def check(options: Asked) -> tuple[list[Any], bool]:
         if options.json.is_dir():
             raise ValueError(f"--json {options.json} is a folder: name a file")
         _check_folder("--json", options.json.parent)
-
-    from megatron_mone.benchmarking.cases import Cell
-    from megatron_mone.benchmarking.grid import GRIDS
 
     if grid:
         cells = GRIDS[options.grid or "quick"](options.neuron_block)
@@ -120,25 +90,14 @@ def _check_folder(option: str, folder: Path) -> None:
         ) from error
 
 
-def _settings(options: Asked) -> Any:
-    import torch
-
-    from megatron_mone.kernels.race_results import Settings
-
+def _settings(options: Asked) -> Settings:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     threads = torch.get_num_threads()
     return Settings(seconds=options.seconds, repeats=options.repeats, threads=threads)
 
 
-def _one(options: Asked, cell: Any) -> int:
-    from megatron_mone.benchmarking import environment
-    from megatron_mone.benchmarking.grid import with_limits
-    from megatron_mone.benchmarking.machine_limits import best_of, measure_peaks
-    from megatron_mone.benchmarking.race import run_cell
-    from megatron_mone.benchmarking.report import cell_table
-    from megatron_mone.kernels.race_results import CellFile
-
+def _one(options: Asked, cell: Cell) -> int:
     settings = _settings(options)
     device = environment.device()
     machine = environment.describe()
@@ -158,10 +117,7 @@ def _one(options: Asked, cell: Any) -> int:
     return 0
 
 
-def _grid(options: Asked, cells: list[Any]) -> int:
-    from megatron_mone.benchmarking.grid import Store, run_grid
-    from megatron_mone.benchmarking.report import write_report
-
+def _grid(options: Asked, cells: list[Cell]) -> int:
     settings, out = _settings(options), options.out or OUT
     store = Store(out, settings)
     kept = sum(store.load(cell) is not None for cell in cells)
@@ -183,12 +139,12 @@ def _command(options: Asked) -> str:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(total: int) -> Iterator[OnCell]:
     """A bar on a terminal, a line a cell elsewhere."""
     columns = ("{task.description:<48}", "bar", "count", "elapsed", "ETA", "left")
     with progress_bar(*columns, first="building", stream=sys.stdout) as bar:
 
-        def on_cell(done: int, cell: Any, state: str) -> None:
+        def on_cell(done: int, cell: Cell, state: str) -> None:
             bar(done, total, cell.label)
             if not bar.drawn or state not in ("kept", "measured"):
                 print(f"{done}/{total} {cell.label}: {state}", flush=True)

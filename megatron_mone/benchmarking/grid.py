@@ -93,10 +93,11 @@ def run_grid(
                 skipped.append(LeftOut(config=cell.config, reason=state))
             else:
                 rows = run_cell(cell, device, seconds=settings.seconds, repeats=settings.repeats)
-                found, state = store.save(cell, with_limits(rows, cell, peaks)), "measured"
+                found, state = store.save(cell, rows), "measured"
                 gc.collect()
         if found is not None:
-            measured.append(found)
+            rows = with_limits(found.results, cell, peaks)
+            measured.append(found.model_copy(update={"results": rows}))
         on_cell(done, cell, state)
     return RaceResults(command=command, settings=settings, machine=environment.describe(),
                        peaks=peaks, cells=measured, skipped=skipped)  # fmt: skip

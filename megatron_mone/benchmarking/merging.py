@@ -29,6 +29,7 @@ from megatron_mone.profiling.rank_record import (
     COORDINATES,
     FOLDER,
     LAYOUT,
+    RankRecord,
     read_record,
     record_name,
     write_record,
@@ -133,7 +134,7 @@ def built_in_records() -> list[dict[str, Any]]:
             for layer in run["routing"]["layers"]:
                 layer["first_expert"] = 8 * rank
         record = {
-            "schema": "megatron-mone/rank-profile/1",
+            "schema": RankRecord.SCHEMA,
             "job": "made-up",
             "rank": rank,
             "world_size": 8,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from typer import Argument, BadParameter, Context, Option
 
-from megatron_mone.benchmarking.cli import Asked
+from megatron_mone.benchmarking.options import Asked
 from megatron_mone.common.program import PASSES_UNKNOWN, WORDS, Program
 
 Json = Annotated[Path | None, Option("--json", help="also write the numbers here")]

@@ -11,6 +11,7 @@ import pytest
 from megatron_mone.benchmarking import grid
 from megatron_mone.benchmarking.cases import Cell
 from megatron_mone.commands import bench
+from megatron_mone.kernels.race_results import CellFile, RaceResults
 from tests.unit.benchmarking.conftest import make_cell
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +31,7 @@ def test_one_cell_writes_the_promised_file(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     content = json.loads(path.read_text())
+    assert CellFile.read(path, "race again").plain() == content
     assert content["config"]["tokens"] == 16
     assert content["config"]["ratio"] == 0.25
     rows = {row["name"]: row for row in content["results"]}
@@ -97,5 +99,6 @@ def test_an_interrupted_grid_says_how_to_go_on_and_then_does(tmp_path, capsys, m
     assert "going on: 1 of 2 cells were measured before" in output
     assert done == [8, 0, 64]
     results = json.loads((tmp_path / "results.json").read_text())
+    assert RaceResults.read(tmp_path / "results.json", "race again").plain() == results
     assert len(results["cells"]) == 2
     assert str(tmp_path) not in (tmp_path / "report.md").read_text()
