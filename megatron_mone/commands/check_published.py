@@ -40,7 +40,8 @@ def check_published(
 
     paths = sorted(path for path in runs.glob("*.yaml") if only in path.stem)
     if not paths:
-        raise ValueError(f"--runs {runs} holds no run whose name has {only!r} in it")
+        named = f" whose name has {only!r} in it" if only else ""
+        raise ValueError(f"--runs {runs} holds no run{named}: give tests/published of a checkout")
     read = [published.read_published(path) for path in paths]
     rows = []
     try:

@@ -40,6 +40,8 @@ def train(
     """
     from megatron_mone.model.run_config import find_run
 
+    if ranks is not None and ranks < 1:
+        raise ValueError(f"--ranks {ranks} is not allowed: give at least 1")
     file = find_run(config)
     mock = _mock_data(file, context.args)
     if mock and os.environ.get("RANK", "0") == "0":

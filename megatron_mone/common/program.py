@@ -42,7 +42,11 @@ class Command(TyperCommand):
         for flag, value in pairwise(args[:cut]):
             if flag in valued and value.startswith("--"):  # click would take it for the value
                 ctx.fail(f"argument {flag}: expected one argument")
-        super().parse_args(ctx, args[:cut])
+        passes, ctx.allow_extra_args = ctx.allow_extra_args, True  # what is left is told below
+        try:
+            super().parse_args(ctx, args[:cut])
+        finally:
+            ctx.allow_extra_args = passes
         if ctx.args and not ctx.ignore_unknown_options and not ctx.resilient_parsing:
             ctx.fail(_unknown(ctx, ctx.args[0]))
         ctx.args = [*ctx.args, *args[cut + 1 :]]
@@ -182,7 +186,8 @@ def _unknown(context: Any, word: str) -> str:
 
 
 def _nearest(context: Any, word: str) -> str:
-    known = [flag for one in context.command.params for flag in one.opts if flag.startswith("-")]
+    params = context.command.get_params(context)
+    known = [flag for one in params for flag in one.opts if flag.startswith("-")]
     return nearest_name(word.partition("=")[0], known)
 
 

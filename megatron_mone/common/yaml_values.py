@@ -81,7 +81,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         if isinstance(values, dict):
             values = OmegaConf.to_container(OmegaConf.create(values), resolve=True)
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException, RecursionError) as error:
-        reason = " ".join(str(error).split())
+        system = error.strerror if isinstance(error, OSError) else None
+        reason = " ".join(str(system or error).split())
         raise ValueError(f"{path} cannot be read: {reason[:_LONGEST_REASON]}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of names to values")

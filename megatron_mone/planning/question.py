@@ -86,7 +86,8 @@ def read_question(asked: Asked) -> Question:
     if (asked.model is None) == (asked.config is None):
         raise ValueError("give --model NAME, or --config RUN.yaml, and not both")
     if asked.gpus is None or asked.gpus < 1:
-        raise ValueError(f"--gpus {asked.gpus} is not allowed: give the devices of the job, from 1")
+        given = "is missing" if asked.gpus is None else f"{asked.gpus} is not allowed"
+        raise ValueError(f"--gpus {given}: give the devices of the job, from 1")
     if asked.limit < 1:
         raise ValueError(f"--limit {asked.limit} is not allowed: give at least 1")
     if asked.json.suffix != ".json":

@@ -307,7 +307,7 @@ def test_a_wrong_input_is_one_line(command, inputs, name):
 @pytest.mark.parametrize("words", [(), ("--model", "{inputs}/tiny.yaml")])
 def test_without_devices_or_a_model_nothing_is_planned(command, inputs, words):
     done = command(*(word.format(inputs=inputs) for word in words))
-    _is_one_line(done, "--gpus None" if words else "give --model NAME, or --config RUN.yaml")
+    _is_one_line(done, "--gpus is missing" if words else "give --model NAME, or --config RUN.yaml")
 
 
 def test_a_model_that_fits_no_layout(command, inputs):
