@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
@@ -123,3 +125,49 @@ def test_the_command_doctors_and_plans(installed, tmp_path):
     asked = ("--config", "small.yaml", "--gpus", "8")
     said = run(installed, tmp_path, command, "plan", *asked)
     assert "wrote out/plan/plan.json" in said
+
+
+def test_train_by_name_in_another_folder(installed, tmp_path):
+    """As the issue of a newcomer: no data, no checkout under the feet, and it trains."""
+    command = str(installed / "bin" / "megatron-mone")
+    said = run(
+        installed, tmp_path, command, "train", "--config", "demo-mone", "--ranks", "1",
+        "--expert-model-parallel-size", "1", "--train-iters", "2", "--lr-warmup-iters", "0",
+        "--eval-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "2",
+    )  # fmt: skip
+    notice, started = said.splitlines()
+    assert notice.startswith("megatron-mone: no data is named: training on Megatron's mock data")
+    assert started.startswith("demo-mone-mock: 1 ranks here, logs in ")
+    assert (
+        tmp_path / "runs/demo-mone-mock/checkpoints/latest_checkpointed_iteration.txt"
+    ).is_file()
+
+
+def test_bash_completes_once_it_is_told_to(installed, tmp_path):
+    told = "megatron-mone --install-completion; . ~/.bashrc; COMP_CWORD=2; "
+    asked = "; ".join(
+        f"COMP_WORDS=(megatron-mone {typed}); _megatron_mone_completion megatron-mone; "
+        'echo "${COMPREPLY[@]}"'
+        for typed in ("submit --test", "bench la")
+    )
+    bash = f"import os; os.execvp('bash', ['bash', '-c', {told + asked!r}])"
+    path = f"{installed / 'bin'}:{os.environ['PATH']}"
+    said = run(installed, tmp_path, "-c", bash, PATH=path, HOME=str(tmp_path))
+    assert said.splitlines()[-2:] == ["--test-only", "layer"]
+
+
+def test_an_editable_installation_is_the_checkout(checkout, tmp_path):
+    """In an environment of its own, which sees the packages of this one."""
+    venv.create(tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    (site / "base.pth").write_text(sysconfig.get_path("purelib"))
+    pip("--python", str(python), "install", "-e", str(checkout), "--no-build-isolation",
+        cwd=tmp_path)  # fmt: skip
+    words = ["submit", "--dry-run", "--config", "moe-30b-a3b-mone-128", "--nodes", "2"]
+    done = subprocess.run(
+        [tmp_path / "venv/bin/megatron-mone", *words, "--", "--mock-data"],
+        cwd=tmp_path, env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")},
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert f"--config {checkout}/configs/plan/moe-30b-a3b-mone-128.yaml" in done.stdout, done.stderr

@@ -169,21 +169,3 @@ def test_train_under_torchrun_is_one_rank_of_the_entry_point(launched, monkeypat
     assert seen == [["--config", file, "--mock-data", "--seed", "1"]]
     assert (launched, sys.argv) == ([], ours)
     assert status_of("train", "--config", "demo-mone", "--ranks", "2") == 2
-
-
-@pytest.mark.slow
-def test_train_by_name_in_another_folder(tmp_path):
-    """As the issue of a newcomer: no data, no checkout under the feet, and it trains."""
-    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-m", "megatron_mone", "train", "--config", "demo-mone", "--ranks", "1",
-         "--expert-model-parallel-size", "1", "--train-iters", "2", "--lr-warmup-iters", "0",
-         "--eval-iters", "1", "--micro-batch-size", "2", "--global-batch-size", "2"],
-        cwd=tmp_path, env=clean | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("demo-mone-mock: 1 ranks here, logs in ")
-    assert (
-        tmp_path / "runs/demo-mone-mock/checkpoints/latest_checkpointed_iteration.txt"
-    ).is_file()
