@@ -1,5 +1,6 @@
 """Searching layouts: what is tried, refused, hopeless; fronts, reasons and cheapest fixes."""
 
+import json
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
 from megatron_mone.planning.job import SHORT, JobSpec
+from megatron_mone.planning.plan_document import Search
 from megatron_mone.planning.planner import Planned, rows_of
 from megatron_mone.planning.search import (
     Found,
@@ -278,6 +280,11 @@ def test_why_nothing_fits_is_one_line():
     assert "\n" not in line
 
 
+def as_object(document):
+    """The fields that a table reads as attributes, as a document has them."""
+    return json.loads(json.dumps(document), object_hook=lambda fields: SimpleNamespace(**fields))
+
+
 def test_tables_say_what_fits_and_what_would():
     model = {
         "name": "mone", "step_ms": 1234.0, "tokens_per_s_per_gpu": 10.0, "tflops_per_gpu": 5.0,
@@ -289,14 +296,15 @@ def test_tables_say_what_fits_and_what_would():
         "model": "tiny", "gpus": 16, "cluster": {"device": "GPU", "memory_gib": 80.0},
         "routing": {"kind": "balanced"}, "efficiency": "assumed", "models": [model],
     }  # fmt: skip
-    text = table(plan)
+    text = table(as_object(plan))
     assert "no, by activations; cheapest fix: recompute full (2,000 ms)" in text
     assert "10.0%" in text
-    assert "try --search" in table({**plan, "models": [{**model, "cheapest_fix": None}]})
-    search_text = search_table({
+    assert "try --search" in table(as_object({**plan, "models": [{**model, "cheapest_fix": None}]}))
+    found = as_object({
         **plan, "candidates": [{"name": "tp=1", "step_ms": 10.0, "peak_gib": 5.0}], "refused": [],
         "hopeless": [], "not_tried": 7, "best": [{"layout": "tp=1", "why": "90% compute"}],
     })  # fmt: skip
+    search_text = search_table(Search.model_construct(**vars(found)))
     assert "7 not tried" in search_text
     assert "1. tp=1: 10 ms, 5.0 GiB" in search_text
 
