@@ -1,9 +1,11 @@
 """Other numbers of devices, neurons and experts: traces scaled and made, and sweeps on paper."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_mone.common.phases import GATE_GEMM
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
@@ -86,7 +88,8 @@ class PaperPlanner:
         of = facts(world_size=gpus, neurons_per_token=kept, topk=topk,
                    active_flops_per_step=1e12 * kept * topk)  # fmt: skip
         prediction = predict(TRACES, of, CLUSTER, EXACT)
-        return SimpleNamespace(prediction=prediction)
+        phases = {**prediction.phases, GATE_GEMM: 1e-3}  # TRACES have no expert
+        return SimpleNamespace(prediction=replace(prediction, phases=phases))
 
 
 def job(ratio=0.25, width=768, topk=8, experts=64, **more):
@@ -101,14 +104,14 @@ def test_a_curve_has_the_scales_that_the_layout_admits():
                    EXACT), 1.0)  # fmt: skip
     planner = PaperPlanner()
     curve = scaling_curve({"mone": plan, "moe": plan}, planner)
-    assert [point["gpus"] for point in curve] == list(SCALES) == [128 << k for k in range(8)]
+    assert [point.gpus for point in curve] == list(SCALES) == [128 << k for k in range(8)]
     for point in curve:
-        of = scaled_facts(FACTS, point["gpus"])
-        alone = predict(scaled_traces(TRACES, FACTS, point["gpus"]), of, CLUSTER, EXACT)
-        assert point["models"]["mone"] == point["models"]["moe"]
-        assert point["models"]["mone"]["step_ms"] == 1e3 * alone.seconds
+        of = scaled_facts(FACTS, point.gpus)
+        alone = predict(scaled_traces(TRACES, FACTS, point.gpus), of, CLUSTER, EXACT)
+        assert point.models["mone"] == point.models["moe"]
+        assert point.models["mone"].step_ms == 1e3 * alone.seconds
         assert of.micro_batches == FACTS.micro_batches
-    peaks = [point["models"]["mone"]["peak_gib"] for point in curve]
+    peaks = [point.models["mone"].peak_gib for point in curve]
     assert peaks == sorted(peaks, reverse=True)
     # 96 devices to a replica: only multiples of 96 hold one, and none of the scales is.
     odd = facts(world_size=96, dp=1, edp=1, pp=96, global_batch_size=4)
@@ -119,19 +122,17 @@ def test_a_curve_has_the_scales_that_the_layout_admits():
 def test_a_sweep_over_r_descends_from_all_neurons():
     planner, told = PaperPlanner(), []
     points = ratio_sweep(job(), 16, planner, lambda done, total: told.append((done, total)))
-    assert [point["r"] for point in points] == list(RATIOS)
-    assert [point["neurons"] for point in points] == [768, 384, 192, 96, 48]
+    assert [point.r for point in points] == list(RATIOS)
+    assert [point.neurons for point in points] == [768, 384, 192, 96, 48]
     assert [one.model["mone_neurons_per_token"] for one in planner.jobs] == [768, 384, 192, 96, 48]
     assert not any("mone_neuron_ratio" in one.model for one in planner.jobs)
     assert told == [(k, 5) for k in range(5)]
-    assert [point["active_flops"] for point in points] == [
-        8e12 * point["neurons"] for point in points
-    ]
+    assert [point.active_flops for point in points] == [8e12 * point.neurons for point in points]
 
 
 def test_few_neurons_are_rounded_to_multiples_of_8_and_not_repeated():
     points = ratio_sweep(job(width=64), 16, PaperPlanner())
-    assert [(point["neurons"], point["r"]) for point in points] == [
+    assert [(point.neurons, point.r) for point in points] == [
         (64, 1.0), (32, 0.5), (16, 0.25), (8, 0.125),
     ]  # fmt: skip
 
@@ -154,17 +155,17 @@ def test_pairs_of_equal_operations(model, kept):
     planner = PaperPlanner()
     points = expert_sweep(asked, 16, planner, [])
     assert len(points) > 2
-    assert (topk, kept) in [(point["topk"], point["neurons"]) for point in points]
+    assert (topk, kept) in [(point.topk, point.neurons) for point in points]
     for point, one in zip(points, planner.jobs, strict=True):
-        experts, neurons = point["topk"], point["neurons"]
+        experts, neurons = point.topk, point.neurons
         assert abs(experts * (width + 8 * neurons) - budget) <= experts * 8 * 4
         assert 0 < neurons <= width
         assert experts <= asked.model["num_experts"]
-        assert point["r"] == neurons / width
+        assert point.r == neurons / width
         assert (one.model["moe_router_topk"], one.model["mone_neurons_per_token"]) == (
             experts, neurons,
         )  # fmt: skip
-    found = [(point["topk"], point["neurons"]) for point in points]
+    found = [(point.topk, point.neurons) for point in points]
     assert found == sorted(found)
     assert [neurons for _, neurons in found] == sorted((n for _, n in found), reverse=True)
     # No pair is left out: one expert fewer asks for more neurons than there are, one more for
@@ -186,7 +187,7 @@ def test_a_pair_that_megatron_refuses_is_left_out_and_said():
     planner.plan = refuse_one_expert
     points = expert_sweep(job(topk=4, width=2048), 16, planner, skipped)
     assert points
-    assert 3 not in [point["topk"] for point in points]
+    assert 3 not in [point.topk for point in points]
     [line] = skipped
     assert line.startswith("K_E = 3, ")
     assert line.endswith("is left out of the sweep: Megatron refuses topk 3")
