@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from megatron_mone.common.spelling import nearest_name
 
@@ -44,7 +44,7 @@ class Limits:
     """Least bandwidth as a share of the median over at least four results; 0: no such limit."""
 
 
-_TYPES = {field.name: str(field.type).partition(" ")[0] for field in fields(Limits)}
+_TYPES = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(Limits)}
 _POSITIVE = ("gpus", "seconds", "megabytes", "node_gb_per_s", "pair_gb_per_s")
 
 
@@ -72,7 +72,7 @@ def _backend(text: str) -> str:
 
 
 def _number(name: str, text: str) -> float:
-    kind = int if _TYPES[name] == "int" else float
+    kind = int if _TYPES[name] is int else float
     least = "above 0" if name in _POSITIVE else "of 0 or more"
     try:
         value = kind(text)

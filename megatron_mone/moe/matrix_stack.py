@@ -124,7 +124,8 @@ def _slot(held: Tensor, stack: Tensor, e: int) -> Tensor:
 def _part(held: Any, stack: Tensor, e: int) -> Any:
     """What a matrix starts its step from; it may change it in place."""
     if _is_stacked(held):
-        return _slot(held, stack, e).contiguous()
+        slot = _slot(held, stack, e)
+        return slot.contiguous() if held.shape == stack.shape else slot
     return held.clone() if isinstance(held, Tensor) else held
 
 
@@ -133,7 +134,9 @@ def _room(held: Tensor, stack: Tensor, matrices: int) -> Tensor:
     shape = getattr(stack, ATTRIBUTE)(stack)[0].shape
     if held.shape == shape:
         return torch.empty_like(stack, dtype=held.dtype, requires_grad=False)
-    return held.new_empty((matrices, *held.shape))
+    # As it lies: a product of SOAP's bases, columns first out of a QR, has bits of that order.
+    order = torch.empty_like(held).stride()
+    return held.new_empty_strided((matrices, *held.shape), (held.numel(), *order))
 
 
 def _or_a_stack(is_managed: Callable[[Parameter], bool]) -> Callable[[Parameter], bool]:

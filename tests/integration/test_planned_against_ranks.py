@@ -147,7 +147,7 @@ def _scalars(job: TracedJob, kind: str) -> int:
 def _traffic_planned(job: TracedJob, prediction: Prediction, stage: int) -> Traffic:
     """Of the stage, by the rows that a plan has for the stage that ends last."""
     ours = [c for v in range(job.facts.vp) for c in job.traces[stage, v].collectives]
-    names = dict.fromkeys(job.traces, "")
+    names = dict.fromkeys(job.traces, "not looked at")
     document = model_document("planned", replace(prediction, collectives=ours), names).plain()
     rows = (
         (row["kind"], row["group"], row["calls"],

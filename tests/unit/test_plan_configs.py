@@ -226,7 +226,7 @@ def megatron_on_gpus(one_rank, monkeypatch):
     for module in (rope_utils, moe_utils):
         for name in [n for n in vars(module) if n.startswith("fused_")]:
             monkeypatch.setattr(module, name, getattr(module, name) or object())
-    monkeypatch.setattr(layer_spec, "check_packages", lambda _: None)
+    monkeypatch.setattr(layer_spec, "check_packages", lambda *_: None)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
