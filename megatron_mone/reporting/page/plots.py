@@ -42,7 +42,6 @@ SETTINGS = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
-    "svg.hashsalt": "megatron-mone",
 }
 
 
@@ -53,7 +52,8 @@ def save(figure: Figure, stem: Path) -> bytes:
         buffer = io.BytesIO()
         # matplotlib would put a date and its own address into the file.
         metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
+        with plt.rc_context({"svg.hashsalt": "megatron-mone"}):  # the same ids each time
+            figure.savefig(buffer, format=kind, dpi=DPI, metadata=metadata)
         write_atomically(stem.with_suffix(f".{kind}"), buffer.getvalue())
         buffers[kind] = buffer.getvalue()
     plt.close(figure)

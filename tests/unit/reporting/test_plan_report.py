@@ -258,6 +258,13 @@ def test_absent_parts_leave_no_trace(tmp_path):
     assert "against" not in headline(as_plan(bare))
 
 
+def test_a_plan_is_drawn_to_the_same_bytes_each_time(plan, page, tmp_path):
+    write_report(as_plan(plan), tmp_path)
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / "plots").iterdir()}
+    assert {Path(name).suffix for name in drawn} == {".png", ".svg"}
+    assert drawn == {name: (page.parent / "plots" / name).read_bytes() for name in drawn}
+
+
 def test_the_files_beside_the_page(page):
     text = page.read_text()
     stems = {"memory", "parts", "timeline-0", "timeline-1", "scaling", "ratio", "experts"}
