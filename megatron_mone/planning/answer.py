@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_mone.common.progress import Say
 from megatron_mone.planning import sweeps
-from megatron_mone.planning.document import GIB, cluster_document, layout_document, model_document
 from megatron_mone.planning.job import JobSpec, short_layout
 from megatron_mone.planning.plan_document import (
     Best,
@@ -22,6 +21,7 @@ from megatron_mone.planning.plan_document import (
     Routing,
     Search,
 )
+from megatron_mone.planning.plan_parts import GIB, cluster_document, layout_document, model_document
 from megatron_mone.planning.planner import Planned, Planner, Progress
 from megatron_mone.planning.question import Question, is_mone
 from megatron_mone.planning.search import Candidate, cheapest_fix, explain, pareto, search

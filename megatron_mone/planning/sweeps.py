@@ -10,9 +10,9 @@ from typing import Any
 from megatron_mone.common.phases import COMBINE, DISPATCH, GATE_GEMM, SELECTION, UP_DOWN_GEMM
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.prediction import Prediction, predict
-from megatron_mone.planning.document import GIB, figures
 from megatron_mone.planning.job import JobSpec
 from megatron_mone.planning.plan_document import ExpertPoint, RatioPoint, ScaledModel, ScalingPoint
+from megatron_mone.planning.plan_parts import GIB, figures
 from megatron_mone.planning.planner import Planned, Planner, Progress
 
 SCALES = tuple(128 << k for k in range(8))  # 128 to 16,384

@@ -4,8 +4,8 @@ May touch: nothing.
 """
 
 from megatron_mone.common.device import Device
-from megatron_mone.planning.document import GIB
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
+from megatron_mone.planning.plan_parts import GIB
 from megatron_mone.planning.search import Found
 
 

@@ -23,9 +23,9 @@ from megatron_mone.model.run_config import load_run
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.rank_memory import ORDER
-from megatron_mone.planning.document import layout_document
 from megatron_mone.planning.job import run_job
 from megatron_mone.planning.plan_document import Plan, Search
+from megatron_mone.planning.plan_parts import layout_document
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.tracing import trace_server
 from tests.training_cases import ROOT

@@ -17,7 +17,7 @@ from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.cost.rank_memory import RankMemory
-from megatron_mone.planning.document import model_document
+from megatron_mone.planning.plan_parts import model_document
 from megatron_mone.planning.tracing.trace_cache import TraceCache
 from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 from megatron_mone.profiling.communication import sent_bytes

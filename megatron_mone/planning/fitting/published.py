@@ -15,8 +15,8 @@ from megatron_mone.model.run_config import read_part
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
-from megatron_mone.planning.document import GIB
 from megatron_mone.planning.job import JobSpec
+from megatron_mone.planning.plan_parts import GIB
 from megatron_mone.planning.planner import Planned, Planner
 from megatron_mone.planning.tracing.trace_server import Tracer
 

@@ -9,7 +9,7 @@ from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
-from megatron_mone.planning.document import model_document
+from megatron_mone.planning.plan_parts import model_document
 from megatron_mone.planning.tracing.trace import Collective
 from tests.unit.planning.made_jobs import (
     CLUSTER,
