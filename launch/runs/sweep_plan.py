@@ -13,14 +13,7 @@ from pathlib import Path
 from launch.runs.local import running
 from launch.runs.run_manifest import MANIFEST, gather, locked
 from launch.runs.submission import SUBMIT_LOCK, noted, recover
-from launch.runs.sweep_cases import (
-    FINISHED,
-    RECORD,
-    CaseState,
-    SweepCase,
-    case_states,
-    read_cases,
-)
+from launch.runs.sweep_cases import FINISHED, RECORD, CaseState, SweepCase, case_states, read_cases
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,7 @@
 from pathlib import Path
 
 from megatron_mone.benchmarking import plots
-from megatron_mone.benchmarking.summary import (
-    AUTO,
-    Point,
-    fraction,
-    points,
-    where_mone_wins,
-)
+from megatron_mone.benchmarking.summary import AUTO, Point, fraction, points, where_mone_wins
 from megatron_mone.kernels.race_results import RaceResults, Row
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import save

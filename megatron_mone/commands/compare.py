@@ -9,14 +9,7 @@ from typer import Argument, Option
 
 from megatron_mone.common.files import write_json
 from megatron_mone.common.program import Program
-from megatron_mone.profiling.compare import (
-    PEAK_MEMORY,
-    STEP,
-    Comparison,
-    Row,
-    compare,
-    run_names,
-)
+from megatron_mone.profiling.compare import PEAK_MEMORY, STEP, Comparison, Row, compare, run_names
 from megatron_mone.profiling.profile_document import Profile, path_of
 
 SCHEMA = "megatron-mone/profile-comparison/1"

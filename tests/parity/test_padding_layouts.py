@@ -5,15 +5,7 @@ import pytest
 
 from tests import training_cases
 from tests.parity import padded_ranks
-from tests.parity.layouts import (
-    ALLGATHER,
-    CP2,
-    EP2,
-    ETP1,
-    FULL_RECOMPUTE,
-    TP2,
-    TRAIN,
-)
+from tests.parity.layouts import ALLGATHER, CP2, EP2, ETP1, FULL_RECOMPUTE, TP2, TRAIN
 from tests.parity.test_training_layouts import TOLERANCE, worst_error, worst_tensor_error
 from tests.training_cases import Case, recorded
 

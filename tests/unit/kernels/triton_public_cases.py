@@ -21,12 +21,7 @@ from megatron_mone.kernels.te import backend as te
 from megatron_mone.kernels.te.padding import PaddedLinears
 from megatron_mone.kernels.triton import arguments, backend, blocks, ragged, unstructured
 from tests.unit.kernels.te_stand_ins import AlignedLinears
-from tests.unit.kernels.triton_case_tools import (
-    against_reference,
-    case,
-    close,
-    inputs,
-)
+from tests.unit.kernels.triton_case_tools import against_reference, case, close, inputs
 
 backend.TILED_FROM = 16  # small blocks take the block-sparse route here, to keep the cases small
 

@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from megatron_mone.config import (
-    layer_pattern,
-    neurons_per_token,
-    selection_bounds,
-)
+from megatron_mone.config import layer_pattern, neurons_per_token, selection_bounds
 from megatron_mone.kernels import BACKENDS
 from megatron_mone.kernels.registry import Backend
 from megatron_mone.model.layer_spec import check_packages

@@ -15,14 +15,7 @@ from megatron_mone.moe.padding import unmark_padding
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
 from tests.unit.moe import stand_in_deep_ep
-from tests.unit.moe.test_mask_dispatch import (
-    InLayout,
-    all_ranks,
-    combine,
-    dispatch,
-    pairs,
-    routing,
-)
+from tests.unit.moe.test_mask_dispatch import InLayout, all_ranks, combine, dispatch, pairs, routing
 
 if multiprocessing.current_process().name != "MainProcess":  # the ranks' launcher, before Megatron
     stand_in_deep_ep.install()

@@ -7,11 +7,7 @@ from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.gate_shares import kept_counts
-from megatron_mone.moe.neuron_load import (
-    SUMMARY_FIELDS,
-    NeuronLoad,
-    summarise_counts,
-)
+from megatron_mone.moe.neuron_load import SUMMARY_FIELDS, NeuronLoad, summarise_counts
 
 
 def facts(counts, rows):

@@ -7,12 +7,7 @@ from megatron.core.parallel_state import RankGenerator
 
 from megatron_mone.common.phases import DISPATCH, FORWARD
 from megatron_mone.model.arguments import flag_parser
-from megatron_mone.planning.tracing.stages import (
-    in_job,
-    stage_flags,
-    stage_job,
-    virtual_stages,
-)
+from megatron_mone.planning.tracing.stages import in_job, stage_flags, stage_job, virtual_stages
 from megatron_mone.planning.tracing.trace import Collective, StageMemory, Trace
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed

@@ -10,12 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_mone.benchmarking.memory import _allocated
 from megatron_mone.common import phases
-from megatron_mone.profiling.ledger import (
-    KINDS,
-    TIMELINE_POINTS,
-    MemoryLedger,
-    persistent_tensors,
-)
+from megatron_mone.profiling.ledger import KINDS, TIMELINE_POINTS, MemoryLedger, persistent_tensors
 
 NUMBERS = 100_000
 SIZE = 4 * NUMBERS  # bytes of one float32 tensor of the steps below

@@ -10,13 +10,7 @@ import pytest
 
 from launch.spec.launch_spec import LaunchSpec
 from launch.spec.training_job import Job
-from megatron_mone.data.manifest import (
-    SCHEMA,
-    FileFacts,
-    Manifest,
-    TokenizerFacts,
-    manifest_path,
-)
+from megatron_mone.data.manifest import SCHEMA, FileFacts, Manifest, TokenizerFacts, manifest_path
 from megatron_mone.demo.runs import DemoRun, TrainingError, ensure_run, finished, train_here
 from megatron_mone.reporting.page.results import ResultError
 from tests.unit.reporting.conftest import write_run
