@@ -1,8 +1,9 @@
 """The whole test suite, or the tests named: `make test`, `make test TESTS=tests/unit/moe`.
 
 Two rows of tests run beside each other, about as long: tests on a real Slurm, which wait for
-Slurm's clocks, then unit tests; and all that start ranks, then the rest of the unit tests. The
-first row's report comes at the end. However this ends, no process that it started stays.
+Slurm's clocks, then unit tests and an installation's; and all that start ranks, then the rest of
+the unit tests. The first row's report comes at the end. However this ends, no process that it
+started stays.
 """
 
 import shutil
@@ -19,8 +20,9 @@ from tests.processes import Keeper
 
 PYTEST = (sys.executable, "-m", "pytest")
 REST = ("tests/unit/benchmarking", "tests/unit/cpu_emulation")
-BESIDE = ("tests/slurm", "tests/unit", *(f"--ignore={folder}" for folder in REST))
-ROW = (("--ignore=tests/slurm", "--ignore=tests/unit"), REST)
+_FIRST = ("tests/slurm", "tests/unit", "tests/integration/test_installed_wheel.py")
+BESIDE = (*_FIRST, *(f"--ignore={folder}" for folder in REST))
+ROW = (tuple(f"--ignore={path}" for path in _FIRST), REST)
 _SECONDS_TO_STOP = 10.0
 
 
