@@ -112,10 +112,6 @@ class Field:
         """A short printable text, one of `choices` if they are given."""
         return self.checked(text if choices is None else lambda value: choice(value, choices))
 
-    def flag(self) -> bool:
-        """True or false."""
-        return self._typed(bool, "true or false")
-
     def whole(self) -> int:
         """A whole number."""
         return self.checked(whole)

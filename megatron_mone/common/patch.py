@@ -68,9 +68,9 @@ def wrapping(
     file = f"{module.replace('.', '/')}.py"
 
     def apply() -> None:
+        holder = importlib.import_module(module)
         for path in names.split(", "):
             owner, _, last = path.rpartition(".")
-            holder = importlib.import_module(module)
             wrap(attrgetter(owner)(holder) if owner else holder, last, wrapper)
 
     if isinstance(needed_while, str):
