@@ -75,7 +75,7 @@ def _rank(rank: int, folder: str, options: Any, starter: int) -> None:
 
 def _measure(kind: str, width: int, options: Any, sent: Counter[str]) -> dict[str, Any]:
     """One line of the table, of this rank; times are medians in ms."""
-    from megatron_mone.kernels.neuron_mask import pack_bits
+    from megatron_mone.kernels.neuron_bits import pack_bits
     from megatron_mone.moe.dispatch.carrier import predicted_mask_bytes
 
     dispatcher, first = _build(kind, width, options)

@@ -1,129 +1,263 @@
 """NeuronMask: which neurons each routed row keeps, as data that travels with the tokens.
 
-Ragged (CSR) rows of ascending neuron indices, because a mask cut over expert-tensor ranks has rows
-of unequal length. May touch: torch only. Shapes: N rows, F neurons of an expert, K kept in all.
+Held as indices, ragged (CSR) because a mask cut over expert-tensor ranks has rows of unequal
+length, or as bits in 32-bit words, as GPU kernels make and read them; each is made from the other
+when it is asked for. May touch: torch, neuron_bits.
+Shapes: N rows, F neurons of an expert, K kept in all, S kept of a row, B = ceil(F / 8) bytes and
+W = ceil(F / 32) words of a packed row.
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from megatron_mone.kernels.neuron_bits import (
+    check_width,
+    count_bits,
+    pack_bits,
+    spread_bits,
+    words_of,
+)
 
-@dataclass(frozen=True, eq=False)
+
 class NeuronMask:
     """Kept neurons of N rows.
 
-    Attributes:
+    Args:
         indices_K: [K] int16 while F <= 32,767, else int32; ascending within each row.
         offsets_N1: [N + 1] int64; row n holds indices_K[offsets_N1[n] : offsets_N1[n + 1]].
         num_neurons: F, the neurons a row chooses from.
         block: B where the entries are known to be whole aligned blocks of B adjacent neurons, which
             kernels may use; not part of what the mask says.
 
+    Attributes:
+        num_neurons, block: as given.
+        kept: S where every row is known to keep S neurons, else None.
+
     Raises:
         ValueError: offsets or indices that are not such rows.
     """
 
-    indices_K: Tensor
-    offsets_N1: Tensor
     num_neurons: int
-    block: int = 1
+    block: int
+    kept: int | None
+    _csr: tuple[Tensor, Tensor] | None
+    _words_NW: Tensor | None
+    _entries: int | None
 
-    def __post_init__(self) -> None:
-        _check(self.indices_K, self.offsets_N1, self.num_neurons)
+    def __init__(
+        self, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int, block: int = 1
+    ) -> None:
+        _check(indices_K, offsets_N1, num_neurons)
+        self._hold(num_neurons, block, csr=(indices_K, offsets_N1))
+
+    def _hold(
+        self,
+        num_neurons: int,
+        block: int,
+        kept: int | None = None,
+        *,
+        csr: tuple[Tensor, Tensor] | None = None,
+        words_NW: Tensor | None = None,
+        entries: int | None = None,
+    ) -> NeuronMask:
+        self.num_neurons, self.block, self.kept = num_neurons, block, kept
+        self._csr, self._words_NW = csr, words_NW
+        if csr is not None:
+            entries = csr[0].numel()
+        self._entries = entries if kept is None else self.num_rows * kept
+        return self
+
+    @classmethod
+    def of_words(
+        cls, words_NW: Tensor, num_neurons: int, block: int = 1, kept: int | None = None
+    ) -> NeuronMask:
+        """From bits: neuron j of row n is bit j % 32 of words_NW[n, j // 32].
+
+        Args:
+            words_NW: [N, ceil(F / 32)] int32; bits beyond neuron F - 1 are 0, which is checked
+                where looking does not wait for a device.
+            num_neurons: F.
+            block: B, as for indices.
+            kept: S where every row keeps S, which is not checked; else None.
+
+        Raises:
+            ValueError: other words, or on the CPU a bit set beyond neuron F - 1.
+        """
+        width = (num_neurons + 31) // 32
+        if words_NW.dtype != torch.int32 or words_NW.dim() != 2 or words_NW.shape[1] != width:
+            raise ValueError(
+                f"words are {words_NW.dtype} of shape {tuple(words_NW.shape)}: masks over "
+                f"{num_neurons} neurons are [N, {width}] torch.int32"
+            )
+        used = num_neurons % 32
+        if used and words_NW.device.type == "cpu" and bool((words_NW[:, -1] >> used).any()):
+            raise ValueError(f"packed mask has a bit set beyond its {num_neurons} neurons")
+        return object.__new__(cls)._hold(num_neurons, block, kept, words_NW=words_NW)
+
+    @classmethod
+    def from_bool(
+        cls, mask_NF: Tensor, block: int = 1, kept: int | None = None, entries: int | None = None
+    ) -> NeuronMask:
+        """From a dense mask, as indices on the CPU and as words, without a wait, on a GPU.
+
+        Args:
+            mask_NF: [N, F] bool, of whole blocks.
+            block: B.
+            kept: S where every row keeps S, which is not checked; else None.
+            entries: K, which a mask without values does not say, and one on a GPU not for nothing.
+        """
+        rows, neurons = mask_NF.shape
+        mask = object.__new__(cls)
+        if mask_NF.device.type == "cuda":
+            words_NW = words_of(pack_bits(mask_NF))
+            return mask._hold(neurons, block, kept, words_NW=words_NW, entries=entries)
+        if mask_NF.is_meta:
+            known = entries if kept is None else rows * kept
+            assert known is not None
+            return cls.without_values(rows, neurons, known, block, kept)
+        if kept is None:
+            offsets_N1 = _offsets(count_bits(words_of(pack_bits(mask_NF))))
+        else:
+            offsets_N1 = _even_offsets(rows, kept, mask_NF.device)
+        flat_K = mask_NF.flatten().nonzero().flatten()
+        return mask._hold(
+            neurons, block, kept, csr=(_within_rows(flat_K, offsets_N1, neurons, kept), offsets_N1)
+        )
+
+    @classmethod
+    def without_values(
+        cls, rows: int, neurons: int, entries: int, block: int = 1, kept: int | None = None
+    ) -> NeuronMask:
+        """Of N rows that keep K of F neurons each, nobody knows which: on torch's meta device."""
+        return cls.unchecked(*_csr_without_values(rows, neurons, entries), neurons, block, kept)
+
+    @classmethod
+    def unchecked(
+        cls,
+        indices_K: Tensor,
+        offsets_N1: Tensor,
+        num_neurons: int,
+        block: int = 1,
+        kept: int | None = None,
+    ) -> NeuronMask:
+        """For rows that are right by construction: checking costs as much as building them."""
+        mask = object.__new__(cls)
+        return mask._hold(num_neurons, block, kept, csr=(indices_K, offsets_N1))
+
+    @property
+    def indices_K(self) -> Tensor:
+        """[K] neurons; made from words at the first use, which waits for a GPU if K is unknown."""
+        return self._indices()[0]
+
+    @property
+    def offsets_N1(self) -> Tensor:
+        """[N + 1] int64 first entries of rows; made with `indices_K`."""
+        return self._indices()[1]
+
+    def words(self) -> Tensor:
+        """[N, W] int32 bits as `of_words` takes them; made at the first use, never with a wait."""
+        if self._words_NW is None:
+            self._words_NW = words_of(self.pack())
+        return self._words_NW
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return (self.indices_K if self._words_NW is None else self._words_NW).device
 
     @property
     def num_rows(self) -> int:
         """N."""
-        return self.offsets_N1.numel() - 1
+        held = self._words_NW
+        return self.offsets_N1.numel() - 1 if held is None else held.shape[0]
 
     @property
     def row_lengths_N(self) -> Tensor:
         """[N] int64 neurons kept by each row."""
-        return self.offsets_N1.diff()
+        if self.kept is not None:
+            return torch.full((self.num_rows,), self.kept, device=self.device)
+        return count_bits(self.words()) if self._csr is None else self._csr[1].diff()
+
+    @property
+    def known_entries(self) -> int | None:
+        """K; None for words on a GPU whose rows are not known to keep S each."""
+        if self._entries is None and self.device.type == "cpu":
+            self._entries = int(self.row_lengths_N.sum())
+        return self._entries
+
+    @property
+    def num_entries(self) -> int:
+        """K; waits for the device where it is not known."""
+        known = self.known_entries
+        if known is None:
+            known = self._entries = int(self.row_lengths_N.sum())
+        return known
 
     @property
     def density(self) -> float:
-        """Kept share of all N * F entries; 0 without rows."""
-        return self.indices_K.numel() / max(1, self.num_rows * self.num_neurons)
+        """Kept share of all N * F entries; 0 without rows. Waits as `num_entries` does."""
+        return self.num_entries / max(1, self.num_rows * self.num_neurons)
 
     def neuron_counts(self) -> Tensor:
         """[F] int64 rows that keep each neuron."""
+        if self._csr is None or self.device.type == "cuda":  # where bincount waits
+            return self.to_bool().sum(dim=0)
         return torch.bincount(self.indices_K.long(), minlength=self.num_neurons)
 
     def __eq__(self, other: object) -> bool:
-        """The same rows over the same number of neurons."""
-        return (
-            isinstance(other, NeuronMask)
-            and self.num_neurons == other.num_neurons
-            and torch.equal(self.offsets_N1, other.offsets_N1)
-            and torch.equal(self.indices_K, other.indices_K)
-        )
-
-    __hash__ = None  # type: ignore[assignment]
-
-    @classmethod
-    def from_bool(cls, mask_NF: Tensor, block: int = 1, kept: int | None = None) -> NeuronMask:
-        """From a dense [N, F] bool mask of whole blocks; one without values needs K, `kept`."""
-        rows, neurons = mask_NF.shape
-        if mask_NF.is_meta:
-            assert kept is not None
-            return cls.without_values(rows, neurons, kept, block)
-        flat_K = mask_NF.flatten().nonzero().flatten()
-        indices_K = (flat_K % neurons).to(index_dtype(neurons))
-        return cls.unchecked(indices_K, _offsets(_count_bits(pack_bits(mask_NF))), neurons, block)
-
-    @classmethod
-    def without_values(cls, rows: int, neurons: int, kept: int, block: int = 1) -> NeuronMask:
-        """Of N rows that keep K of F neurons each, nobody knows which: on torch's meta device."""
-        indices_K = torch.empty(kept, dtype=index_dtype(neurons), device="meta")
-        offsets_N1 = torch.empty(rows + 1, dtype=torch.int64, device="meta")
-        return cls.unchecked(indices_K, offsets_N1, neurons, block)
-
-    @classmethod
-    def unchecked(
-        cls, indices_K: Tensor, offsets_N1: Tensor, num_neurons: int, block: int = 1
-    ) -> NeuronMask:
-        """For rows that are right by construction: checking costs as much as building them."""
-        mask = object.__new__(cls)
-        for name, value in (
-            ("indices_K", indices_K), ("offsets_N1", offsets_N1), ("num_neurons", num_neurons),
-            ("block", block),
-        ):  # fmt: skip
-            object.__setattr__(mask, name, value)
-        return mask
+        """The same rows over the same number of neurons, however they are held."""
+        if not isinstance(other, NeuronMask) or self.num_neurons != other.num_neurons:
+            return False
+        if self._csr is None or other._csr is None:
+            return torch.equal(self.words(), other.words())
+        return all(torch.equal(a, b) for a, b in zip(self._csr, other._csr, strict=True))
 
     def to_bool(self) -> Tensor:
         """Dense [N, F] bool mask."""
-        size = self.num_rows * self.num_neurons
-        mask = self.indices_K.new_zeros(size, dtype=torch.bool)
-        mask[self.rows_K * self.num_neurons + self.indices_K] = True
-        return mask.view(self.num_rows, self.num_neurons)
+        if self._words_NW is None:
+            return self._spread(self.num_neurons)
+        return spread_bits(self.pack())[:, : self.num_neurons]
 
     def pack(self) -> Tensor:
-        """[N, ceil(F / 8)] uint8; neuron j is bit j % 8 of byte j // 8. This is the wire format."""
-        return pack_bits(self.to_bool())
+        """[N, B] uint8; neuron j is bit j % 8 of byte j // 8. This is the wire format.
+
+        Of words it is a view: their bytes, lowest first, as every machine of this project has them.
+        """
+        width = (self.num_neurons + 7) // 8
+        if self._words_NW is None:
+            return pack_bits(self._spread(8 * width))
+        return self._words_NW.view(torch.uint8)[:, :width]
 
     @classmethod
     def unpack(
-        cls, bits_NB: Tensor, num_neurons: int, block: int = 1, kept: int | None = None
+        cls,
+        bits_NB: Tensor,
+        num_neurons: int,
+        block: int = 1,
+        kept: int | None = None,
+        entries: int | None = None,
     ) -> NeuronMask:
-        """Inverse of `pack`; bits do not say that a mask is of whole blocks, `block` does.
+        """Inverse of `pack`, as words, which are a view of the bits where W 32 = F.
 
         Args:
             bits_NB: of `pack`.
             num_neurons: F.
-            block: B.
-            kept: K, where bits without values do not say it.
+            block: B; bits do not say that a mask is of whole blocks.
+            kept: S where every row keeps S, which is not checked; else None.
+            entries: K where it is known.
 
         Raises:
-            ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1.
+            ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1. On a GPU
+                looking for such bits would wait: there it is for who brings them (moe/masks reads
+                them on the CPU).
         """
-        return cls.from_bool(unpack_bits(bits_NB, num_neurons), block, kept)
+        check_width(bits_NB, num_neurons)
+        mask = cls.of_words(words_of(bits_NB), num_neurons, block, kept)
+        if entries is not None:
+            mask._entries = entries
+        return mask
 
     def shard(self, rank: int, size: int) -> NeuronMask:
         """The part of one of `size` ranks that hold F / size neurons each, indices from 0.
@@ -133,12 +267,19 @@ class NeuronMask:
         """
         if self.num_neurons % size:
             raise ValueError(f"{size} ranks do not divide {self.num_neurons} neurons")
+        if size == 1:
+            return self
         width = self.num_neurons // size
-        mine_K = self.indices_K.long().div(width, rounding_mode="floor") == rank
-        lengths_N = torch.zeros_like(self.offsets_N1[1:])
-        lengths_N.index_add_(0, self.rows_K, mine_K.long())
-        indices = (self.indices_K[mine_K].long() - rank * width).to(index_dtype(width))
-        return NeuronMask.unchecked(indices, _offsets(lengths_N), width)
+        first = rank * width
+        if self._by_indices():
+            mine_K = self.indices_K.long().div(width, rounding_mode="floor") == rank
+            lengths_N = torch.zeros_like(self.offsets_N1[1:])
+            lengths_N.index_add_(0, self.rows_K, mine_K.long())
+            indices = (self.indices_K[mine_K].long() - first).to(index_dtype(width))
+            return NeuronMask.unchecked(indices, _offsets(lengths_N), width)
+        if width % 8 == 0:
+            return NeuronMask.unpack(self.pack()[:, first // 8 :][:, : width // 8], width)
+        return NeuronMask.from_bool(self.to_bool()[:, first:][:, :width])
 
     @classmethod
     def join(cls, shards: list[NeuronMask]) -> NeuronMask:
@@ -147,20 +288,55 @@ class NeuronMask:
 
     def rows(self, index_M: Tensor) -> NeuronMask:
         """The rows `index_M` ([M] int64), in that order; rows may repeat."""
+        mask, facts = object.__new__(NeuronMask), (self.num_neurons, self.block, self.kept)
+        if self._csr is not None and self.kept is not None:
+            index_NS = self._csr[0].view(self.num_rows, self.kept)
+            offsets_M1 = _even_offsets(index_M.numel(), self.kept, index_M.device)
+            return mask._hold(*facts, csr=(index_NS.index_select(0, index_M).flatten(), offsets_M1))
+        if not self._by_indices():
+            return mask._hold(*facts, words_NW=self.words().index_select(0, index_M))
         lengths_M = self.row_lengths_N[index_M]
         offsets_M1 = _offsets(lengths_M)
         within_K = torch.arange(int(offsets_M1[-1]), device=index_M.device)
         within_K = within_K - offsets_M1[:-1].repeat_interleave(lengths_M)
         source_K = self.offsets_N1[:-1][index_M].repeat_interleave(lengths_M) + within_K
-        return NeuronMask.unchecked(
-            self.indices_K[source_K], offsets_M1, self.num_neurons, self.block
-        )
+        return mask._hold(*facts, csr=(self.indices_K[source_K], offsets_M1))
 
     @property
     def rows_K(self) -> Tensor:
         """[K] int64, the row of each entry; made anew each time, it is larger than the mask."""
-        rows_N = torch.arange(self.num_rows, device=self.offsets_N1.device)
-        return rows_N.repeat_interleave(self.row_lengths_N, output_size=self.indices_K.numel())
+        return _rows_of(self.offsets_N1, self.num_entries, self.kept)
+
+    def _by_indices(self) -> bool:
+        """Whether to work on indices: they are held, and asking for their number does not wait."""
+        return self._csr is not None and self.device.type != "cuda"
+
+    def _indices(self) -> tuple[Tensor, Tensor]:
+        """Indices and offsets, made once."""
+        if self._csr is None:
+            self._csr = self._indices_of_words()
+        return self._csr
+
+    def _indices_of_words(self) -> tuple[Tensor, Tensor]:
+        rows, neurons, device = self.num_rows, self.num_neurons, self.device
+        flat = self.to_bool().flatten()
+        if flat.is_meta:
+            return _csr_without_values(rows, neurons, self.num_entries)
+        if self.kept is None:
+            offsets_N1 = _offsets(self.row_lengths_N)
+        else:
+            offsets_N1 = _even_offsets(rows, self.kept, device)
+        if device.type == "cuda":
+            flat_K = torch.nonzero_static(flat, size=self.num_entries).flatten()
+        else:
+            flat_K = flat.nonzero().flatten()
+        return _within_rows(flat_K, offsets_N1, neurons, self.kept), offsets_N1
+
+    def _spread(self, width: int) -> Tensor:
+        """[N, width] bool of held indices, 0 beyond neuron F - 1."""
+        at_K = self.rows_K * width + self.indices_K
+        wide = torch.zeros(self.num_rows * width, dtype=torch.bool, device=at_K.device)
+        return wide.index_fill_(0, at_K, True).view(self.num_rows, width)
 
 
 def index_dtype(num_neurons: int) -> torch.dtype:
@@ -168,51 +344,29 @@ def index_dtype(num_neurons: int) -> torch.dtype:
     return torch.int16 if num_neurons <= torch.iinfo(torch.int16).max else torch.int32
 
 
-def pack_bits(mask_NF: Tensor) -> Tensor:
-    """[N, F] bool -> [N, ceil(F / 8)] uint8, lowest bit first."""
-    padded = torch.nn.functional.pad(mask_NF, (0, -mask_NF.shape[1] % 8)).contiguous()
-    # Eight bytes of 0 or 1 as one number, lowest first; the product's top byte has bit k where byte
-    # k was 1 (each 1 meets 2^(56 + k) / 2^(8 k) once, and no sum carries).
-    eight = padded.view(torch.uint8).view(torch.int64)
-    return ((eight * 0x0102040810204080) >> 56 & 0xFF).to(torch.uint8)
+def _even_offsets(rows: int, kept: int, device: torch.device) -> Tensor:
+    return torch.arange(rows + 1, device=device) * kept
 
 
-def unpack_bits(bits_NB: Tensor, num_neurons: int) -> Tensor:
-    """[N, ceil(F / 8)] uint8 -> [N, F] bool.
-
-    Raises:
-        ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1.
-    """
-    rows, width = bits_NB.shape
-    if width != (num_neurons + 7) // 8:
-        raise ValueError(
-            f"packed mask has {width} bytes a row: {num_neurons} neurons need "
-            f"{(num_neurons + 7) // 8}"
-        )
-    spread = _spread_bytes(bits_NB.device).index_select(0, bits_NB.flatten().int())
-    mask = spread.view(torch.bool).view(rows, width * 8)
-    if bool(mask[:, num_neurons:].any()):
-        raise ValueError(f"packed mask has a bit set beyond its {num_neurons} neurons")
-    return mask[:, :num_neurons]
+def _rows_of(offsets_N1: Tensor, entries: int, kept: int | None) -> Tensor:
+    """[K] int64 row of each entry."""
+    rows_N = torch.arange(offsets_N1.numel() - 1, device=offsets_N1.device)
+    if kept is not None:
+        return rows_N.unsqueeze(1).expand(-1, kept).flatten()
+    return rows_N.repeat_interleave(offsets_N1.diff(), output_size=entries)
 
 
-@functools.cache
-def _spread_bytes(device: torch.device) -> Tensor:
-    """[256] int64: the eight bits of a byte as eight bytes of 0 or 1, lowest first."""
-    bits = torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1
-    return bits.to(torch.uint8).view(torch.int64).flatten().to(device)
+def _within_rows(flat_K: Tensor, offsets_N1: Tensor, neurons: int, kept: int | None) -> Tensor:
+    """[K] neurons of positions in [N, F], in the type of indices."""
+    rows_K = _rows_of(offsets_N1, flat_K.numel(), kept)
+    return (flat_K - rows_K * neurons).to(index_dtype(neurons))
 
 
-@functools.cache
-def _set_bits(device: torch.device) -> Tensor:
-    """[256] uint8: how many bits of a byte are set."""
-    return (torch.arange(256).unsqueeze(1) >> torch.arange(8) & 1).sum(dim=1).byte().to(device)
-
-
-def _count_bits(bits_NB: Tensor) -> Tensor:
-    """[N] int64 set bits of each row."""
-    counts = _set_bits(bits_NB.device).index_select(0, bits_NB.flatten().int())
-    return counts.view(bits_NB.shape).sum(dim=1)
+def _csr_without_values(rows: int, neurons: int, entries: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(entries, dtype=index_dtype(neurons), device="meta"),
+        torch.empty(rows + 1, dtype=torch.int64, device="meta"),
+    )
 
 
 def _offsets(lengths_N: Tensor) -> Tensor:

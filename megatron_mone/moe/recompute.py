@@ -33,7 +33,8 @@ class RecomputeMasks:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[tuple[Tensor, int, int]] = deque()  # bits, block, K of a mask
+        # Of a mask its bits, block, S and K.
+        self._waiting: deque[tuple[Tensor, int, int | None, int | None]] = deque()
 
     @property
     def bytes_held(self) -> int:
@@ -44,7 +45,7 @@ class RecomputeMasks:
         """Called after every forward; keeps the mask of a first pass."""
         first_pass = is_checkpointing() and not torch.is_grad_enabled() and not in_recompute()
         if first_pass:
-            self._waiting.append((mask.pack(), mask.block, mask.indices_K.numel()))
+            self._waiting.append((mask.pack(), mask.block, mask.kept, mask.known_entries))
 
     def take(self, rows: int, num_neurons: int) -> NeuronMask | None:
         """Called before every forward; the mask of the first pass where this is its repetition.
@@ -60,13 +61,13 @@ class RecomputeMasks:
             return None
         # A checkpoint inside a checkpoint repeats twice; the one that builds the graph is the last.
         waiting = self._waiting.popleft() if torch.is_grad_enabled() else self._waiting[0]
-        bits_NB, block, kept = waiting
+        bits_NB, block, kept, entries = waiting
         if bits_NB.shape[0] != rows:
             raise RuntimeError(
                 f"a recomputed MoNE layer has {rows} routed rows, its first pass had "
                 f"{bits_NB.shape[0]}: the router did not repeat its choice"
             )
-        return NeuronMask.unpack(bits_NB, num_neurons, block, kept)
+        return NeuronMask.unpack(bits_NB, num_neurons, block, kept, entries)
 
     def clear(self) -> None:
         """At the end of a step: a first pass without a repetition (no backward) leaves nothing."""

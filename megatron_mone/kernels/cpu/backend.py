@@ -99,8 +99,8 @@ def masked_grouped_mlp(
     )
     if isinstance(choose, NeuronMask):
         return y_NH, choose, gate_K, a_K
-    block = choose.block if isinstance(choose, Selection) else 1
-    mask = NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block)
+    block, kept = (choose.block, choose.kept) if isinstance(choose, Selection) else (1, None)
+    mask = NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block, kept)
     return y_NH, mask, gate_K, a_K
 
 

@@ -39,14 +39,15 @@ def uniform_mask(index_NS: Tensor, neurons: int, block: int = 1) -> NeuronMask:
     """
     rows, kept = index_NS.shape
     offsets_N1 = torch.arange(rows + 1, device=index_NS.device) * kept
-    return NeuronMask.unchecked(index_NS.reshape(-1), offsets_N1, neurons, block)
+    return NeuronMask.unchecked(index_NS.reshape(-1), offsets_N1, neurons, block, kept)
 
 
 def uniform_rows(mask: NeuronMask) -> Tensor | None:
-    """[N, S] neurons of a mask whose rows all keep S > 0, else None. Waits for the device."""
-    rows, entries = mask.num_rows, mask.indices_K.numel()
+    """[N, S] neurons of a mask whose rows all keep S > 0, else None. Waits for the device where
+    the mask does not know that they do (`kept`)."""
+    rows, entries = mask.num_rows, mask.num_entries
     if not rows or not entries or entries % rows:
         return None
-    if bool((mask.row_lengths_N != entries // rows).any()):
+    if mask.kept is None and bool((mask.row_lengths_N != entries // rows).any()):
         return None
     return mask.indices_K.contiguous().view(rows, -1)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.config import MoNEConfig
-from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits, unpack_bits
+from megatron_mone.kernels.neuron_bits import pack_bits, unpack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.padding import mark_padding
 
 

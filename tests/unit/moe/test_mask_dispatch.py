@@ -8,7 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.kernels.neuron_bits import pack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
 

@@ -10,7 +10,8 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_mone.kernels.neuron_mask import NeuronMask, pack_bits
+from megatron_mone.kernels.neuron_bits import pack_bits
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.padding import unmark_padding
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_mone.kernels.neuron_mask import unpack_bits
+from megatron_mone.kernels.neuron_bits import unpack_bits
 from megatron_mone.moe.masks.tape import TokenPlaces, record_masks, replay_masks
 from megatron_mone.moe.masks.trace import LayerMasks, MaskTrace, mask_file, read_masks
 from tests.unit.moe.builders import build_layer
