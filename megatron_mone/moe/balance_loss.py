@@ -88,6 +88,7 @@ def gate_shares(
     num_blocks: int,
     *,
     loss_type: str,
+    has_outside: bool = False,
     activation: str = "silu",
     etp_group: ProcessGroup | None = None,
 ) -> GateShares:
@@ -95,9 +96,10 @@ def gate_shares(
 
     Args:
         output: of the experts; its `gate_NF` is needed by `normalized` only.
-        block_N: [N] int64, the block of each row.
+        block_N: [N] int64, the block of each row; B for a row of none.
         num_blocks: B.
         loss_type: a key of LOSS_SHARES.
+        has_outside: whether there may be rows of no block.
         activation: the experts' gate activation.
         etp_group: ranks that hold the other neurons of the same rows.
     """
@@ -112,8 +114,9 @@ def gate_shares(
         )
         gate_K, a_K = output.gate_NF.flatten(), None
     return GateShares(
-        mask, gate_K, block_N, num_blocks, loss_type != "raw", a_K, activation, etp_group
-    )
+        mask, gate_K, block_N, num_blocks, loss_type != "raw", a_K, activation, etp_group,
+        has_outside,
+    )  # fmt: skip
 
 
 def row_weights(

@@ -34,12 +34,13 @@ class GateShares:
     Attributes:
         mask: the entries.
         gate_K: [K] their gate activations, with gradient.
-        block_N: [N] int64, block of each row.
+        block_N: [N] int64, block of each row; B for a row of none.
         num_blocks: B.
         scale_free: whether a row's shares are divided by their sum.
         a_K: [K] pre-activations that something else keeps for backward, or None.
         activation: sigma, elementwise; only used with a_K.
         etp_group: ranks that hold the other neurons of the same rows.
+        has_outside: whether there may be rows of no block.
     """
 
     mask: NeuronMask
@@ -50,6 +51,7 @@ class GateShares:
     a_K: Tensor | None = None
     activation: str = "silu"
     etp_group: ProcessGroup | None = None
+    has_outside: bool = False
 
     @torch.no_grad()
     def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -62,7 +64,8 @@ class GateShares:
         """
         entries = gate_sums(self.mask, self.gate_K, self.block_N)
         total_N = _over_ranks(entries.row_sums(), self.etp_group) if self.scale_free else None
-        return *entries.share_sums(self.num_blocks, total_N), total_N
+        share_BF, counts_BF = entries.share_sums(self.num_blocks + self.has_outside, total_N)
+        return share_BF[: self.num_blocks], counts_BF[: self.num_blocks], total_N
 
     def loss(self, weight_BF: Tensor, share_BF: Tensor, total_N: Tensor | None) -> Tensor:
         """Scalar sum of weight times share, with its gradient.
@@ -74,9 +77,12 @@ class GateShares:
         return _Loss.apply(self.gate_K, self, weight_BF, share_BF, total_N)
 
 
-def kept_counts(output: GroupedMLPOutput, block_N: Tensor, num_blocks: int) -> Tensor:
-    """[B, F_l] int64 rows of each block that keep each neuron."""
-    return gate_sums(output.mask, output.gate_K, block_N).share_sums(num_blocks, None)[1]
+def kept_counts(
+    output: GroupedMLPOutput, block_N: Tensor, num_blocks: int, has_outside: bool = False
+) -> Tensor:
+    """[B, F_l] int64 rows of each block that keep each neuron; arguments as of GateShares."""
+    entries = gate_sums(output.mask, output.gate_K, block_N)
+    return entries.share_sums(num_blocks + has_outside, None)[1][:num_blocks]
 
 
 def gate_sums(mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> TorchGateSums | native.GateSums:
@@ -107,7 +113,9 @@ class TorchGateSums:
         if total_N is not None:
             size_K = size_K / _divisor(total_N)[self.row_K]
         share_BF = size_K.new_zeros(cells).index_add_(0, self.cell_K, size_K)
-        counts_BF = torch.bincount(self.cell_K, minlength=cells)
+        counts_BF = self.cell_K.new_zeros(cells).index_add_(
+            0, self.cell_K, torch.ones_like(self.cell_K)
+        )  # bincount would wait for the device
         return share_BF.view(blocks, -1), counts_BF.view(blocks, -1)
 
     def slopes(self, weight_BF: Tensor, total_N: Tensor | None, loss_N: Tensor | None) -> Tensor:
@@ -125,8 +133,11 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, gate_K, shares: GateShares, weight_BF, share_BF, total_N):
         kept = gate_K if shares.a_K is None else shares.a_K
         mask = shares.mask
+        weights = weight_BF
+        if shares.has_outside:  # which weigh nothing
+            weights = torch.nn.functional.pad(weight_BF, (0, 0, 0, 1))
         ctx.save_for_backward(
-            kept, mask.indices_K, mask.offsets_N1, shares.block_N, weight_BF, total_N
+            kept, mask.indices_K, mask.offsets_N1, shares.block_N, weights, total_N
         )
         ctx.num_neurons, ctx.etp_group = mask.num_neurons, shares.etp_group
         ctx.activation = None if shares.a_K is None else shares.activation

@@ -15,7 +15,6 @@ from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.dispatch.build import build_dispatcher
 from megatron_mone.moe.dispatch.carrier import MaskCarrier
 from megatron_mone.moe.dispatch.flex import check_flex_packages
-from megatron_mone.moe.dispatch.row_sources import rows_by_source
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.finite_check import check_finite
 from megatron_mone.moe.masks.tape import MaskTape
@@ -137,7 +136,7 @@ class MoNELayer(MoELayer):
             real_N = ~padding_N if real_N is None else real_N & ~padding_N
         return self.neuron_balancer(
             output,
-            rows_by_source(self.token_dispatcher, tokens_per_expert),
+            self.token_dispatcher.rows_by_source(tokens_per_expert),
             layer_number=self.layer_number,
             local_tokens=self._local_tokens(),
             real_N=real_N,

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_mone.config import MoNEConfig, neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
-from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map
+from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map, cell_of_row
 from megatron_mone.moe.experts import MoNEExperts
 from megatron_mone.moe.gate_shares import kept_counts
 from megatron_mone.moe.metrics import install_tracker
@@ -57,6 +57,11 @@ class NeuronBalancer:
         neurons = experts.w_gate_EFH.shape[1]
         device = experts.w_gate_EFH.device
         self.load = NeuronLoad(experts.num_local_experts, neurons, device)
+        count = experts.num_local_experts
+        self.block_of_cell = torch.tensor(self.source_map.block_of_cell(count, parted=True))
+        self.expert_of_cell = torch.tensor(self.source_map.block_of_cell(count, parted=False))
+        self.microbatch_of_rank = torch.tensor(self.source_map.microbatch_of_rank)
+        self._tables: dict[tuple[int, torch.device], Tensor] = {}
         # Scope global_batch: sums over this step's rows here, and the micro-batches in them.
         self.step_sums: BlockStatistics | None = None
         self.step_microbatches = 0
@@ -85,27 +90,27 @@ class NeuronBalancer:
         """
         self.layer_number = layer_number
         y_NH = output.y_NH
-        if real_N is not None:
-            output, rows_ER = without_padding(output, rows_ER, real_N)
         tokens_M = self._real_tokens(padding_T)
         parted = self.by_microbatch or tokens_M is not None
-        block_N, num_blocks = self._blocks(rows_ER, parted)
-        block_N = block_N.to(y_NH.device)
-        rows_B = torch.bincount(block_N, minlength=num_blocks)
+        block_N, rows_B = self._blocks(rows_ER, y_NH.shape[0], parted, real_N)
+        num_blocks = rows_B.numel()
+        bounded = self.config.moe_expert_rank_capacity_factor is not None  # N is a bound
+        has_outside = bounded or real_N is not None
         if not self.has_loss:
-            self.load.add(kept_counts(output, block_N, num_blocks), rows_B)
+            self.load.add(kept_counts(output, block_N, num_blocks, has_outside), rows_B)
             return y_NH
         shares = gate_shares(
             output,
             block_N,
             num_blocks,
             loss_type=self.config.mone_ng_loss_type,
+            has_outside=has_outside,
             activation=self.config.mone_activation,
             etp_group=self.experts.etp_group,
         )
         share_BF, counts_BF, total_N = shares.sums()
         if shares.mask is not output.mask:  # of all neurons
-            counts_BF = kept_counts(output, block_N, num_blocks)
+            counts_BF = kept_counts(output, block_N, num_blocks, has_outside)
         self.load.add(counts_BF, rows_B)
         dtype = share_BF.dtype
         statistics = BlockStatistics(rows_B.to(dtype), counts_BF.to(dtype), share_BF)
@@ -149,19 +154,36 @@ class NeuronBalancer:
         parts = [torch.empty_like(tokens) for _ in range(self.tp_ep_group.size())]
         torch.distributed.all_gather(parts, tokens, group=self.tp_ep_group)
         tokens_M = tokens.new_zeros(self.source_map.num_microbatches)
-        tokens_M[list(self.source_map.microbatch_of_rank)] = torch.cat(parts)
-        return tokens_M
+        of_rank = self._table(self.microbatch_of_rank, tokens)
+        return tokens_M.index_copy_(0, of_rank, torch.cat(parts))
 
-    def _blocks(self, rows_ER: Tensor, parted: bool) -> tuple[Tensor, int]:
-        """[N] block of each row and their number: local expert * M + micro-batch, or the expert."""
-        experts = rows_ER.shape[0]
-        if not parted:
-            return torch.arange(experts).repeat_interleave(rows_ER.sum(dim=1)), experts
-        count = self.source_map.num_microbatches
-        block_ER = (
-            torch.arange(experts).unsqueeze(1) * count + self.source_map.microbatch_of_source_R
-        )
-        return block_ER.flatten().repeat_interleave(rows_ER.flatten()), experts * count
+    def _blocks(
+        self, rows_ER: Tensor, rows: int, parted: bool, real_N: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Blocks are local expert * M + micro-batch where they are `parted`, else experts.
+
+        Returns:
+            [N] block of each row, B for one that is not real; [B] real rows of each block.
+        """
+        block_X = self._table(self.block_of_cell if parted else self.expert_of_cell, rows_ER)
+        block_N = block_X[cell_of_row(rows_ER, rows)]
+        none = self.experts.num_local_experts
+        if parted:
+            none *= self.source_map.num_microbatches
+        rows_of_B = rows_ER.new_zeros(none + 1)
+        if real_N is None:
+            rows_of_B.index_add_(0, block_X[:-1], rows_ER.flatten())
+        else:
+            block_N = block_N.masked_fill(~real_N, none)
+            rows_of_B.index_add_(0, block_N, torch.ones_like(block_N))
+        return block_N, rows_of_B[:-1]
+
+    def _table(self, numbers: Tensor, like: Tensor) -> Tensor:
+        """Numbers of the layout where `like` is; they go to a device once."""
+        key = (id(numbers), like.device)
+        if key not in self._tables:
+            self._tables[key] = numbers.to(like.device)
+        return self._tables[key]
 
     def _weights(self, statistics: BlockStatistics, rows_per_share: float) -> Tensor:
         return row_weights(
@@ -222,25 +244,3 @@ class NeuronBalancer:
             tp_ep_group=self.tp_ep_group,
             etp_size=self.experts.etp_group.size(),
         )
-
-
-def without_padding(
-    output: GroupedMLPOutput, rows_ER: Tensor, real_N: Tensor
-) -> tuple[GroupedMLPOutput, Tensor]:
-    """The experts' output and the row counts without the rows that Megatron padded.
-
-    Args:
-        output: of the experts, N rows.
-        rows_ER: [E_l, R] rows per local expert and source, in row order.
-        real_N: [N] bool.
-    """
-    cell_N = torch.arange(rows_ER.numel()).repeat_interleave(rows_ER.flatten())
-    real = torch.bincount(cell_N[real_N.cpu()], minlength=rows_ER.numel())
-    mask, gate_NF = output.mask, output.gate_NF
-    kept = GroupedMLPOutput(
-        output.y_NH[real_N],
-        mask.rows(real_N.nonzero().flatten()),
-        output.gate_K[real_N[mask.rows_K]],
-        None if gate_NF is None else gate_NF[real_N],
-    )
-    return kept, real.view_as(rows_ER)

@@ -5,7 +5,7 @@ wire, and is cut there to the neurons that this expert-tensor rank holds. A mask
 experts goes back the same way (`return_mask`), to be recorded. May touch: NeuronMask.
 
 Shapes: N rows, B = ceil(F / 8) bytes of a packed row, F neurons of a whole expert, T tokens of this
-rank, E experts in all.
+rank, E experts in all, E_l of them here, R source ranks of the expert group (ETP x EP).
 """
 
 from collections.abc import Sequence
@@ -109,6 +109,24 @@ class MaskCarrier(MoETokenDispatcher):
             padding_T: [T] bool.
         """
         return mark_padding(probs, padding_T)
+
+    def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
+        """Where the rows of the last dispatch came from; waits for no device.
+
+        To be called between `dispatch_postprocess` and `combine_preprocess`, for flex by all ranks
+        of the expert group.
+
+        Args:
+            tokens_per_expert: [E_l] rows per local expert, of `dispatch_postprocess`.
+
+        Returns:
+            [E_l, R] int64 on the tokens' device: row blocks in the order they stand in the
+            dispatched tensor, expert-major, sources in the order of SourceMap.
+
+        Raises:
+            ValueError: a padding whose row layout is not known here.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not tell where rows came from")
 
     def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
         """Bring the masks of this rank's expert rows back to the ranks their tokens came from.

@@ -173,6 +173,37 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         self._arrived_NB = _pick_slots(slots_MW, row_N, expert_N, self.config)
         return processed
 
+    @torch.no_grad()
+    def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier; from the row counts of every rank, which the libraries do not give.
+
+        Both lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
+        prefix sums of its handle, HybridEP by a scan of the gathered routing map.
+
+        Raises:
+            ValueError: a backend whose row layout is not known, or rows padded or dropped there.
+        """
+        manager: Any = self._comm_manager
+        backend, experts = self.config.moe_flex_dispatcher_backend, self.num_local_experts
+        if backend not in ("deepep", "hybridep"):
+            raise ValueError(
+                f"moe_flex_dispatcher_backend = {backend!r}: its row layout is not known; use "
+                "deepep or hybridep with a neuron-granular balance loss of scope micro_batch"
+            )
+        ranks, me = manager.group.size(), manager.group.rank()
+        sent_X = _rows_sent(manager, ranks * experts)
+        parts = [torch.empty_like(sent_X) for _ in range(ranks)]
+        torch.distributed.all_gather(parts, sent_X, group=manager.group)
+        rows_ER = torch.stack(parts).view(ranks, ranks, experts)[:, me].t()
+        if not torch.equal(rows_ER.sum(dim=1), tokens_per_expert.to(rows_ER)):
+            raise ValueError(
+                f"moe_flex_dispatcher_backend = {backend!r}: the experts got "
+                f"{tokens_per_expert.tolist()} rows for {rows_ER.sum(dim=1).tolist()} routed ones: "
+                "with rows padded or dropped there, use alltoall with a neuron-granular balance "
+                "loss"
+            )
+        return rows_ER
+
     @property
     def _is_deepep(self) -> bool:
         return self.config.moe_flex_dispatcher_backend == "deepep"
@@ -209,6 +240,16 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         else:
             goes_TR = manager.routing_map.view(-1, ranks, self.num_local_experts).any(dim=2)
         return int(goes_TR.sum() - goes_TR[:, manager.group.rank()].sum())
+
+
+def _rows_sent(manager: Any, experts: int) -> Tensor:
+    """[experts] int64 rows that this rank's tokens have at each expert of the group."""
+    if manager.config.moe_flex_dispatcher_backend == "hybridep":
+        return manager.routing_map.sum(dim=0)
+    index_X = manager.token_indices.flatten()
+    index_X = torch.where(index_X < 0, experts, index_X)  # dropped
+    sent = index_X.new_zeros(experts + 1)
+    return sent.index_add_(0, index_X, torch.ones_like(index_X))[:experts]
 
 
 def _send_deepep(rows: Tensor, manager: Any) -> Tensor:

@@ -1,21 +1,17 @@
 """What Megatron's token dispatchers know about where a routed row came from.
 
 After dispatch an expert's rows come from every rank of its expert group at once. The balance loss
-needs them by source micro-batch (docs/MODEL.md, "Scope"), so the layer asks for the number of rows
-per local expert and source rank, in the order in which the dispatcher lays them out.
+needs them by source micro-batch (docs/MODEL.md, "Scope"), so the layer asks its dispatcher for the
+number of rows per local expert and source rank, in the order in which it lays them out
+(`MaskCarrier.rows_by_source`). Counts stay on the tokens' device, and nothing here waits for it.
+
+Shapes: N routed rows, E_l experts of this rank, R source ranks.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import (
-    MoEAllGatherTokenDispatcher,
-    MoEAlltoAllTokenDispatcher,
-    MoEFlexTokenDispatcher,
-    MoETokenDispatcher,
-)
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -39,10 +35,12 @@ class SourceMap:
     replica_group: ProcessGroup | None
     microbatch_of_rank: tuple[int, ...]
 
-    @cached_property
-    def microbatch_of_source_R(self) -> Tensor:
-        """[R] int64."""
-        return torch.tensor(self.microbatch_of_source)
+    def block_of_cell(self, experts: int, *, parted: bool) -> list[int]:
+        """Block of each cell e * R + r of `experts` local experts: e * M + m, or e where micro-
+        batches are not `parted`; then the number of blocks, for rows of no cell."""
+        order = self.microbatch_of_source if parted else (0,) * len(self.microbatch_of_source)
+        count = self.num_microbatches if parted else 1
+        return [e * count + m for e in range(experts) for m in order] + [experts * count]
 
 
 class Shard(NamedTuple):
@@ -99,82 +97,12 @@ def build_source_map(
     return SourceMap(tuple(order), len(index), replicas, tuple(by_rank))
 
 
-def rows_by_source(dispatcher: MoETokenDispatcher, tokens_per_expert: Tensor) -> Tensor:
-    """Rows per local expert and source rank, to be called after `dispatch_postprocess`.
+def cell_of_row(rows_ER: Tensor, rows: int) -> Tensor:
+    """[N] int64: the cell e * R + r that a row stands in, by its place alone.
 
     Args:
-        dispatcher: a stock dispatcher that has just dispatched. For flex this is a collective of
-            ETP x EP.
-        tokens_per_expert: [E_l] rows per local expert.
-
-    Returns:
-        [E_l, R] int64 on the CPU: row blocks in the order they stand in the dispatched tensor,
-        expert-major, sources in the order of SourceMap.
-
-    Raises:
-        ValueError: a dispatcher or a padding whose row layout is not known here.
+        rows_ER: [E_l, R] int64 rows per local expert and source, in row order.
+        rows: N; rows beyond the counted ones stand in cell E_l * R.
     """
-    experts = tokens_per_expert.numel()
-    if isinstance(dispatcher, MoEAlltoAllTokenDispatcher):
-        sources = dispatcher.tp_size * dispatcher.ep_size
-        if sources == 1:
-            return tokens_per_expert.view(experts, 1).long().cpu()
-        if dispatcher.drop_and_pad:
-            assert dispatcher.capacity is not None
-            return torch.full((experts, sources), dispatcher.capacity, dtype=torch.long)
-        if experts == 1:
-            # preprocess() keeps the [tp, ep] table only for several local experts
-            return _single_expert_rows(dispatcher).view(1, sources)
-        return dispatcher.num_global_tokens_per_local_expert.view(sources, experts).t().cpu()
-    if isinstance(dispatcher, MoEAllGatherTokenDispatcher):
-        sources = dispatcher.tp_size * dispatcher.ep_size
-        return dispatcher.local_map.view(sources, -1, experts).sum(dim=1).t().cpu()
-    if isinstance(dispatcher, MoEFlexTokenDispatcher):
-        return _flex_rows(dispatcher, tokens_per_expert)
-    raise ValueError(
-        f"moe_token_dispatcher_type: the row layout of {type(dispatcher).__name__} is not known; "
-        "use alltoall, allgather or flex with a neuron-granular balance loss of scope micro_batch"
-    )
-
-
-def _single_expert_rows(dispatcher: MoEAlltoAllTokenDispatcher) -> Tensor:
-    """[tp * ep] rows for the only local expert, ETP-major, exchanged over the ETP ranks."""
-    mine_R = torch.as_tensor(dispatcher.output_splits, dtype=torch.long).reshape(-1)
-    if dispatcher.tp_size == 1:
-        return mine_R
-    mine_R = mine_R.to(dispatcher.routing_map.device)
-    parts = [torch.empty_like(mine_R) for _ in range(dispatcher.tp_size)]
-    torch.distributed.all_gather(parts, mine_R, group=dispatcher.tp_group)
-    return torch.cat(parts).cpu()
-
-
-def _flex_rows(dispatcher: MoEFlexTokenDispatcher, tokens_per_expert: Tensor) -> Tensor:
-    """[E_l, R] from the row counts of every rank, which the libraries keep to themselves.
-
-    Both lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
-    prefix sums of its handle, HybridEP by a scan of the gathered routing map.
-    """
-    manager: Any = dispatcher._comm_manager
-    backend = dispatcher.config.moe_flex_dispatcher_backend
-    experts, ranks = tokens_per_expert.numel(), manager.group.size()
-    if backend == "deepep":
-        index_TK = manager.token_indices
-        sent_X = torch.bincount(index_TK[index_TK >= 0], minlength=ranks * experts)
-    elif backend == "hybridep":
-        sent_X = manager.routing_map.sum(dim=0)
-    else:
-        raise ValueError(
-            f"moe_flex_dispatcher_backend = {backend!r}: its row layout is not known; use deepep "
-            "or hybridep with a neuron-granular balance loss of scope micro_batch"
-        )
-    parts = [torch.empty_like(sent_X) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, sent_X, group=manager.group)
-    sent_RRE = torch.stack(parts).view(ranks, ranks, experts)
-    rows_ER = sent_RRE[:, manager.group.rank()].t().cpu()
-    if not torch.equal(rows_ER.sum(dim=1), tokens_per_expert.cpu().long()):
-        raise ValueError(
-            f"moe_flex_dispatcher_backend = {backend!r}: the experts got "
-            f"{tokens_per_expert.tolist()} rows for {rows_ER.sum(dim=1).tolist()} routed ones; "
-            "with rows padded or dropped there, use alltoall with a neuron-granular balance loss"
-        )
-    return rows_ER
+    ends = rows_ER.flatten().cumsum(0)
+    return torch.searchsorted(ends, torch.arange(rows, device=ends.device), right=True)

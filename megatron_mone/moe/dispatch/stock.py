@@ -7,6 +7,8 @@ Shapes: as in carrier.py, and E_l experts of this rank, R source ranks of the ex
 (ETP x EP), C rows of an expert's capacity.
 """
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import sort_chunks_by_idxs
@@ -29,6 +31,27 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
     """
 
     capacity: int  # type: ignore[assignment]  # Megatron sets it in `preprocess`
+    rows_RE: Tensor  # [R, E_l], or [EP, 1] where `rows_by_source` gathers the rest
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cudagraph_attrs.append("rows_RE")
+
+    def preprocess(self, routing_map: Tensor) -> Tensor:
+        """See MoEAlltoAllTokenDispatcher; keeps the table of rows before it goes to the host."""
+        rows_E = super().preprocess(routing_map)
+        sources, experts = self.tp_size * self.ep_size, self.num_local_experts
+        if self.drop_and_pad:
+            self.rows_RE = torch.full(
+                (sources, experts), self.capacity, dtype=torch.long, device=routing_map.device
+            )
+        elif experts > 1:
+            self.rows_RE = self.num_global_tokens_per_local_expert
+        else:  # Megatron drops the table of one expert
+            splits = rows_E if sources == 1 else self.output_splits
+            assert splits is not None
+            self.rows_RE = splits.view(-1, 1)
+        return rows_E
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -99,6 +122,14 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
             )
         self._arrived_NB = bits_NB
         return processed
+
+    @torch.no_grad()
+    def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier; a collective of ETP where the rank has one expert and no capacity."""
+        rows_RE = self.rows_RE
+        if rows_RE.shape[0] < self.tp_size * self.ep_size:
+            rows_RE = gather_from_sequence_parallel_region(rows_RE, group=self.tp_group)
+        return rows_RE.t()
 
     @torch.no_grad()
     def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:
@@ -178,6 +209,11 @@ class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
         processed = super().dispatch_postprocess(hidden_states, probs)
         self._arrived_NB = bits_NB[self._local_rows(map_RET)]
         return processed
+
+    def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier."""
+        sources, experts = self.tp_size * self.ep_size, self.num_local_experts
+        return self.local_map.view(sources, -1, experts).sum(dim=1).t()
 
     @torch.no_grad()
     def return_mask(self, mask: NeuronMask, routing_map: Tensor) -> Tensor:

@@ -103,3 +103,24 @@ def test_nothing_per_entry_is_kept():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         terms.loss(weight_BF, share_BF, total_N)
     assert sum(saved.values()) == 4 * weight_BF.numel() + 200 * (4 + 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_no_block_are_as_if_they_were_not_there(dtype):
+    """To the bit, native and in torch; their gates have no gradient."""
+    mask, gate_K, block_N, weight_BF = entries(40, 33, dtype)
+    real_N = torch.rand(40, generator=torch.Generator().manual_seed(1)) < 0.6
+    real_K, results = real_N[mask.rows_K], []
+    for kept, gate, block, outside in (
+        (mask, gate_K, block_N.masked_fill(~real_N, 3), True),
+        (mask.rows(real_N.nonzero().flatten()), gate_K[real_K], block_N[real_N], False),
+    ):
+        gate = gate.clone().requires_grad_()
+        terms = GateShares(kept, gate, block, 3, has_outside=outside)
+        share_BF, counts_BF, total_N = terms.sums()
+        loss = terms.loss(weight_BF.to(dtype), share_BF, total_N)
+        results.append((share_BF, counts_BF, loss, torch.autograd.grad(loss, gate)[0]))
+    (*sums, slope_K), (*wanted, wanted_K) = results
+    assert all(torch.equal(a, b) for a, b in zip(sums, wanted, strict=True))
+    assert torch.equal(slope_K[real_K], wanted_K)
+    assert not slope_K[~real_K].any()

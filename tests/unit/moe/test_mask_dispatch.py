@@ -120,6 +120,21 @@ def all_ranks(holds):
     return bool(flag)
 
 
+def check_sources(dispatcher, rows, per_expert):
+    """`rows_by_source` against the origins that the rows themselves name."""
+    owners = torch.distributed.get_process_group_ranks(dispatcher.tp_ep_group)
+    if dispatcher.config.moe_token_dispatcher_type == "alltoall":  # which gathers EP, then ETP
+        owners = [
+            owner for t in range(dispatcher.tp_size) for owner in owners[t :: dispatcher.tp_size]
+        ]
+    got_ER = dispatcher.rows_by_source(per_expert)
+    assert all_ranks(got_ER.shape == (dispatcher.num_local_experts, len(owners)))
+    assert all_ranks(got_ER.dtype == torch.int64)
+    named = [owners[r] for row_R in got_ER.tolist() for r, n in enumerate(row_R) for _ in range(n)]
+    assert all_ranks(named == rows[:, 0].long().tolist())
+    assert all_ranks(got_ER.sum(dim=1).tolist() == per_expert.tolist())
+
+
 def check_arrival(dispatcher, experts, seed, *, same_tokens, exact_topk):
     """Every arrived row holds the mask of its origin and expert, this rank's neurons of it."""
     rank = torch.distributed.get_rank()
@@ -140,6 +155,7 @@ def check_arrival(dispatcher, experts, seed, *, same_tokens, exact_topk):
             want[n] = mask_of(source, token, int(row_expert[n]))
     wanted = NeuronMask.from_bool(want).shard(dispatcher.tp_rank, dispatcher.tp_size)
     assert all_ranks(got == wanted)
+    check_sources(dispatcher, rows, per_expert)
     returned = dispatcher.return_mask(got, maps[rank])
     assert all_ranks(torch.equal(returned, masks_that_return(dispatcher, rank, maps[rank])))
     return dispatcher.bytes_carried - before, maps, rank
@@ -203,6 +219,23 @@ def alltoall_with_quantization_padding_carries():
     dispatcher.config.fp8 = "hybrid"  # after the config's own checks, which need a GPU's library
     dispatcher.config.moe_router_padding_for_quantization = True
     check_arrival(dispatcher, 8, 6, same_tokens=False, exact_topk=True)
+
+
+def one_expert_a_rank_knows_its_sources():
+    """Megatron keeps no table of rows for a single local expert."""
+    from megatron.core import parallel_state
+
+    experts = parallel_state.get_expert_model_parallel_world_size()
+    if experts < TOPK:
+        return
+    dispatcher = build("MaskAlltoAllTokenDispatcher", experts)
+    rank = torch.distributed.get_rank()
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(10 * seed + rank)
+        order = torch.rand(11 + 2 * rank, experts, generator=generator).argsort(dim=1)
+        hidden, probs = inputs_of(rank, order < TOPK)
+        rows, per_expert, _ = dispatch(dispatcher, hidden, order < TOPK, probs)
+        check_sources(dispatcher, rows, per_expert)
 
 
 @contextmanager
@@ -294,6 +327,7 @@ CASES = (
     allgather_carries,
     alltoall_with_capacity_carries,
     alltoall_with_quantization_padding_carries,
+    one_expert_a_rank_knows_its_sources,
     without_a_mask_it_is_the_stock_dispatcher,
 )
 

@@ -102,10 +102,8 @@ def copies_by_hand(dispatcher, maps, rank):
 
 def check_sources(dispatcher, rows, per_expert):
     """`rows_by_source` against the origins that the rows themselves name."""
-    from megatron_mone.moe.dispatch.row_sources import rows_by_source
-
     owners = group_ranks(dispatcher)
-    got_ER = rows_by_source(dispatcher, per_expert)
+    got_ER = dispatcher.rows_by_source(per_expert)
     assert all_ranks(got_ER.shape == (dispatcher.num_local_experts, len(owners)))
     named = [owners[r] for row_R in got_ER.tolist() for r, n in enumerate(row_R) for _ in range(n)]
     assert all_ranks(named == rows[:, 0].long().tolist())
