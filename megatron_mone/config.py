@@ -77,8 +77,9 @@ class MoNEFields:
     when the expert tensor parallel size divides G, selection needs no communication."""
 
     mone_neuron_block: int = 1
-    """B adjacent neurons kept or left together, chosen by the sum of their |g|: a power of two, 1
-    is the paper's choice of single neurons. Blocks of 16 or more give matrix units whole tiles."""
+    """B adjacent neurons kept or left together, chosen by the sum of their |g|: any B that divides
+    F / G, S / G and F / ETP; 1 is the paper's choice of single neurons. Multiples of 16 give matrix
+    units whole tiles."""
 
     mone_ng_loss_type: LossType = "selected"
     """Neuron-granular load balancing: the P_j of f_j * P_j (raw, selected, normalized), or entropy

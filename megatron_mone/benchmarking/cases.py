@@ -58,9 +58,8 @@ class Cell:
             if getattr(self, option) % step:
                 _refuse(option, getattr(self, option), f"a multiple of {step} in {self.dtype} "
                         "(rows of 16 bytes, as grouped_mm needs)")  # fmt: skip
-        if self.neuron_block & (self.neuron_block - 1) or self.neurons % self.neuron_block:
-            _refuse("neuron_block", self.neuron_block, "a power of two that divides --neurons "
-                    f"{self.neurons}")  # fmt: skip
+        if self.neurons % self.neuron_block:
+            _refuse("neuron_block", self.neuron_block, f"a divisor of --neurons {self.neurons}")
         for ratio in self.ratios:
             self._check_ratio(ratio)
 

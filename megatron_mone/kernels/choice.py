@@ -12,12 +12,13 @@ from megatron_mone.kernels.neuron_mask import NeuronMask
 class Selection:
     """Exact top-S of |g| per row, ties to the lower index, NaN above every number.
 
-    With blocks, the S / B blocks of B adjacent neurons with the largest sums of |g|.
+    With blocks, the S / B blocks of B adjacent neurons with the largest sums of |g|, added as
+    `neuron_selection.block_scores` says.
 
     Attributes:
         kept: S neurons of each row.
         groups: G equal contiguous groups of the F neurons; each keeps S / G.
-        block: B, a power of two; 1 is the paper's choice of single neurons.
+        block: B, divides F / G and S / G; 1 is the paper's choice of single neurons.
     """
 
     kept: int
@@ -31,11 +32,8 @@ class Selection:
             ValueError: names the argument of `mone_grouped_mlp`, its value and what is allowed.
         """
         kept, groups, block = self.kept, self.groups, self.block
-        if block < 1 or block & (block - 1) or neurons % block:
-            raise ValueError(
-                f"neuron_block = {block}: it must be a power of two that divides the {neurons} "
-                "neurons"
-            )
+        if block < 1 or neurons % block:
+            raise ValueError(f"neuron_block = {block}: it must divide the {neurons} neurons")
         if groups < 1 or neurons % (groups * block) or kept % (groups * block):
             raise ValueError(
                 f"neurons_per_token = {kept} with neuron_groups = {groups} and neuron_block = "

@@ -47,8 +47,8 @@ def mone_grouped_mlp(
         neurons_per_token: S, kept of the F neurons of each row.
         activation: silu, sigmoid, softmax, gelu or relu.
         neuron_groups: G equal contiguous groups, each keeps S / G.
-        neuron_block: B adjacent neurons chosen together by their summed |g|, a power of two; 1 is
-            the paper's choice.
+        neuron_block: B adjacent neurons chosen together by their summed |g|; any B that divides
+            F / G and S / G, 1 is the paper's choice.
         neuron_mask: N rows over F neurons.
         backend: a name of `registry.BACKENDS`, or "auto" for the fastest usable one.
 

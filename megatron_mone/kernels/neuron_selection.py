@@ -23,8 +23,8 @@ class NeuronSelector:
         min_neurons, max_neurons: S_min and S_max kept per row over all F neurons; both S for topk.
         threshold: fraction of the group's largest score, threshold rule only.
         groups: G equal contiguous groups of the F neurons, each with 1/G of the bounds.
-        block: B adjacent neurons chosen together by the sum of their scores, a power of two that
-            divides the groups' neurons, bounds and slices.
+        block: B adjacent neurons chosen together by the sum of their scores (`block_scores`); B
+            divides the groups' neurons, bounds and slices, so that no rank holds a part of one.
         etp_group: ranks that hold the F neurons in F_l slices, in rank order; None when whole.
         traffic: counts the bytes sent to choose; none when G is a multiple of the ranks.
     """
@@ -120,18 +120,24 @@ class NeuronSelector:
 
 
 def block_scores(score_NF: Tensor, block: int) -> Tensor:
-    """[N, F / block] sums of adjacent scores, added as halves of a block in float32 (or float64):
-    the order is part of the definition, so that every backend and layout finds the same sums.
+    """[N, F / block] sums of adjacent scores, in float32 (or float64), in an order that is part of
+    the definition, so that every backend and layout finds the same sums to the bit:
+    zeros fill a block up to P values, the next power of two; then, for half = P/2, P/4, ... 1,
+    value i becomes value i + value (half + i) for i < half, and value 0 of the last is the sum.
+    A zero changes no score, so only the first step differs where B is a power of two itself.
 
     Args:
         score_NF: [N, F].
-        block: a power of two that divides F; 1 returns the scores as they are.
+        block: B, divides F; 1 returns the scores as they are.
     """
     if block == 1:
         return score_NF
     if score_NF.dtype != torch.float64:
         score_NF = score_NF.float()
     parts_NBW = score_NF.unflatten(1, (-1, block))
+    padding = (1 << (block - 1).bit_length()) - block
+    if padding:
+        parts_NBW = torch.nn.functional.pad(parts_NBW, (0, padding))
     while parts_NBW.shape[2] > 1:
         low_NBW, high_NBW = parts_NBW.chunk(2, dim=2)
         parts_NBW = low_NBW + high_NBW

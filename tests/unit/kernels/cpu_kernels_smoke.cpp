@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -250,6 +251,45 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     for (int64_t i = 0; few && i < E * F * H; ++i) near("few gradient", few_g2[i], g2_plain[i]);
 }
 
+// A block's sum as neuron_selection.block_scores defines it.
+float block_sum(std::vector<float> values) {
+    size_t size = 1;
+    while (size < values.size()) size *= 2;
+    values.resize(size);
+    for (size_t half = size / 2; half; half /= 2)
+        for (size_t i = 0; i < half; ++i) values[i] += values[half + i];
+    return values[0];
+}
+
+// The choice of `kept` neurons of each group of rows of noise, by blocks of any size.
+template <class Index>
+void check_choice(int64_t N, int64_t F, int64_t kept, int64_t groups, int64_t block,
+                  int64_t threads) {
+    const MoneKernels& k = MONE_TABLE;
+    const std::vector<int64_t> start{0, N};
+    MoneShape shape{start.data(), 1, N, F, 0, threads};
+    auto gate = noises(N * F);
+    std::vector<Index> idx(N * kept * groups);
+    std::vector<int32_t> keys(threads * 2 * F);
+    k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data());
+    const int64_t width = F / groups / block;
+    for (int64_t part = 0; part < N * groups; ++part) {
+        std::vector<std::pair<float, int64_t>> order;  // largest sum first, then the lower block
+        for (int64_t b = part * width; b < (part + 1) * width; ++b) {
+            std::vector<float> values(gate.begin() + b * block, gate.begin() + (b + 1) * block);
+            for (float& value : values) value = std::fabs(value);
+            order.push_back({-block_sum(values), b});
+        }
+        std::sort(order.begin(), order.end());
+        std::vector<int64_t> chosen;
+        for (int64_t i = 0; i < kept / block; ++i) chosen.push_back(order[i].second);
+        std::sort(chosen.begin(), chosen.end());
+        for (int64_t i = 0; i < kept; ++i)
+            near("choice", idx[part * kept + i],
+                 chosen[i / block] * block + i % block - part / groups * F);
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -266,6 +306,12 @@ int main() {
             check_blocks<int32_t>({520, 3}, 70, 192, 64, 32, half, threads);
             check_blocks<int16_t>({9}, 600, 576, 576, 64, half, threads);
             check_blocks<int16_t>({14, 2}, 528, 256, 128, 128, half, threads);
+            check_blocks<int16_t>({9, 4}, 40, 288, 96, 48, half, threads);
+            check_blocks<int32_t>({3}, 24, 1408, 352, 352, half, threads);
+        }
+        for (int64_t block : {1, 2, 3, 5, 11, 16, 22, 24, 44, 64, 88, 352}) {
+            check_choice<int16_t>(7, 12 * block, 2 * block, 3, block, threads);
+            check_choice<int32_t>(3, block, block, 1, block, threads);
         }
     }
     std::printf("%d failures\n", failures);

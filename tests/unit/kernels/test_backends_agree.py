@@ -22,7 +22,7 @@ def poisoned(monkeypatch):
 
 @st.composite
 def cases(draw):
-    block = draw(st.sampled_from([1, 1, 2, 16, 32]))
+    block = draw(st.sampled_from([1, 1, 2, 3, 11, 16, 32, 48]))
     groups = draw(st.sampled_from([1, 1, 2]))
     blocks = draw(st.integers(1, 6 if block > 1 else 80))
     kept = draw(st.sampled_from(sorted({1, max(1, blocks // 4), max(1, blocks - 1), blocks})))

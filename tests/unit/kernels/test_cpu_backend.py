@@ -173,6 +173,7 @@ GATES = {
     "nan and inf": lambda: torch.where(torch.rand(40, 60) < 0.5, -torch.nan, torch.inf),
     "tiny": lambda: torch.randn(40, 60) * 1e-42,
     "scales": lambda: torch.randn(40, 60) * 10.0 ** torch.randint(-30, 30, (40, 1)),
+    "order": lambda: torch.where(torch.rand(40, 60) < 0.15, 2.0**24, 1.0),  # sums depend on it
 }
 
 

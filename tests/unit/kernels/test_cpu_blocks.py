@@ -36,9 +36,11 @@ SHAPES = [  # counts, H, F, S, B, groups
     ([17, 64, 97], 257, 1536, 512, 128, 2),
     ([530], 600, 1040, 160, 16, 5),
     ([12, 40], 600, 320, 160, 16, 5),
+    ([7, 30], 40, 288, 144, 48, 3),
+    ([3, 20], 24, 1408, 352, 352, 1),
 ]
 SHAPE_IDS = ["empty-expert", "one-row", "decode", "S=F", "N=0", "E=0", "tiles", "odd", "chunks"]
-SHAPE_IDS += ["ranges"]
+SHAPE_IDS += ["ranges", "B=48", "B=S=352"]
 
 
 def take(monkeypatch, name, counts):
@@ -113,6 +115,29 @@ def test_ready_masks_of_blocks(neurons, block, monkeypatch):
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize(
+    ("neurons", "kept", "groups", "block"),
+    [(88, 22, 1, 11), (88, 44, 2, 22), (88, 22, 1, 22), (96, 24, 1, 24), (24, 6, 1, 3)],
+)
+@pytest.mark.parametrize(("name", "most"), [("few", 12), ("sparse", 70)])
+@pytest.mark.usefixtures("every_set")
+def test_blocks_that_are_no_multiple_of_16_are_computed_entry_by_entry(
+    neurons, kept, groups, block, name, most, monkeypatch
+):
+    """Chosen, and given as recompute does; no other route than the named one is there."""
+    monkeypatch.setattr(backend, "ROUTES", {name: backend.ROUTES[name]})
+    counts, choose = [most, 0, 9], Selection(kept, groups, block)
+    tensors = operands(counts, 40, neurons)
+    mask = assert_close(tensors, counts, choose)
+    assert mask.block == block
+    x, probs, *weights = tensors
+    expected = grouped_mlp_with_gates(
+        x, probs, counts, *weights, choose=choose, backend="reference"
+    )
+    assert mask == expected.mask
+    assert_close(tensors, counts, mask)
+
+
 def test_a_mask_that_only_looks_like_blocks_is_computed_entry_by_entry(monkeypatch):
     """Rows keep a multiple of 16 neurons, but not aligned ones: the mask does not say blocks."""
     monkeypatch.setitem(backend.ROUTES, "blocks", None)
@@ -160,13 +185,18 @@ def test_a_row_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize(
-    ("kept", "groups", "block"), [(2, 1, 2), (16, 1, 4), (48, 3, 8), (64, 2, 32), (192, 1, 64)]
+    ("neurons", "kept", "groups", "block"),
+    [
+        *((192, 2, 1, 2), (192, 16, 1, 4), (192, 48, 3, 8), (192, 64, 2, 32), (192, 192, 1, 64)),
+        *((192, 6, 1, 3), (192, 24, 2, 6), (176, 44, 1, 11), (176, 88, 2, 22), (231, 66, 1, 33)),
+        *((192, 96, 2, 48), (176, 88, 1, 88)),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.usefixtures("every_set")
-def test_block_selection_is_the_selectors(name, kept, groups, block, dtype):
+def test_block_selection_is_the_selectors(name, neurons, kept, groups, block, dtype):
     torch.manual_seed(1)
-    gate = torch.cat([GATES[name]() for _ in range(4)], dim=1)[:, :192].to(dtype)
+    gate = torch.cat([GATES[name]() for _ in range(4)], dim=1)[:, :neurons].to(dtype)
     select = NeuronSelector("topk", kept, kept, groups=groups, block=block)
     expected = NeuronMask.from_bool(select(gate))
     for index in (torch.int16, torch.int32):
@@ -184,6 +214,10 @@ def test_block_scores_are_added_as_halves():
     assert chosen.tolist() == [0, 1, 2, 3]
     select_rows(gate.roll(4, dims=1), Selection(4, 1, 4), chosen)
     assert chosen.tolist() == [4, 5, 6, 7]
+    # three: (2^24 + 1) + 1 is below (1 + 1) + 2^24; from left to right they would tie
+    gate = torch.tensor([[2.0**24, 1.0, 1.0, 1.0, 2.0**24, 1.0]])
+    select_rows(gate, Selection(3, 1, 3), chosen)
+    assert chosen.tolist()[:3] == [3, 4, 5]
 
 
 def test_offsets_are_64_bits():

@@ -25,8 +25,10 @@ def amx(request, monkeypatch):
     ("counts", "share", "block", "expected"),
     [
         (MANY, 0.25, 1, "sparse"), (MANY, 0.25, 8, "sparse"), (MANY, 0.25, 16, "blocks"),
-        (MANY, 0.25, 128, "blocks"), (MANY, 1.0, 1, "dense"), (MANY, 1.0, 16, "dense"),
-        (FEW, 0.25, 1, "few"), (FEW, 1.0, 16, "few"), ((), 0.25, 1, "few"),
+        (MANY, 0.25, 128, "blocks"), (MANY, 0.25, 352, "blocks"), (MANY, 0.25, 176, "blocks"),
+        (MANY, 0.25, 88, "sparse"), (MANY, 0.25, 11, "sparse"), (MANY, 1.0, 1, "dense"),
+        (MANY, 1.0, 16, "dense"), (FEW, 0.25, 352, "few"), (FEW, 0.25, 1, "few"),
+        (FEW, 1.0, 16, "few"), ((), 0.25, 1, "few"),
         ((32, 8), 0.25, 1, "few"), ((32, 8), 0.5, 16, "blocks"), ((32, 8), 1.0, 1, "dense"),
         ((65, 8), 0.01, 1, "sparse"),
     ],

@@ -50,8 +50,9 @@ WRONG = [
     (dict(neurons_per_token=7), "neurons_per_token = 7"),
     (dict(neurons_per_token=0), "neurons_per_token = 0"),
     (dict(neuron_groups=4), "neurons_per_token = 2 with neuron_groups = 4"),
-    (dict(neuron_block=3), "neuron_block = 3: it must be a power of two"),
-    (dict(neuron_block=4), "neuron_block = 4: it must be a power of two that divides the 6"),
+    (dict(neuron_block=0), "neuron_block = 0: it must divide the 6 neurons"),
+    (dict(neuron_block=4), "neuron_block = 4: it must divide the 6 neurons"),
+    (dict(neuron_block=3), "neurons_per_token = 2 with neuron_groups = 1 and neuron_block = 3"),
     (dict(neurons_per_token=3, neuron_block=2), "neurons_per_token = 3 with neuron_groups = 1"),
     (dict(neurons_per_token=None), "give either neurons_per_token or neuron_mask"),
     (

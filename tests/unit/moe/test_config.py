@@ -5,6 +5,7 @@ import torch
 
 from megatron_mone.config import layer_pattern, neurons_per_token, selection_bounds
 from megatron_mone.kernels import BACKENDS
+from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.registry import Backend
 from megatron_mone.model.layer_spec import check_packages
 from megatron_mone.moe.experts import backend_of
@@ -20,9 +21,14 @@ WRONG = [
     (dict(mone_neuron_groups=5), "mone_neuron_groups = 5"),
     (dict(mone_neuron_groups=4), "a divisor of the 6 neurons kept"),
     (dict(mone_neuron_groups=0), "mone_neuron_groups = 0"),
-    (dict(mone_neuron_block=3), "mone_neuron_block = 3 is not allowed: it must be a power of two"),
-    (dict(mone_neuron_block=0), "mone_neuron_block = 0"),
-    (dict(mone_neuron_block=16), "a divisor of the 24 neurons of an expert on each rank"),
+    (dict(mone_neuron_block=0), "mone_neuron_block = 0 is not allowed: it must be at least 1"),
+    (dict(mone_neuron_block=-3), "mone_neuron_block = -3 is not allowed: it must be at least 1"),
+    (
+        dict(mone_neuron_block=6, expert_tensor_parallel_size=8),
+        "mone_neuron_block = 6 is not allowed: it must be a divisor of the 3 neurons of an expert "
+        "on each rank (expert_tensor_parallel_size = 8 cuts no block)",
+    ),
+    (dict(mone_neuron_block=16), "a divisor of the 24 neurons of a group"),
     (dict(mone_neuron_block=4), "a divisor of the 6 neurons kept of a group"),
     (dict(mone_neuron_block=2, mone_neuron_groups=2), "a divisor of the 3 neurons kept of a group"),
     (dict(mone_activation="swish"), "one of silu, sigmoid, softmax, gelu, relu"),
@@ -68,6 +74,20 @@ def test_threshold_bounds_default_to_groups_and_kept():
         mone_neurons_per_token=8,
     )  # fmt: skip
     assert selection_bounds(blocks) == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "kept", "groups", "block", "etp"),
+    [(24, 6, 1, 3, 4), (24, 6, 1, 6, 4), (24, 12, 2, 6, 4), (88, 22, 1, 11, 8), (88, 22, 1, 22, 4),
+     (1408, 352, 1, 352, 4), (1408, 352, 4, 88, 16), (1536, 384, 1, 192, 8)],
+)  # fmt: skip
+def test_a_block_may_have_any_size_that_divides(neurons, kept, groups, block, etp):
+    """The group's neurons, those kept of it, and a rank's: no power of two is asked for."""
+    mone_config(
+        moe_ffn_hidden_size=neurons, mone_neuron_ratio=None, mone_neurons_per_token=kept,
+        mone_neuron_groups=groups, mone_neuron_block=block, expert_tensor_parallel_size=etp,
+    )  # fmt: skip
+    Selection(kept, groups, block).check(neurons)
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def loss_of_one_expert(gate, mask, loss_type, neurons_per_token):
 
 @st.composite
 def cases(draw):
-    groups, block = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 1, 2, 4]))
+    groups, block = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 1, 2, 3, 4]))
     size = draw(st.integers(1, 5))
     kept = draw(st.integers(1, size))
     selection = draw(st.sampled_from(["topk", "threshold"]))

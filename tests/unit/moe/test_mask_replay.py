@@ -50,10 +50,11 @@ def test_recompute_keeps_the_neurons_of_the_first_pass(backend):
         assert_same(a, b, backend)
 
 
-def test_recompute_knows_that_the_mask_is_of_blocks():
+@pytest.mark.parametrize("block", [2, 3, 6])
+def test_recompute_knows_that_the_mask_is_of_blocks(block):
     """So that the repetition takes the kernels of the first pass."""
     layer = build_layer(
-        recompute_granularity="selective", recompute_modules=["moe"], mone_neuron_block=2
+        recompute_granularity="selective", recompute_modules=["moe"], mone_neuron_block=block
     )
     forward, blocks = layer.experts.forward, []
 
@@ -63,7 +64,7 @@ def test_recompute_knows_that_the_mask_is_of_blocks():
 
     layer.experts.forward = watched
     gradients(layer, [torch.randn(10, 2, 16)])
-    assert blocks == [None, 2]
+    assert blocks == [None, block]
 
 
 def test_first_pass_without_a_backward_is_forgotten_at_the_end_of_the_step():

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,7 +63,7 @@ def test_threshold_keeps_the_large_within_bounds(data):
 def test_blocks_are_chosen_by_their_sums(data):
     """Both rules on the sums of blocks, by group; a NaN puts its block on top."""
     rule = data.draw(st.sampled_from(["topk", "threshold"]))
-    block = data.draw(st.sampled_from([1, 2, 4]))
+    block = data.draw(st.sampled_from([1, 2, 3, 4, 5, 11]))
     groups, width = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 4))
     low = data.draw(st.integers(1, width))
     high = low if rule == "topk" else data.draw(st.integers(low, width))
@@ -94,6 +95,32 @@ def test_the_order_of_a_blocks_sum_is_fixed():
     # (big + 1) + (1 + 1); from left to right it would be big
     assert block_scores(row, 4).item() == big + 2
     assert block_scores(row.bfloat16(), 4).dtype == torch.float32
+    # three are four with a zero: (big + 1) + (1 + 0) is big, and (1 + 1) + (big + 0) is big + 2
+    three = torch.tensor([[big, 1.0, 1.0, 1.0, big, 1.0]])
+    assert block_scores(three, 3).tolist() == [[big, big + 2]]
+
+
+def added_as_defined(values: list[numpy.float32]) -> numpy.float32:
+    """Zeros up to a power of two, then each of the first half to its like in the second."""
+    size = 1
+    while size < len(values):
+        size *= 2
+    values = values + [numpy.float32(0)] * (size - len(values))
+    while len(values) > 1:
+        half = len(values) // 2
+        values = [values[i] + values[half + i] for i in range(half)]
+    return values[0]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5, 6, 7, 8, 11, 12, 22, 24, 31, 33, 48, 88, 352])
+def test_a_block_of_any_size_is_added_as_defined(block):
+    """Bit for bit, as a plain loop over float32 numbers adds."""
+    score = torch.rand(3, 4 * block) * 10.0 ** torch.randint(-3, 4, (3, 4 * block))
+    wanted = [
+        [added_as_defined(list(row[b : b + block])) for b in range(0, 4 * block, block)]
+        for row in score.numpy()
+    ]
+    assert torch.equal(block_scores(score, block), torch.tensor(numpy.array(wanted)))
 
 
 def test_bias_moves_the_choice_only():

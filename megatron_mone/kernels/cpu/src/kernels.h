@@ -84,8 +84,8 @@ extern "C" {
 struct MoneKernels {
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
-    // bfloat16, 4: float32), keys is work space of [threads, 2 F]. With `block` above 1 (a power of
-    // two that divides kept) blocks of so many neurons are chosen by their sums, added as halves.
+    // bfloat16, 4: float32), keys is work space of [threads, 2 F]. With `block` above 1 (it divides
+    // kept and a group) blocks of so many neurons are chosen by their sums, added as halves.
     void (*select)(const MoneShape*, const void* gate, int64_t gate_bytes, int64_t kept,
                    int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys);
     // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.

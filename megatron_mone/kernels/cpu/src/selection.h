@@ -29,11 +29,28 @@ inline void add_halves(LooseFloat* values, int64_t count) {
     }
 }
 
+// The first step where `block` is no power of two: block b becomes `half` values, the largest power
+// of two below it, as if zeros filled its second half up.
+inline void add_padded_halves(LooseFloat* values, int64_t count, int64_t block, int64_t half) {
+    for (int64_t b = 0; b < count; ++b) {
+        for (int64_t i = 0; i < block - half; ++i)
+            values[half * b + i] = values[block * b + i] + values[block * b + half + i];
+        for (int64_t i = block - half; i < half; ++i)
+            values[half * b + i] = values[block * b + i];
+    }
+}
+
 // Sums of adjacent blocks of magnitudes, halves first: the order is part of the definition
 // (block_scores of neuron_selection.py).
 inline void sum_blocks(int32_t* keys, int64_t width, int64_t block) {
     LooseFloat* values = reinterpret_cast<LooseFloat*>(keys);
     const int64_t count = width / block;
+    int64_t below = 1;  // the largest power of two below `block`
+    while (2 * below < block) below *= 2;
+    if (2 * below != block) {
+        add_padded_halves(values, count, block, below);
+        block = below;
+    }
     for (int64_t half = block / 2; half >= 16; half /= 2)
         for (int64_t b = 0; b < count; ++b)
             for (int64_t i = 0; i < half; ++i)
