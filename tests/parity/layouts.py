@@ -41,6 +41,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "four layers": ("--num-layers", "4"),
     "groups 2": ("--mone-neuron-groups", "2"),
     "blocks of 4": ("--mone-neuron-block", "4"),
+    "blocks of 11": ("--moe-ffn-hidden-size", "88", "--mone-neuron-block", "11"),
+    "one block of 22": ("--moe-ffn-hidden-size", "88", "--mone-neuron-block", "22"),
     "shared experts": ("--moe-shared-expert-intermediate-size", "32"),
     "per-token loss": ("--calculate-per-token-loss",),
     "token dropping": ("--moe-expert-capacity-factor", "1.0"),
@@ -116,6 +118,9 @@ _ONE_DISPATCHER = {
     "TP2 ETP2, softmax gate": Layout(2, "softmax gate", TP2),
     "TP2 ETP2, threshold": Layout(2, "threshold", TP2),
     "TP2 ETP2, blocks of 4": Layout(2, "blocks of 4", TP2),
+    "TP2 ETP2, blocks of 11": Layout(2, "blocks of 11", TP2),
+    "EP2, blocks of 11, selective recompute": Layout(2, "blocks of 11", (*EP2, *MOE_RECOMPUTE)),
+    "TP2 ETP2, one block of 22": Layout(2, "one block of 22", TP2),
 }
 LAYOUTS: dict[str, Layout] = {
     **_BOTH_DISPATCHERS,
