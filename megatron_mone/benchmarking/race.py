@@ -173,7 +173,7 @@ def _finite(value: float) -> float | None:
 
 def overlap_of(mask: NeuronMask, expected: NeuronMask) -> float:
     """Share of the expected entries that the mask holds; 1 for none."""
-    total = expected.indices_K.numel()
+    total = expected.num_entries
     return float((mask.to_bool() & expected.to_bool()).sum()) / total if total else 1.0
 
 

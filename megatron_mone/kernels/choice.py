@@ -70,3 +70,8 @@ class BiasedRule:
 
 Choose = Selection | NeuronMask | Callable[[Tensor], Tensor]
 """A selection; a ready mask; or gate activations [N, F] (detached) -> [N, F] bool."""
+
+
+def promised(choose: Choose) -> tuple[int, int | None]:
+    """(B, S) that a choice promises of every row: whole blocks of B neurons, S neurons or None."""
+    return (1, None) if callable(choose) else (choose.block, choose.kept)

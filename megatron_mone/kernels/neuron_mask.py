@@ -250,8 +250,8 @@ class NeuronMask:
 
         Raises:
             ValueError: a width that is not ceil(F / 8), or a bit set beyond neuron F - 1. On a GPU
-                looking for such bits would wait: there it is for who brings them (moe/masks reads
-                them on the CPU).
+                looking for such bits would wait: there it is for who brings them (moe/masks does,
+                of files).
         """
         check_width(bits_NB, num_neurons)
         mask = cls.of_words(words_of(bits_NB), num_neurons, block, kept)

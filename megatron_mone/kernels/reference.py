@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_mone.common.phases import SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
-from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.choice import Choose, promised
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
@@ -42,9 +42,10 @@ def grouped_mlp(
     gate_NF = gate_activation(activation, a_NF, etp_group)
     enter(SELECTION)
     if isinstance(choose, NeuronMask):
-        mask_NF = choose.to_bool()
+        mask, mask_NF = choose, choose.to_bool()
     else:
         mask_NF = apply_rule(choose, gate_NF.detach())
+        mask = NeuronMask.from_bool(mask_NF, *promised(choose))
     enter(UP_DOWN_GEMM)
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
@@ -56,7 +57,6 @@ def grouped_mlp(
             for h, w_down in zip(h_NF.split(tokens_per_expert), w_down_EFH.unbind(), strict=True)
         ]
     )
-    mask = NeuronMask.from_bool(mask_NF, choose.block if isinstance(choose, Selection) else 1)
     return GroupedMLPOutput(y_NH, mask, gate_NF[mask_NF], gate_NF if all_gates else None)
 
 

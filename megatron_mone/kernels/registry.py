@@ -50,7 +50,7 @@ class Call:
     experts: int | None = None
     neurons: int | None = None
     kept_share: float | None = None
-    """S / F."""
+    """S / F; None where asking a given mask would wait for its device."""
 
     def sized(self, rows: int, weight_EFH: Tensor, choose: Choose) -> Call:
         """The same call with the sizes of a batch."""
@@ -62,7 +62,8 @@ class Call:
             )  # fmt: skip
         sized = replace(self, rows=rows, experts=experts, neurons=neurons)
         if isinstance(choose, NeuronMask):
-            return replace(sized, block=choose.block, kept_share=choose.density)
+            share = None if choose.known_entries is None else choose.density
+            return replace(sized, block=choose.block, kept_share=share)
         return replace(sized, by_rule=True)
 
 

@@ -111,6 +111,7 @@ def gate_shares(
             torch.arange(neurons, dtype=index_dtype(neurons), device=block_N.device).repeat(rows),
             torch.arange(rows + 1, device=block_N.device) * neurons,
             neurons,
+            kept=neurons,
         )
         gate_K, a_K = output.gate_NF.flatten(), None
     return GateShares(

@@ -35,7 +35,7 @@ def watch(model):
             return
         rows[number] = rows.get(number, 0) + int(inputs[1].sum())
         if hasattr(output, "mask"):
-            kept[number] = kept.get(number, 0) + output.mask.indices_K.numel()
+            kept[number] = kept.get(number, 0) + output.mask.num_entries
 
     for layer in (m for chunk in model for m in chunk.modules() if isinstance(m, MoELayer)):
         number = layer.layer_number + (layer.config.num_layers if layer.is_mtp_layer else 0)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron_mone.common.phases import UP_DOWN_GEMM, enter
 from megatron_mone.kernels.activations import gate_activation
-from megatron_mone.kernels.choice import Choose, Selection
+from megatron_mone.kernels.choice import Choose, promised
 from megatron_mone.kernels.cpu import build, native
 from megatron_mone.kernels.cpu.block_products import BlockProducts
 from megatron_mone.kernels.cpu.few_products import FewProducts
@@ -99,8 +99,7 @@ def masked_grouped_mlp(
     )
     if isinstance(choose, NeuronMask):
         return y_NH, choose, gate_K, a_K
-    block, kept = (choose.block, choose.kept) if isinstance(choose, Selection) else (1, None)
-    mask = NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], block, kept)
+    mask = NeuronMask.unchecked(indices_K, offsets_N1, w_gate_EFH.shape[1], *promised(choose))
     return y_NH, mask, gate_K, a_K
 
 
@@ -111,7 +110,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         x_NH = unit_stride(x_NH)
         a_K, gate_K, indices_K, offsets_N1 = kept_gates(x_NH, w_gate, layout, choose, activation)
         enter(UP_DOWN_GEMM)
-        block = 1 if callable(choose) else choose.block
+        block, _ = promised(choose)
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, block)
         if a_K is None:
             a_K = _sampled(products, x_NH, w_gate).to(x_NH.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.config import MoNEConfig
-from megatron_mone.kernels.neuron_bits import pack_bits, unpack_bits
+from megatron_mone.kernels.neuron_bits import pack_bits
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.padding import mark_padding
 
@@ -56,7 +56,8 @@ class MaskCarrier(MoETokenDispatcher):
 
         Args:
             bits_NB: [N, ceil(F / 8)] uint8 as `NeuronMask.pack` gives it, over the whole expert's F
-                neurons (`moe_ffn_hidden_size`), on the tokens' device; None to carry nothing. One
+                neurons (`moe_ffn_hidden_size`), on the tokens' device, bits beyond neuron F - 1
+                being 0, which nothing but a CPU is asked for; None to carry nothing. One
                 row per True of this rank's `routing_map` ([T, E]), expert-major and tokens
                 ascending: for every expert e in 0..E-1, for every t with routing_map[t, e]. That is
                 the order of Megatron's `permute`, and the same for both dispatchers.
@@ -90,16 +91,13 @@ class MaskCarrier(MoETokenDispatcher):
         the expert (F / ETP). Rows that Megatron padded keep no neuron. None where no mask was set.
 
         Raises:
-            ValueError: a bit set beyond neuron F - 1, or an ETP size that does not divide F.
+            ValueError: a bit set beyond neuron F - 1 (of bits on the CPU: a GPU is not waited for),
+                or an ETP size that does not divide F.
         """
         bits_NB, self._arrived_NB = self._arrived_NB, None
         if bits_NB is None:
             return None
-        if self._num_neurons % self.tp_size:
-            raise ValueError(f"{self.tp_size} ranks do not divide {self._num_neurons} neurons")
-        width = self._num_neurons // self.tp_size
-        mask_NF = unpack_bits(bits_NB, self._num_neurons)
-        return NeuronMask.from_bool(mask_NF[:, self.tp_rank * width :][:, :width])
+        return NeuronMask.unpack(bits_NB, self._num_neurons).shard(self.tp_rank, self.tp_size)
 
     def mark_padding(self, probs: Tensor, padding_T: Tensor) -> Tensor:
         """Mark the tokens of the next dispatch that are padding; see padding.py.
@@ -149,11 +147,14 @@ class MaskCarrier(MoETokenDispatcher):
 
     def _pack_whole(self, mask: NeuronMask) -> Tensor:
         """[N, ceil(F / 8)]: the neurons of this expert-tensor rank in place, the others 0."""
-        mask_NF, width = mask.to_bool(), mask.num_neurons
+        if self.tp_size == 1:
+            return mask.pack().contiguous()
+        width = mask.num_neurons
         first = self.tp_rank * width
-        return pack_bits(
-            torch.nn.functional.pad(mask_NF, (first, self._num_neurons - first - width))
-        )
+        beyond = self._num_neurons - first - width
+        if not width % 8:
+            return torch.nn.functional.pad(mask.pack(), (first // 8, beyond // 8))
+        return pack_bits(torch.nn.functional.pad(mask.to_bool(), (first, beyond)))
 
     def _start(self) -> Tensor | None:
         """The mask of the dispatch that begins now."""

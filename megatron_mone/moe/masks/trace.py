@@ -215,6 +215,12 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
     if not whole or _digest(keys, bits) != digest:
         raise MaskTraceError(f"{path} is damaged (its masks do not match their digest): record it "
                          "again")  # fmt: skip
+    used = model.moe_ffn_hidden_size % 8
+    if used and bool((bits[:, -1] >> used).any()):  # nobody looks again on a GPU
+        raise MaskTraceError(
+            f"{path} has a mask with a bit set beyond its {model.moe_ffn_hidden_size} neurons: "
+            "record it again"
+        )
     return LayerMasks([keys], [bits])
 
 

@@ -84,7 +84,7 @@ def _chosen(config: Any, choose: Choose, rows: int, neurons: int) -> _Chosen:
     if isinstance(choose, Selection):
         return _Chosen((rows, choose.kept), block=choose.block)
     if isinstance(choose, NeuronMask):
-        return _Chosen((choose.indices_K.numel(),), given=choose, block=choose.block)
+        return _Chosen((choose.num_entries,), given=choose, block=choose.block)
     # A rule over all gates keeps what the config promises.
     kept = round(rows * neurons * neurons_per_token(config) / config.moe_ffn_hidden_size)
     return _Chosen((kept,), rule=choose)

@@ -5,7 +5,7 @@ import torch
 
 from megatron_mone.kernels.neuron_bits import unpack_bits
 from megatron_mone.moe.masks.tape import TokenPlaces, record_masks, replay_masks
-from megatron_mone.moe.masks.trace import LayerMasks, MaskTrace, mask_file, read_masks
+from megatron_mone.moe.masks.trace import LayerMasks, MaskTrace, TraceModel, mask_file, read_masks
 from tests.unit.moe.builders import build_layer
 from tests.unit.moe.test_layer import assert_same
 
@@ -178,6 +178,17 @@ def test_damaged_and_foreign_files_are_refused(saved, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"layer-001.pt is missing"):
         read_masks(path, 0, 1, model)
+
+
+def test_a_bit_beyond_the_last_neuron_is_refused(tmp_path):
+    model = TraceModel(16, 1, 4, 12, 7)
+    trace = MaskTrace(model)
+    trace.layer(0, 1).add(torch.tensor([3]), torch.tensor([[255, 15]], dtype=torch.uint8))
+    trace.layer(0, 2).add(torch.tensor([3]), torch.tensor([[255, 16]], dtype=torch.uint8))
+    trace.save(tmp_path, step=0)
+    read_masks(mask_file(tmp_path, 0, 1), 0, 1, model)
+    with pytest.raises(ValueError, match=r"layer-002.pt has a mask .* beyond its 12 neurons"):
+        read_masks(mask_file(tmp_path, 0, 2), 0, 2, model)
 
 
 def trace_bits(data):
