@@ -99,7 +99,7 @@ def _train(
     from megatron_mone.model.loss_check import rejection
     from megatron_mone.model.profile_window import window_of
     from megatron_mone.model.step_flops import step_flops
-    from megatron_mone.moe.finite_check import NonFiniteExpertError
+    from megatron_mone.moe import faults
     from megatron_mone.moe.masks.trace import MaskTraceError
     from megatron_mone.moe.metrics import install_tracker
     from megatron_mone.profiling.attach import attach
@@ -116,6 +116,7 @@ def _train(
     set_startup_timestamps(program_start=started, main_entry=time.time())
     end_profile = attach(args, words, window_of(args))
     end_progress = liveness.report_progress()
+    end_looks = liveness.on_step_end(faults.look)  # evaluation has no optimizer that looks
     try:
         pretrain(container, datasets_provider, ModelType.encoder_or_decoder, forward_step)
     except CheckpointingException as error:
@@ -126,18 +127,19 @@ def _train(
         failure.fail(str(error), LEASE_LOST)
     except SaveFailedError as error:
         failure.fail(str(error), SAVE_FAILED)
-    except (NonFiniteExpertError, MaskTraceError) as error:
+    except (faults.NonFiniteExpertError, MaskTraceError) as error:
         status = USER_ERROR if isinstance(error, MaskTraceError) else NOT_FINITE
         failure.fail(str(error), status)
     except (RuntimeError, SystemExit) as error:
         if refused := rejection(error):
-            failure.fail(refused, NOT_FINITE)
+            failure.fail(faults.words() or refused, NOT_FINITE)
         if isinstance(error, RuntimeError) or stop is None or not stop.stopped:
             raise
         raise SystemExit(STOPPED) from None
     finally:
         end_profile()
         end_progress()
+        end_looks()
         ownership.release()
         if (
             stop is not None and not stop.stopped

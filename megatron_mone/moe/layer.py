@@ -12,11 +12,12 @@ from torch import Tensor
 from megatron_mone.config import MoNEConfig
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.moe import faults
 from megatron_mone.moe.dispatch.build import build_dispatcher
 from megatron_mone.moe.dispatch.carrier import MaskCarrier
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts
-from megatron_mone.moe.finite_check import check_finite
+from megatron_mone.moe.finite_check import FiniteCheck
 from megatron_mone.moe.masks.tape import MaskTape
 from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.neuron_balancer import NeuronBalancer
@@ -60,6 +61,7 @@ class MoNELayer(MoELayer):
         self.neuron_balancer = NeuronBalancer(
             config, self.experts, pg_collection, is_mtp_layer=is_mtp_layer
         )
+        self.finite_check = FiniteCheck(self.local_expert_indices[0], self._table_number)
         self.recompute_masks = RecomputeMasks()
         self.mask_tape = MaskTape(config, pg_collection)
         self.mask_tape.follow_config(lambda: install_tracker().step() if self.training else None)
@@ -112,8 +114,8 @@ class MoNELayer(MoELayer):
             mask = self.recompute_masks.take(rows.shape[0], self.experts.w_gate_EFH.shape[1])
         output = self.experts(rows, tokens_per_expert, row_probs, mask)
         if self.config.mone_check_for_nan:
-            first, layer = self.local_expert_indices[0], self._table_number()
-            check_finite(output.y_NH, row_probs, tokens_per_expert, first, layer)
+            rows_E = self.token_dispatcher.rows_on_device(tokens_per_expert)
+            self.finite_check(output.y_NH, row_probs, rows_E)
         self.recompute_masks.keep(output.mask)
         self._record(output.mask)
         y_NH = output.y_NH
@@ -144,7 +146,8 @@ class MoNELayer(MoELayer):
         )
 
     def end_step(self) -> None:
-        """After the optimizer step, on every rank."""
+        """After the optimizer step, on every rank; raises what faults.look does."""
+        faults.look()  # where the optimizer skipped its step
         self.neuron_balancer.end_step()
         self.recompute_masks.clear()
         self.mask_tape.end_step()

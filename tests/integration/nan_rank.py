@@ -3,6 +3,7 @@
 import os
 
 from megatron_mone import pretrain
+from megatron_mone.moe import faults
 from megatron_mone.moe.experts import MoNEExperts
 
 forward = MoNEExperts.forward
@@ -17,5 +18,6 @@ def breaking_forward(self, *args, **kwargs):
     return forward(self, *args, **kwargs)
 
 
+faults.DEFER = os.environ["DEFER"] == "True"
 MoNEExperts.forward = breaking_forward
 pretrain.main()

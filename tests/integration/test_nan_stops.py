@@ -11,13 +11,20 @@ from tests.training_cases import MOCK, MONE, ROOT, TINY
 pytestmark = pytest.mark.slow
 
 
-def test_nan_in_one_expert_names_rank_layer_and_expert(tmp_path):
+@pytest.mark.parametrize(
+    ("deferred", "flags"),
+    [(False, []), (True, []), (True, ["--no-check-for-nan-in-loss-and-grad"])],
+    ids=["at once", "when the loss is refused", "before the optimizer"],
+)
+def test_nan_in_one_expert_names_rank_layer_and_expert(deferred, flags):
+    """At once, or as on a GPU at the end of the step: before the optimizer's, or when Megatron
+    refuses the loss, which is NaN on both ranks by then."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "tests.integration.nan_rank", *TINY, *MONE, *MOCK, "--train-iters", "20"),
-        *("--expert-model-parallel-size", "2"),
+        *("--expert-model-parallel-size", "2", *flags),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEFER": str(deferred)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )

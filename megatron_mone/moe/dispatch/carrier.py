@@ -108,6 +108,15 @@ class MaskCarrier(MoETokenDispatcher):
         """
         return mark_padding(probs, padding_T)
 
+    def rows_on_device(self, tokens_per_expert: Tensor) -> Tensor:
+        """[E_l] int64 rows per local expert on the tokens' device, without waiting for it.
+
+        Args:
+            tokens_per_expert: the same, of `dispatch_postprocess`, which Megatron may have brought
+                to the host.
+        """
+        raise NotImplementedError(f"{type(self).__name__} keeps no counts on its device")
+
     def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
         """Where the rows of the last dispatch came from; waits for no device.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_mone.config import MoNEConfig
 from megatron_mone.moe.dispatch.carrier import MaskCarrier, check_rows, predicted_mask_bytes
+from megatron_mone.moe.faults import FaultWatch, deferred
 from megatron_mone.moe.padding import mark_padding
 
 TAG_BYTES = 2  # expert + 1, low byte first; 0 is an empty slot
@@ -85,6 +86,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     ) -> None:
         _check_backend(config.moe_flex_dispatcher_backend)
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+        self._rows_differ = FaultWatch(self._rows_error)
 
     def set_mask(self, bits_NB: Tensor | None) -> None:
         """See MaskCarrier.
@@ -181,7 +183,8 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         prefix sums of its handle, HybridEP by a scan of the gathered routing map.
 
         Raises:
-            ValueError: a backend whose row layout is not known, or rows padded or dropped there.
+            ValueError: a backend whose row layout is not known; rows padded or dropped there, on a
+                GPU at the end of the step (moe/faults.py).
         """
         manager: Any = self._comm_manager
         backend, experts = self.config.moe_flex_dispatcher_backend, self.num_local_experts
@@ -195,14 +198,30 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         parts = [torch.empty_like(sent_X) for _ in range(ranks)]
         torch.distributed.all_gather(parts, sent_X, group=manager.group)
         rows_ER = torch.stack(parts).view(ranks, ranks, experts)[:, me].t()
-        if not torch.equal(rows_ER.sum(dim=1), tokens_per_expert.to(rows_ER)):
-            raise ValueError(
-                f"moe_flex_dispatcher_backend = {backend!r}: the experts got "
-                f"{tokens_per_expert.tolist()} rows for {rows_ER.sum(dim=1).tolist()} routed ones: "
-                "with rows padded or dropped there, use alltoall with a neuron-granular balance "
-                "loss"
-            )
+        got_E, routed_E = self.rows_on_device(tokens_per_expert), rows_ER.sum(dim=1)
+        if deferred(got_E):
+            self._rows_differ.keep((got_E != routed_E).long(), got_E, routed_E)
+        elif not torch.equal(got_E, routed_E):
+            raise self._rows_error([], got_E.tolist(), routed_E.tolist())
         return rows_ER
+
+    def rows_on_device(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier."""
+        manager: Any = self._comm_manager
+        device = manager.token_probs.device
+        if tokens_per_expert.device == device:
+            return tokens_per_expert.long()
+        if self._is_deepep:  # its counts are on the host, and a map of what arrived is here
+            return manager.dispatched_routing_map.sum(dim=0)
+        each = manager.capacity * manager.group.size()  # else HybridEP's are on the device
+        return torch.full((self.num_local_experts,), each, device=device)
+
+    def _rows_error(self, _found: list[int], got: list[int], routed: list[int]) -> ValueError:
+        return ValueError(
+            f"moe_flex_dispatcher_backend = {self.config.moe_flex_dispatcher_backend!r}: the "
+            f"experts got {got} rows for {routed} routed ones: with rows padded or dropped there, "
+            "use alltoall with a neuron-granular balance loss"
+        )
 
     @property
     def _is_deepep(self) -> bool:

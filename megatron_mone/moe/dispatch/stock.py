@@ -31,27 +31,31 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
     """
 
     capacity: int  # type: ignore[assignment]  # Megatron sets it in `preprocess`
+    rows_E: Tensor
     rows_RE: Tensor  # [R, E_l], or [EP, 1] where `rows_by_source` gathers the rest
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.cudagraph_attrs.append("rows_RE")
+        self.cudagraph_attrs += ["rows_E", "rows_RE"]
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """See MoEAlltoAllTokenDispatcher; keeps the table of rows before it goes to the host."""
-        rows_E = super().preprocess(routing_map)
+        """See MoEAlltoAllTokenDispatcher; keeps the counts before they go to the host."""
+        counted = super().preprocess(routing_map)
         sources, experts = self.tp_size * self.ep_size, self.num_local_experts
         if self.drop_and_pad:
             self.rows_RE = torch.full(
                 (sources, experts), self.capacity, dtype=torch.long, device=routing_map.device
             )
-        elif experts > 1:
+            self.rows_E = self.rows_RE.sum(dim=0)
+            return counted
+        self.rows_E = counted
+        if experts > 1:
             self.rows_RE = self.num_global_tokens_per_local_expert
         else:  # Megatron drops the table of one expert
-            splits = rows_E if sources == 1 else self.output_splits
+            splits = counted if sources == 1 else self.output_splits
             assert splits is not None
             self.rows_RE = splits.view(-1, 1)
-        return rows_E
+        return counted
 
     def dispatch_preprocess(
         self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor
@@ -122,6 +126,10 @@ class MaskAlltoAllTokenDispatcher(MaskCarrier, MoEAlltoAllTokenDispatcher):
             )
         self._arrived_NB = bits_NB
         return processed
+
+    def rows_on_device(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier."""
+        return self.rows_E
 
     @torch.no_grad()
     def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
@@ -209,6 +217,10 @@ class MaskAllGatherTokenDispatcher(MaskCarrier, MoEAllGatherTokenDispatcher):
         processed = super().dispatch_postprocess(hidden_states, probs)
         self._arrived_NB = bits_NB[self._local_rows(map_RET)]
         return processed
+
+    def rows_on_device(self, tokens_per_expert: Tensor) -> Tensor:
+        """See MaskCarrier."""
+        return self.local_map.sum(dim=0)
 
     def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
         """See MaskCarrier."""

@@ -4,6 +4,7 @@ either library; without a mask the dispatcher is Megatron's own.
 Not run on a GPU: a stand-in for deep_ep moves the bytes (stand_in_deep_ep.py)."""
 
 import multiprocessing
+from contextlib import ExitStack
 from types import SimpleNamespace
 from unittest import mock
 
@@ -199,6 +200,31 @@ def masks_arrive_from_uneven_ranks(backend):
     assert all_ranks(sent == copies * 32)
 
 
+def rows_that_are_not_those_routed_are_told(backend):
+    """At once, or when somebody looks."""
+    from megatron_mone.moe import faults
+
+    dispatcher = build(backend, 4)
+    rank = torch.distributed.get_rank()
+    routing_map = routing(rank, 4, 1, same_tokens=True, exact_topk=True)
+    hidden, probs = inputs_of(rank, routing_map)
+    rows, per_expert, _ = dispatch(dispatcher, hidden, routing_map, probs)
+    told = []
+    for defer in (False, True):
+        with ExitStack() as stack:
+            stack.enter_context(mock.patch.object(faults, "DEFER", defer))
+            stack.enter_context(mock.patch.object(faults, "_first_of_ranks", lambda own: own))
+            error = stack.enter_context(pytest.raises(ValueError))
+            dispatcher.rows_by_source(per_expert + 1)
+            assert defer
+            faults.look()
+        told.append(str(error.value))
+    routed = per_expert.tolist()
+    assert f"{backend!r}: the experts got {[n + 1 for n in routed]} rows for {routed}" in told[0]
+    assert told[1] == told[0]
+    combine(dispatcher, rows)
+
+
 def round_trip(dispatcher, masked):
     """Everything a dispatch and its combine give, and the calls that reach the library."""
     config, rank = dispatcher.config, torch.distributed.get_rank()
@@ -357,6 +383,7 @@ CASES = (
     masks_arrive_where_topk_fills_up,
     masks_arrive_from_uneven_ranks,
     without_a_mask_it_is_the_stock_dispatcher,
+    rows_that_are_not_those_routed_are_told,
     sources_are_in_group_order,
     a_layer_is_that_of_alltoall,
     wrong_masks_are_refused,
