@@ -4,6 +4,7 @@ May touch: the tracer's processes and cache, by way of the Planner.
 Shapes: K_E experts of a token, K_N kept neurons of F in each, r = K_N / F.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron_mone.planning.planner import Planned, Planner, Progress
 SCALES = tuple(128 << k for k in range(8))  # 128 to 16,384
 RATIOS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 _EXPERT_PHASES = (GATE_GEMM, SELECTION, UP_DOWN_GEMM, DISPATCH, COMBINE)
-_MULTIPLE = 8  # of K_N, so that rows of kept neurons stay aligned
+_ALIGNED = 8  # K_N is a multiple, so that rows of kept neurons stay aligned
 
 
 def scaling_curve(models: Mapping[str, Planned], planner: Planner) -> list[ScalingPoint]:
@@ -54,7 +55,8 @@ def ratio_sweep(
         progress: told (done, of how many).
     """
     width = int(job.model["moe_ffn_hidden_size"])
-    kept = sorted({_aligned(ratio * width, width) for ratio in RATIOS}, reverse=True)
+    step = _step(job)
+    kept = sorted({_rounded(ratio * width, width, step) for ratio in RATIOS}, reverse=True)
     points = []
     for done, neurons in enumerate(kept):
         if progress is not None:
@@ -84,7 +86,7 @@ def expert_sweep(
     """
     width, chosen = int(job.model["moe_ffn_hidden_size"]), int(job.model["moe_router_topk"])
     budget = chosen * (width + 8 * _neurons(job))
-    pairs = list(_equal_pairs(budget, width, int(job.model["num_experts"])))
+    pairs = list(_equal_pairs(budget, width, int(job.model["num_experts"]), _step(job)))
     points = []
     for done, (topk, neurons) in enumerate(pairs):
         if progress is not None:
@@ -104,18 +106,24 @@ def expert_sweep(
     return points
 
 
-def _equal_pairs(budget: int, width: int, experts: int) -> Iterator[tuple[int, int]]:
+def _equal_pairs(budget: int, width: int, experts: int, step: int) -> Iterator[tuple[int, int]]:
     for topk in range(1, experts + 1):
         neurons = (budget / topk - width) / 8
         if neurons > width:
             continue
-        if neurons < _MULTIPLE:
+        if neurons < step:
             return
-        yield topk, _aligned(neurons, width)
+        yield topk, _rounded(neurons, width, step)
 
 
-def _aligned(neurons: float, width: int) -> int:
-    return max(1, min(width, max(_MULTIPLE, _MULTIPLE * round(neurons / _MULTIPLE))))
+def _step(job: JobSpec) -> int:
+    """What K_N is a multiple of: aligned rows, of whole blocks of each group."""
+    groups, block = (int(job.model.get(f"mone_neuron_{of}", 1)) for of in ("groups", "block"))
+    return math.lcm(_ALIGNED, groups * block)
+
+
+def _rounded(neurons: float, width: int, step: int) -> int:
+    return max(1, min(width, max(step, step * round(neurons / step))))
 
 
 def _neurons(job: JobSpec) -> int:

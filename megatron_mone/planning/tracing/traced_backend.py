@@ -10,7 +10,8 @@ assumed to be kernels/triton/unstructured.py, which has not run on one yet and w
     mone.up_down           x [N, H], w_up, w_down [E, F, H], p, a, index -> y [N, H], u, g [N, S]
     mone.up_down_backward  dy [N, H], w_gate, w_up, w_down, x, p, a, u, index -> dx, dp, dw
 Operations of the last two are what those kernels multiply: all entries, masked, since single
-neurons give a tensor core nothing to skip; of blocks from triton/backend.TILED_FROM the kept alone.
+neurons give a tensor core nothing to skip; the kept alone of blocks that the block-sparse kernels
+take: a size of triton/blocks.BLOCK_SIZES from triton/backend.TILED_FROM on.
 Kept are x, p, a, u and index; nothing is left that recomputing `moe_act` would drop. Held
 while it runs are that file's wide operands, two [N, F] forward and four backward.
 May touch: the kernels' registry, and the config that it makes run on this backend.
@@ -33,6 +34,7 @@ from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_mask
 from megatron_mone.kernels.triton.backend import TILED_FROM
+from megatron_mone.kernels.triton.blocks import BLOCK_SIZES
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.experts import backend_of
 from megatron_mone.planning.tracing.stand_ins.op import note
@@ -208,7 +210,8 @@ class _OnGPU(torch.autograd.Function):
         y_NH = torch.empty_like(x_NH)
         read = [x_NH, w_up, w_down, probs_N, a, index]
         # Single neurons give a tensor core nothing to skip: the kernels multiply all, and mask.
-        ctx.computed = a.numel() if chosen.block >= TILED_FROM else rows * neurons
+        tiled = chosen.block in BLOCK_SIZES and chosen.block >= TILED_FROM
+        ctx.computed = a.numel() if tiled else rows * neurons
         note("mone.up_down", read, [y_NH, u, gate], flops=4 * ctx.computed * hidden)
         ragged = () if len(chosen.shape) == 2 else (_offsets(rows),)
         ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *ragged)

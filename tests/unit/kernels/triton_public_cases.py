@@ -51,6 +51,7 @@ def public_op(
 @case([3, 0, 4], 24, 64, Selection(16), "silu", torch.float32)
 @case([3, 4], 24, 64, Selection(16, groups=4), "gelu", torch.float32)
 @case([3, 4], 24, 48, Selection(12, groups=2, block=2), "relu", torch.float32)
+@case([3, 4], 24, 88, Selection(22, block=11), "silu", torch.float32)
 @case([3, 0, 4], 24, 128, Selection(64, groups=2, block=16), "sigmoid", torch.float32)
 @case([2, 1], 24, 128, Selection(32, block=32), "silu", torch.float32)
 @case([2, 2], 16, 512, Selection(256, block=256), "silu", torch.float32)

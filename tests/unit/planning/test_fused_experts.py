@@ -244,10 +244,11 @@ def test_mone_holds_wide_operands_while_it_runs(recorder):
     assert recorder.live.peaks["backward"] - held == 4 * (2 * N * F) + gradients
 
 
-@pytest.mark.parametrize("block", [1, 8, 128])
+@pytest.mark.parametrize("block", [1, 8, 40, 128, 352])
 def test_operations_of_mone_are_the_formulas(recorder, block):
     """A gate of all, two products more, six backward: of the kept entries where whole blocks of 128
-    are skipped, else of all; the cost model reads rows, neurons, hidden size and kept share."""
+    are skipped, else of all (the block-sparse kernels have no blocks of 352); the cost model reads
+    rows, neurons, hidden size and kept share."""
     from megatron_mone.planning.cost.roofline import operation
 
     output, operands = mone(Selection(S, block=block))

@@ -138,6 +138,23 @@ def test_few_neurons_are_rounded_to_multiples_of_8_and_not_repeated():
 
 
 @pytest.mark.parametrize(
+    ("width", "groups", "block", "kept"),
+    [
+        (768, 1, 192, [768, 384, 192]),
+        (1408, 1, 11, [1408, 704, 352, 176, 88]),
+        (768, 2, 48, [768, 384, 192, 96]),
+        (1536, 3, 1, [1536, 768, 384, 192, 96]),
+    ],
+)
+def test_kept_neurons_are_whole_blocks_of_each_group(width, groups, block, kept):
+    asked = job(width=width, mone_neuron_groups=groups, mone_neuron_block=block)
+    assert [point.neurons for point in ratio_sweep(asked, 16, PaperPlanner())] == kept
+    pairs = [point.neurons for point in expert_sweep(asked, 16, PaperPlanner(), [])]
+    assert width // 4 in pairs
+    assert not any(neurons % (groups * block) for neurons in pairs)
+
+
+@pytest.mark.parametrize(
     ("model", "kept"),
     [
         ({}, 192),
