@@ -124,7 +124,7 @@ def block_scores(score_NF: Tensor, block: int) -> Tensor:
     the definition, so that every backend and layout finds the same sums to the bit:
     zeros fill a block up to P values, the next power of two; then, for half = P/2, P/4, ... 1,
     value i becomes value i + value (half + i) for i < half, and value 0 of the last is the sum.
-    A zero changes no score, so only the first step differs where B is a power of two itself.
+    Adding a zero changes no score: the first step may copy values that have no partner instead.
 
     Args:
         score_NF: [N, F].
