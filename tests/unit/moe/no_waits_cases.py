@@ -1,0 +1,352 @@
+"""What runs on fake CUDA tensors, in a process of its own: under the CPU emulation, which a session
+of tests installs for good, "cuda" is the CPU.
+
+    python -m tests.unit.moe.no_waits_cases FOLDER
+
+runs each case in a fork, and leaves FOLDER/N with the traceback of the Nth where it fails.
+"""
+
+import itertools
+import os
+import sys
+import traceback
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from tests.conftest import mone_config
+from tests.unit.moe.no_waits import HostWait, backward, no_waits
+
+SEQUENCE, BATCH, HIDDEN, TOPK, NEURONS = 8, 2, 16, 2, 24
+PAIRS = SEQUENCE * BATCH * TOPK  # sent by a rank, and got by one: all are alike
+CUDA = torch.device("cuda", 0)
+
+
+class Stream:
+    """A queue of torch.cuda whose events nobody may wait for but Megatron, which has them made."""
+
+    def wait_stream(self, _other):
+        pass
+
+    def record_event(self):
+        raise AssertionError("Megatron's copies to the host are stood in for")
+
+
+@contextmanager
+def job(expert_parallel, device):
+    """This process as rank 0 of a job whose collectives move nothing; `device[0]` is current."""
+    from megatron.core import parallel_state
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group(
+        "fake", rank=0, world_size=expert_parallel, store=FakeStore()
+    )
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=expert_parallel, create_gloo_process_groups=False
+    )
+    with ExitStack() as stack:
+        for name, stub in (
+            ("Stream", Stream),
+            ("current_stream", Stream),
+            ("current_device", lambda: device[0]),
+        ):
+            stack.enter_context(mock.patch.object(torch.cuda, name, stub))
+        yield
+
+
+def fake_layer(expert_parallel, experts, device, **changes):
+    """A MoNE layer whose weights and counters are on the fake device; call it in a FakeTensorMode.
+
+    Its sources are micro-batches of their own, and Megatron's one copy of row counts to the host
+    answers as if all ranks and experts were alike.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_mone.model.layer_spec import mone_layer_spec
+    from megatron_mone.moe import neuron_balancer
+    from megatron_mone.moe.dispatch.row_sources import SourceMap
+    from megatron_mone.moe.layer import MoNELayer
+    from megatron_mone.moe.neuron_load import NeuronLoad
+
+    def sources_of_ranks(**_groups):
+        ranks = tuple(range(expert_parallel))
+        return SourceMap(ranks, len(ranks), None, ranks)
+
+    config = mone_config(
+        num_moe_experts=experts, moe_router_topk=TOPK, hidden_size=HIDDEN,
+        moe_ffn_hidden_size=NEURONS, expert_model_parallel_size=expert_parallel,
+        use_cpu_initialization=True, perform_initialization=False,
+        mone_ng_loss_coeff=0.5, **changes,
+    )  # fmt: skip
+    config.mone_layer_freq = [1]
+    submodules = mone_layer_spec(config).layer_specs[0].submodules.mlp
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    with mock.patch.object(neuron_balancer, "build_source_map", sources_of_ranks):
+        layer = submodules(config=config, layer_number=1, pg_collection=groups)
+    assert isinstance(layer, MoNELayer)
+    device[0] = CUDA
+    local = experts // expert_parallel
+    with FakeTensorMode() as mode:
+        for module in layer.modules():
+            for held in (module._parameters, module._buffers):
+                for name, value in held.items():
+                    if value is not None:
+                        moved = torch.empty(value.shape, dtype=value.dtype, device=CUDA)
+                        is_weight = held is module._parameters
+                        held[name] = torch.nn.Parameter(moved) if is_weight else moved
+        balancer = layer.neuron_balancer
+        balancer.load = NeuronLoad(local, NEURONS, CUDA)
+        for numbers in ("block_of_cell", "expert_of_cell", "microbatch_of_rank"):
+            value = getattr(balancer, numbers)
+            setattr(balancer, numbers, torch.empty(value.shape, dtype=value.dtype, device=CUDA))
+    dispatcher = layer.token_dispatcher
+    dispatcher._maybe_dtoh_and_synchronize = partial(known_counts, dispatcher)
+    for name in ("sort_input_by_local_experts", "restore_output_by_local_experts"):
+        setattr(dispatcher, name, getattr(dispatcher, name).numpy())
+    return layer, mode
+
+
+def known_counts(dispatcher, point, tokens_per_expert=None):
+    """In place of Megatron's copy to the host and its wait for it."""
+    if point == dispatcher.cuda_dtoh_point and dispatcher.ep_size > 1:
+        each = np.full(dispatcher.ep_size, PAIRS // dispatcher.ep_size)
+        dispatcher.input_splits = dispatcher.output_splits = each
+    if point == dispatcher.cuda_dtoh_point:
+        sources, experts = dispatcher.ep_size, dispatcher.num_local_experts
+        table = np.full((sources, experts), PAIRS // (sources * experts))
+        dispatcher.num_global_tokens_per_local_expert = table
+    return tokens_per_expert
+
+
+def stand_in_experts(experts, rows_NH, tokens_per_expert, probs_N, mask=None):
+    """In place of `MoNEExperts.forward`: its outputs and their graph, by two dense products."""
+    from megatron_mone.kernels import GroupedMLPOutput
+    from megatron_mone.kernels.neuron_mask import NeuronMask
+
+    kept = NEURONS // 4
+    gate_NF = rows_NH @ experts.w_gate_EFH[0].t()
+    words_NW = torch.empty(rows_NH.shape[0], 1, dtype=torch.int32, device=rows_NH.device)
+    chosen = NeuronMask.of_words(words_NW, NEURONS, kept=kept)
+    y_NH = (gate_NF * probs_N.unsqueeze(1)) @ experts.w_down_EFH[0]
+    return GroupedMLPOutput(y_NH, chosen, gate_NF[:, :kept].flatten(), gate_NF)
+
+
+def through_a_layer(layer, padded):
+    """Forward and backward from the router's answer on; what Megatron waited for."""
+    tokens, experts = SEQUENCE * BATCH, layer.config.num_moe_experts
+    hidden = torch.empty(SEQUENCE, BATCH, HIDDEN, device=CUDA, requires_grad=True)
+    probs = torch.empty(tokens, experts, device=CUDA, requires_grad=True)
+    routing_map = torch.empty(tokens, experts, dtype=torch.bool, device=CUDA)
+    layer._padding_T = None
+    if padded:
+        layer._padding_T = torch.empty(tokens, dtype=torch.bool, device=CUDA)
+    with no_waits() as seen:
+        rows = layer.dispatch(*layer.preprocess(hidden, probs, routing_map))
+        output, _ = layer.routed_experts_compute(*rows)
+        output = layer.token_dispatcher.combine_postprocess(layer.combine(output))
+        leaves = backward(output, torch.empty_like(output))
+    assert leaves[hidden].shape == hidden.shape
+    assert leaves[probs].shape == probs.shape
+    assert leaves[layer.experts.linear_fc1].shape == layer.experts.linear_fc1.shape
+    return seen.megatrons
+
+
+def a_layer(expert_parallel, experts, padded, changes):
+    """Twice over, as over micro-batches."""
+    from megatron_mone.moe import faults
+
+    device = [torch.device("cpu")]
+    with job(expert_parallel, device):
+        layer, fake = fake_layer(expert_parallel, experts, device, **changes)
+        layer.experts.forward = partial(stand_in_experts, layer.experts)  # drop for the real
+        with fake:
+            for _ in range(2):
+                megatrons = through_a_layer(layer, padded)
+            assert len(faults._kept) == 1  # found, if anything, when somebody looks
+            faults._kept.clear()
+            with no_waits():
+                layer.neuron_balancer.end_step()
+    assert not megatrons, megatrons
+
+
+def flex_rows(backend):
+    """Row counts of the flex dispatcher, from what its library leaves on the device."""
+    from megatron_mone.moe import faults
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
+
+    with job(4, [CUDA]), FakeTensorMode():
+        dispatcher = object.__new__(MaskFlexTokenDispatcher)  # without the library
+        dispatcher.config = SimpleNamespace(moe_flex_dispatcher_backend=backend)
+        dispatcher.num_local_experts = 2
+        dispatcher._rows_differ = faults.FaultWatch(dispatcher._rows_error)
+        dispatcher._comm_manager = SimpleNamespace(
+            group=torch.distributed.group.WORLD,
+            config=dispatcher.config,
+            token_probs=torch.empty(5, TOPK, device=CUDA),
+            token_indices=torch.empty(5, TOPK, dtype=torch.int64, device=CUDA),
+            routing_map=torch.empty(5, 8, dtype=torch.bool, device=CUDA),
+            dispatched_routing_map=torch.empty(9, 2, dtype=torch.bool, device=CUDA),
+        )
+        counted_on = "cpu" if backend == "deepep" else CUDA
+        per_expert = torch.empty(2, dtype=torch.int64, device=counted_on)
+        with no_waits() as seen:
+            rows_ER = dispatcher.rows_by_source(per_expert)
+        assert (rows_ER.shape, rows_ER.device) == ((2, 4), CUDA)
+        assert list(faults._kept) == [dispatcher._rows_differ]
+        assert not seen.megatrons
+
+
+def what_waits_is_refused():
+    with FakeTensorMode():
+        x = torch.empty(4, 3, device=CUDA)
+        index = torch.empty(4, dtype=torch.int64, device=CUDA)
+        truth = torch.empty(4, dtype=torch.bool, device=CUDA)
+        on_host = torch.empty(4, dtype=torch.int64)
+        waiting = (
+            lambda: bool(truth.any()),
+            lambda: int(index[0]),
+            index.tolist,
+            lambda: x.sum().item(),
+            lambda: torch.bincount(index, minlength=4),
+            truth.nonzero,
+            lambda: x[truth],
+            lambda: x.masked_select(truth.unsqueeze(1)),
+            lambda: x.index_put_((truth,), torch.zeros((), device=CUDA)),
+            lambda: torch.arange(4, device=CUDA).repeat_interleave(index),
+            lambda: torch.equal(x, x),
+            lambda: index.unique(),
+            x.cpu,
+            lambda: on_host.to(CUDA),
+            lambda: index.copy_(on_host),
+            lambda: torch.tensor([1, 2], device=CUDA),
+            lambda: torch.cuda.synchronize(),  # replaced while it is refused
+        )
+        for number, wait in enumerate(waiting):
+            said = None
+            try:
+                with no_waits():
+                    wait()
+            except HostWait as refused:
+                said = str(refused)
+            assert said, f"number {number} did not wait"
+            assert "no_waits_cases.py" in said
+        with no_waits() as seen:
+            torch.arange(4, device=CUDA).repeat_interleave(index, output_size=9)
+            x.index_add_(0, index, x)
+            x[index] = 0.0
+            torch.where(truth.unsqueeze(1), x, 0.0).to(torch.bfloat16)
+            on_host.sum().item  # noqa: B018
+        assert not seen.megatrons
+
+
+def megatron_may_wait():
+    """In its own files, and only there."""
+    source = "def ask(t):\n    return t.repeat_interleave(t)\n"
+    files = ("/env/megatron/core/transformer/moe/moe_utils.py", "/home/me/megatron_mone/x.py")
+    with FakeTensorMode():
+        index = torch.empty(4, dtype=torch.int64, device=CUDA)
+        for file in files:
+            names = {}
+            exec(compile(source, file, "exec"), names)  # noqa: S102
+            with no_waits() as seen:
+                try:
+                    names["ask"](index)
+                except HostWait:
+                    assert file == files[1]
+                except DynamicOutputShapeException:  # nobody can answer
+                    assert file == files[0]
+            assert [file in said for said in seen.megatrons] == [True] * (file == files[0])
+
+
+class Twice(torch.autograd.Function):
+    """Two outputs, of which one may have no gradient, and arguments that never have one."""
+
+    @staticmethod
+    def forward(ctx, name, x, constant, y):
+        ctx.save_for_backward(x, y)
+        return x * y, x + 2 * y + constant
+
+    @staticmethod
+    def backward(ctx, first, second):
+        x, y = ctx.saved_tensors
+        first = torch.zeros_like(x) if first is None else first
+        second = torch.zeros_like(x) if second is None else second
+        return None, first * y + second, None, first * x + 2 * second
+
+
+def backward_is_that_of_autograd():
+    """On the CPU, where both run: to the bit but for the order in which two gradients add up."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(5, 4, requires_grad=True) for _ in range(3)]
+
+    def forward(one_output):
+        a, b, c = leaves
+        first, second = Twice.apply("name", a.exp(), torch.ones(4), b)
+        left, right = (first @ c.t()).split([2, 3], dim=1)
+        mixed = left.sum(dim=1) * right.square().sum(dim=1)
+        total = mixed.unsqueeze(1) * a + first
+        return total if one_output else total + second
+
+    for one_output in (True, False):
+        grad = torch.randn(5, 4)
+        got = backward(forward(one_output), grad)
+        wanted = torch.autograd.grad(forward(one_output), leaves, grad)
+        for leaf, gradient in zip(leaves, wanted, strict=True):
+            torch.testing.assert_close(got[leaf], gradient)
+
+
+def _layers():
+    expert_parallel_and_experts = [(1, 4), (2, 4), (4, 4)]  # the last with one expert a rank
+    for (ranks, experts), padded in itertools.product(expert_parallel_and_experts, [False, True]):
+        yield ranks, experts, padded, {}
+    for loss in ("raw", "entropy", "bias", "normalized"):
+        yield 2, 8, False, {"mone_ng_loss_type": loss}
+    for padded in (False, True):
+        yield 2, 8, padded, {"mone_ng_loss_scope": "global_batch"}
+    yield 2, 4, True, {"calculate_per_token_loss": True}
+    capacity = {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}
+    yield 2, 4, False, capacity
+
+
+def _words(ranks, experts, padded, changes):
+    said = [f"EP {ranks}", f"{experts} experts", *(f"{k} = {v}" for k, v in changes.items())]
+    return ", ".join([*said, "padded"] if padded else said)
+
+
+HARNESS = {
+    case.__name__: case
+    for case in (what_waits_is_refused, megatron_may_wait, backward_is_that_of_autograd)
+}
+FLEX = {backend: partial(flex_rows, backend) for backend in ("deepep", "hybridep")}
+LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
+CASES = {**HARNESS, **FLEX, **LAYERS}
+
+
+def run(folder):
+    """Run every case in a fork of this process."""
+    from megatron_mone.model import layer_spec  # noqa: F401  # imported once, before the forks
+
+    for number, case in enumerate(CASES.values()):
+        pid = os.fork()
+        if pid == 0:
+            status = 0
+            try:
+                case()
+            except BaseException:
+                (folder / str(number)).write_text(traceback.format_exc())
+                status = 1
+            finally:
+                os._exit(status)
+        if os.waitpid(pid, 0)[1] and not (folder / str(number)).exists():
+            (folder / str(number)).write_text("the process died")
+    (folder / "end").touch()
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))
