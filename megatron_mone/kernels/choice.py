@@ -53,7 +53,7 @@ class BiasedRule:
     Attributes:
         select: (gate activations [N, F], bias [N, F] or None) -> [N, F] bool.
         bias_EF: of the experts, or None.
-        counts_E: rows of each expert.
+        counts_E: rows of each expert; on the device of the bias, choosing waits for nothing.
     """
 
     select: Callable[[Tensor, Tensor | None], Tensor]
@@ -64,8 +64,10 @@ class BiasedRule:
         """[N, F] bool of the gate activations [N, F]."""
         if self.bias_EF is None:
             return self.select(gate_NF, None)
-        counts_E = self.counts_E.to(self.bias_EF.device)
-        return self.select(gate_NF, self.bias_EF.repeat_interleave(counts_E, dim=0))
+        counts_E, rows = self.counts_E.to(self.bias_EF.device), gate_NF.shape[0]
+        return self.select(
+            gate_NF, self.bias_EF.repeat_interleave(counts_E, dim=0, output_size=rows)
+        )
 
 
 Choose = Selection | NeuronMask | Callable[[Tensor], Tensor]

@@ -202,6 +202,19 @@ def flex_rows(backend):
         assert not seen.megatrons
 
 
+def a_bias_reaches_its_experts_rows():
+    """Of the loss type "bias": the rule that adds it knows rows from counts on the device."""
+    from megatron_mone.kernels import BiasedRule
+
+    with FakeTensorMode():
+        bias_EF = torch.empty(4, NEURONS, device=CUDA)
+        counts_E = torch.empty(4, dtype=torch.int64, device=CUDA)
+        rule = BiasedRule(lambda gate, bias: gate + bias > 0, bias_EF, counts_E)
+        with no_waits() as seen:
+            assert rule(torch.empty(9, NEURONS, device=CUDA)).shape == (9, NEURONS)
+        assert not seen.megatrons
+
+
 def what_waits_is_refused():
     with FakeTensorMode():
         x = torch.empty(4, 3, device=CUDA)
@@ -325,7 +338,8 @@ HARNESS = {
 }
 FLEX = {backend: partial(flex_rows, backend) for backend in ("deepep", "hybridep")}
 LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
-CASES = {**HARNESS, **FLEX, **LAYERS}
+RULE = {a_bias_reaches_its_experts_rows.__name__: a_bias_reaches_its_experts_rows}
+CASES = {**HARNESS, **RULE, **FLEX, **LAYERS}
 
 
 def run(folder):

@@ -44,3 +44,8 @@ def test_a_layer_waits_for_nothing(failures, name):
 @pytest.mark.parametrize("name", no_waits_cases.FLEX)
 def test_flex_counts_rows_without_waiting(failures, name):
     assert failures[name] == ""
+
+
+@pytest.mark.parametrize("name", no_waits_cases.RULE)
+def test_choosing_by_a_bias_waits_for_nothing(failures, name):
+    assert failures[name] == ""
