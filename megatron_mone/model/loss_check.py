@@ -2,11 +2,13 @@
 
 Megatron's package makes these calls nowhere: its script pretrain_gpt.py does, and so must ours. May
 touch: Megatron's rerun state machine, which runs a step again to tell a machine's fault from the
-model's.
+model's; what experts found in the step (moe/faults.py).
 """
 
 from argparse import Namespace
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.rerun_state_machine import (
@@ -17,6 +19,8 @@ from megatron.core.rerun_state_machine import (
 )
 from megatron.training import get_args
 from torch import Tensor
+
+from megatron_mone.moe import faults
 
 SPIKY_LOSS_FACTOR = 10
 """Of the largest loss so far; the factor of Megatron's pretrain_gpt.py."""
@@ -46,6 +50,7 @@ def check_loss(loss: Tensor) -> None:
         loss: summed over the tokens of a micro-batch.
 
     Raises:
+        NonFiniteExpertError: it is not finite, and an expert's fault says where that began.
         RuntimeError: the loss is not finite where the step is not run again: in evaluation, with
             --rerun-mode disabled, or without --save.
     """
@@ -54,12 +59,25 @@ def check_loss(loss: Tensor) -> None:
     if args.check_for_nan_in_loss_and_grad:
         for name, is_wrong in (("NaN", torch.isnan), ("Inf", torch.isinf)):
             message = f"found {name} in local forward loss calculation"
-            machine.validate_result(loss, is_wrong, message, tolerance=0.0, fatal=True)  # type: ignore[arg-type]
+            refuses: Any = _told_by_experts(is_wrong)
+            machine.validate_result(loss, refuses, message, tolerance=0.0, fatal=True)
     if args.check_for_spiky_loss:
         is_spike = partial(
             machine.is_unexpectedly_large, threshold=SPIKY_LOSS_FACTOR, context="loss"
         )
         machine.validate_result(loss, is_spike, "Spiky loss", tolerance=0.0, fatal=False)
+
+
+def _told_by_experts(is_wrong: Callable[[Tensor], Tensor]) -> Callable[[Tensor], bool]:
+    """The check, that first lets experts say what they found, before Megatron runs a step again."""
+
+    def refuses(loss: Tensor) -> bool:
+        refused = bool(is_wrong(loss))
+        if refused:
+            faults.look(refused=True)
+        return refused
+
+    return refuses
 
 
 def rejection(error: BaseException) -> str | None:

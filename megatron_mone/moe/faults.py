@@ -2,8 +2,8 @@
 
 A fault is kept where it was found; `look` brings all of a step to the host in one copy and raises
 the first. Who calls it: every optimizer, before its step (a hook for all of torch's); the layers at
-the end of a step, for one that was skipped; pretrain.py, after a step of evaluation, and when
-Megatron refuses a loss or a gradient.
+the end of a step, for one that was skipped; model/loss_check.py, when Megatron refuses a loss;
+pretrain.py, when it refuses a gradient, and after a step of evaluation.
 A NaN spreads over ranks before anybody looks. So ranks that found something tell each other,
 through the store by which they met, and all say what came first: the lowest micro-batch, then
 layer, then rank. With a pipeline, a last stage that refuses its loss waits for no other stage, and

@@ -10,8 +10,10 @@ import torch
 
 from megatron_mone.model import loss_check
 from megatron_mone.model.gpt_training import loss_func
+from megatron_mone.moe import faults
 from tests import forked_ranks
 from tests.training_cases import MOCK, TINY
+from tests.unit.moe.builders import build_layer
 
 # At this rate the weights overflow; stock experts, for MoNE's say themselves that they do.
 BLOWS_UP = [
@@ -52,6 +54,21 @@ def test_a_loss_that_is_not_finite_is_refused(value):
     mask[0, 1] = 0  # times NaN it is NaN still, as in Megatron
     with pytest.raises(RuntimeError):
         loss_func(mask, output)
+
+
+@pytest.mark.usefixtures("one_rank", "machine")
+def test_an_expert_says_first_where_a_refused_loss_began(monkeypatch):
+    """What a GPU keeps until somebody looks."""
+    monkeypatch.setattr(faults, "DEFER", True)
+    monkeypatch.setattr(faults, "_kept", {})
+    layer = build_layer()
+    with torch.no_grad():
+        layer.experts.linear_fc2[2] = math.nan
+    output, _ = layer(torch.randn(40, 1, 16))
+    with pytest.raises(faults.NonFiniteExpertError, match="layer 1, expert 2 gave NaN"):
+        loss_func(torch.ones(40, 1), output.sum(dim=2))
+    with pytest.raises(RuntimeError, match="local forward loss"):  # and was all they found
+        loss_func(torch.ones(40, 1), output.sum(dim=2))
 
 
 @pytest.mark.usefixtures("one_rank", "machine")

@@ -13,16 +13,21 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("deferred", "flags"),
-    [(False, []), (True, []), (True, ["--no-check-for-nan-in-loss-and-grad"])],
+    [
+        (False, []),
+        (True, ["--save", "{tmp}", "--save-interval", "99"]),  # Megatron would run the step again
+        (True, ["--no-check-for-nan-in-loss-and-grad"]),
+    ],
     ids=["at once", "when the loss is refused", "before the optimizer"],
 )
-def test_nan_in_one_expert_names_rank_layer_and_expert(deferred, flags):
+def test_nan_in_one_expert_names_rank_layer_and_expert(deferred, flags, tmp_path):
     """At once, or as on a GPU at the end of the step: before the optimizer's, or when Megatron
     refuses the loss, which is NaN on both ranks by then."""
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "tests.integration.nan_rank", *TINY, *MONE, *MOCK, "--train-iters", "20"),
-        *("--expert-model-parallel-size", "2", *flags),
+        *("--expert-model-parallel-size", "2"),
+        *(flag.format(tmp=tmp_path) for flag in flags),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEFER": str(deferred)}
     done = subprocess.run(
