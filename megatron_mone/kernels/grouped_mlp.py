@@ -42,7 +42,9 @@ def mone_grouped_mlp(
     Args:
         x_NH: [N, H] rows grouped by expert.
         probs_N: [N] router probabilities, any float dtype.
-        tokens_per_expert: E counts that sum to N.
+        tokens_per_expert: E counts that sum to N; or a tensor of them, [E] or by source [E, R], on
+            x's device, which no host waits for in a backend that needs no number (N is then a
+            bound).
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         neurons_per_token: S, kept of the F neurons of each row.
         activation: silu, sigmoid, softmax, gelu or relu.
@@ -104,7 +106,9 @@ def grouped_mlp_with_gates(
     Raises:
         ValueError: a shape, dtype, count or name that does not fit, before anything is computed.
     """
-    counts = [int(n) for n in tokens_per_expert]
+    counts = tokens_per_expert
+    if not isinstance(counts, Tensor):
+        counts = [int(n) for n in counts]
     weights = (w_gate_EFH, w_up_EFH, w_down_EFH)
     check_operands(x_NH, probs_N, counts, weights)
     if activation not in ACTIVATIONS:
@@ -112,7 +116,25 @@ def grouped_mlp_with_gates(
     check_choice(choose, x_NH.shape[0], w_gate_EFH.shape[1])
     call = Call(x_NH.device.type, x_NH.dtype, activation, all_gates)
     chosen = choose_backend(backend, call.sized(x_NH.shape[0], w_gate_EFH, choose))
+    if not chosen.backend.counts_on_device:
+        counts = _numbers(counts, x_NH.shape[0])
     return chosen.backend.run(
         x_NH, probs_N, counts, *weights,
         choose=choose, activation=activation, etp_group=etp_group, all_gates=all_gates,
     )  # fmt: skip
+
+
+def _numbers(counts: list[int] | Tensor, rows: int) -> list[int]:
+    """Rows of each expert; a tensor's are waited for.
+
+    Raises:
+        ValueError: they do not sum to N.
+    """
+    if isinstance(counts, Tensor):
+        counts = (counts.sum(dim=1) if counts.dim() == 2 else counts).tolist()
+        if sum(counts) != rows:
+            raise ValueError(
+                f"tokens_per_expert = {counts} must be counts that sum to the {rows} rows of x: "
+                "this backend takes no rows of no expert"
+            )
+    return counts

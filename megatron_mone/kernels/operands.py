@@ -17,10 +17,16 @@ WEIGHTS = ("w_gate", "w_up", "w_down")
 
 
 def check_operands(
-    x_NH: Tensor, probs_N: Tensor, counts: Sequence[int], weights: tuple[Tensor, Tensor, Tensor]
+    x_NH: Tensor,
+    probs_N: Tensor,
+    counts: Sequence[int] | Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
 ) -> None:
     """Refuse what is not x [N, H], probs [N], E counts that sum to N and three [E, F, H] weights of
     x's dtype, all on one device.
+
+    Counts may also be a tensor [E] or [E, R] on x's device; their sum is looked at where that waits
+    for nobody, on the CPU.
 
     Raises:
         ValueError: names the argument, what it is and what it must be.
@@ -55,11 +61,31 @@ def check_operands(
         )
     _check_device("probs", probs_N, x_NH)
     experts = weights[0].shape[0]
-    if len(counts) != experts or min(counts, default=0) < 0 or sum(counts) != rows:
+    if isinstance(counts, Tensor):
+        _check_counts(counts, experts, x_NH)
+    elif len(counts) != experts or min(counts, default=0) < 0 or sum(counts) != rows:
         raise ValueError(
             f"tokens_per_expert = {list(counts)} must be {experts} counts that sum to the "
             f"{rows} rows of x"
         )
+
+
+def _check_counts(counts: Tensor, experts: int, x_NH: Tensor) -> None:
+    if not x_NH.is_meta:  # whose rows are counted elsewhere
+        _check_device("tokens_per_expert", counts, x_NH)
+    fits = counts.dim() in (1, 2) and counts.shape[0] == experts and not counts.is_floating_point()
+    if not fits:
+        raise ValueError(
+            f"tokens_per_expert is {counts.dtype} of shape {tuple(counts.shape)}: it must be "
+            f"integers of shape [{experts}], or [{experts}, sources]"
+        )
+    if type(counts) is Tensor and counts.device.type == "cpu":
+        total = int(counts.sum())
+        if total > x_NH.shape[0] or int(counts.min()) < 0:
+            raise ValueError(
+                f"tokens_per_expert = {counts.tolist()} must be counts that sum to at most the "
+                f"{x_NH.shape[0]} rows of x"
+            )
 
 
 def _check_device(name: str, tensor: Tensor, x_NH: Tensor) -> None:

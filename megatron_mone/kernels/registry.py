@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.measured import nearest_cell
 from megatron_mone.kernels.neuron_mask import NeuronMask
+
+if TYPE_CHECKING:
+    from megatron_mone.kernels.triton.grouped_experts import KeptEntries
 
 
 class GroupedMLPOutput(NamedTuple):
@@ -25,13 +28,16 @@ class GroupedMLPOutput(NamedTuple):
     """[N, H] expert outputs, the router's probability applied."""
     mask: NeuronMask
     """The neurons computed."""
-    gate_K: Tensor
-    """[K] gate activations of the mask's entries, with their graph, for a balance loss."""
+    gate_K: Tensor | None = None
+    """[K] gate activations of the mask's entries, with their graph, for a balance loss; None where
+    there are `entries`."""
     gate_NF: Tensor | None = None
     """[N, F] all gate activations, with their graph, where they were asked for."""
     a_K: Tensor | None = None
     """[K] pre-activations of the entries, without graph, where backward keeps them: who needs the
     gates in its own backward pass makes them again and keeps nothing."""
+    entries: KeptEntries | None = None
+    """Of the kept entries on their device, which a balance loss sums and gives its slope to."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,8 @@ class Backend:
         why_not: the reason a call cannot run on it here, or None.
         run: (x, probs, counts, w_gate, w_up, w_down, *, choose, activation, etp_group, all_gates)
             -> GroupedMLPOutput; arguments are checked.
+        counts_on_device: whether `run` takes counts as a tensor on x's device, and rows past their
+            sum; else a list of numbers, for which it waits for the device.
         automatic: whether `auto` may take it: one that never ran on its hardware is not.
         note: what a reader must know of it, or "".
     """
@@ -85,6 +93,7 @@ class Backend:
     run: Callable[..., GroupedMLPOutput]
     automatic: bool = True
     note: str = ""
+    counts_on_device: bool = False
 
 
 class Chosen(NamedTuple):

@@ -11,7 +11,9 @@ May touch: torch, the parameters' Megatron attributes.
 Shapes: E experts, F neurons, H hidden, all of this rank.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,13 +21,35 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 
-def weight_views(linear_fc1: Any, linear_fc2: Any, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+class Gradient(NamedTuple):
+    """Where a weight gradient goes.
+
+    Attributes:
+        out_EFH: [E, F, H] with unit last stride.
+        adds: to what `out_EFH` holds, instead of overwriting it.
+    """
+
+    out_EFH: Tensor
+    adds: bool
+
+
+Goal = Callable[[], Gradient]
+"""Makes, when it is due, the place of a weight's gradient."""
+Sink = Callable[[], Tensor]
+"""Gives, when it is due, a tensor that a weight's gradient is added to."""
+
+
+def weight_views(
+    linear_fc1: Any, linear_fc2: Any, fused: bool, later: list | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """w_gate, w_up and w_down, each a view [E, F, H].
 
     Args:
         linear_fc1: parameter [E, 2, F, H], gate and up vectors; `main_grad` is Megatron's.
         linear_fc2: parameter [E, F, H], down vectors.
         fused: add gradients to `main_grad` and leave `.grad` a placeholder.
+        later: a backend that can puts there what makes the gradients, and gives none: `add_later`
+            makes them.
     """
     gate, up, down = _WeightViews.apply(linear_fc1, linear_fc2, fused)
     if fused and gate.requires_grad:
@@ -34,7 +58,66 @@ def weight_views(linear_fc1: Any, linear_fc2: Any, fused: bool) -> tuple[Tensor,
         up.grad_sink = lambda: linear_fc1.main_grad[:, 1]
     if fused and down.requires_grad:
         down.grad_sink = lambda: linear_fc2.main_grad
+    if later is not None:
+        gate.grad_later = later
     return gate, up, down
+
+
+def sinks_of(weights: tuple[Tensor, Tensor, Tensor]) -> list[Sink | None]:
+    """The tensors that the gradients of gate, up and down are added to, where there are any."""
+    return [getattr(weight, "grad_sink", None) for weight in weights]
+
+
+def gradient_goals(
+    weights: tuple[Tensor, Tensor, Tensor],
+    sinks: list[Sink | None],
+    wanted: tuple[bool, ...],
+    new: Callable[[tuple[int, ...], torch.dtype], Tensor],
+) -> list[Goal | None]:
+    """Of gate, up and down: a weight's sink, or a tensor of `new`; None where none is wanted."""
+    goals = [
+        _goal(weight, sink, new) if want else None
+        for weight, sink, want in zip(weights, sinks, wanted, strict=True)
+    ]
+    if all(wanted[:2]) and sinks[:2] == [None, None] and halves_of_one(*weights[:2]):
+        goals[:2] = _goals_of_halves(weights[0], new)
+    return goals
+
+
+def _goal(weight_EFH: Tensor, sink: Sink | None, new: Callable[..., Tensor]) -> Goal:
+    if sink is not None:
+        return lambda: Gradient(sink(), True)
+    return lambda: Gradient(new(tuple(weight_EFH.shape), weight_EFH.dtype), False)
+
+
+def _goals_of_halves(weight_EFH: Tensor, new: Callable[..., Tensor]) -> list[Goal | None]:
+    """Gate's and up's gradients lie in one new tensor, as the weights do in theirs."""
+    experts, neurons, hidden = weight_EFH.shape
+
+    @cache
+    def both() -> Tensor:
+        return new((experts, 2, neurons, hidden), weight_EFH.dtype)
+
+    return [lambda: Gradient(both()[:, 0], False), lambda: Gradient(both()[:, 1], False)]
+
+
+@torch.no_grad()
+def add_later(linear_fc1: Parameter, linear_fc2: Parameter, later: list) -> None:
+    """Make the gradients that were put off, in their order, and add them where autograd would.
+
+    Args:
+        linear_fc1, linear_fc2: of `weight_views`.
+        later: its list; empty afterwards. An entry gives the gradients of gate, up and down, None
+            for one that it added to its sink.
+    """
+    waiting, later[:] = list(later), []
+    for make in waiting:
+        dgate, dup, ddown = make()
+        for parameter, gradient in (
+            (linear_fc1, _side_by_side(linear_fc1, dgate, dup)), (linear_fc2, ddown),
+        ):  # fmt: skip
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 class _WeightViews(torch.autograd.Function):

@@ -196,10 +196,7 @@ def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, W
     # softmax, and a loss over all gates, have a gradient at every gate
     all_learn = config.mone_activation == "softmax" or needs_all_gates(config)
     gate = Work(unit * gates, unit * dense)
-    rest = Work(
-        unit * (products + route.gates_twice * computed),
-        unit * (6.0 * kept + 2.0 * (dense if all_learn else kept)),
-    )
+    rest = Work(unit * products, unit * (6.0 * kept + 2.0 * (dense if all_learn else kept)))
     return {UP_DOWN_GEMM: gate + rest} if route.one_gemm else {GATE_GEMM: gate, UP_DOWN_GEMM: rest}
 
 
@@ -223,8 +220,6 @@ class _Route(NamedTuple):
     one at kept neurons among up and down."""
     one_gemm: bool = False
     """Gate and up are one product."""
-    gates_twice: bool = False
-    """Kept gates are computed again, after the dense product that chooses."""
 
 
 def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
@@ -233,8 +228,6 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
 
     from megatron_mone.kernels.cpu.route import computes_all
     from megatron_mone.kernels.registry import Call, choose_backend
-    from megatron_mone.kernels.triton.backend import TILED_FROM
-    from megatron_mone.kernels.triton.blocks import BLOCK_SIZES
 
     dense, kept = _entries(config, share, layer)
     kept_share = kept / max(1.0, dense)
@@ -256,8 +249,6 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
     if name == "cpu":
         sparse = not computes_all(kept_share, config.params_dtype)
         return _Route(sparse, mask_reader=UP_DOWN_GEMM)
-    if name == "triton" and call.block in BLOCK_SIZES and call.block >= TILED_FROM:
-        return _Route(sparse=True, mask_reader=UP_DOWN_GEMM, gates_twice=True)
     return _Route()
 
 

@@ -55,8 +55,13 @@ class BlockStatistics:
             return self
         packed = torch.cat((self.rows_B.unsqueeze(1), self.counts_BF, self.share_BF), dim=1)
         torch.distributed.all_reduce(packed, group=group)
-        width = self.counts_BF.shape[1]
-        return BlockStatistics(packed[:, 0], packed[:, 1 : 1 + width], packed[:, 1 + width :])
+        return BlockStatistics.of_columns(packed)
+
+    @classmethod
+    def of_columns(cls, packed: Tensor) -> BlockStatistics:
+        """From [B, 1 + 2 F_l]: rows, counts, shares."""
+        width = (packed.shape[1] - 1) // 2
+        return cls(packed[:, 0], packed[:, 1 : 1 + width], packed[:, 1 + width :])
 
     def of_experts(self, experts: int) -> BlockStatistics:
         """The same sums with the blocks of each of `experts` experts, which lie together, added."""
@@ -114,6 +119,7 @@ def gate_shares(
             kept=neurons,
         )
         gate_K, a_K = output.gate_NF.flatten(), None
+    assert gate_K is not None
     return GateShares(
         mask, gate_K, block_N, num_blocks, loss_type != "raw", a_K, activation, etp_group,
         has_outside,

@@ -41,7 +41,7 @@ from megatron_mone.kernels import (
 )
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.weight_views import weight_views
+from megatron_mone.kernels.weight_views import add_later, weight_views
 from megatron_mone.moe import matrix_stack
 
 EXTRA_STATE = "._extra_state"
@@ -75,6 +75,7 @@ class MoNEExperts(MegatronModule):
         super().__init__(config=config)
         self.neuron_bias: Tensor | None  # added to |g| for choosing; ng loss type "bias"
         self.ng_weights: Tensor | None  # of the balance loss, from the last step; global_batch
+        self._delayed: list = []  # makers of weight gradients, in the order of backward passes
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.etp_group = pg_collection.expt_tp
@@ -128,7 +129,7 @@ class MoNEExperts(MegatronModule):
 
         Args:
             x_NH: [N, H] rows grouped by local expert.
-            tokens_per_expert: [E_l] rows per local expert.
+            tokens_per_expert: [E_l] rows per local expert, or by source [E_l, R]; on x's device.
             probs_N: [N] router probabilities.
             neuron_mask: the neurons to compute, of this rank's F_l; chosen here when None.
         """
@@ -138,8 +139,8 @@ class MoNEExperts(MegatronModule):
         return grouped_mlp_with_gates(
             x_NH,
             probs_N,
-            tokens_per_expert.tolist(),
-            *weight_views(self.linear_fc1, self.linear_fc2, fused),
+            tokens_per_expert,
+            *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later()),
             choose=choose,
             activation=self.config.mone_activation,
             etp_group=self.etp_group,
@@ -152,7 +153,8 @@ class MoNEExperts(MegatronModule):
         own = self.select.local_selection() if self.neuron_bias is None else None
         if own is not None:
             return Selection(*own)
-        return BiasedRule(self.select, self.neuron_bias, tokens_per_expert)
+        rows_E = tokens_per_expert if tokens_per_expert.dim() == 1 else tokens_per_expert.sum(dim=1)
+        return BiasedRule(self.select, self.neuron_bias, rows_E)
 
     def _keep_float32(self) -> None:
         """Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32
@@ -161,8 +163,13 @@ class MoNEExperts(MegatronModule):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
+    def _later(self) -> list | None:
+        return self._delayed if self.config.delay_wgrad_compute else None
+
     def backward_dw(self) -> None:
-        """Nothing is delayed: weight gradients are made in the backward pass itself."""
+        """Make the weight gradients that backward passes put off (delay_wgrad_compute); a backend
+        that puts nothing off made them there, and then this does nothing."""
+        add_later(self.linear_fc1, self.linear_fc2, self._delayed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

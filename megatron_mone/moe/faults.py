@@ -64,6 +64,7 @@ class FaultWatch:
         self._calls = 0
         self._sizes: list[int] = []
         self._first: Tensor | None = None  # number of a forward pass, then its facts
+        self._first_EX: Tensor | None = None  # of each expert its first: number, found, rows
 
     def keep(self, found_E: Tensor, *facts: Tensor) -> None:
         """Keep what a forward pass found, unless an earlier one of the step found something.
@@ -83,14 +84,36 @@ class FaultWatch:
             self._first = torch.where(was_found, self._first, now)
         _kept[self] = None
 
+    def keep_by(self, note: Callable[[Tensor, int], None], experts: int, like: Tensor) -> None:
+        """As `keep`, where a kernel keeps it.
+
+        Args:
+            note: given [E, 3] int64 and the number of this forward pass, writes it, what it found
+                and the rows of each expert that has found nothing yet in this step.
+            experts: E.
+            like: a tensor on their device.
+        """
+        _watch_optimizers()
+        self._calls += not in_recompute()
+        if self._first_EX is None:
+            self._first_EX = like.new_zeros((experts, 3), dtype=torch.int64)
+        note(self._first_EX, self._calls)
+        _kept[self] = None
+
     def take(self) -> Tensor:
-        """What `keep` kept since the last call."""
+        """What was kept since the last call."""
         first, self._first, self._calls = self._first, None, 0
+        first_EX, self._first_EX = self._first_EX, None
+        if first_EX is not None:
+            self._sizes = []
+            return first_EX.flatten()
         assert first is not None
         return first
 
     def read(self, numbers: list[int]) -> _Found | None:
         """The fault in what `take` gave, brought to the host; None where there is none."""
+        if not self._sizes:
+            return self._read_experts([numbers[i : i + 3] for i in range(0, len(numbers), 3)])
         call, *rest = numbers
         facts = []
         for size in self._sizes:
@@ -99,6 +122,15 @@ class FaultWatch:
         if not any(facts[0]):
             return None
         error = self.error(*facts)
+        return _Found(call, self._layer_number(), _rank(), type(error).__name__, str(error))
+
+    def _read_experts(self, experts: list[list[int]]) -> _Found | None:
+        """Of (number, found, rows) of each expert."""
+        call = min((call for call, found, _ in experts if found), default=None)
+        if call is None:
+            return None
+        found_E = [found * (of == call) for of, found, _ in experts]
+        error = self.error(found_E, [rows for *_, rows in experts])
         return _Found(call, self._layer_number(), _rank(), type(error).__name__, str(error))
 
 

@@ -8,10 +8,12 @@ Shapes: N routed rows, E_l experts of this rank.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from megatron_mone.kernels.triton import KeptEntries
 from megatron_mone.moe.faults import FaultWatch, NonFiniteExpertError, deferred
 
 _MARKED = 1 << 32  # of a row or of an expert: how many are marked, above how many are bad
@@ -30,19 +32,25 @@ class FiniteCheck:
         self._watch = FaultWatch(self._error, lambda: layer_number() or 0)
 
     @torch.no_grad()
-    def __call__(self, y_NH: Tensor, row_probs: Tensor, rows_E: Tensor) -> None:
+    def __call__(
+        self, y_NH: Tensor, row_probs: Tensor, rows_E: Tensor, entries: KeptEntries | None = None
+    ) -> None:
         """Look at every row of every local expert.
 
         Args:
             y_NH: [N, H] outputs grouped by local expert.
             row_probs: [N] router probabilities.
             rows_E: [E_l] rows per local expert; on the device of y where faults are deferred.
+            entries: of kernels that looked at y themselves.
 
         Raises:
             NonFiniteExpertError: names rank, layer, expert and rows.
             ValueError: rows that another rank marked as padding (padding.py) and this one did not
                 read.
         """
+        if entries is not None and deferred(y_NH):
+            self._watch.keep_by(partial(entries.note_bad, row_probs), entries.where.experts, y_NH)
+            return
         # A row's sum is not finite when an entry is not, and needs no tensor of y's size.
         wide = torch.promote_types(y_NH.dtype, torch.float32)
         marked_N = row_probs.detach() < 0

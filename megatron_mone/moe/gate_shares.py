@@ -81,6 +81,7 @@ def kept_counts(
     output: GroupedMLPOutput, block_N: Tensor, num_blocks: int, has_outside: bool = False
 ) -> Tensor:
     """[B, F_l] int64 rows of each block that keep each neuron; arguments as of GateShares."""
+    assert output.gate_K is not None
     entries = gate_sums(output.mask, output.gate_K, block_N)
     return entries.share_sums(num_blocks + has_outside, None)[1][:num_blocks]
 

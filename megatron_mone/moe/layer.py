@@ -112,23 +112,25 @@ class MoNELayer(MoELayer):
         mask = self.token_dispatcher.take_mask()
         if mask is None:
             mask = self.recompute_masks.take(rows.shape[0], self.experts.w_gate_EFH.shape[1])
-        output = self.experts(rows, tokens_per_expert, row_probs, mask)
+        # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's router, so
+        # that a recompute changes no statistic.
+        balanced = self.training and torch.is_grad_enabled()
+        rows_E = self.token_dispatcher.rows_on_device(tokens_per_expert)
+        rows_ER = self.token_dispatcher.rows_by_source(tokens_per_expert) if balanced else None
+        output = self.experts(rows, rows_E if rows_ER is None else rows_ER, row_probs, mask)
         if self.config.mone_check_for_nan:
-            rows_E = self.token_dispatcher.rows_on_device(tokens_per_expert)
-            self.finite_check(output.y_NH, row_probs, rows_E)
+            self.finite_check(output.y_NH, row_probs, rows_E, output.entries)
         self.recompute_masks.keep(output.mask)
         self._record(output.mask)
         y_NH = output.y_NH
-        if self.training and torch.is_grad_enabled():
-            # Off in evaluation and in the first pass of a recomputed layer, as in Megatron's
-            # router, so that a recompute changes no statistic.
-            y_NH = self.balance(output, tokens_per_expert, row_probs, padding_N)
+        if rows_ER is not None:
+            y_NH = self.balance(output, rows_ER, row_probs, padding_N)
         return self.token_dispatcher.combine_preprocess(y_NH), None
 
     def balance(
         self,
         output: GroupedMLPOutput,
-        tokens_per_expert: Tensor,
+        rows_ER: Tensor,
         row_probs: Tensor,
         padding_N: Tensor | None = None,
     ) -> Tensor:
@@ -138,7 +140,7 @@ class MoNELayer(MoELayer):
             real_N = ~padding_N if real_N is None else real_N & ~padding_N
         return self.neuron_balancer(
             output,
-            self.token_dispatcher.rows_by_source(tokens_per_expert),
+            rows_ER,
             layer_number=self.layer_number,
             local_tokens=self._local_tokens(),
             real_N=real_N,

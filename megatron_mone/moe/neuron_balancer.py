@@ -4,6 +4,8 @@ May touch: Megatron's aux-loss scaler, the metrics tracker, the process groups i
 Shapes: N routed rows, E_l local experts, R source ranks, M micro-batches among them.
 """
 
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from megatron_mone.config import MoNEConfig, neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
+from megatron_mone.kernels.triton import KeptEntries
+from megatron_mone.kernels.triton.ops import Blocks, Counters, Slope, weigh
 from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
 from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map, cell_of_row
 from megatron_mone.moe.experts import MoNEExperts
@@ -92,6 +96,10 @@ class NeuronBalancer:
         y_NH = output.y_NH
         tokens_M = self._real_tokens(padding_T)
         parted = self.by_microbatch or tokens_M is not None
+        if output.entries is not None:
+            return self._by_kernels(
+                output.entries, y_NH, rows_ER, real_N, tokens_M, local_tokens, parted
+            )
         block_N, rows_B = self._blocks(rows_ER, y_NH.shape[0], parted, real_N)
         num_blocks = rows_B.numel()
         bounded = self.config.moe_expert_rank_capacity_factor is not None  # N is a bound
@@ -123,23 +131,82 @@ class NeuronBalancer:
             if tokens_M is not None:
                 weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
                 statistics = statistics.of_experts(self.load.step_counts_EF.shape[0])
-            self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
-            # the replicas of an expert hold the rows of all DP ranks' micro-batches together
-            ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
-            self.step_microbatches += ranks // self.tp_cp_group.size()
+            self._add_to_step(statistics)
         loss = shares.loss(weight_BF, share_BF, total_N)
-        repeats = 1
-        if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
-            repeats = self.config.mtp_num_layers or 1  # counted once a repetition, as the router's
+        repeats = self._repeats()
         self._record(loss / repeats)
-        if tokens_M is not None:  # a micro-batch's part times its own tokens
-            tokens_B1 = tokens_M.to(dtype).repeat(num_blocks // tokens_M.numel()).unsqueeze(1)
-            loss = shares.loss(weight_BF * tokens_B1, share_BF, total_N)
+        if tokens_M is not None:
+            loss = shares.loss(_times_tokens(weight_BF, tokens_M), share_BF, total_N)
         loss = loss / repeats * self.config.mone_ng_loss_coeff
         if self.config.calculate_per_token_loss and tokens_M is None:
             # Cancels the division by all tokens, as TopKRouter.attach_and_log_load_balancing_loss.
             loss = loss * (local_tokens * self.tp_cp_group.size())
         return MoEAuxLossAutoScaler.apply(y_NH, loss)
+
+    @torch.no_grad()
+    def _by_kernels(
+        self, entries: KeptEntries, y_NH: Tensor, rows_ER: Tensor, real_N: Tensor | None,
+        tokens_M: Tensor | None, local_tokens: int, parted: bool,
+    ) -> Tensor:  # fmt: skip
+        """The same by the kernels that hold the entries: three launches, and the slope of the loss
+        is added where the gates' gradient is made."""
+        cells = self._table(self.block_of_cell if parted else self.expert_of_cell, rows_ER)
+        within = self.source_map.num_microbatches if parted else 1
+        blocks = Blocks(cells, within, self.experts.num_local_experts * within, real_N)
+        loss_type = self.config.mone_ng_loss_type
+        scale_free = loss_type != "raw"
+        sums = entries.block_sums(
+            blocks, shares=self.has_loss, scale_free=scale_free,
+            counters=Counters(self.load.step_counts_EF, self.load.window_rows_E),
+        )  # fmt: skip
+        if not self.has_loss:
+            return y_NH
+        assert self.kept is not None  # rows of several lengths have no entries
+        make = partial(
+            weigh, loss_type=loss_type, neurons=self.config.moe_ffn_hidden_size, kept=self.kept,
+            over_experts=1 / (self.config.num_moe_experts or 1),
+        )  # fmt: skip
+        group = self.source_map.replica_group
+        if not self.by_microbatch:
+            weight_BF = self.experts.ng_weights
+            assert weight_BF is not None
+            if tokens_M is not None:
+                weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
+            _, loss = make(sums, weight_BF=weight_BF)
+            statistics = BlockStatistics.of_columns(sums.sums_BX)
+            if tokens_M is not None:
+                statistics = statistics.of_experts(self.experts.num_local_experts)
+            self._add_to_step(statistics)
+        elif group is None or group.size() == 1:
+            weight_BF, loss = make(sums)
+        else:
+            whole = sums._replace(sums_BX=sums.sums_BX.clone())
+            torch.distributed.all_reduce(whole.sums_BX, group=group)
+            weight_BF, _ = make(whole)
+            _, loss = make(sums, weight_BF=weight_BF)
+        repeats = self._repeats()
+        self._record(loss if repeats == 1 else loss / repeats)
+        scale = self.config.mone_ng_loss_coeff / repeats
+        if tokens_M is not None:
+            weight_BF = _times_tokens(weight_BF, tokens_M)
+        elif self.config.calculate_per_token_loss:
+            scale *= local_tokens * self.tp_cp_group.size()
+        slope = Slope(weight_BF, blocks, scale_free, scale, partial(_loss_scale, y_NH.device))
+        with torch.enable_grad():
+            return entries.attach(y_NH, slope)
+
+    def _add_to_step(self, statistics: BlockStatistics) -> None:
+        self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
+        # the replicas of an expert hold the rows of all DP ranks' micro-batches together
+        ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
+        self.step_microbatches += ranks // self.tp_cp_group.size()
+
+    def _repeats(self) -> int:
+        """Uses of the layer in a forward pass: its loss counts once a repetition, as the
+        router's."""
+        if self.is_mtp_layer and self.config.mtp_use_repeated_layer:
+            return self.config.mtp_num_layers or 1
+        return 1
 
     def _real_tokens(self, padding_T: Tensor | None) -> Tensor | None:
         """[M] tokens of each source micro-batch that are no padding, where the loss needs them.
@@ -244,3 +311,16 @@ class NeuronBalancer:
             tp_ep_group=self.tp_ep_group,
             etp_size=self.experts.etp_group.size(),
         )
+
+
+def _times_tokens(weight_BF: Tensor, tokens_M: Tensor) -> Tensor:
+    """The weights of a micro-batch's part times its own tokens."""
+    tokens_B1 = tokens_M.to(weight_BF.dtype).repeat(weight_BF.shape[0] // tokens_M.numel())
+    return weight_BF * tokens_B1.unsqueeze(1)
+
+
+def _loss_scale(device: torch.device) -> Tensor:
+    """What MoEAuxLossAutoScaler multiplies the gradient of a loss by; asked for in backward."""
+    if MoEAuxLossAutoScaler.main_loss_backward_scale is None:
+        MoEAuxLossAutoScaler.main_loss_backward_scale = torch.tensor(1.0, device=device)
+    return MoEAuxLossAutoScaler.main_loss_backward_scale

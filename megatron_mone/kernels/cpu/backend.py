@@ -12,7 +12,7 @@ weights is made. route.py says which products run. Shapes: N rows grouped by exp
 neurons, H hidden, K kept entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import byref
 from functools import cache
 from typing import Any
@@ -30,7 +30,6 @@ from megatron_mone.kernels.cpu.few_products import FewProducts
 from megatron_mone.kernels.cpu.gate import kept_gates
 from megatron_mone.kernels.cpu.products import (
     DenseProducts,
-    Gradient,
     SparseProducts,
     empty,
     scratch,
@@ -39,7 +38,7 @@ from megatron_mone.kernels.cpu.products import (
 from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
-from megatron_mone.kernels.weight_views import halves_of_one
+from megatron_mone.kernels.weight_views import Goal, gradient_goals, sinks_of
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
@@ -122,7 +121,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         y_NH = products.accumulate([(h_K, w_down)], x_NH.dtype)
         ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K, indices_K, offsets_N1)
         ctx.counts, ctx.activation, ctx.block = counts, activation, block
-        ctx.sinks = [getattr(w, "grad_sink", None) for w in (w_gate, w_up, w_down)]
+        ctx.sinks = sinks_of((w_gate, w_up, w_down))
         ctx.mark_non_differentiable(a_K, indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
         return y_NH, gate_K, a_K, indices_K, offsets_N1
@@ -153,47 +152,11 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         dx_NH = None
         if ctx.needs_input_grad[0]:
             dx_NH = products.accumulate([(da_K, w_gate), (du_K, w_up)], x_NH.dtype)
-        goals = _goals((w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5])
+        goals = gradient_goals((w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5], empty)
         dw = _weight_grads(products, [(da_K, goals[0]), (du_K, goals[1])], x_NH)
         del da_K, du_K
         dw += _weight_grads(products, [(h_K, goals[2])], dy_NH)
         return dx_NH, dprobs_N.to(probs_N.dtype), *dw, None, None, None
-
-
-Goal = Callable[[], Gradient]
-"""Makes, when it is due, the place of a weight's gradient."""
-
-
-def _goals(
-    weights: tuple[Tensor, Tensor, Tensor],
-    sinks: list[Callable[[], Tensor] | None],
-    wanted: tuple[bool, ...],
-) -> list[Goal | None]:
-    """Of gate, up and down: a weight's sink, or a new tensor; None where no gradient is wanted."""
-    goals = [
-        _goal(weight, sink) if want else None
-        for weight, sink, want in zip(weights, sinks, wanted, strict=True)
-    ]
-    if all(wanted[:2]) and sinks[:2] == [None, None] and halves_of_one(*weights[:2]):
-        goals[:2] = _goals_of_halves(weights[0])
-    return goals
-
-
-def _goal(weight_EFH: Tensor, sink: Callable[[], Tensor] | None) -> Goal:
-    if sink is not None:
-        return lambda: Gradient(sink(), True)
-    return lambda: Gradient(empty(tuple(weight_EFH.shape), weight_EFH.dtype), False)
-
-
-def _goals_of_halves(weight_EFH: Tensor) -> list[Goal]:
-    """Gate's and up's gradients lie in one new tensor, as the weights do in theirs."""
-    experts, neurons, hidden = weight_EFH.shape
-
-    @cache
-    def both() -> Tensor:
-        return empty((experts, 2, neurons, hidden), weight_EFH.dtype)
-
-    return [lambda: Gradient(both()[:, 0], False), lambda: Gradient(both()[:, 1], False)]
 
 
 def _weight_grads(

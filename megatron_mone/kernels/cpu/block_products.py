@@ -13,7 +13,6 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.products import (
-    Gradient,
     SparseProducts,
     empty,
     gradient_matrices,
@@ -22,6 +21,7 @@ from megatron_mone.kernels.cpu.products import (
     unit_stride,
     value_addresses,
 )
+from megatron_mone.kernels.weight_views import Gradient
 
 
 def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.block_products import wide_rows
 from megatron_mone.kernels.cpu.products import (
-    Gradient,
     SparseProducts,
     empty,
     gradient_matrices,
@@ -20,6 +19,7 @@ from megatron_mone.kernels.cpu.products import (
     unit_stride,
     value_addresses,
 )
+from megatron_mone.kernels.weight_views import Gradient
 
 
 class FewProducts(SparseProducts):

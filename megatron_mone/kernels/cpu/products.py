@@ -10,12 +10,13 @@ import math
 import threading
 from collections.abc import Iterator
 from ctypes import byref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
+from megatron_mone.kernels.weight_views import Gradient
 
 # Tests set this to see that every element handed out was written.
 POISON = False
@@ -59,18 +60,6 @@ def release_scratch() -> None:
 def unit_stride(tensor: Tensor) -> Tensor:
     """The tensor, copied if its last dimension is strided."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-class Gradient(NamedTuple):
-    """Where a weight gradient goes.
-
-    Attributes:
-        out_EFH: [E, F, H] with unit last stride.
-        adds: to what `out_EFH` holds, instead of overwriting it.
-    """
-
-    out_EFH: Tensor
-    adds: bool
 
 
 def value_addresses(terms: list[tuple[Tensor, Gradient]]) -> list[int | None]:

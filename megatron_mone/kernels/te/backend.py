@@ -4,14 +4,17 @@
     select   the S largest |sigma(a)|, and h = p sigma(a) u where kept
     fc2      y = h W_down                       dense, h zero elsewhere
 Between the GEMMs it runs the Triton kernels where rows keep S each and triton is here, else torch
-(kernels/triton/unstructured.py and ragged.py, which say what is saved for backward). The arithmetic
-is the dense expert's. An fp8 recipe comes from the autocast context that the call is inside.
+(kernels/triton/grouped_experts.py and ragged.py, which say what is kept for backward). The
+arithmetic is the dense expert's. An fp8 recipe comes from the autocast context that the call is
+inside.
 Not run on a GPU yet: the GEMMs are Transformer Engine's, and stand-ins take their place in tests.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
@@ -24,11 +27,12 @@ from megatron_mone.kernels.te.linears import (
     why_not_recipe,
 )
 from megatron_mone.kernels.te.padding import PaddedLinears
-from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_rows
+from megatron_mone.kernels.triton.arguments import ACTIVATIONS
 from megatron_mone.kernels.triton.availability import available as triton_available
-from megatron_mone.kernels.triton.linears import GroupedLinears
+from megatron_mone.kernels.triton.grouped_experts import masked_experts
+from megatron_mone.kernels.triton.products import GroupedLinears, LinearProducts
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
-from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
+from megatron_mone.kernels.triton.row_map import on_device
 
 NOTE = "not run on a GPU yet, so only by name"
 
@@ -52,30 +56,43 @@ def why_not(call: Call) -> str | None:
     return why_not_recipe(active_recipe())
 
 
-def run(*operands: Any, choose: Choose, activation: str, **_unused: Any) -> GroupedMLPOutput:
+def run(
+    x_NH: Tensor, probs_N: Tensor, counts: list[int], *weights: Tensor,
+    choose: Choose, activation: str, etp_group: Any = None, **_unused: Any,
+) -> GroupedMLPOutput:  # fmt: skip
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
     recipe = active_recipe()
-    linears: GroupedLinears = TransformerEngineLinears(recipe)
+    linears: GroupedLinears = TransformerEngineLinears(recipe, counts)
     if recipe is not None:
-        linears = PaddedLinears(linears, alignment(recipe))
-    return grouped_mlp_on(linears, *operands, choose=choose, activation=activation)
+        linears = PaddedLinears(
+            partial(TransformerEngineLinears, recipe), counts, alignment(recipe)
+        )
+    return grouped_mlp_on(
+        linears, x_NH, probs_N, counts, *weights, choose=choose, activation=activation,
+        etp_group=etp_group,
+    )  # fmt: skip
 
 
 def grouped_mlp_on(
-    linears: GroupedLinears, *operands: Any, choose: Choose, activation: str
-) -> GroupedMLPOutput:
+    linears: GroupedLinears, x_NH: Tensor, probs_N: Tensor, counts: list[int], *weights: Tensor,
+    choose: Choose, activation: str, etp_group: Any = None,
+) -> GroupedMLPOutput:  # fmt: skip
     """The masked expert with the dense products of `linears`, on any device; else as `run`."""
     if triton_available()[0] and _rows_are_uniform(choose):
         assert isinstance(choose, Selection | NeuronMask)
-        made = masked_grouped_mlp(*operands, choose=choose, activation=activation, linears=linears)
-    else:
-        made = ragged_grouped_mlp(*operands, choose=choose, activation=activation, linears=linears)
-    return GroupedMLPOutput(*made, None)
+        y_NH, mask, entries = masked_experts(
+            x_NH, probs_N, on_device(counts, x_NH.device), *weights, choose=choose,
+            activation=activation, etp_group=etp_group, products=partial(LinearProducts, linears),
+        )  # fmt: skip
+        return GroupedMLPOutput(y_NH, mask, entries=entries)
+    return GroupedMLPOutput(*ragged_grouped_mlp(
+        x_NH, probs_N, *weights, choose=choose, activation=activation, linears=linears
+    ))  # fmt: skip
 
 
 def _rows_are_uniform(choose: Choose) -> bool:
     if isinstance(choose, NeuronMask):
-        return uniform_rows(choose) is not None
+        return choose.kept is not None
     return isinstance(choose, Selection)
 
 

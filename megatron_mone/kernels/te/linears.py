@@ -67,65 +67,57 @@ def alignment(recipe: Any) -> int:
 
 
 class TransformerEngineLinears:
-    """See GroupedLinears. `recipe` is the fp8 recipe, or None for the operands' own dtype."""
+    """See GroupedLinears.
 
-    def __init__(self, recipe: Any) -> None:
-        self.recipe = recipe
+    Args:
+        recipe: the fp8 recipe, or None for the operands' own dtype.
+        counts: rows of each expert.
+    """
 
-    def rows_by_neurons(
-        self,
-        x_NH: Tensor,
-        w_EFH: Tensor,
-        counts: list[int],
-        out_NF: Tensor | None = None,
-        *,
-        gradient: bool = False,
-    ) -> Tensor:
+    def __init__(self, recipe: Any, counts: list[int]) -> None:
+        self.recipe, self.counts = recipe, counts
+
+    def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
         """[N, F] x W^T."""
-        if out_NF is None:
-            out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
+        out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
         if x_NH.shape[0]:
-            rows = self._rows(x_NH, counts, "gradient" if gradient else "rows")
-            _gemm(self._weights(w_EFH), rows, [out_NF], "TN", counts, single_output=True)
+            rows = self._rows(x_NH, "gradient" if gradient else "rows")
+            _gemm(self._weights(w_EFH), rows, [out_NF], "TN", self.counts, single_output=True)
         return out_NF
 
-    def rows_by_hidden(
-        self, counts: list[int], *products: tuple[Tensor, Tensor], gradient: bool = False
-    ) -> Tensor:
+    def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
         """[N, H] sum of v W."""
         first_NF, first_EFH = products[0]
         y_NH = first_NF.new_empty((first_NF.shape[0], first_EFH.shape[2]))
         for order, (v_NF, w_EFH) in enumerate(products if y_NH.shape[0] else ()):
-            rows = self._rows(v_NF, counts, "gradient" if gradient else "rows")
+            rows = self._rows(v_NF, "gradient" if gradient else "rows")
             weights = self._weights(w_EFH, columnwise=True)
-            _gemm(weights, rows, [y_NH], "NN", counts, single_output=True, accumulate=order > 0)
+            _gemm(
+                weights, rows, [y_NH], "NN", self.counts, single_output=True, accumulate=order > 0
+            )
         return y_NH
 
-    def weight_grad(
-        self, v_NF: Tensor, x_NH: Tensor, counts: list[int], *, gradient: Literal["v", "x"]
-    ) -> Tensor:
+    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
         """[E, F, H] v^T x."""
-        shape = (len(counts), v_NF.shape[1], x_NH.shape[1])
+        shape = (len(self.counts), v_NF.shape[1], x_NH.shape[1])
         if not x_NH.shape[0]:
             return x_NH.new_zeros(shape)
         dw_EFH = x_NH.new_empty(shape)
         kinds: tuple[Kind, Kind] = ("gradient", "rows") if gradient == "v" else ("rows", "gradient")
-        v = self._rows(v_NF, counts, kinds[0], columnwise=True)
-        x = self._rows(x_NH, counts, kinds[1], columnwise=True)
-        _gemm(x, v, list(dw_EFH.unbind()), "NT", counts)
+        v = self._rows(v_NF, kinds[0], columnwise=True)
+        x = self._rows(x_NH, kinds[1], columnwise=True)
+        _gemm(x, v, list(dw_EFH.unbind()), "NT", self.counts)
         return dw_EFH
 
-    def _rows(
-        self, rows: Tensor, counts: list[int], kind: Kind, columnwise: bool = False
-    ) -> list[Any]:
+    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> list[Any]:
         """The rows of each expert, quantized under a recipe; `columnwise` for sums over rows."""
         if self.recipe is None:
-            return list(rows.split(counts))
+            return list(rows.split(self.counts))
         import transformer_engine_torch as tex
 
         self._check(rows)
-        quantizers = self._quantizers(len(counts), kind, columnwise)
-        return tex.split_quantize(rows.contiguous(), counts, quantizers)
+        quantizers = self._quantizers(len(self.counts), kind, columnwise)
+        return tex.split_quantize(rows.contiguous(), self.counts, quantizers)
 
     def _weights(self, w_EFH: Tensor, columnwise: bool = False) -> list[Any]:
         """Each expert's [F, H], quantized under a recipe; `columnwise` for sums over neurons."""

@@ -7,70 +7,59 @@ of every operand and result of N rows, and at most `alignment` - 1 rows an exper
 counts are multiples already (--moe-router-padding-for-quantization).
 """
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels.triton.linears import GroupedLinears
+from megatron_mone.kernels.triton.products import GroupedLinears
 
 
 class PaddedLinears:
-    """`inner` on counts that are multiples of `alignment`; see GroupedLinears."""
+    """Linears on counts that are multiples of `alignment`; see GroupedLinears.
 
-    def __init__(self, inner: GroupedLinears, alignment: int) -> None:
-        self.inner, self.alignment = inner, alignment
+    Args:
+        make: of row counts, the linears to run.
+        counts: rows of each expert.
+        alignment: that each must be a multiple of.
+    """
 
-    def rows_by_neurons(
-        self,
-        x_NH: Tensor,
-        w_EFH: Tensor,
-        counts: list[int],
-        out_NF: Tensor | None = None,
-        *,
-        gradient: bool = False,
-    ) -> Tensor:
+    def __init__(
+        self, make: Callable[[list[int]], GroupedLinears], counts: list[int], alignment: int
+    ) -> None:
+        self.counts = counts
+        self.padded = [-(-count // alignment) * alignment for count in counts]
+        self.inner = make(self.padded)
+
+    def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
         """[N, F] x W^T."""
-        padded = self._padded(counts)
-        if padded == counts:
-            return self.inner.rows_by_neurons(x_NH, w_EFH, counts, out_NF, gradient=gradient)
-        at_N = _places(counts, padded, x_NH.device)
-        wide = self.inner.rows_by_neurons(
-            _pad(x_NH, at_N, padded), w_EFH, padded, gradient=gradient
-        )
-        return wide.index_select(0, at_N)
+        return self._unpad(self.inner.rows_by_neurons(self._pad(x_NH), w_EFH, gradient=gradient))
 
-    def rows_by_hidden(
-        self, counts: list[int], *products: tuple[Tensor, Tensor], gradient: bool = False
-    ) -> Tensor:
-        """[N, H] sum of v W."""
-        padded = self._padded(counts)
-        if padded == counts:
-            return self.inner.rows_by_hidden(counts, *products, gradient=gradient)
-        at_N = _places(counts, padded, products[0][0].device)
-        wide = [(_pad(v_NF, at_N, padded), w_EFH) for v_NF, w_EFH in products]
-        return self.inner.rows_by_hidden(padded, *wide, gradient=gradient).index_select(0, at_N)
+    def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
+        """[N, H] sum of v W over the products (v_NF, w_EFH)."""
+        wide = [(self._pad(v_NF), w_EFH) for v_NF, w_EFH in products]
+        return self._unpad(self.inner.rows_by_hidden(*wide, gradient=gradient))
 
-    def weight_grad(
-        self, v_NF: Tensor, x_NH: Tensor, counts: list[int], *, gradient: Literal["v", "x"]
-    ) -> Tensor:
+    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
         """[E, F, H] v^T x."""
-        padded = self._padded(counts)
-        if padded != counts:
-            at_N = _places(counts, padded, x_NH.device)
-            v_NF, x_NH = _pad(v_NF, at_N, padded), _pad(x_NH, at_N, padded)
-        return self.inner.weight_grad(v_NF, x_NH, padded, gradient=gradient)
+        return self.inner.weight_grad(self._pad(v_NF), self._pad(x_NH), gradient=gradient)
 
-    def _padded(self, counts: list[int]) -> list[int]:
-        return [-(-count // self.alignment) * self.alignment for count in counts]
+    @cached_property
+    def _places_N(self) -> Tensor:
+        """[N] int64 place of each row among the padded ones."""
+        sizes, wide = torch.tensor(self.counts), torch.tensor(self.padded)
+        shift_E = (wide.cumsum(0) - wide) - (sizes.cumsum(0) - sizes)
+        return torch.arange(sum(self.counts)) + shift_E.repeat_interleave(sizes)
 
+    def _pad(self, rows: Tensor) -> Tensor:
+        if self.padded == self.counts:
+            return rows
+        wide = rows.new_zeros((sum(self.padded), rows.shape[1]))
+        return wide.index_copy_(0, self._places_N.to(rows.device), rows)
 
-def _places(counts: list[int], padded: list[int], device: torch.device) -> Tensor:
-    """[N] int64 place of each row among the padded ones."""
-    sizes, wide = torch.tensor(counts), torch.tensor(padded)
-    shift_E = (wide.cumsum(0) - wide) - (sizes.cumsum(0) - sizes)
-    return (torch.arange(sum(counts)) + shift_E.repeat_interleave(sizes)).to(device)
-
-
-def _pad(rows: Tensor, at_N: Tensor, padded: list[int]) -> Tensor:
-    return rows.new_zeros((sum(padded), rows.shape[1])).index_copy_(0, at_N, rows)
+    def _unpad(self, rows: Tensor) -> Tensor:
+        if self.padded == self.counts:
+            return rows
+        return rows.index_select(0, self._places_N.to(rows.device))

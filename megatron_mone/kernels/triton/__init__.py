@@ -5,7 +5,6 @@ Importing this package needs no triton; using an op without it is an error that 
 """
 
 from megatron_mone.kernels.triton.availability import available
-from megatron_mone.kernels.triton.blocks import block_grouped_mlp
-from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
+from megatron_mone.kernels.triton.grouped_experts import KeptEntries, masked_experts
 
-__all__ = ["available", "block_grouped_mlp", "masked_grouped_mlp"]
+__all__ = ["KeptEntries", "available", "masked_experts"]

@@ -1,11 +1,6 @@
-"""Whether the Triton kernels can run here, and the one place that imports them."""
-
-import importlib
-from types import ModuleType
+"""Whether the Triton kernels can run here."""
 
 import torch
-
-_KERNELS = "megatron_mone.kernels.triton"
 
 
 def available() -> tuple[bool, str]:
@@ -27,15 +22,3 @@ def interpreted() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def kernels(*names: str) -> list[ModuleType]:
-    """The kernel modules of those names.
-
-    Raises:
-        RuntimeError: the kernels cannot run here; the text is `available`'s reason.
-    """
-    usable, reason = available()
-    if not usable:
-        raise RuntimeError(f"the triton backend is not usable: {reason}")
-    return [importlib.import_module(f"{_KERNELS}.{name}") for name in names]

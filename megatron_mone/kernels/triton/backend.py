@@ -1,12 +1,7 @@
 """The Triton backend as the registry knows it: what it takes, and which route a call takes.
 
-    Selection                               unstructured.py
-    Selection, B >= TILED_FROM              blocks from a dense gate product, then blocks.py
-    ready mask of such blocks               blocks.py
-    ready mask, rows of one length          unstructured.py, without selection
-    ready mask, rows of several lengths     ragged.py, torch operations around dense products
-In the model of tests/unit/kernels/triton_limits.py the block-sparse kernels lose to dense products
-but for B = 128 backward, so only those blocks go there until a GPU has answered.
+    Selection, mask of rows of one length     grouped_experts.py
+    ready mask, rows of several lengths       ragged.py, torch operations around the same products
 Not run on a GPU yet. Importing this needs no triton.
 """
 
@@ -15,27 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
-from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_rows
+from megatron_mone.kernels.triton.arguments import ACTIVATIONS
 from megatron_mone.kernels.triton.availability import available, interpreted
-from megatron_mone.kernels.triton.blocks import BLOCK_SIZES, block_grouped_mlp, choose_blocks
-from megatron_mone.kernels.triton.linears import MatmulLinears
+from megatron_mone.kernels.triton.grouped_experts import masked_experts
+from megatron_mone.kernels.triton.launch import is_recording
+from megatron_mone.kernels.triton.products import KernelLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
-from megatron_mone.kernels.triton.unstructured import masked_grouped_mlp
+from megatron_mone.kernels.triton.row_map import on_device, row_map
 
-TILED_FROM = 128  # neurons of the smallest block that the block-sparse kernels get
 NOTE = "not run on a GPU yet, so only by name"
 
 
 def why_not(call: Call) -> str | None:
     """The reason that a call cannot run here, with what to change, or None."""
     usable, reason = available()
-    if not usable:
+    if not usable and not is_recording():
         return reason
-    if call.device != "cuda" and not interpreted():
+    if call.device != "cuda" and not is_recording() and not interpreted():
         return f"the tensors are on {call.device}: move them to a CUDA device"
     if call.dtype not in (torch.float32, torch.bfloat16):
         return f"the tensors are {call.dtype}: use float32 or bfloat16"
@@ -56,41 +50,24 @@ def why_not(call: Call) -> str | None:
 
 
 def run(
-    x_NH: Tensor, probs_N: Tensor, counts: list[int],
+    x_NH: Tensor, probs_N: Tensor, counts: list[int] | Tensor,
     w_gate_EFH: Tensor, w_up_EFH: Tensor, w_down_EFH: Tensor, *,
-    choose: Choose, activation: str, **_unused: Any,
+    choose: Choose, activation: str, etp_group: Any = None, **_unused: Any,
 ) -> GroupedMLPOutput:  # fmt: skip
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
     assert isinstance(choose, Selection | NeuronMask)  # why_not refuses a rule
-    operands = (x_NH, probs_N, counts, w_gate_EFH, w_up_EFH, w_down_EFH)
-    index_NS = uniform_rows(choose) if isinstance(choose, NeuronMask) else None
-    if isinstance(choose, NeuronMask) and index_NS is None:
+    weights = (w_gate_EFH, w_up_EFH, w_down_EFH)
+    counts = on_device(counts, x_NH.device)
+    if isinstance(choose, NeuronMask) and choose.kept is None:
+        linears = KernelLinears(row_map(counts, x_NH.shape[0]))
         kept = ragged_grouped_mlp(
-            *operands, choose=choose, activation=activation, linears=MatmulLinears()
+            x_NH, probs_N, *weights, choose=choose, activation=activation, linears=linears
         )
-    elif choose.block in BLOCK_SIZES and choose.block >= TILED_FROM:
-        if index_NS is None:
-            blocks_NQ = _blocks(x_NH, w_gate_EFH, counts, choose, activation)
-        else:
-            blocks_NQ = index_NS[:, :: choose.block] // choose.block
-        kept = block_grouped_mlp(
-            *operands, blocks_NQ=blocks_NQ, block=choose.block, activation=activation
-        )
-    else:
-        kept = masked_grouped_mlp(*operands, choose=choose, activation=activation)
-    y_NH, mask, gate_K = kept
-    return GroupedMLPOutput(y_NH, choose if isinstance(choose, NeuronMask) else mask, gate_K, None)
+        return GroupedMLPOutput(*kept)
+    y_NH, mask, entries = masked_experts(
+        x_NH, probs_N, counts, *weights, choose=choose, activation=activation, etp_group=etp_group
+    )
+    return GroupedMLPOutput(y_NH, mask, entries=entries)
 
 
-@torch.no_grad()
-def _blocks(x_NH, w_gate_EFH, counts, choose, activation) -> Tensor:
-    """[N, S / B] blocks from a dense gate product, which is not kept."""
-    enter(GATE_GEMM)
-    a_NF = MatmulLinears().rows_by_neurons(x_NH, w_gate_EFH, counts)
-    enter(SELECTION)
-    blocks_NQ = choose_blocks(a_NF, choose, activation)
-    enter(UP_DOWN_GEMM)
-    return blocks_NQ
-
-
-register(Backend("triton", why_not, run, automatic=False, note=NOTE))
+register(Backend("triton", why_not, run, automatic=False, note=NOTE, counts_on_device=True))

@@ -24,13 +24,12 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import apply_rule
-from megatron_mone.kernels.triton.linears import GroupedLinears, weight_grads
+from megatron_mone.kernels.triton.products import GroupedLinears
 
 
 def ragged_grouped_mlp(
     x_NH: Tensor,
     probs_N: Tensor,
-    counts: list[int],
     w_gate_EFH: Tensor,
     w_up_EFH: Tensor,
     w_down_EFH: Tensor,
@@ -44,7 +43,6 @@ def ragged_grouped_mlp(
     Args:
         x_NH: [N, H] rows grouped by expert.
         probs_N: [N] router probabilities, any float dtype.
-        counts: E row counts that sum to N.
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         choose: a selection, a mask or a rule.
         activation: an elementwise one: silu, sigmoid, gelu (by erf) or relu.
@@ -55,7 +53,7 @@ def ragged_grouped_mlp(
         entries, with gradient.
     """
     y_NH, gate_K, indices_K, offsets_N1 = _RaggedGroupedMLP.apply(
-        x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, counts, choose, activation, linears
+        x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, choose, activation, linears
     )
     if isinstance(choose, NeuronMask):
         return y_NH, choose, gate_K
@@ -65,21 +63,21 @@ def ragged_grouped_mlp(
 
 class _RaggedGroupedMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, counts, choose, activation, linears):
+    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, choose, activation, linears):
         x_NH, weights = x_NH.contiguous(), (w_gate, w_up, w_down)
         enter(GATE_GEMM)
-        a_NF = linears.rows_by_neurons(x_NH, w_gate, counts)
+        a_NF = linears.rows_by_neurons(x_NH, w_gate)
         enter(SELECTION)
         entries = _Entries(_mask(choose, a_NF, activation))
         a_K = entries.pick(a_NF)
         enter(UP_DOWN_GEMM)
-        u_K = entries.pick(linears.rows_by_neurons(x_NH, w_up, counts, out_NF=a_NF))
+        u_K = entries.pick(linears.rows_by_neurons(x_NH, w_up))
         gate_K = gate_activation(activation, a_K)
         h_K = entries.of_rows(probs_N) * gate_K.float() * u_K.float()
-        y_NH = linears.rows_by_hidden(counts, (entries.spread(h_K.to(x_NH.dtype)), w_down))
+        y_NH = linears.rows_by_hidden((entries.spread(h_K.to(x_NH.dtype)), w_down))
         indices_K, offsets_N1 = entries.mask.indices_K, entries.mask.offsets_N1
         ctx.save_for_backward(x_NH, probs_N, *weights, a_K, u_K, indices_K, offsets_N1)
-        ctx.counts, ctx.activation, ctx.linears = counts, activation, linears
+        ctx.activation, ctx.linears = activation, linears
         ctx.mark_non_differentiable(indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
         return y_NH, gate_K, indices_K, offsets_N1
@@ -89,10 +87,10 @@ class _RaggedGroupedMLP(torch.autograd.Function):
     def backward(ctx: Any, dy_NH, dgate_K, _indices, _offsets):
         x_NH, probs_N, *weights, a_K, u_K, indices_K, offsets_N1 = ctx.saved_tensors
         w_gate, w_up, w_down = weights
-        counts, linears, dtype = ctx.counts, ctx.linears, x_NH.dtype
+        linears, dtype = ctx.linears, x_NH.dtype
         entries = _Entries(NeuronMask.unchecked(indices_K, offsets_N1, w_gate.shape[1]))
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else dy_NH.contiguous()
-        dh_K = entries.pick(linears.rows_by_neurons(dy_NH, w_down, counts, gradient=True)).float()
+        dh_K = entries.pick(linears.rows_by_neurons(dy_NH, w_down, gradient=True)).float()
         p_K, u_K = entries.of_rows(probs_N), u_K.float()
         with torch.enable_grad():
             a_K = a_K.float().requires_grad_()
@@ -107,10 +105,15 @@ class _RaggedGroupedMLP(torch.autograd.Function):
         )
         dx_NH = None
         if ctx.needs_input_grad[0]:
-            dx_NH = linears.rows_by_hidden(counts, (da_NF, w_gate), (du_NF, w_up), gradient=True)
-        rows_NF, wanted = (da_NF, du_NF, h_NF), ctx.needs_input_grad[2:5]
-        dw = weight_grads(linears, counts, rows_NF, x_NH, dy_NH, wanted)
-        return dx_NH, dp_N, *dw, None, None, None, None
+            dx_NH = linears.rows_by_hidden((da_NF, w_gate), (du_NF, w_up), gradient=True)
+        products = ((da_NF, x_NH, "v"), (du_NF, x_NH, "v"), (h_NF, dy_NH, "x"))
+        dw = [
+            linears.weight_grad(rows_NF, of_NH, gradient=kind) if wanted else None
+            for (rows_NF, of_NH, kind), wanted in zip(
+                products, ctx.needs_input_grad[2:5], strict=True
+            )
+        ]
+        return dx_NH, dp_N, *dw, None, None, None
 
 
 class _Entries:

@@ -3,15 +3,14 @@
 It has the outputs of the backend that a job would run on, keeps for backward what that keeps, and
 takes down its kernels. On CPU ranks that is the backend asked for, by kernels/cpu/backend.py: kept
 are x, p, the pre-activation a, u and index of each kept entry, and row offsets. On GPUs it is
-assumed to be kernels/triton/unstructured.py, which has not run on one yet and which
+assumed to be kernels/triton/grouped_experts.py, which has not run on one yet and which
 `mone_backend = auto` does not take before it has. Ops, of N rows of which each keeps S:
     mone.gate              x [N, H], w_gate [E, F, H] -> a [N, F]
     mone.select            a [N, F] -> index, a [N, S]
     mone.up_down           x [N, H], w_up, w_down [E, F, H], p, a, index -> y [N, H], u, g [N, S]
     mone.up_down_backward  dy [N, H], w_gate, w_up, w_down, x, p, a, u, index -> dx, dp, dw
 Operations of the last two are what those kernels multiply: all entries, masked, since single
-neurons give a tensor core nothing to skip; the kept alone of blocks that the block-sparse kernels
-take: a size of triton/blocks.BLOCK_SIZES from triton/backend.TILED_FROM on.
+neurons give a tensor core nothing to skip.
 Kept are x, p, a, u and index; nothing is left that recomputing `moe_act` would drop. Held
 while it runs are that file's wide operands, two [N, F] forward and four backward.
 May touch: the kernels' registry, and the config that it makes run on this backend.
@@ -32,9 +31,7 @@ from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels.choice import BiasedRule, Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
-from megatron_mone.kernels.triton.arguments import ACTIVATIONS, uniform_mask
-from megatron_mone.kernels.triton.backend import TILED_FROM
-from megatron_mone.kernels.triton.blocks import BLOCK_SIZES
+from megatron_mone.kernels.triton.arguments import ACTIVATIONS
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.experts import backend_of
 from megatron_mone.planning.tracing.stand_ins.op import note
@@ -209,9 +206,7 @@ class _OnGPU(torch.autograd.Function):
         _h_NF = x_NH.new_empty(rows, neurons)  # up takes the place of the gates
         y_NH = torch.empty_like(x_NH)
         read = [x_NH, w_up, w_down, probs_N, a, index]
-        # Single neurons give a tensor core nothing to skip: the kernels multiply all, and mask.
-        tiled = chosen.block in BLOCK_SIZES and chosen.block >= TILED_FROM
-        ctx.computed = a.numel() if tiled else rows * neurons
+        ctx.computed = rows * neurons
         note("mone.up_down", read, [y_NH, u, gate], flops=4 * ctx.computed * hidden)
         ragged = () if len(chosen.shape) == 2 else (_offsets(rows),)
         ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *ragged)
@@ -261,5 +256,6 @@ def on_gpu(
     elif ragged:
         mask = NeuronMask.unchecked(index, ragged[0], neurons, chosen.block)
     else:
-        mask = uniform_mask(index, neurons, chosen.block)
+        offsets_N1 = torch.arange(index.shape[0] + 1, device=index.device) * index.shape[1]
+        mask = NeuronMask.unchecked(index.reshape(-1), offsets_N1, neurons, chosen.block)
     return GroupedMLPOutput(y_NH, mask, gate_K)

@@ -13,33 +13,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels.triton.linears import MatmulLinears
+
+class MatmulLinears:
+    """GroupedLinears by one torch.mm for each expert."""
+
+    def __init__(self, counts: list[int]) -> None:
+        self.counts = counts
+
+    def rows_by_neurons(self, x_NH, w_EFH, *, gradient=False):
+        parts = zip(x_NH.split(self.counts), w_EFH.unbind(), strict=True)
+        return torch.cat([x @ w.t() for x, w in parts])
+
+    def rows_by_hidden(self, *products, gradient=False):
+        return sum(
+            torch.cat([v @ w for v, w in zip(v_NF.split(self.counts), w_EFH.unbind(), strict=True)])
+            for v_NF, w_EFH in products
+        )
+
+    def weight_grad(self, v_NF, x_NH, *, gradient):
+        parts = zip(v_NF.split(self.counts), x_NH.split(self.counts), strict=True)
+        return torch.stack([v.t() @ x for v, x in parts])
 
 
 class AlignedLinears(MatmulLinears):
-    """torch.mm on counts that are multiples of `alignment`; notes the shapes of the rows."""
+    """On counts that are multiples of `alignment`; notes the shapes of the rows."""
 
-    def __init__(self, alignment: int) -> None:
-        self.alignment = alignment
+    def __init__(self, counts: list[int], alignment: int) -> None:
+        assert all(count % alignment == 0 for count in counts), counts
+        super().__init__(counts)
         self.shapes: list[tuple[int, ...]] = []
 
-    def _note(self, rows: Tensor, counts: list[int]) -> None:
-        assert all(count % self.alignment == 0 for count in counts), counts
+    def _note(self, rows: Tensor) -> None:
+        assert rows.shape[0] == sum(self.counts)
         self.shapes.append(tuple(rows.shape))
 
-    def rows_by_neurons(self, x_NH, w_EFH, counts, out_NF=None, *, gradient=False):
-        self._note(x_NH, counts)
-        return super().rows_by_neurons(x_NH, w_EFH, counts, out_NF, gradient=gradient)
+    def rows_by_neurons(self, x_NH, w_EFH, *, gradient=False):
+        self._note(x_NH)
+        return super().rows_by_neurons(x_NH, w_EFH, gradient=gradient)
 
-    def rows_by_hidden(self, counts, *products, gradient=False):
+    def rows_by_hidden(self, *products, gradient=False):
         for rows, _ in products:
-            self._note(rows, counts)
-        return super().rows_by_hidden(counts, *products, gradient=gradient)
+            self._note(rows)
+        return super().rows_by_hidden(*products, gradient=gradient)
 
-    def weight_grad(self, v_NF, x_NH, counts, *, gradient):
-        self._note(v_NF, counts)
-        self._note(x_NH, counts)
-        return super().weight_grad(v_NF, x_NH, counts, gradient=gradient)
+    def weight_grad(self, v_NF, x_NH, *, gradient):
+        self._note(v_NF)
+        self._note(x_NH)
+        return super().weight_grad(v_NF, x_NH, gradient=gradient)
 
 
 @dataclass

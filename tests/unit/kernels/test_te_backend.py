@@ -5,6 +5,7 @@ and signatures of TE's source; that TE computes them is not tested here.
 """
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -16,8 +17,7 @@ from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.te import backend, linears
 from megatron_mone.kernels.te.linears import TransformerEngineLinears
 from megatron_mone.kernels.te.padding import PaddedLinears
-from megatron_mone.kernels.triton.linears import MatmulLinears
-from tests.unit.kernels.te_stand_ins import AlignedLinears, Recipe, install
+from tests.unit.kernels.te_stand_ins import AlignedLinears, MatmulLinears, Recipe, install
 
 HIDDEN, NEURONS = 16, 32
 STATELESS = ["float8_current_scaling", "float8_block_scaling", "mxfp8"]
@@ -74,20 +74,21 @@ CHOICES = {
 @pytest.mark.parametrize("alignment", [1, 16, 32])
 def test_glue_matches_the_reference(choose, alignment):
     """Padded for fp8 or not: the same mask, outputs and gradients, with an empty expert."""
-    products = AlignedLinears(alignment)
-    compare(PaddedLinears(products, alignment), [3, 0, 21], choose)
-    rows = {shape[0] for shape in products.shapes}
+    products = PaddedLinears(partial(AlignedLinears, alignment=alignment), [3, 0, 21], alignment)
+    compare(products, [3, 0, 21], choose)
+    rows = {shape[0] for shape in products.inner.shapes}
     assert rows == {{1: 24, 16: 16 + 32, 32: 32 + 32}[alignment]}
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu", "relu"])
 def test_glue_activations(activation):
-    compare(MatmulLinears(), [5, 2], Selection(8), activation)
+    compare(MatmulLinears([5, 2]), [5, 2], Selection(8), activation)
 
 
 @pytest.mark.parametrize("alignment", [1, 16])
 def test_no_rows(alignment):
-    compare(PaddedLinears(AlignedLinears(alignment), alignment), [0, 0], Selection(8))
+    make = partial(AlignedLinears, alignment=alignment)
+    compare(PaddedLinears(make, [0, 0], alignment), [0, 0], Selection(8))
 
 
 def test_aligned_counts_are_not_copied():
@@ -96,20 +97,21 @@ def test_aligned_counts_are_not_copied():
             self.x_NH = x_NH
             return super().rows_by_neurons(x_NH, *rest, **options)
 
-    products, x, w = Seen(), torch.randn(48, HIDDEN), torch.randn(2, NEURONS, HIDDEN)
-    PaddedLinears(products, 16).rows_by_neurons(x, w, [16, 32])
-    assert products.x_NH is x
+    x, w = torch.randn(48, HIDDEN), torch.randn(2, NEURONS, HIDDEN)
+    products = PaddedLinears(Seen, [16, 32], 16)
+    products.rows_by_neurons(x, w)
+    assert products.inner.x_NH is x
 
 
 def test_probabilities_come_before_fc2():
     """What fc2 gets is p g u where kept and 0 elsewhere."""
 
     class Fc2(MatmulLinears):
-        def rows_by_hidden(self, counts, *products, gradient=False):
+        def rows_by_hidden(self, *products, gradient=False):
             self.h_NF = products[0][0]
-            return super().rows_by_hidden(counts, *products, gradient=gradient)
+            return super().rows_by_hidden(*products, gradient=gradient)
 
-    products, (x, p, *w) = Fc2(), leaves(3, 1)
+    products, (x, p, *w) = Fc2([3]), leaves(3, 1)
     made = backend.grouped_mlp_on(
         products, x, p, [3], *w, choose=Selection(8), activation="sigmoid"
     )
@@ -123,7 +125,7 @@ def test_saved_for_backward_is_compact():
     tensors, saved = leaves(6, 2), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         backend.grouped_mlp_on(
-            MatmulLinears(), *tensors[:2], [2, 4], *tensors[2:],
+            MatmulLinears([2, 4]), *tensors[:2], [2, 4], *tensors[2:],
             choose=Selection(8), activation="silu",
         )  # fmt: skip
     shapes = sorted(tuple(t.shape) for t in saved if t.dim() < 3)
@@ -138,7 +140,7 @@ def test_saved_for_backward_is_compact():
 @pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0]])
 def test_adapter_matches_the_reference(monkeypatch, version, counts):
     library = install(monkeypatch, version=version)
-    compare(TransformerEngineLinears(linears.active_recipe()), counts, Selection(8))
+    compare(TransformerEngineLinears(linears.active_recipe(), counts), counts, Selection(8))
     forward, backward = ["TN", "TN", "NN"], ["TN", "NN", "NN", "NT", "NT", "NT"]
     assert library.layouts == (forward + backward if sum(counts) else [])
 
@@ -151,7 +153,8 @@ def test_fp8_follows_the_active_recipe(monkeypatch, kind):
     assert linears.why_not_recipe(recipe) is None
     alignment = linears.alignment(recipe)
     assert alignment == (32 if kind == "mxfp8" else 16)
-    products = PaddedLinears(TransformerEngineLinears(recipe), alignment)
+    make = partial(TransformerEngineLinears, recipe)
+    products = PaddedLinears(make, [3, 0, 21], alignment)
     compare(products, [3, 0, 21], Selection(8), tolerance=0.2, hidden=32)
     weights = ("weight", "input"), ("weight", "grad_output")
     assert library.roles == [

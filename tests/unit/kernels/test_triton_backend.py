@@ -1,8 +1,7 @@
-"""The Triton backend without a GPU: interpreted values, compiled resources, modelled costs.
+"""The Triton backend without a GPU: interpreted values and compiled resources.
 
 The interpreter and the compiler each run once, in processes of their own, at the same time. Nothing
-here ran on a GPU: values come from the interpreter, registers from the compiler, seconds from a
-model.
+here ran on a GPU: values come from the interpreter, registers from the compiler.
 """
 
 import json
@@ -18,17 +17,14 @@ pytest.importorskip("triton")
 
 from megatron_mone.kernels import Selection, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
-from megatron_mone.kernels.triton import unstructured
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
-from tests.unit.kernels import triton_limits as limits
-from tests.unit.kernels.triton_aot import ARCHITECTURES, cases
+from tests.unit.kernels.triton_aot import compiled
 from tests.unit.kernels.triton_case_tools import CASES
-from tests.unit.kernels.triton_limits import Cost, Shape
 
 TABLE = Path(__file__).with_name("triton_aot_table.json")
-COMPILED = [f"{name} sm_{number}" for name in cases() for number in ARCHITECTURES]
-GEMMS = [name for name in COMPILED if name.startswith("block_")]
-LOOPED_GEMMS = [name for name in GEMMS if "expand" not in name]
+COMPILED = [row for row, _, _ in compiled()]
+GEMMS = [name for name in COMPILED if "product" in name or "weight_grad" in name]
+GEMMS = [name for name in GEMMS if "fp32" not in name]
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
@@ -78,10 +74,14 @@ def test_products_use_tensor_cores(processes, name):
     assert row["tensor_core"] == INSTRUCTION[name.split()[1]]
 
 
-@pytest.mark.parametrize("name", LOOPED_GEMMS)
-def test_loads_are_pipelined_in_16_byte_copies(processes, name):
-    """They are when F, S and H are known to be multiples of 16, as the launcher tells Triton."""
-    assert processes["triton_aot"]["kernels"][name]["async_copies_16"] > 0
+@pytest.mark.parametrize("name", GEMMS)
+def test_operands_come_by_tma(processes, name):
+    """Where there is TMA; on sm_80 in pipelined copies of 16 bytes."""
+    row = processes["triton_aot"]["kernels"][name]
+    if name.endswith("sm_80"):
+        assert row["async_copies_16"] > 0
+    else:
+        assert row["tma_loads"] > 0
 
 
 def test_table_is_of_this_source(processes):
@@ -116,7 +116,7 @@ def test_without_device():
 def test_package_imports_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from megatron_mone.kernels.triton import available, masked_grouped_mlp\n"
+        "from megatron_mone.kernels.triton import available, masked_experts\n"
         "assert not available()[0]\n"
         "from megatron_mone.kernels import BACKENDS\n"
         "assert not BACKENDS['triton'].automatic and 'GPU' in BACKENDS['triton'].note"
@@ -126,67 +126,6 @@ def test_package_imports_without_triton():
 
 def _call():
     x, w = torch.randn(2, 4), torch.randn(1, 8, 4)
-    triton_backend.masked_grouped_mlp(
-        x, torch.rand(2), [2], w, w, w, choose=Selection(2), activation="silu"
+    triton_backend.masked_experts(
+        x, torch.rand(2), torch.tensor([2]), w, w, w, choose=Selection(2), activation="silu"
     )
-
-
-# The model of an H100: what backend.py and blocks.py say of it. Not measured.
-
-SMALL = Shape(rows=4096, hidden=2048, neurons=1408, kept=352, experts=8)
-LARGE = Shape(rows=16384, hidden=2048, neurons=1408, kept=256, experts=8, block=128)
-
-
-def test_model_by_hand():
-    """Two of the formulas written out."""
-    cost = limits.select(SMALL)
-    assert cost.bytes == 4096 * (1408 * 2 + 352 * 2 + 352 * 2)
-    assert cost.integer == 30 * 4096 * 1408
-    assert limits.dense_product(SMALL) == Cost(
-        bytes=2 * (4096 * 2048 + 8 * 1408 * 2048 + 4096 * 1408), tensor=2 * 4096 * 1408 * 2048
-    )
-    assert limits.dense_product(SMALL).bound == "tensor"
-    assert Cost(bytes=3_350_000).seconds == pytest.approx(1e-6)
-
-
-def test_model_of_unstructured_training():
-    """Dense products dominate: the masked expert costs more time than the dense one, by < 30%."""
-    for seconds in (limits.forward_seconds(SMALL), limits.backward_seconds(SMALL)):
-        assert 1.0 < seconds["unstructured"] / seconds["dense expert"] < 1.3
-
-
-@pytest.mark.parametrize(("rows", "pays"), [(1, True), (2, True), (8, False), (64, False)])
-def test_model_of_decoding(rows, pays):
-    """Gathering pays below F / S rows of one expert, as the backend decides."""
-    shape = Shape(rows=rows, hidden=4096, neurons=14336, kept=3584, experts=1)
-    seconds = limits.forward_seconds(shape)
-    assert (seconds["gathered"] < seconds["dense expert"]) is pays
-    assert unstructured.gathering_pays([rows], 3584, 14336) is pays
-
-
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-def test_model_of_blocks(block):
-    """Gathered rows and partial sums cost more than they save, but for a wide block's backward."""
-    shape = Shape(LARGE.rows, LARGE.hidden, LARGE.neurons, LARGE.kept, LARGE.experts, block)
-    forward, backward = limits.forward_seconds(shape), limits.backward_seconds(shape)
-    assert forward["blocks"] > forward["dense expert"]
-    assert (backward["blocks"] < backward["dense expert"]) is (block == 128)
-
-
-def test_printed_table_says_that_it_is_a_model():
-    """Each shape with its routes, in microseconds of the formulas above."""
-    text = limits.table()
-    assert "model, not measured" in text.splitlines()[0]
-    for name, shape in limits.SHAPES.items():
-        part = text.split(f"{name}: ")[1].split("\n\n")[0]
-        rows = [line.split() for line in part.splitlines()[2:]]
-        seconds = {"forward": limits.forward_seconds(shape)}
-        seconds["backward"] = limits.backward_seconds(shape)
-        for which, *route, microseconds, ratio in rows:
-            times = seconds[which]
-            assert float(microseconds) == pytest.approx(times[" ".join(route)] * 1e6, abs=0.05)
-            want = times[" ".join(route)] / times["dense expert"]
-            assert float(ratio) == pytest.approx(want, abs=0.005)
-        assert ("gathered" in part) is ("decoding" in name)
-        assert ("blocks" in part) is (shape.block > 1)
-        assert ("backward" in part) is ("decoding" not in name)

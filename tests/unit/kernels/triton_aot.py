@@ -3,8 +3,8 @@
     python -m tests.unit.kernels.triton_aot OUT.json
 
 Writes what the compiler and cuobjdump say of each: registers, stack (spills live there), shared
-memory, tensor-core instruction, asynchronous 16-byte copies. Compiled, not run: no timing here.
-Needs its own process, as Triton's interpreter and compiler cannot share one.
+memory, tensor-core instruction, asynchronous 16-byte copies, loads by TMA. Compiled, not run: no
+timing here. Needs its own process, as Triton's interpreter and compiler cannot share one.
 """
 
 import json
@@ -14,76 +14,108 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
-from megatron_mone.kernels.triton import (
-    block_expand,
-    block_sampled,
-    block_weight_grad,
-    gated,
-    sampled_up,
-    select,
-    sparse_down,
+from megatron_mone.kernels import Selection
+from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton.device import (
+    hidden_products,
+    neuron_products,
+    row_map,
+    selection,
+    statistics,
+    weight_grads,
 )
+from megatron_mone.kernels.triton.row_map import TILE
 
 ARCHITECTURES = (80, 90, 100)
 OPTIONS = ("num_warps", "num_stages")
+SPILLS = ("gate_product_fp32 sm_80",)  # three TF32 products; float32 is for comparisons
 TENSOR_CORE = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
-# The pointers (by name) that do not hold bf16.
+INTS, FLOATS = "*i32", "*fp32"
+# The pointers (by name) that do not hold the activations' type.
 POINTERS = {
-    "index_ptr": "*i16",
-    "expert_ptr": "*i32",
-    "pair_ptr": "*i32",
-    "offset_ptr": "*i32",
-    "tile_segment_ptr": "*i32",
-    "tile_first_ptr": "*i32",
-    "p_ptr": "*fp32",
-    "dp_ptr": "*fp32",
-    "partial_ptr": "*fp32",
-}
-DIVISIBLE = ("width", "kept", "hidden", "share")  # F, S, H as a real model has them
+    **dict.fromkeys(("offset_ptr", "chunk_offset_ptr", "tile_expert_ptr", "tile_row_ptr"), INTS),
+    **dict.fromkeys(("word_ptr", "rows_ptr"), INTS),
+    **dict.fromkeys(("ticket_ptr", "count_ptr"), INTS),
+    **dict.fromkeys(("p_ptr", "dp_ptr", "part_ptr", "weight_ptr", "level_ptr", "loss_ptr"), FLOATS),
+    **dict.fromkeys(("total_ptr", "loss_scale_ptr", "share_ptr", "sum_ptr"), FLOATS),
+    **dict.fromkeys(("load_ptr", "load_rows_ptr", "first_ptr", "block_of_chunk_ptr"), "*i64"),
+    "base_ptr": "*i16", "bad_ptr": "*i8", "real_ptr": "*i8",
+}  # fmt: skip
+OTHER_POINTERS = {"row_map": {"count_ptr": "*i64"}, "weight_grad": {"out_ptr": FLOATS}}
+NUMBERS = {"scale": "fp32", "over_experts": "fp32"}
+# F, S, H and strides as a real model has them
+DIVISIBLE = ("neurons", "hidden", "kept", "w_stride", "w2_stride", "out_stride")
 
 
 def cases() -> dict[str, tuple]:
-    """{name: (kernel, constexprs and options as the launcher passes them)}."""
-    gate = {"ACTIVATION": "silu", **gated.config(512)}
-    found = {
-        "gate_forward": (gated.gate_forward_kernel, {**gate, "SCATTERED": True}),
-        "gate_backward": (
-            gated.gate_backward_kernel,
-            {**gate, "SCATTERED": True, "HAS_DGATE": True},
+    """{name: (kernel, constants and options as the launcher passes them)}, of F 1408, H 2048."""
+    product = ops.product_config(torch.bfloat16, TILE, 1408, 2048)
+    wide = ops.product_config(torch.float32, TILE, 1408, 2048)
+    act = {**product, "ACTIVATION": "silu"}
+    down = {**product, "TWO": False, "CHECKED": True, "TILE_N": 128}
+    found: dict[str, tuple] = {
+        "gate_product": (neuron_products.gate_product_kernel, product),
+        "gate_product_fp32": (neuron_products.gate_product_kernel, wide),
+        "up_product": (neuron_products.up_product_kernel, act),
+        "dh_product": (neuron_products.dh_product_kernel, {**act, "BALANCED": True}),
+        "down_product": (hidden_products.hidden_product_kernel, down),
+        "dx_product": (
+            hidden_products.hidden_product_kernel, {**down, "TWO": True, "CHECKED": False},
         ),
-        "sampled_up": (sampled_up.sampled_up_kernel, sampled_up.CONFIG),
-        "sparse_down": (sparse_down.sparse_down_kernel, sparse_down.CONFIG),
-    }
-    for width in (1408, 14336):
-        chosen = {"ACTIVATION": "silu", "BITS": 15, **select.config(width)}
-        found[f"select_{width}"] = (select.select_kernel, chosen)
-    gelu = {"ACTIVATION": "gelu", "BITS": 31, **select.config(2048)}
-    found["select_2048_fp32"] = (select.select_kernel, gelu)
-    for block in (16, 128):
-        shared = {"BLOCK": block, "UPCAST": False}
-        found[f"block_sampled_{block}"] = (
-            block_sampled.block_sampled_kernel,
-            {**shared, **block_sampled.config(block)},
+        "weight_grad": (
+            weight_grads.weight_grad_kernel, {**product, "ADDS": True, "TILE_N": 128},
+        ),
+    }  # fmt: skip
+    beside = {"TILE_M": TILE, "ACTIVATION": "silu", "num_warps": 8}
+    found["up_entries"] = (neuron_products.up_entries_kernel, beside)
+    found["dh_entries"] = (neuron_products.dh_entries_kernel, {**beside, "BALANCED": True})
+    for neurons, choose in (
+        (1408, Selection(352)), (1408, Selection(352, 4)), (1408, Selection(704, 352)),
+        (1408, Selection(352, 1, 32)),
+    ):  # fmt: skip
+        name = f"select_{neurons}_{choose.groups}_{choose.block}"
+        found[name] = (selection.select_kernel, ops.select_config(neurons, torch.bfloat16, choose))
+    wide = ops.select_config(14336, torch.bfloat16, Selection(3584))
+    found["select_wide_14336"] = (selection.select_wide_kernel, wide)
+    row = {**ops.row_config(1408), "ACTIVATION": "silu"}
+    found["compact"] = (selection.compact_kernel, row)
+    for slope in ("whole", "sums", "rest"):
+        found[f"rebuild_{slope}"] = (
+            selection.rebuild_kernel,
+            {**row, "SLOPE": slope, "SCALE_FREE": True, "HAS_REAL": False, "CHUNKS": 64},
         )
-        found[f"block_expand_{block}"] = (
-            block_expand.block_expand_kernel,
-            {**shared, "TWO": True, **block_expand.config(block)},
-        )
-        found[f"block_weight_grad_{block}"] = (
-            block_weight_grad.block_weight_grad_kernel,
-            {**shared, **block_weight_grad.config(block)},
-        )
+    found |= {
+        "probability_grad": (
+            selection.probability_grad_kernel, {"ROWS": 64, "PARTS": 16, "num_warps": 4},
+        ),
+        "row_map": (
+            row_map.row_map_kernel, {"TILE": TILE, "EXPERTS": 64, "SOURCES": 8, "TILES": 128},
+        ),
+        "statistics": (
+            statistics.statistics_kernel,
+            {"ACTIVATION": "silu", "SHARES": True, "SCALE_FREE": True, "HAS_REAL": False,
+             **ops.STATISTICS},
+        ),
+        "gather": (statistics.gather_kernel, {"SHARES": True, "LOADS": True, **ops.GATHER}),
+        "weigh": (
+            statistics.weigh_kernel, {"ENTROPY": False, "READY": False, "BLOCKS": 64, **ops.WEIGH},
+        ),
+        "note_bad": (statistics.note_bad_kernel, ops.LOOK),
+        "mark_bad": (hidden_products.mark_bad_kernel, ops.LOOK),
+    }  # fmt: skip
     return found
 
 
 def compile_kernel(name: str, kernel, given: dict, architecture: int) -> dict[str, object]:
     """One row of the table."""
     constants = {key: value for key, value in given.items() if key not in OPTIONS}
+    other = next((kinds for start, kinds in OTHER_POINTERS.items() if name.startswith(start)), {})
     signature, hints = {}, {}
     for place, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -91,7 +123,10 @@ def compile_kernel(name: str, kernel, given: dict, architecture: int) -> dict[st
             continue
         pointer = "*fp32" if name.endswith("fp32") else "*bf16"
         is_pointer = argument.endswith("_ptr")
-        signature[argument] = POINTERS.get(argument, pointer) if is_pointer else "i32"
+        if is_pointer:
+            signature[argument] = other.get(argument, POINTERS.get(argument, pointer))
+        else:
+            signature[argument] = NUMBERS.get(argument, "i32")
         if is_pointer or argument in DIVISIBLE:
             hints[(place,)] = [["tt.divisibility", 16]]
     target = GPUTarget("cuda", architecture, 32)
@@ -109,6 +144,7 @@ def compile_kernel(name: str, kernel, given: dict, architecture: int) -> dict[st
         "async_copies_16": len(
             re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10", ptx)
         ),
+        "tma_loads": len(re.findall(r"cp\.async\.bulk\.tensor\.[^ ]*global", ptx)),
     }
 
 
@@ -125,13 +161,15 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(registers[1]), "stack": int(registers[2])}
 
 
+def compiled() -> list[tuple[str, str, int]]:
+    """(row, case, architecture) of the table."""
+    every = [(f"{name} sm_{number}", name, number) for name in cases() for number in ARCHITECTURES]
+    return [row for row in every if row[0] not in SPILLS]
+
+
 def table() -> dict[str, object]:
     """{"kernel sm_NN": row} and the compiler's version."""
-    rows = {
-        f"{name} sm_{architecture}": compile_kernel(name, *case, architecture)
-        for name, case in cases().items()
-        for architecture in ARCHITECTURES
-    }
+    rows = {row: compile_kernel(name, *cases()[name], number) for row, name, number in compiled()}
     return {"note": "compiled, not run", "triton": triton.__version__, "kernels": rows}
 
 

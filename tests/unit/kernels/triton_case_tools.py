@@ -37,37 +37,59 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     assert error <= TOLERANCE[dtype] * scale + 1e-12, f"error {error:.3g} of {scale:.3g}"
 
 
-def inputs(counts: list[int], hidden: int, neurons: int, dtype: torch.dtype) -> list[Tensor]:
-    """x, p, w_gate, w_up, w_down as leaves."""
-    rows, size = sum(counts), (len(counts), neurons, hidden)
+def inputs(
+    counts: list[int], hidden: int, neurons: int, dtype: torch.dtype, spare: int = 0
+) -> list[Tensor]:
+    """x, p, w_gate, w_up, w_down as leaves; `spare` rows of NaN after the experts'."""
+    rows, size = sum(counts) + spare, (len(counts), neurons, hidden)
     weights = [torch.randn(size) * hidden**-0.5 for _ in range(3)]
     tensors = [torch.randn(rows, hidden).to(dtype), torch.rand(rows)]
+    for tensor in tensors:
+        tensor[rows - spare :] = torch.nan
     return [t.requires_grad_() for t in (*tensors, *(w.to(dtype) for w in weights))]
 
 
+def poison() -> None:
+    """From here on, memory that torch hands out uninitialised holds NaN or the lowest integer."""
+
+    def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def made(*args, **kwargs):
+            space = make(*args, **kwargs)
+            if space.is_floating_point():
+                return space.fill_(torch.nan)
+            return space if space.dtype == torch.bool else space.fill_(torch.iinfo(space.dtype).min)
+
+        return made
+
+    torch.empty, torch.empty_like = filled(torch.empty), filled(torch.empty_like)
+    torch.Tensor.new_empty = filled(torch.Tensor.new_empty)
+
+
 def against_reference(
-    run, leaves: list[Tensor], counts: list[int], activation: str, through: tuple[str, ...] = ("y",)
+    run, leaves: list[Tensor], counts: list[int], activation: str, spare: int = 0
 ) -> NeuronMask:
-    """Outputs, and all gradients through `through`: y, the gates or both."""
-    dtype = leaves[0].dtype
-    y, mask, gate_K = run(*leaves[:2], counts, *leaves[2:])
-    twins = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    """y, and all its gradients. The first rows of x and p are the experts'; `spare` more follow,
+    which hold NaN and must stay out of everything."""
+    dtype, real = leaves[0].dtype, sum(counts)
+    y, mask = run(*leaves[:2], counts, *leaves[2:])
+    assert y.shape[0] == real + spare
+    twins = [leaf.detach().double() for leaf in leaves]
+    twins = [twin[:real] for twin in twins[:2]] + twins[2:]
+    twins = [twin.requires_grad_() for twin in twins]
+    only = NeuronMask.from_bool(mask.to_bool()[:real])
     want = grouped_mlp_with_gates(
-        *twins[:2], counts, *twins[2:], choose=mask, activation=activation, backend="reference"
+        *twins[:2], counts, *twins[2:], choose=only, activation=activation, backend="reference"
     )
-    outputs = {"y": (y, want.y_NH), "gate": (gate_K, want.gate_K)}
-    used = [outputs[name] for name in through]
-    d = [torch.randn_like(ours) for ours, _ in used]
-    for ours, right in outputs.values():
-        close(ours, right, dtype)
-    grads = torch.autograd.grad([ours for ours, _ in used], leaves, d, allow_unused=True)
-    wants = torch.autograd.grad(
-        [right for _, right in used], twins, [t.double() for t in d], allow_unused=True
-    )
-    for leaf, grad, right in zip(leaves, grads, wants, strict=True):
-        assert grad is not None
+    dy = torch.randn_like(y)
+    close(y[:real], want.y_NH, dtype)
+    if spare:
+        dy[real:] = torch.nan
+    grads = torch.autograd.grad(y, leaves, dy)
+    wants = torch.autograd.grad(want.y_NH, twins, dy[:real].double(), allow_unused=True)
+    for leaf, grad, twin, right in zip(leaves, grads, twins, wants, strict=True):
         assert grad.dtype == leaf.dtype
-        close(grad, torch.zeros_like(leaf) if right is None else right, dtype)
+        right = torch.zeros_like(twin) if right is None else right
+        close(grad[: twin.shape[0]] if grad.dim() < 3 else grad, right, dtype)
     return mask
 
 

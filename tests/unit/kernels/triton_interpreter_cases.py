@@ -1,16 +1,16 @@
 """The Triton kernels against torch, in Triton's interpreter on the CPU.
 
-    TRITON_INTERPRET=1 python -m tests.unit.kernels.triton_interpreter_cases OUT.json
+    TRITON_INTERPRET=1 python -m tests.unit.kernels.triton_interpreter_cases OUT.json [CASE...]
 
 Writes {case: "" or its traceback}. Its own process, as the interpreter must be chosen before the
-kernels are imported. Not run on a GPU: this checks what is computed, not how fast. The interpreter
-truncates where a GPU rounds to bfloat16, which the bfloat16 tolerances allow for.
+kernels are imported. Not run on a GPU: this checks what is computed, not how fast. Memory that the
+wrappers get is filled with NaN first. The interpreter truncates where a GPU rounds to bfloat16,
+which the bfloat16 tolerances allow for.
 """
 
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,267 +18,218 @@ from torch import Tensor
 
 from megatron_mone.kernels import Selection
 from megatron_mone.kernels.activations import gate_activation
-from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
+from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.triton import (
-    arguments,
-    block_grouped_mlp,
-    masked_grouped_mlp,
-    unstructured,
-)
-from megatron_mone.kernels.triton.availability import kernels
-from megatron_mone.kernels.triton.block_index import block_index
-from tests.unit.kernels import triton_public_cases  # noqa: F401  (registers its cases)
+from megatron_mone.kernels.triton import masked_experts, ops
+from megatron_mone.kernels.triton import row_map as rows_of
+from megatron_mone.kernels.triton.row_map import row_map
+from tests.unit.kernels import triton_balance_cases, triton_public_cases  # noqa: F401  (CASES)
 from tests.unit.kernels.triton_case_tools import (
     BOTH,
+    CASES,
     against_reference,
     case,
     close,
     inputs,
+    poison,
     run_all,
 )
+
+rows_of.TILE = 16  # a row costs the interpreter as much as a tile does
+
+
+@case([3, 0, 34], 40)
+@case([0, 0], 0)
+@case([[2, 0, 1], [0, 0, 0], [1, 60, 5]], 69)
+def rows_are_mapped(counts, rows: int) -> None:
+    """Offsets by expert and source; tiles hold every row once, and name expert E past the last."""
+    counts = torch.tensor(counts)
+    where = row_map(counts, rows)
+    totals = counts if counts.dim() == 1 else counts.sum(dim=1)
+    offsets = [0, *totals.cumsum(0).tolist()]
+    assert where.offsets_E1.tolist() == offsets
+    assert where.chunk_offsets_C1.tolist() == [0, *counts.flatten().cumsum(0).tolist()]
+    tiles = zip(where.tile_expert_T.tolist(), where.tile_row_T.tolist(), strict=True)
+    seen: list[int] = []
+    for expert, row in tiles:
+        if expert < len(totals):
+            end = min(row + where.tile, offsets[expert + 1])
+            assert offsets[expert] <= row < end
+            seen += range(row, end)
+    assert sorted(seen) == list(range(offsets[-1]))
+
 
 # Selection: exact, so compared bit for bit with the torch selector.
 
 
-def same_selection(value_NF: Tensor, kept: int, groups: int = 1) -> None:
-    (select,) = kernels("select")
-    index_NS, kept_NS = select.select_neurons(value_NF, kept, groups)
-    mask_NF = NeuronSelector("topk", kept, kept, groups=groups)(value_NF)
-    want = NeuronMask.from_bool(mask_NF)
-    assert index_NS.dtype == index_dtype(value_NF.shape[1])
-    assert torch.equal(index_NS.flatten(), want.indices_K)
-    picked = value_NF.gather(1, index_NS.long())
-    torch.testing.assert_close(kept_NS, picked, rtol=0, atol=0, equal_nan=True)
+def same_selection(a_NF: Tensor, choose: Selection, activation: str = "relu", spare: int = 0):
+    """Bits, bases, entries and sums; `spare` rows at the end are of no expert."""
+    rows, neurons = a_NF.shape
+    where = row_map(torch.tensor([rows - spare]), rows)
+    made = ops.select(a_NF, choose, activation, where)
+    gate_NF = gate_activation(activation, a_NF)
+    rule = NeuronSelector("topk", choose.kept, choose.kept, 0.0, choose.groups, choose.block)
+    want_NF = rule(gate_NF)
+    want_NF[rows - spare :] = False
+    mask = NeuronMask.of_words(made.words_NW, neurons)
+    assert torch.equal(mask.to_bool(), want_NF)
+    real = slice(0, rows - spare)
+    words_NW = made.words_NW[real].long() & 0xFFFFFFFF
+    counts_NW = ((words_NW[:, :, None] >> torch.arange(32)) & 1).sum(dim=2)
+    assert torch.equal(made.bases_NW[real].long(), counts_NW.cumsum(1) - counts_NW)
+    torch.testing.assert_close(
+        made.a_NS[real].flatten(), a_NF[want_NF], rtol=0, atol=0, equal_nan=True
+    )
+    total_N = gate_NF.abs().double().masked_fill(~want_NF, 0).sum(dim=1)[real]
+    finite_N = total_N.isfinite()
+    close(made.total_N[real][finite_N], total_N[finite_N], a_NF.dtype)
+    assert not made.bad_N[real].any()
+    again = ops.compact(a_NF, made.words_NW, choose.kept, activation, where)
+    for first, second in zip(made, again, strict=True):
+        torch.testing.assert_close(first[real], second[real], equal_nan=True)
 
 
-@case(0, 12, 3, 1)
+@case(12, 3, 1, 1)
 @case(1, 1, 1, 1)
-@case(1, 1408, 352, 1)
-@case(5, 100, 1, 1)
-@case(5, 100, 100, 1)
-@case(4, 127, 31, 1)
-@case(4, 129, 128, 1)
-@case(2, 96, 24, 4)
-@case(2, 90, 6, 6)
-def selection(rows: int, neurons: int, kept: int, groups: int) -> None:
+@case(1408, 352, 1, 1)
+@case(100, 100, 1, 1)
+@case(127, 31, 1, 1)
+@case(96, 24, 2, 1)
+@case(96, 48, 24, 1)
+@case(90, 6, 6, 1)
+@case(96, 48, 1, 16)
+@case(96, 48, 3, 8)
+def selection(neurons: int, kept: int, groups: int, block: int) -> None:
     """Random values, then few distinct ones (ties), in both types."""
-    for dtype in BOTH:
-        same_selection(torch.randn(rows, neurons).to(dtype), kept, groups)
-        same_selection(torch.randint(-2, 3, (rows, neurons)).to(dtype), kept, groups)
+    choose = Selection(kept, groups, block)
+    same_selection(torch.randn(2, neurons), choose, "silu")
+    for dtype in BOTH:  # the interpreter truncates a gate to bfloat16: no sigma there
+        same_selection(torch.randn(2, neurons).to(dtype), choose)
+        same_selection(torch.randint(0, 3, (2, neurons)).to(dtype), choose)
 
 
 @case()
 def selection_special() -> None:
-    """Zeros of both signs, NaN, infinities, subnormals."""
+    """Zeros, NaN, infinities, subnormals, rows of no expert; all negative, which relu makes 0."""
     for dtype in BOTH:
-        same_selection(torch.zeros(2, 37, dtype=dtype), 9)
-        special = torch.tensor([0.0, -0.0, 1e-39, -1e-39, 1.0, -1.0])
-        value = special[torch.randint(0, 6, (6, 50))].to(dtype)
+        same_selection(torch.full((2, 37), -1.0, dtype=dtype), Selection(9), spare=1)
+        # The interpreter flushes the subnormals of bfloat16.
+        special = torch.tensor([0.0, 1e-39 if dtype == torch.float32 else 0.5, 1.0])
+        value = special[torch.randint(0, 3, (4, 50))].to(dtype)
         value[0, 40] = torch.nan
         value[1, ::3] = torch.nan
-        value[2, 5], value[2, 6] = torch.inf, -torch.inf
+        value[2, 5], value[2, 6] = torch.inf, torch.inf
         value[3] = torch.nan
-        value[4, 49], value[4, 3] = -torch.nan, torch.inf
-        for kept in (1, 2, 17):
-            same_selection(value, kept)
+        for kept in (1, 17):
+            same_selection(value, Selection(kept))
 
 
 @case()
 def selection_wide() -> None:
-    """Rows too wide to be held whole, ties across stretches, and indices beyond 16 bits."""
-    same_selection(torch.randn(1, 9001), 2000)
-    same_selection(torch.randint(-1, 2, (1, 12_289)).bfloat16(), 11_000)
-    same_selection(torch.randn(1, 40_000), 8, 4)
+    """Rows too wide to be held whole, with ties across stretches."""
+    same_selection(torch.randn(1, 9001), Selection(2000))
+    same_selection(torch.randint(0, 2, (1, 12_289)).bfloat16(), Selection(11_000))
 
 
-@case("silu")
 @case("sigmoid")
 @case("gelu")
 @case("relu")
-def selection_fused(activation: str) -> None:
-    """With sigma fused, the choice is the torch selector's on the kernels' own sigma."""
-    gated, select = kernels("gated", "select")
-    for dtype in BOTH:
-        a_NF = torch.randn(3, 90).to(dtype)
-        every_NF = torch.arange(90, dtype=torch.int16).repeat(3, 1)
-        gate_NF, _, _ = gated.gate_forward(
-            a_NF, torch.ones_like(a_NF), torch.ones(3), every_NF,
-            activation=activation, scattered=False,
-        )  # fmt: skip
-        close(gate_NF, gate_activation(activation, a_NF.double()), dtype)
-        index_NS, kept_NS = select.select_neurons(a_NF, 20, 2, activation)
-        mask_NF = NeuronSelector("topk", 20, 20, groups=2)(gate_NF)
-        assert torch.equal(index_NS.flatten(), NeuronMask.from_bool(mask_NF).indices_K)
-        assert torch.equal(kept_NS, a_NF.gather(1, index_NS.long()))
-
-
-# The gated activation, against float64 autograd.
-
-
-@case("silu", True)
-@case("sigmoid", False)
-@case("gelu", True)
-@case("relu", False)
-def gated_activation(activation: str, scattered: bool) -> None:
-    """h, da, du, dp, with and without a gradient of the gate; more entries than one block."""
-    (gated,) = kernels("gated")
-    for dtype, rows, neurons, kept in (*((d, 3, 50, 13) for d in BOTH), (BOTH[0], 1, 1500, 1100)):
-        index_NS = torch.rand(rows, neurons).argsort(1)[:, :kept].sort(1).values
-        a, u, dh = (torch.randn(rows, kept).to(dtype) for _ in range(3))
-        p, dgate = torch.rand(rows), torch.randn(rows, kept).to(dtype)
-        wide = _wide(index_NS, neurons) if scattered else (lambda compact: compact)
-        rule = {"activation": activation, "scattered": scattered}
-        gate, u_kept, h = gated.gate_forward(a, wide(u), p, index_NS.short(), **rule)
-        a64, u64, p64 = (t.double().requires_grad_() for t in (a, u, p))
-        gate64 = gate_activation(activation, a64)
-        h64 = p64[:, None] * gate64 * u64
-        close(gate, gate64.detach(), dtype)
-        close(h, wide(h64.detach()), dtype)
-        assert torch.equal(u_kept, u)
-        for extra in (None, dgate):
-            da, du, again, dp = gated.gate_backward(
-                a, u, p, index_NS.short(), wide(dh), extra, **rule
-            )
-            loss = (h64 * dh).sum() + (0 if extra is None else (gate64 * extra).sum())
-            want = torch.autograd.grad(loss, (a64, u64, p64), retain_graph=True)
-            close(da, wide(want[0]), dtype)
-            close(du, wide(want[1]), dtype)
-            close(dp, want[2], dtype)
-            assert torch.equal(again, h)
-
-
-def _wide(index_NS: Tensor, neurons: int) -> Callable[[Tensor], Tensor]:
-    return lambda t: t.new_zeros(t.shape[0], neurons).scatter(1, index_NS, t)
+def selection_by_activation(activation: str) -> None:
+    same_selection(torch.randn(3, 90), Selection(20, 2), activation)
 
 
 # The whole op, against the reference in float64.
 
 
-@case([3, 4], 24, 40, 10, 1, "silu", torch.float32)
-@case([0, 5, 0, 1], 16, 33, 1, 1, "gelu", torch.float32)
-@case([2, 2], 20, 48, 48, 1, "sigmoid", torch.float32)
-@case([1], 8, 36, 12, 3, "relu", torch.float32)
-@case([0, 0], 8, 12, 4, 1, "silu", torch.float32)
-@case([4, 3], 32, 64, 16, 2, "silu", torch.bfloat16)
-def whole_op(counts, hidden, neurons, kept, groups, activation, dtype) -> None:
-    """Values, gradients and mask; saved for backward: nothing of width F but the weights."""
-    leaves = inputs(counts, hidden, neurons, dtype)
+@case([3, 4], 24, 40, 10, 1, "silu", torch.float32, 0)
+@case([0, 5, 0, 1], 21, 33, 1, 1, "gelu", torch.float32, 3)
+@case([2, 2], 20, 48, 48, 1, "sigmoid", torch.float32, 0)
+@case([1], 8, 36, 12, 3, "relu", torch.float32, 2)
+@case([0, 0], 8, 12, 4, 1, "silu", torch.float32, 0)
+@case([18, 1], 8, 32, 8, 1, "silu", torch.float32, 0)
+@case([4, 3], 32, 160, 40, 2, "silu", torch.bfloat16, 5)
+def whole_op(counts, hidden, neurons, kept, groups, activation, dtype, spare) -> None:
+    """Values, gradients and mask, with rows of no expert; rows that TMA takes and others. Kept for
+    backward beside the weights: x, p, a, u and the bits."""
+    leaves = inputs(counts, hidden, neurons, dtype, spare)
     saved: list[Tensor] = []
 
-    def run(*tensors):
-        return masked_grouped_mlp(*tensors, choose=Selection(kept, groups), activation=activation)
+    def run(x, p, n, *w):
+        y, mask, _ = masked_experts(
+            x, p, torch.tensor(n), *w, choose=Selection(kept, groups), activation=activation
+        )
+        return y, mask
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         run(*leaves[:2], counts, *leaves[2:])
-    rows = sum(counts)
+    rows, words = sum(counts) + spare, -(-neurons // 32)
     shapes = sorted(tuple(t.shape) for t in saved if t.dim() < 3)
-    assert shapes == sorted([(rows,), (rows, hidden), *[(rows, kept)] * 3]), shapes
-    mask = against_reference(run, leaves, counts, activation, ("y", "gate"))
-    if dtype == torch.float32:
-        parts = zip(leaves[0].detach().split(counts), leaves[2].detach().unbind(), strict=True)
+    assert shapes == sorted([(rows,), (rows, hidden), *[(rows, kept)] * 2, (rows, words)]), shapes
+    mask = against_reference(run, leaves, counts, activation, spare)
+    if dtype == torch.float32 and rows:
+        real = sum(counts)
+        parts = zip(leaves[0].detach()[:real].split(counts), leaves[2].detach(), strict=True)
         gate_NF = gate_activation(activation, torch.cat([x @ w.t() for x, w in parts]))
-        assert torch.equal(
-            mask.to_bool(), NeuronSelector("topk", kept, kept, groups=groups)(gate_NF)
-        )
+        rule = NeuronSelector("topk", kept, kept, groups=groups)
+        assert torch.equal(mask.to_bool()[:real], rule(gate_NF))
 
 
-@case("y")
-@case("gate")
-def gradients_of_one_output(through: str) -> None:
-    """The other output may go unused."""
-    chosen = torch.tensor([[0], [1], [1]])
-    ways = (
-        lambda *t: masked_grouped_mlp(*t, choose=Selection(8), activation="silu"),
-        lambda *t: block_grouped_mlp(*t, blocks_NQ=chosen, block=16, activation="silu"),
-    )
-    for run in ways:
-        leaves = inputs([2, 1], 16, 32, torch.float32)
-        against_reference(run, leaves, [2, 1], "silu", (through,))
+@case()
+def bad_rows_are_marked() -> None:
+    """Infinite, NaN, and none; counted by expert."""
+    counts = torch.tensor([3, 0, 2])
+    x, p, *w = (t.detach() for t in inputs([3, 0, 2], 16, 32, torch.float32, 1))
+    x[1], w[2][2, :, 3] = torch.inf, torch.nan
+    _, _, kept = masked_experts(x, p, counts, *w, choose=Selection(8), activation="silu")
+    assert kept.bad_N[:5].tolist() == [0, 1, 0, 1, 1]
+    first_EX = torch.tensor([[4, 1, 9], [0, 0, 0], [0, 0, 0]])
+    p[4] = -0.5  # marked
+    kept.note_bad(p, first_EX, 7)
+    assert first_EX.tolist() == [[4, 1, 9], [0, 0, 0], [7, 2 + (1 << 32), 2]]
 
 
 @case(torch.float32)
 @case(torch.bfloat16)
-def decoding(dtype: torch.dtype) -> None:
-    """Few rows without gradients take the gathered kernels: the same as the dense route, also where
-    gate and up are slices of one parameter, and where the mask is ready."""
-    counts, choose = [1, 0, 2], Selection(20)
-    leaves = inputs(counts, 272, 128, dtype)
-    assert unstructured.gathering_pays(counts, 20, 128)
-    assert not unstructured.gathering_pays([5], 40, 128)
-    gate_up = torch.stack([leaf.detach() for leaf in leaves[2:4]], dim=1)
-    operands = (*leaves[:2], counts, gate_up[:, 0], gate_up[:, 1], leaves[4])
-    assert all(arguments.neuron_major(w) is w for w in operands[3:])
-    dense, mask, gate_K = masked_grouped_mlp(*operands, choose=choose, activation="silu")
-    with torch.no_grad():
-        y, same, gates = masked_grouped_mlp(*operands, choose=choose, activation="silu")
-        again, _, sampled_K = masked_grouped_mlp(*operands, choose=mask, activation="silu")
-    assert same == mask
-    assert torch.equal(gates, gate_K)
-    close(y, dense, dtype)
-    close(again, dense, dtype)
-    close(sampled_K, gate_K, dtype)
+def gradients_go_where_they_are_wanted(dtype: torch.dtype) -> None:
+    """Into main_grad, added to what is there; and later, on demand: the same bits."""
+    counts = [2, 0, 17]
+    leaves = inputs(counts, 16, 48, dtype)
+    dy = torch.randn(19, 16).to(dtype)
 
+    def run(sinks: bool, later: list | None) -> list[Tensor | None]:
+        x, p, *w = leaves
+        views = [t.view_as(t) for t in w]
+        main = [torch.full(t.shape, 0.5) for t in w]
+        for view, into in zip(views, main, strict=True):
+            if sinks:
+                view.grad_sink = lambda into=into: into
+        if later is not None:
+            views[0].grad_later = later
+        y, _, _ = masked_experts(
+            x, p, torch.tensor(counts), *views, choose=Selection(12), activation="silu"
+        )
+        grads = torch.autograd.grad(y, (x, p, *views), dy, allow_unused=True)
+        made = list(grads[2:])
+        if later is not None:
+            assert made == [None] * 3
+            made = [g for make in later for g in make()]
+        return main if sinks else made
 
-@case(1, 5, 7, 300)
-@case(3, 33, 40, 16)
-@case(0, 4, 4, 16)
-def gathered_products(rows: int, kept: int, neurons: int, hidden: int) -> None:
-    """sampled_up and sparse_down alone, with several splits and partial tiles."""
-    sampled, sparse = kernels("sampled_up", "sparse_down")
-    index_NS = torch.rand(rows, neurons).argsort(1)[:, :kept].sort(1).values
-    expert_N = torch.randint(0, 2, (rows,), dtype=torch.int32)
-    x_NH, h_NS = torch.randn(rows, hidden), torch.randn(rows, kept)
-    w_EFH = torch.randn(2, neurons, hidden)
-    picked_NSH = w_EFH[expert_N.long()[:, None], index_NS]
-    u_NS = sampled.sampled_up(x_NH, w_EFH, expert_N, index_NS.short())
-    close(u_NS, torch.einsum("nh,nsh->ns", x_NH, picked_NSH), torch.float32)
-    y_NH = sparse.sparse_down(h_NS, w_EFH, expert_N, index_NS.int())
-    close(y_NH, torch.einsum("ns,nsh->nh", h_NS, picked_NSH), torch.float32)
-
-
-# Kept blocks.
-
-
-@case([3, 0, 4], 24, 64, 2, 16, "silu", torch.float32)
-@case([70, 70], 24, 16, 1, 16, "gelu", torch.float32)
-@case([2], 130, 64, 2, 32, "relu", torch.float32)
-@case([1, 2], 16, 128, 1, 128, "sigmoid", torch.float32)
-@case([0, 0], 16, 32, 1, 16, "silu", torch.float32)
-@case([5, 4], 32, 64, 2, 16, "silu", torch.bfloat16)
-def whole_op_blocks(counts, hidden, neurons, slots, block, activation, dtype) -> None:
-    """Values and gradients against the reference under the mask that the blocks make."""
-    chosen = torch.rand(sum(counts), neurons // block).argsort(1)[:, :slots].sort(1).values
-    leaves = inputs(counts, hidden, neurons, dtype)
-
-    def run(*tensors):
-        return block_grouped_mlp(*tensors, blocks_NQ=chosen, block=block, activation=activation)
-
-    mask = against_reference(run, leaves, counts, activation, ("y", "gate"))
-    want = torch.zeros(sum(counts), neurons // block, dtype=torch.bool).scatter(1, chosen, True)
-    assert torch.equal(mask.to_bool(), want.repeat_interleave(block, dim=1))
-
-
-@case()
-def block_index_covers_each_pair_once() -> None:
-    """Tiles partition the pairs, hold one segment each, and padding points past the segments."""
-    chosen = torch.rand(50, 4).argsort(1)[:, :2]
-    expert_N = torch.arange(50, dtype=torch.int32) // 25
-    index = block_index(chosen, expert_N, 2, 64, 16, tile_rows=8)
-    seen: list[int] = []
-    for segment, first in torch.stack((index.tile_segment_T, index.tile_first_T), 1).tolist():
-        if segment == index.segments:
-            continue
-        pairs = index.pairs_P[first : min(first + 8, int(index.offsets_Z1[segment + 1]))].tolist()
-        assert pairs
-        for pair in pairs:
-            row, slot = divmod(pair, 2)
-            assert segment == int(expert_N[row]) * 4 + int(chosen[row, slot])
-        seen += pairs
-    assert sorted(seen) == list(range(100))
+    plain, into = run(False, None), run(True, None)
+    for grad, main in zip(plain, into, strict=True):
+        close(main - 0.5, grad, dtype)
+    for sinks, now in ((False, plain), (True, into)):
+        for first, second in zip(now, run(sinks, []), strict=True):
+            assert torch.equal(first, second)
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps(run_all(), indent=1))
+    poison()
+    for name in [name for name in CASES if sys.argv[2:] and name.split("-")[0] not in sys.argv[2:]]:
+        del CASES[name]
+    results = run_all()
+    Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
+    if sys.argv[2:]:
+        print("\n".join(text for text in results.values() if text) or f"{len(results)} pass")

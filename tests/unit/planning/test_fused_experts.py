@@ -246,13 +246,12 @@ def test_mone_holds_wide_operands_while_it_runs(recorder):
 
 @pytest.mark.parametrize("block", [1, 8, 40, 128, 352])
 def test_operations_of_mone_are_the_formulas(recorder, block):
-    """A gate of all, two products more, six backward: of the kept entries where whole blocks of 128
-    are skipped, else of all (the block-sparse kernels have no blocks of 352); the cost model reads
-    rows, neurons, hidden size and kept share."""
+    """A gate of all, two products more, six backward, of all entries; the cost model reads rows,
+    neurons, hidden size and kept share."""
     from megatron_mone.planning.cost.roofline import operation
 
     output, operands = mone(Selection(S, block=block))
-    computed = S if block == 128 else F
+    computed = F
     output.y_NH.backward(torch.empty(N, H, dtype=torch.bfloat16))
     assert all(t.grad.shape == t.shape for t in operands)
     entry = 2 * N * H

@@ -171,7 +171,7 @@ ROUTES = {
     ("cpu", 1): ((ALL, 8 * KEPT), (ALL, 11 * KEPT)),
     ("triton", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("te", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
-    ("triton", 128): ((ALL, 9 * KEPT), (ALL, 12 * KEPT)),
+    ("triton", 128): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("triton", 352): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("cpu", 352): ((ALL, 8 * KEPT), (ALL, 11 * KEPT)),
 }

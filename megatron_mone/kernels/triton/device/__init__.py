@@ -1,0 +1,1 @@
+"""Device code: functions of triton.jit alone. Imported when a kernel is first launched."""

@@ -1,0 +1,141 @@
+"""The grouped products of an expert layer behind one interface: our kernels, or another library's.
+
+    gate          a [N, F] = x W_gate^T
+    up            u of the kept entries [N, S], h = p sigma(a) u [N, F] zero elsewhere
+    down          y [N, H] = h W_down, rows that are not finite marked
+    dh            da, du, h [N, F], dp [N] from dy
+    dx            da W_gate + du W_up [N, H]
+    weight_grad   out [E, F, H] (+)= v^T x
+Shapes: N rows, E experts, F neurons of an expert, H hidden, S kept. Plain torch.
+"""
+
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton.ops import Entries
+from megatron_mone.kernels.triton.row_map import RowMap
+
+
+class GroupedLinears(Protocol):
+    """What a GEMM library has to give: dense products, expert by expert, in the operands' dtype.
+
+    Every weight is neuron-major, so these three serve the forward and the backward pass alike.
+    `gradient` says which rows are gradients: fp8 recipes hold those in a format of their own.
+    """
+
+    def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
+        """[N, F] x W^T."""
+        ...
+
+    def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
+        """[N, H] sum of v W over the products (v_NF, w_EFH)."""
+        ...
+
+    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
+        """[E, F, H] v^T x, zero for experts without rows."""
+        ...
+
+
+class KernelLinears:
+    """GroupedLinears by our kernels."""
+
+    def __init__(self, where: RowMap) -> None:
+        self.where = where
+
+    def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
+        """See GroupedLinears."""
+        return ops.gate_product(x_NH, w_EFH, self.where)
+
+    def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
+        """See GroupedLinears."""
+        return ops.hidden_product(self.where, *products)
+
+    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
+        """See GroupedLinears."""
+        dw_EFH = x_NH.new_empty((self.where.experts, v_NF.shape[1], x_NH.shape[1]))
+        ops.weight_grad(v_NF, x_NH, dw_EFH, False, self.where)
+        return dw_EFH
+
+
+class KernelProducts:
+    """Our kernels: what MoNE adds happens on a product's tiles."""
+
+    def __init__(self, where: RowMap, activation: str) -> None:
+        self.where, self.activation = where, activation
+
+    def gate(self, x_NH: Tensor, w_EFH: Tensor) -> Tensor:
+        """K1."""
+        return ops.gate_product(x_NH, w_EFH, self.where)
+
+    def up(
+        self, x_NH: Tensor, w_EFH: Tensor, p_N: Tensor, entries: Entries
+    ) -> tuple[Tensor, Tensor]:
+        """K3."""
+        return ops.up_product(x_NH, w_EFH, p_N, entries, self.activation, self.where)
+
+    def down(self, h_NF: Tensor, w_EFH: Tensor, bad_N: Tensor) -> Tensor:
+        """K4."""
+        return ops.hidden_product(self.where, (h_NF, w_EFH), bad_N=bad_N)
+
+    def dh(
+        self, dy_NH: Tensor, w_EFH: Tensor, p_N: Tensor, kept: ops.Kept, dg_NS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """K6."""
+        return ops.dh_product(dy_NH, w_EFH, p_N, kept, dg_NS, self.activation, self.where)
+
+    def dx(self, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Tensor:
+        """K7."""
+        return ops.hidden_product(self.where, gate, up)
+
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """K8."""
+        ops.weight_grad(v_NF, x_NH, out_EFH, adds, self.where)
+
+
+class LinearProducts:
+    """Another library's dense products; what MoNE adds is a kernel behind each."""
+
+    def __init__(self, linears: GroupedLinears, where: RowMap, activation: str) -> None:
+        self.linears, self.where, self.activation = linears, where, activation
+
+    def gate(self, x_NH: Tensor, w_EFH: Tensor) -> Tensor:
+        """See KernelProducts."""
+        return self.linears.rows_by_neurons(x_NH, w_EFH)
+
+    def up(
+        self, x_NH: Tensor, w_EFH: Tensor, p_N: Tensor, entries: Entries
+    ) -> tuple[Tensor, Tensor]:
+        """See KernelProducts."""
+        wide_NF = self.linears.rows_by_neurons(x_NH, w_EFH)
+        return ops.up_entries(wide_NF, p_N, entries, self.activation, self.where)
+
+    def down(self, h_NF: Tensor, w_EFH: Tensor, bad_N: Tensor) -> Tensor:
+        """See KernelProducts."""
+        y_NH = self.linears.rows_by_hidden((h_NF, w_EFH))
+        ops.mark_bad(y_NH, bad_N, self.where)
+        return y_NH
+
+    def dh(
+        self, dy_NH: Tensor, w_EFH: Tensor, p_N: Tensor, kept: ops.Kept, dg_NS: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See KernelProducts."""
+        wide_NF = self.linears.rows_by_neurons(dy_NH, w_EFH, gradient=True)
+        return ops.dh_entries(wide_NF, p_N, kept, dg_NS, self.activation, self.where)
+
+    def dx(self, gate: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> Tensor:
+        """See KernelProducts."""
+        return self.linears.rows_by_hidden(gate, up, gradient=True)
+
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """See KernelProducts."""
+        made_EFH = self.linears.weight_grad(v_NF, x_NH, gradient=gradient)
+        (out_EFH.add_ if adds else out_EFH.copy_)(made_EFH)
+
+
+Products = KernelProducts | LinearProducts
