@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_logging import (
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
 )
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_mone.common.load_edges import LOAD_EDGES
@@ -62,6 +63,27 @@ class MoNEMetricsTracker(MoEMetricsTracker):
     def register(self, layer: TrackedLayer) -> None:
         """Follow a layer for as long as it lives."""
         self._layers.append(weakref.ref(layer))
+
+    def record(
+        self,
+        name: str,
+        value: Tensor,
+        layer_number: int,
+        num_layers: int,
+        reduce_group: ProcessGroup | None = None,
+        avg_group: ProcessGroup | None = None,
+        needs_dp_avg: bool = True,
+    ) -> None:
+        """As Megatron's, in one launch: its `values[i] += value` copies the sum back as well."""
+        if layer_number is None or name not in self._metrics:
+            super().record(
+                name, value, layer_number, num_layers, reduce_group, avg_group, needs_dp_avg
+            )
+            return
+        entry = self._metrics[name]
+        entry.values[layer_number - 1].add_(value.detach())
+        entry.reduce_group, entry.avg_group = reduce_group, avg_group
+        entry.needs_dp_avg = needs_dp_avg
 
     def step(self) -> int:
         """The training step under way, 1-based, as Megatron's loop counts it."""

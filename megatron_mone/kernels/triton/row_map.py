@@ -57,7 +57,7 @@ def row_map(counts: Tensor, rows: int) -> RowMap:
         rows: N, at least their sum.
     """
     experts, sources = counts.shape[0], counts.shape[1] if counts.dim() == 2 else 1
-    counts, device = counts.contiguous(), counts.device
+    device, strides = counts.device, (counts.stride(0), counts.stride(-1) if sources > 1 else 0)
     tiles = -(-rows // TILE) + experts
     made = [
         torch.empty(size, dtype=torch.int32, device=device)
@@ -65,7 +65,7 @@ def row_map(counts: Tensor, rows: int) -> RowMap:
     ]
     many = 128
     launch(
-        "row_map.row_map", (-(-tiles // many),), (counts, *made, experts, sources, tiles),
+        "row_map.row_map", (-(-tiles // many),), (counts, *made, experts, sources, *strides, tiles),
         reads=(counts,), writes=made,
         TILE=TILE, EXPERTS=power_of_two(experts), SOURCES=power_of_two(sources), TILES=many,
     )  # fmt: skip

@@ -19,13 +19,18 @@ from unittest import mock
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from megatron_mone.kernels.triton import launch
+from megatron_mone.planning.tracing.recorder import _UNWRITTEN, _is_view
 from tests.conftest import mone_config
 from tests.unit.moe.no_waits import HostWait, backward, no_waits
 
 SEQUENCE, BATCH, HIDDEN, TOPK, NEURONS = 8, 2, 16, 2, 24
 PAIRS = SEQUENCE * BATCH * TOPK  # sent by a rank, and got by one: all are alike
 CUDA = torch.device("cuda", 0)
+FAKE = FakeTensorMode()  # tensors of two modes do not mix
 
 
 class Stream:
@@ -82,7 +87,7 @@ def fake_layer(expert_parallel, experts, device, **changes):
         num_moe_experts=experts, moe_router_topk=TOPK, hidden_size=HIDDEN,
         moe_ffn_hidden_size=NEURONS, expert_model_parallel_size=expert_parallel,
         use_cpu_initialization=True, perform_initialization=False,
-        mone_ng_loss_coeff=0.5, **changes,
+        **{"mone_ng_loss_coeff": 0.5, **changes},
     )  # fmt: skip
     config.mone_layer_freq = [1]
     submodules = mone_layer_spec(config).layer_specs[0].submodules.mlp
@@ -92,7 +97,7 @@ def fake_layer(expert_parallel, experts, device, **changes):
     assert isinstance(layer, MoNELayer)
     device[0] = CUDA
     local = experts // expert_parallel
-    with FakeTensorMode() as mode:
+    with FAKE as mode:
         for module in layer.modules():
             for held in (module._parameters, module._buffers):
                 for name, value in held.items():
@@ -120,6 +125,7 @@ def known_counts(dispatcher, point, tokens_per_expert=None):
     if point == dispatcher.cuda_dtoh_point:
         sources, experts = dispatcher.ep_size, dispatcher.num_local_experts
         table = np.full((sources, experts), PAIRS // (sources * experts))
+        table[0, 0] += PAIRS - table.sum()
         dispatcher.num_global_tokens_per_local_expert = table
     return tokens_per_expert
 
@@ -173,6 +179,93 @@ def a_layer(expert_parallel, experts, padded, changes):
             with no_waits():
                 layer.neuron_balancer.end_step()
     assert not megatrons, megatrons
+
+
+class Launches(TorchDispatchMode):
+    """Counts what would be launched on the device: operators that write, and kernels of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.is_cuda]
+        if made and not _is_view(func) and func.overloadpacket not in _UNWRITTEN:
+            self.names.append(str(func.overloadpacket))
+        return result
+
+    @contextmanager
+    def counting(self):
+        """The names of what is launched in a block."""
+        self.names = names = []
+        with launch.recording(lambda one: self.names.append(one.kernel)), self:
+            yield names
+
+
+def through_the_kernels(device, local_experts, fused=False, **changes):
+    """What the Triton experts of a layer on two ranks launch, forward and backward, and the bytes a
+    row that they keep beside x, p and the weights.
+
+    Counted from the rows that the dispatcher has brought to the rows that it takes back: row counts
+    by source, choice, experts, check of NaN, load counters, balance loss.
+    """
+    device[0] = torch.device("cpu")
+    with launch.recording(lambda one: None):  # without a GPU the kernels can only be recorded
+        layer, fake = fake_layer(2, 2 * local_experts, device, mone_backend="triton", **changes)
+    layer.config.gradient_accumulation_fusion = fused  # stock linears ask for apex
+    dispatcher = layer.token_dispatcher
+    tokens, experts = SEQUENCE * BATCH, layer.config.num_moe_experts
+    with fake:
+        dtype = layer.experts.linear_fc1.dtype
+        hidden = torch.empty(SEQUENCE, BATCH, HIDDEN, dtype=dtype, device=CUDA)
+        probs = torch.empty(tokens, experts, device=CUDA)
+        routing_map = torch.empty(tokens, experts, dtype=torch.bool, device=CUDA)
+        rows = layer.dispatch(*layer.preprocess(hidden, probs, routing_map))
+        x_NH, counts, p_N = dispatcher.dispatch_postprocess(*rows)
+        x_NH, p_N = x_NH.requires_grad_(), p_N.requires_grad_()
+        dispatcher.dispatch_postprocess = lambda *_: (x_NH, counts, p_N)
+        dispatcher.combine_preprocess = lambda y_NH: y_NH
+        for weight in layer.experts.parameters():
+            weight.main_grad = torch.empty_like(weight, dtype=torch.float32)
+        for _ in range(2):  # the first makes what lasts
+            kept, launches = [], Launches()
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, kept=kept: (kept.append(t), t)[1], lambda t: t
+            )
+            with no_waits() as seen, hooks, launches.counting() as forward:
+                output, _ = layer.routed_experts_compute(*rows)
+            with no_waits(), launches.counting() as back:
+                backward(output, torch.empty_like(output))
+            assert not seen.megatrons
+    own = [t for t in kept if t.dim() < 3 and t is not x_NH and t is not p_N]
+    return forward, back, sum(t.nbytes for t in own) / x_NH.shape[0]
+
+
+def launches_are_few_whatever_the_number_of_experts():
+    """At most 10 forward and 14 backward; kept are 4 S + F / 8 bytes a row in bfloat16."""
+    device = [torch.device("cpu")]
+    half = {"fused": True, "params_dtype": torch.bfloat16, "bf16": True}
+    with job(2, device):
+        seen = {local: through_the_kernels(device, local, **half) for local in (2, 8, 64)}
+    assert seen[2] == seen[8] == seen[64], seen
+    forward, back, kept = seen[2]
+    assert len(forward) <= 10, forward
+    assert len(back) <= 14, back
+    assert kept == 4 * (NEURONS // 4) + 4 * -(-NEURONS // 32), kept
+
+
+def other_losses_launch_as_few():
+    device = [torch.device("cpu")]
+    with job(2, device):
+        for changes in (
+            {"mone_ng_loss_type": "raw"},
+            {"mone_ng_loss_type": "entropy"},
+            {"mone_ng_loss_coeff": 0.0},
+        ):
+            forward, back, _ = through_the_kernels(device, 2, **changes)
+            assert len(forward) <= 10, forward
+            assert len(back) <= 14, back
 
 
 def flex_rows(backend):
@@ -338,8 +431,12 @@ HARNESS = {
 }
 FLEX = {backend: partial(flex_rows, backend) for backend in ("deepep", "hybridep")}
 LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
+KERNELS = {
+    case.__name__: case
+    for case in (launches_are_few_whatever_the_number_of_experts, other_losses_launch_as_few)
+}
 RULE = {a_bias_reaches_its_experts_rows.__name__: a_bias_reaches_its_experts_rows}
-CASES = {**HARNESS, **RULE, **FLEX, **LAYERS}
+CASES = {**HARNESS, **KERNELS, **RULE, **FLEX, **LAYERS}
 
 
 def run(folder):

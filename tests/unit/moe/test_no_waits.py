@@ -49,3 +49,9 @@ def test_flex_counts_rows_without_waiting(failures, name):
 @pytest.mark.parametrize("name", no_waits_cases.RULE)
 def test_choosing_by_a_bias_waits_for_nothing(failures, name):
     assert failures[name] == ""
+
+
+@pytest.mark.parametrize("name", no_waits_cases.KERNELS)
+def test_the_kernels_of_a_layer(failures, name):
+    """With the Triton experts in place: no wait, launches and bytes kept counted."""
+    assert failures[name] == ""

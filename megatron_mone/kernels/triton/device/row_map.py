@@ -17,6 +17,8 @@ def row_map_kernel(
     tile_row_ptr,
     experts,
     sources,
+    expert_stride,
+    source_stride,
     tiles,
     TILE: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -28,7 +30,8 @@ def row_map_kernel(
     source = tl.arange(0, SOURCES)
     inside = (expert[:, None] < experts) & (source[None, :] < sources)
     at = expert[:, None] * sources + source[None, :]
-    chunk = tl.load(count_ptr + at, mask=inside, other=0).to(tl.int32)
+    given = expert[:, None] * expert_stride + source[None, :] * source_stride
+    chunk = tl.load(count_ptr + given, mask=inside, other=0).to(tl.int32)
     count = tl.sum(chunk, axis=1)
     end = tl.cumsum(count, axis=0)
     if tl.program_id(0) == 0:
