@@ -48,6 +48,9 @@ class FiniteCheck:
             ValueError: rows that another rank marked as padding (padding.py) and this one did not
                 read.
         """
+        if entries is not None and y_NH.is_meta:  # planned: made, and looked at by nobody
+            entries.note_bad(row_probs, rows_E.new_empty((entries.where.experts, 3)), 0)
+            return
         if entries is not None and deferred(y_NH):
             self._watch.keep_by(partial(entries.note_bad, row_probs), entries.where.experts, y_NH)
             return

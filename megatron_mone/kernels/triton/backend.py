@@ -1,7 +1,8 @@
 """The Triton backend as the registry knows it: what it takes, and which route a call takes.
 
     Selection, mask of rows of one length     grouped_experts.py
-    ready mask, rows of several lengths       ragged.py, torch operations around the same products
+    rule over all gates, ready mask whose     ragged.py, torch operations around the same products;
+    rows have several lengths                 waits for the number of kept entries
 Not run on a GPU yet. Importing this needs no triton.
 """
 
@@ -40,12 +41,6 @@ def why_not(call: Call) -> str | None:
             "the loss needs the gates of all neurons: set mone_ng_loss_type to another than "
             "normalized"
         )
-    if call.by_rule:
-        return (
-            "neurons are chosen by a function of all gates: set mone_selection = topk, another "
-            "mone_ng_loss_type than bias, and mone_neuron_groups to a multiple of the expert "
-            "tensor parallel size"
-        )
     return None
 
 
@@ -55,15 +50,15 @@ def run(
     choose: Choose, activation: str, etp_group: Any = None, **_unused: Any,
 ) -> GroupedMLPOutput:  # fmt: skip
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
-    assert isinstance(choose, Selection | NeuronMask)  # why_not refuses a rule
     weights = (w_gate_EFH, w_up_EFH, w_down_EFH)
     counts = on_device(counts, x_NH.device)
-    if isinstance(choose, NeuronMask) and choose.kept is None:
+    if not isinstance(choose, Selection) and getattr(choose, "kept", None) is None:
         linears = KernelLinears(row_map(counts, x_NH.shape[0]))
         kept = ragged_grouped_mlp(
             x_NH, probs_N, *weights, choose=choose, activation=activation, linears=linears
         )
         return GroupedMLPOutput(*kept)
+    assert isinstance(choose, Selection | NeuronMask)
     y_NH, mask, entries = masked_experts(
         x_NH, probs_N, counts, *weights, choose=choose, activation=activation, etp_group=etp_group
     )

@@ -191,6 +191,7 @@ class _MaskedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_NH, _words):
         x_NH, p_N, w_gate, w_up, w_down, a_NS, u_NS, words_NW = ctx.saved_tensors
+        enter(UP_DOWN_GEMM)
         products, slope, group = ctx.call.products, ctx.call.slope, ctx.call.etp_group
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else dy_NH.contiguous()
         sum_over = partial(_sum_over, group) if _several(group) else None

@@ -2,7 +2,8 @@
 
 `launch` names a kernel of device/, what it reads and writes, and its operations. Under `recording`
 nothing runs: a recorder gets the launch and its outputs stay unwritten, which is how launches are
-counted on tensors without values and how the planner knows what a layer would run.
+counted on tensors without values and how the planner knows what a layer would run. On tensors of
+torch's meta device nothing runs either.
 Importing this needs no triton.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels.triton.availability import available, interpreted
+from megatron_mone.kernels.triton.availability import available
 
 INTERPRETED_PROGRAMS = 3  # few, so that a persistent kernel's loop is gone through
 RECORDED_PROGRAMS = 132  # multiprocessors of an H100
@@ -78,22 +79,19 @@ def launch(
     """
     if _recorders:
         _recorders[-1](Launch(kernel, tuple(reads), tuple(writes), flops))
-    else:
+    elif not writes[0].is_meta:
+        if "UPCAST" in constants:  # of products; only the interpreter runs on the CPU
+            constants["UPCAST"] = writes[0].device.type == "cpu"
         _function(kernel)[tuple(grid)](*arguments, **constants)
 
 
 def programs(device: torch.device) -> int:
     """Programs of a persistent kernel: one for each multiprocessor."""
-    if _recorders:
+    if _recorders or device.type == "meta":
         return RECORDED_PROGRAMS
     if device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def upcasts(dtype: torch.dtype) -> bool:
-    """Whether products must be made in float32: the interpreter's bfloat16 product is wrong."""
-    return dtype != torch.float32 and not _recorders and interpreted()
 
 
 @cache

@@ -85,6 +85,7 @@ class _RaggedGroupedMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_NH, dgate_K, _indices, _offsets):
+        enter(UP_DOWN_GEMM)
         x_NH, probs_N, *weights, a_K, u_K, indices_K, offsets_N1 = ctx.saved_tensors
         w_gate, w_up, w_down = weights
         linears, dtype = ctx.linears, x_NH.dtype

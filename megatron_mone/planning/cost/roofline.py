@@ -152,7 +152,10 @@ DTYPES = {
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8",
 }
-SELECTIONS = ("mone.select",)
+SELECTIONS = ("mone.select", "mone.select_wide")
+
+
+NEURON_PRODUCTS = ("mone.gate_product", "mone.up_product", "mone.dh_product")
 
 
 def operation(op: Op) -> Operation:
@@ -203,6 +206,12 @@ def _grouped(op: Op) -> tuple[float, int, int, float]:
         return float(depth), columns, max(1, op.inputs[0][0] // groups), 1.0
     groups, first, second = stacked[0]
     rows = max(1.0, op.inputs[0][0] / groups)
+    if op.name == "mone.weight_grad":  # its buffer of gradients was given
+        return float(first), second, max(1, round(rows)), 1.0
+    if op.name == "mone.hidden_product":
+        return rows, second, first * len(stacked), 1.0
+    if op.name in NEURON_PRODUCTS:
+        return rows, first, second, 1.0
     if op.name.startswith("mone.") and op.name != "mone.gate":
         neurons, hidden = first, second
         whole = 2.0 * op.inputs[0][0] * neurons * hidden

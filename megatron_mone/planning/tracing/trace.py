@@ -47,8 +47,8 @@ class Op:
     """Equal operators that ran one after another.
 
     Attributes:
-        name: "aten.mm", or "mone.gate", "mone.up_down", "mone.up_down_backward" for the routed
-            experts of MoNE.
+        name: "aten.mm", or of MoNE's routed experts "mone.gate", "mone.up_down" and
+            "mone.up_down_backward" on CPU ranks, "mone." and a kernel's name on GPUs.
         inputs, outputs: shapes of its tensors; of in-place operators the tensor is in both.
         dtype: of the first output.
         bytes_read, bytes_written: of one; its tensors once, whole.

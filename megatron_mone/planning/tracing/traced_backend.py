@@ -1,27 +1,23 @@
 """The `traced` backend: MoNE's routed experts on tensors without values.
 
-It has the outputs of the backend that a job would run on, keeps for backward what that keeps, and
-takes down its kernels. On CPU ranks that is the backend asked for, by kernels/cpu/backend.py: kept
-are x, p, the pre-activation a, u and index of each kept entry, and row offsets. On GPUs it is
-assumed to be kernels/triton/grouped_experts.py, which has not run on one yet and which
-`mone_backend = auto` does not take before it has. Ops, of N rows of which each keeps S:
-    mone.gate              x [N, H], w_gate [E, F, H] -> a [N, F]
-    mone.select            a [N, F] -> index, a [N, S]
-    mone.up_down           x [N, H], w_up, w_down [E, F, H], p, a, index -> y [N, H], u, g [N, S]
-    mone.up_down_backward  dy [N, H], w_gate, w_up, w_down, x, p, a, u, index -> dx, dp, dw
-Operations of the last two are what those kernels multiply: all entries, masked, since single
-neurons give a tensor core nothing to skip.
-Kept are x, p, a, u and index; nothing is left that recomputing `moe_act` would drop. Held
-while it runs are that file's wide operands, two [N, F] forward and four backward.
+On CPU ranks it has the outputs of the backend asked for, keeps for backward what that keeps
+(kernels/cpu/backend.py: x, p, the pre-activation a, u and index of each kept entry, and row
+offsets), and takes down its work as one op a phase:
+    mone.gate              x [N, H], w_gate [E, F, H] -> a, g, index of the kept entries
+    mone.up_down           x [N, H], w_up, w_down [E, F, H], p, g, index -> y [N, H], u
+    mone.up_down_backward  dy [N, H], and all that is kept -> dx, dp, dw
+On GPUs it is the Triton backend itself (kernels/triton), which has not run on one yet: its own code
+runs on tensors without values, and each kernel that it would launch is an op, "mone." and the
+kernel's name, with its operands and operations (stand_ins/op.py). So what is planned is what is
+launched, kept and held, the balance loss and the check of NaN included.
 May touch: the kernels' registry, and the config that it makes run on this backend.
 Shapes: N routed rows, E local experts, H hidden, F neurons of an expert, S kept of them, K in all.
 """
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +27,7 @@ from megatron_mone.config import neurons_per_token
 from megatron_mone.kernels.choice import BiasedRule, Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
+from megatron_mone.kernels.triton import backend as triton
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.experts import backend_of
@@ -57,7 +54,12 @@ def install(config: Any) -> str | None:
     gpu = config.transformer_impl == "transformer_engine"
     stands_for = "triton" if gpu else backend_of(config)
     run = partial(on_gpu if gpu else on_cpu, copy.copy(config))
-    register(Backend(TRACED, lambda call: None, run, automatic=False, note="computes nothing"))
+    register(
+        Backend(
+            TRACED, lambda call: None, run, automatic=False, note="computes nothing",
+            counts_on_device=gpu,
+        )
+    )  # fmt: skip
     config.mone_backend = TRACED
     if gpu and keeps_all(config):
         config.mone_layer_freq = [0] * config.num_layers
@@ -70,23 +72,13 @@ def keeps_all(config: Any) -> bool:
     return enabled and neurons_per_token(config) == config.moe_ffn_hidden_size
 
 
-class _Chosen(NamedTuple):
-    """How the entries of a call are chosen: of `given` and `rule` at most one is there."""
-
-    shape: tuple[int, ...]  # [N, S] of a selection, else [K]
-    given: NeuronMask | None = None
-    rule: Callable[[Tensor], Tensor] | None = None
-    block: int = 1
-
-
-def _chosen(config: Any, choose: Choose, rows: int, neurons: int) -> _Chosen:
+def _entries(config: Any, choose: Choose, rows: int, neurons: int) -> int:
+    """K; a rule over all gates keeps what the config promises."""
     if isinstance(choose, Selection):
-        return _Chosen((rows, choose.kept), block=choose.block)
+        return rows * choose.kept
     if isinstance(choose, NeuronMask):
-        return _Chosen((choose.num_entries,), given=choose, block=choose.block)
-    # A rule over all gates keeps what the config promises.
-    kept = round(rows * neurons * neurons_per_token(config) / config.moe_ffn_hidden_size)
-    return _Chosen((kept,), rule=choose)
+        return choose.num_entries
+    return round(rows * neurons * neurons_per_token(config) / config.moe_ffn_hidden_size)
 
 
 def ask(rule: Callable[[Tensor], Tensor], a_NF: Tensor) -> None:
@@ -137,10 +129,11 @@ def on_cpu(
     """See kernels.grouped_mlp_with_gates, of a job of CPU ranks."""
     _refuse_all_gates(all_gates)
     rows, neurons = x_NH.shape[0], w_gate.shape[1]
-    shape, given, rule, block = _chosen(config, choose, rows, neurons)
-    if rule is not None:
-        ask(rule, w_gate.new_empty(rows, neurons))
-    kept = math.prod(shape)
+    kept = _entries(config, choose, rows, neurons)
+    given = choose if isinstance(choose, NeuronMask) else None
+    block = choose.block if isinstance(choose, Selection) else 1
+    if given is None and callable(choose):
+        ask(choose, w_gate.new_empty(rows, neurons))
     first, rest, backward = _products(config, rows, kept, given is not None)
     made = _OnCPU.apply(x_NH, probs_N, w_gate, w_up, w_down, kept, backward)
     y_NH, gate_K, a_K, indices_K, offsets_N1 = made
@@ -183,50 +176,6 @@ def _products(config: Any, rows: int, kept: int, given: bool) -> tuple[int, int,
     return int(gate), int(once[UP_DOWN_GEMM].executed - backward), int(backward)
 
 
-class _OnGPU(torch.autograd.Function):
-    """y, sigma(a), index and offsets of the kept entries."""
-
-    @staticmethod
-    def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, chosen):
-        rows, (neurons, hidden) = x_NH.shape[0], w_gate.shape[1:]
-        a, u, gate = (x_NH.new_empty(chosen.shape) for _ in range(3))
-        enter(GATE_GEMM)
-        a_NF = x_NH.new_empty(rows, neurons)
-        note("mone.gate", [x_NH, w_gate], [a_NF], flops=2 * rows * neurons * hidden)
-        enter(SELECTION)
-        given, rule = chosen.given, chosen.rule
-        index = given.indices_K if given is not None else _index(chosen.shape, neurons)
-        if rule is not None:
-            ask(rule, a_NF)
-        if given is not None or rule is not None:
-            note("mone.pick", [index], [a])
-        else:
-            note("mone.select", [a_NF], [index, a])
-        enter(UP_DOWN_GEMM)
-        _h_NF = x_NH.new_empty(rows, neurons)  # up takes the place of the gates
-        y_NH = torch.empty_like(x_NH)
-        read = [x_NH, w_up, w_down, probs_N, a, index]
-        ctx.computed = rows * neurons
-        note("mone.up_down", read, [y_NH, u, gate], flops=4 * ctx.computed * hidden)
-        ragged = () if len(chosen.shape) == 2 else (_offsets(rows),)
-        ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *ragged)
-        ctx.mark_non_differentiable(index, *ragged)
-        ctx.set_materialize_grads(False)
-        return y_NH, gate.view(-1), index, *ragged
-
-    @staticmethod
-    def backward(ctx: Any, dy_NH, dgate_K, *_others):
-        x_NH, probs_N, w_gate, w_up, w_down, a, u, index, *_ = ctx.saved_tensors
-        _dh_da_du_h = x_NH.new_empty(4, x_NH.shape[0], w_gate.shape[1])
-        read = [dy_NH, w_gate, w_up, w_down, x_NH, probs_N, a, u, index]
-        gradients = [torch.empty_like(t) for t in (x_NH, probs_N, w_gate, w_up, w_down)]
-        enter(UP_DOWN_GEMM)
-        flops = 12 * ctx.computed * x_NH.shape[1]
-        dgate = [] if dgate_K is None else [dgate_K]
-        note("mone.up_down_backward", read + dgate, gradients, flops=flops)
-        return *gradients, None
-
-
 def _index(shape: tuple[int, ...], neurons: int) -> Tensor:
     return torch.empty(shape, dtype=index_dtype(neurons), device=META)
 
@@ -236,8 +185,8 @@ def _offsets(rows: int) -> Tensor:
 
 
 def on_gpu(
-    config: Any, x_NH: Tensor, probs_N: Tensor, _counts: list[int], w_gate: Tensor, w_up: Tensor,
-    w_down: Tensor, *, choose: Choose, all_gates: bool = False, activation: str = "silu",
+    config: Any, x_NH: Tensor, probs_N: Tensor, counts: list[int] | Tensor, *weights: Tensor,
+    choose: Choose, all_gates: bool = False, activation: str = "silu", etp_group: Any = None,
     **_names: Any,
 ) -> GroupedMLPOutput:  # fmt: skip
     """See kernels.grouped_mlp_with_gates, of a GPU job.
@@ -248,14 +197,14 @@ def on_gpu(
     _refuse_all_gates(all_gates)
     if activation not in ACTIVATIONS:
         _refuse(f"mone_activation = {activation!r}", f"plan with one of {', '.join(ACTIVATIONS)}")
-    neurons = w_gate.shape[1]
-    chosen = _chosen(config, choose, x_NH.shape[0], neurons)
-    y_NH, gate_K, index, *ragged = _OnGPU.apply(x_NH, probs_N, w_gate, w_up, w_down, chosen)
-    if chosen.given is not None:
-        mask = chosen.given
-    elif ragged:
-        mask = NeuronMask.unchecked(index, ragged[0], neurons, chosen.block)
-    else:
-        offsets_N1 = torch.arange(index.shape[0] + 1, device=index.device) * index.shape[1]
-        mask = NeuronMask.unchecked(index.reshape(-1), offsets_N1, neurons, chosen.block)
-    return GroupedMLPOutput(y_NH, mask, gate_K)
+    shape = counts.shape if isinstance(counts, Tensor) else (len(counts),)
+    rows, neurons = x_NH.shape[0], weights[0].shape[1]
+    if not isinstance(choose, Selection | NeuronMask):
+        enter(SELECTION)
+        ask(choose, x_NH.new_empty(rows, neurons))
+        entries = _entries(config, choose, rows, neurons)
+        choose = NeuronMask.without_values(rows, neurons, entries)
+    return triton.run(
+        x_NH, probs_N, torch.empty(shape, dtype=torch.int64, device=META), *weights,
+        choose=choose, activation=activation, etp_group=etp_group,
+    )  # fmt: skip

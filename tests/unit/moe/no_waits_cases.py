@@ -255,6 +255,41 @@ def launches_are_few_whatever_the_number_of_experts():
     assert kept == 4 * (NEURONS // 4) + 4 * -(-NEURONS // 32), kept
 
 
+def what_is_launched_is_what_is_planned():
+    """Kernel by kernel: name, shapes of operands and results, bytes and operations, both passes."""
+    from megatron_mone.kernels import Selection
+    from megatron_mone.kernels.triton import backend as triton
+    from megatron_mone.planning.tracing.traced_backend import on_gpu
+
+    rows, experts, hidden, neurons, config = 96, 3, 256, 160, SimpleNamespace()
+
+    def run(device, experts_of):
+        seen = []
+
+        def operand(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device=device, requires_grad=True)
+
+        x, p = operand(rows, hidden), operand(rows, dtype=torch.float32)
+        weights = [operand(experts, neurons, hidden) for _ in range(3)]
+        counts = torch.empty(experts, dtype=torch.int64, device=device)
+        with launch.recording(seen.append):
+            y = experts_of(x, p, counts, *weights, choose=Selection(40), activation="silu").y_NH
+            backward(y, torch.empty_like(y))
+        return [
+            (one.kernel, one.flops, *(
+                [(tuple(t.shape), t.dtype, t.nbytes) for t in tensors]
+                for tensors in (one.reads, one.writes)
+            ))
+            for one in seen
+        ]  # fmt: skip
+
+    with FAKE:
+        launched = run(CUDA, triton.run)
+    planned = run("meta", partial(on_gpu, config))
+    assert launched == planned
+    assert len(planned) == 12
+
+
 def other_losses_launch_as_few():
     device = [torch.device("cpu")]
     with job(2, device):
@@ -433,7 +468,11 @@ FLEX = {backend: partial(flex_rows, backend) for backend in ("deepep", "hybridep
 LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
 KERNELS = {
     case.__name__: case
-    for case in (launches_are_few_whatever_the_number_of_experts, other_losses_launch_as_few)
+    for case in (
+        launches_are_few_whatever_the_number_of_experts,
+        what_is_launched_is_what_is_planned,
+        other_losses_launch_as_few,
+    )
 }
 RULE = {a_bias_reaches_its_experts_rows.__name__: a_bias_reaches_its_experts_rows}
 CASES = {**HARNESS, **KERNELS, **RULE, **FLEX, **LAYERS}

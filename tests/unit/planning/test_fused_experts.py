@@ -220,75 +220,116 @@ def mone(choose, **changes):
 
 
 def test_mone_keeps_the_chosen_entries(recorder):
-    """x, p, and of each of N S entries a, u and a 16-bit index: 6 bytes."""
+    """x, p, of each of N S entries a and u, and the bits of N rows: 4 S + F / 8 bytes a row."""
     with recorder.watch_kept():
         output, (*_, gate, up, down) = mone(Selection(S))
-    assert kept_bytes(recorder, [gate, up, down]) == N * (2 * H + 4 + S * (2 + 2 + 2))
-    assert output.mask.indices_K.shape == output.gate_K.shape == (N * S,)
-    assert output.mask.indices_K.dtype == torch.int16
-    assert output.a_K is None
+    assert kept_bytes(recorder, [gate, up, down]) == N * (2 * H + 4 + 4 * S + F // 8)
+    assert output.mask.kept == S
+    assert output.gate_K is output.a_K is None
+    assert output.entries is not None
 
 
 def test_mone_holds_wide_operands_while_it_runs(recorder):
-    """Of its kernels two [N, F] forward, four backward, in 16 bits, beside what else is made."""
+    """Of its kernels one [N, F] forward at a time, three backward, in 16 bits, beside what else is
+    made: bits, bases and entries, sums, marks, outputs, and gradients."""
     output, operands = mone(Selection(S))
+    words, tiles = -(-F // 32), -(-N // 128) + E
     entries, rows = N * S * 2, 2 * N * H  # one number for each kept entry; y or dx
     before = sum(tensor.nbytes for tensor in operands)
-    forward = 2 * (2 * N * F) + 4 * entries + rows
-    assert recorder.live.peaks["forward"] - before == forward
+    chosen = N * (4 * words + 2 * words) + entries + N * (4 + 1)
+    where = 8 * E + 4 * (2 * (E + 1) + 2 * tiles)  # counts and row map
+    assert recorder.live.peaks["forward"] - before == (2 * N * F + chosen + where + entries + rows)
     dy = torch.empty(N, H, dtype=torch.bfloat16)
     recorder.clock.switch("up/down GEMM", "backward")
-    held = recorder.live.now
-    output.y_NH.backward(dy)
+    held, y_NH = recorder.live.now, output.y_NH
+    del output  # and with it what a balance loss would ask for
+    bases = N * (2 * words + 4 + 1)  # sums and marks too
+    y_NH.backward(dy)
     gradients = sum(tensor.grad.nbytes for tensor in operands)
-    assert recorder.live.peaks["backward"] - held == 4 * (2 * N * F) + gradients
+    kept = N * (4 * S + F // 8)  # let go before the weight gradients, the largest, come
+    assert recorder.live.peaks["backward"] - held == 3 * (2 * N * F) + gradients - kept - bases
 
 
-@pytest.mark.parametrize("block", [1, 8, 40, 128, 352])
+FORWARD = ["row_map", "gate_product", "select", "up_product", "hidden_product"]
+BACKWARD = ["rebuild", "dh_product", "probability_grad", "hidden_product", *["weight_grad"] * 3]
+
+
+@pytest.mark.parametrize("block", [1, 8, 40])
 def test_operations_of_mone_are_the_formulas(recorder, block):
-    """A gate of all, two products more, six backward, of all entries; the cost model reads rows,
-    neurons, hidden size and kept share."""
+    """Three products of all entries forward, six backward, grouped; the cost model reads rows,
+    columns and depth."""
     from megatron_mone.planning.cost.roofline import operation
 
     output, operands = mone(Selection(S, block=block))
-    computed = F
     output.y_NH.backward(torch.empty(N, H, dtype=torch.bfloat16))
     assert all(t.grad.shape == t.shape for t in operands)
-    entry = 2 * N * H
-    ops = fused(recorder)
-    assert [(op.name, op.flops, op.phase) for op in ops] == [
-        ("mone.gate", entry * F, "gate GEMM"),
-        ("mone.select", 0, "selection"),
-        ("mone.up_down", 2 * entry * computed, "up/down GEMM"),
-        ("mone.up_down_backward", 6 * entry * computed, "up/down GEMM"),
-    ]
-    select = operation(ops[1])
-    assert (select.kind, select.bytes) == ("selection", N * (2 * F + (2 + 2) * S))
-    for op, kept in ((ops[0], 1.0), (ops[2], computed / F), (ops[3], computed / F)):
+    once, ops = 2 * N * H * F, fused(recorder)
+    chosen = ["compact"] if block == 40 else ["select"]  # torch chooses blocks of 40
+    names = [f"mone.{name}" for name in (*FORWARD[:2], *chosen, *FORWARD[3:], *BACKWARD)]
+    assert [op.name for op in ops] == names
+    products = {"gate_product": 1, "up_product": 1, "dh_product": 1, "weight_grad": 1}
+    for op in ops:
+        pass_backward = ops.index(op) >= len(FORWARD)
+        times = products.get(op.name.removeprefix("mone."), 0)
+        if op.name == "mone.hidden_product":
+            times = 1 + pass_backward
+        assert op.flops == times * once
+        assert op.dtype == ("int64" if op.name == "mone.row_map" else op.dtype)
+    assert ops[1].phase == "gate GEMM"
+    assert {op.phase for op in ops[3:]} == {"up/down GEMM"}
+    shapes = {"gate_product": (F, H), "up_product": (F, H), "dh_product": (F, H)}
+    for op in (op for op in ops if op.flops):
         priced = operation(op)
-        assert (priced.kind, priced.rows, priced.dtype) == ("grouped_gemm", N / E, "bf16")
-        assert {priced.columns, priced.depth} == {F, H}
-        assert priced.kept == pytest.approx(kept, rel=1e-12)
+        assert (priced.kind, priced.dtype, priced.kept) == ("grouped_gemm", "bf16", 1.0)
+        if op.name == "mone.weight_grad":
+            assert (priced.rows, priced.columns, priced.depth) == (F, H, N // E)
+            continue
+        terms = op.flops // once
+        wanted = shapes.get(op.name.removeprefix("mone."), (H, terms * F))
+        assert (priced.rows, priced.columns, priced.depth) == (N / E, *wanted)
+    if block == 1:
+        choice = operation(ops[2])
+        words = 4 * -(-F // 32) + 2 * -(-F // 32)
+        assert choice.kind == "selection"
+        assert choice.bytes == N * (2 * F + 2 * S + words + 4 + 1)
+
+
+def test_gradients_are_added_to_the_buffer_that_is_there(recorder):
+    """The kernel reads and writes float32, and no gradient is made beside it."""
+    _, operands = mone(Selection(S))
+    x, probs, *weights = operands
+    main = [torch.empty(weight.shape, dtype=torch.float32) for weight in weights]
+    views = [weight.view_as(weight) for weight in weights]
+    for view, sink in zip(views, main, strict=True):
+        view.grad_sink = lambda sink=sink: sink
+    output = on_gpu(config_of(), x, probs, COUNTS, *views, choose=Selection(S))
+    output.y_NH.backward(torch.empty(N, H, dtype=torch.bfloat16))
+    made = [op for op in fused(recorder) if op.name == "mone.weight_grad"]
+    assert len(made) == 3
+    for op in made:
+        buffer = 4 * E * F * H
+        assert (op.bytes_read, op.bytes_written) == (2 * N * (F + H) + buffer, buffer)
 
 
 def test_a_given_mask_is_not_chosen_again(recorder):
     """A recompute: the gate of all once more, no selection."""
-    index = torch.empty(N * S, dtype=torch.int16, device="meta")
-    offsets = torch.empty(N + 1, dtype=torch.int64, device="meta")
-    given = NeuronMask.unchecked(index, offsets, F)
+    words = torch.empty(N, -(-F // 32), dtype=torch.int32, device="meta")
+    given = NeuronMask.of_words(words, F, kept=S)
     output, _ = mone(given)
     assert output.mask is given
-    assert [(op.name, op.flops) for op in fused(recorder)] == [
-        ("mone.gate", 2 * N * H * F), ("mone.pick", 0), ("mone.up_down", 4 * N * H * F),
-    ]  # fmt: skip
+    names = [*FORWARD[:2], "compact", *FORWARD[3:]]
+    assert [op.name for op in fused(recorder)] == [f"mone.{name}" for name in names]
 
 
 def test_a_rule_keeps_the_share_that_the_config_promises(recorder):
+    """Its rows may keep different numbers: torch's operators around the same products."""
     seen = []
     output, _ = mone(seen.append)
     assert seen[0].shape == (N, F)
-    assert output.mask.indices_K.numel() == N * S
-    assert output.mask.offsets_N1.shape == (N + 1,)
+    assert output.mask.num_entries == N * S
+    assert output.gate_K.shape == (N * S,)
+    names = [op.name for op in fused(recorder) if op.flops]
+    assert names == ["mone.gate_product", "mone.gate_product", "mone.hidden_product"]
 
 
 def test_a_bias_is_repeated_as_known_counts_say(recorder):
@@ -417,15 +458,35 @@ def test_a_hot_rank_and_what_mone_saves_of_its_experts(traced):
     trace = traced(*MONE, "0.25", rows=hot)
     rows = 8 * 64
     assert trace.rows == {1: rows, 2: rows}
-    products = {(op.name, op.pass_): op.flops for op in trace.ops if op.name.startswith("mone.")}
+    once, products = 2 * rows * HIDDEN * WIDTH, {}
+    for op in trace.ops:
+        if op.name.startswith("mone.") and op.flops:
+            key = op.name, op.pass_
+            products[key] = products.get(key, 0) + op.count * op.flops
     assert products == {
-        ("mone.gate", "forward"): 2 * rows * HIDDEN * WIDTH,
-        ("mone.select", "forward"): 0,
-        ("mone.up_down", "forward"): 4 * rows * HIDDEN * WIDTH,
-        ("mone.up_down_backward", "backward"): 12 * rows * HIDDEN * WIDTH,
+        ("mone.gate_product", "forward"): LAYERS * once,
+        ("mone.up_product", "forward"): LAYERS * once,
+        ("mone.hidden_product", "forward"): LAYERS * once,
+        ("mone.dh_product", "backward"): LAYERS * once,
+        ("mone.hidden_product", "backward"): LAYERS * 2 * once,
+        ("mone.weight_grad", "backward"): LAYERS * 3 * once,
     }
     [permuted] = {op.inputs[0] for op in trace.ops if op.name == "fused.permute"}
     assert permuted == (rows, HIDDEN)  # one expert here: a token that arrives is a row
+
+
+@pytest.mark.slow
+def test_a_layer_is_planned_as_the_launches_that_it_makes(traced):
+    """Check of NaN, counters and balance loss included: the kernels that test_no_waits.py counts."""
+    ops = [op for op in traced(*MONE, "0.25").ops if op.name.startswith("mone.")]
+    ran = {pass_: [op for op in ops if op.pass_ == pass_] for pass_ in ("forward", "backward")}
+    balance = ["note_bad", "statistics", "gather", "weigh"]
+    for pass_, names in (("forward", FORWARD + balance), ("backward", BACKWARD)):
+        found = [name for op in ran[pass_] for name in [op.name.removeprefix("mone.")] * op.count]
+        assert found == LAYERS * names
+    rows = TOKENS * TOPK
+    [statistics] = {(op.inputs, op.bytes_read) for op in ops if op.name == "mone.statistics"}
+    assert statistics[0][:2] == ((rows, -(-WIDTH // 32)),) * 2
 
 
 @pytest.mark.slow

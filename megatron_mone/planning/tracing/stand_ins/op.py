@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.kernels.triton import launch
 from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.trace import Op
 
@@ -23,13 +24,21 @@ _recorder: Recorder | None = None
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """While it lasts stand-ins of this process tell `recorder` what they stand for."""
+    """While it lasts stand-ins of this process tell `recorder` what they stand for, and kernels of
+    the Triton backend what they would run."""
     global _recorder
     _recorder, before = recorder, _recorder
     try:
-        yield
+        with launch.recording(_note_launch):
+            yield
     finally:
         _recorder = before
+
+
+def _note_launch(one: launch.Launch) -> None:
+    # The op's type is that of the factors: sums come out in 16 or 32 bits.
+    name = "mone." + one.kernel.split(".")[1]
+    note(name, one.reads, one.writes, flops=one.flops, dtype=one.reads[0].dtype)
 
 
 def note(
