@@ -84,8 +84,11 @@ class Backend:
             -> GroupedMLPOutput; arguments are checked.
         counts_on_device: whether `run` takes counts as a tensor on x's device, and rows past their
             sum; else a list of numbers, for which it waits for the device.
-        automatic: whether `auto` may take it: one that never ran on its hardware is not.
+        automatic: whether `auto` may take it: one that never ran on its hardware is not, unless it
+            can be doubted there.
         note: what a reader must know of it, or "".
+        doubt: asked by `auto` alone, of a call that it can run: why its answers are not to be
+            trusted on this device, or None.
     """
 
     name: str
@@ -94,6 +97,7 @@ class Backend:
     automatic: bool = True
     note: str = ""
     counts_on_device: bool = False
+    doubt: Callable[[Call], str | None] = lambda call: None
 
 
 class Chosen(NamedTuple):
@@ -132,7 +136,9 @@ def choose_backend(name: str, call: Call) -> Chosen:
         return Chosen(backend, f"mone_backend = {name}")
     usable, skipped = [], []
     for backend in BACKENDS.values():
-        reason = backend.why_not(call) if backend.automatic else backend.note
+        reason = backend.note
+        if backend.automatic:
+            reason = backend.why_not(call) or backend.doubt(call)
         if reason is None:
             usable.append(backend)
         else:

@@ -124,14 +124,16 @@ class MoNEExperts(MegatronModule):
         tokens_per_expert: Tensor,
         probs_N: Tensor,
         neuron_mask: NeuronMask | None = None,
+        rows_ER: Tensor | None = None,
     ) -> GroupedMLPOutput:
         """Compute the selected neurons of every routed row.
 
         Args:
             x_NH: [N, H] rows grouped by local expert.
-            tokens_per_expert: [E_l] rows per local expert, or by source [E_l, R]; on x's device.
+            tokens_per_expert: [E_l] rows per local expert, on x's device.
             probs_N: [N] router probabilities.
             neuron_mask: the neurons to compute, of this rank's F_l; chosen here when None.
+            rows_ER: [E_l, R] the same rows by source, for a balance loss by micro-batch.
         """
         self._keep_float32()
         choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
@@ -139,7 +141,7 @@ class MoNEExperts(MegatronModule):
         return grouped_mlp_with_gates(
             x_NH,
             probs_N,
-            tokens_per_expert,
+            tokens_per_expert if rows_ER is None else rows_ER,
             *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later()),
             choose=choose,
             activation=self.config.mone_activation,
@@ -153,8 +155,7 @@ class MoNEExperts(MegatronModule):
         own = self.select.local_selection() if self.neuron_bias is None else None
         if own is not None:
             return Selection(*own)
-        rows_E = tokens_per_expert if tokens_per_expert.dim() == 1 else tokens_per_expert.sum(dim=1)
-        return BiasedRule(self.select, self.neuron_bias, rows_E)
+        return BiasedRule(self.select, self.neuron_bias, tokens_per_expert)
 
     def _keep_float32(self) -> None:
         """Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32

@@ -117,7 +117,7 @@ class MoNELayer(MoELayer):
         balanced = self.training and torch.is_grad_enabled()
         rows_E = self.token_dispatcher.rows_on_device(tokens_per_expert)
         rows_ER = self.token_dispatcher.rows_by_source(tokens_per_expert) if balanced else None
-        output = self.experts(rows, rows_E if rows_ER is None else rows_ER, row_probs, mask)
+        output = self.experts(rows, rows_E, row_probs, mask, rows_ER)
         if self.config.mone_check_for_nan:
             self.finite_check(output.y_NH, row_probs, rows_E, output.entries)
         self.recompute_masks.keep(output.mask)

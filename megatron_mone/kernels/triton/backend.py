@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
+from megatron_mone.kernels.triton import self_check
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS
 from megatron_mone.kernels.triton.availability import available, interpreted
 from megatron_mone.kernels.triton.grouped_experts import masked_experts
@@ -22,7 +23,7 @@ from megatron_mone.kernels.triton.products import KernelLinears
 from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.kernels.triton.row_map import on_device, row_map
 
-NOTE = "not run on a GPU yet, so only by name"
+NOTE = "not run on a GPU yet: `auto` takes it where its kernels pass a check on the device"
 
 
 def why_not(call: Call) -> str | None:
@@ -42,6 +43,15 @@ def why_not(call: Call) -> str | None:
             "normalized"
         )
     return None
+
+
+def doubt(call: Call) -> str | None:
+    """Why `auto` does not trust the kernels on this device: that of self_check.py; or None."""
+    if call.device == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device to check its kernels on"
+    if call.device != "cuda":
+        return "the interpreter is for checks"
+    return self_check.fault(torch.device("cuda", torch.cuda.current_device()), call.dtype)
 
 
 def run(
@@ -65,4 +75,4 @@ def run(
     return GroupedMLPOutput(y_NH, mask, entries=entries)
 
 
-register(Backend("triton", why_not, run, automatic=False, note=NOTE, counts_on_device=True))
+register(Backend("triton", why_not, run, note=NOTE, counts_on_device=True, doubt=doubt))

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from megatron_mone.kernels import Selection, resolve_backend
+from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
 from tests.unit.kernels.triton_aot import compiled
@@ -119,9 +120,28 @@ def test_package_imports_without_triton():
         "from megatron_mone.kernels.triton import available, masked_experts\n"
         "assert not available()[0]\n"
         "from megatron_mone.kernels import BACKENDS\n"
-        "assert not BACKENDS['triton'].automatic and 'GPU' in BACKENDS['triton'].note"
+        "assert 'not run on a GPU yet' in BACKENDS['triton'].note"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+@pytest.mark.parametrize("fault", [None, "kernel select is wrong on H100"])
+def test_auto_takes_it_on_a_gpu_after_its_check(monkeypatch, fault):
+    """And says why not where the check finds a fault; by name it is not checked."""
+    triton = BACKENDS["triton"]
+    checked = []
+    doubt = lambda call: (checked.append(call.device), fault)[1]  # noqa: E731
+    usable = replace(triton, why_not=lambda call: None, doubt=doubt)
+    monkeypatch.setitem(BACKENDS, "triton", usable)
+    assert choose_backend("triton", Call(device="cuda")).backend is usable
+    assert not checked
+    chosen = choose_backend("auto", Call(device="cuda"))
+    assert checked == ["cuda"]
+    if fault is None:
+        assert chosen.backend is usable
+    else:
+        assert chosen.backend.name == "reference"
+        assert f"not triton: {fault}" in chosen.reason
 
 
 def _call():

@@ -19,7 +19,7 @@ from megatron_mone.kernels import (
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.te import backend as te
 from megatron_mone.kernels.te.padding import PaddedLinears
-from megatron_mone.kernels.triton import backend
+from megatron_mone.kernels.triton import backend, ops, self_check
 from tests.unit.kernels.te_stand_ins import AlignedLinears
 from tests.unit.kernels.triton_case_tools import against_reference, case, close, inputs
 
@@ -131,6 +131,34 @@ def around_other_products(choose) -> None:
     assert len(linears.inner.shapes) == 12
 
 
+@case(torch.float32)
+@case(torch.bfloat16)
+def the_kernels_pass_their_own_check(dtype: torch.dtype) -> None:
+    """Every kernel of device/ is in it but those of other libraries' products and of wide rows."""
+    assert self_check.fault(torch.device("cpu"), dtype) is None
+    seen = {one.kernel for one in self_check.comparisons(torch.device("cpu"), dtype)}
+    assert seen == {
+        "row_map", "gate_product", "select", "compact", "up_product", "hidden_product",
+        "statistics", "gather", "weigh", "rebuild", "dh_product", "probability_grad", "weight_grad",
+    }  # fmt: skip
+
+
+@case()
+def a_wrong_kernel_is_one_line() -> None:
+    right = ops.hidden_product
+    self_check._fault.cache_clear()
+    try:
+        ops.hidden_product = lambda *args, **kwargs: right(*args, **kwargs) * 1.01
+        words = self_check.fault(torch.device("cpu"), torch.float32)
+    finally:
+        ops.hidden_product = right
+        self_check._fault.cache_clear()
+    assert words == (
+        "kernel hidden_product is wrong on cpu in torch.float32: shape (20, 64), "
+        "relative error 0.01"
+    )
+
+
 @case()
 def refusals() -> None:
     """What the kernels do not take is refused by name, with what to change."""
@@ -138,7 +166,6 @@ def refusals() -> None:
         ("use float32 or bfloat16", {"dtype": torch.float64}),
         ("'softmax': the kernels have silu", {"activation": "softmax"}),
         ("mone_ng_loss_type", {"all_gates": True}),
-        ("mone_selection = topk", {"by_rule": True}),
     ]
     for part, facts in wrong:
         with pytest.raises(ValueError) as caught:

@@ -130,7 +130,7 @@ def known_counts(dispatcher, point, tokens_per_expert=None):
     return tokens_per_expert
 
 
-def stand_in_experts(experts, rows_NH, tokens_per_expert, probs_N, mask=None):
+def stand_in_experts(experts, rows_NH, tokens_per_expert, probs_N, mask=None, rows_ER=None):
     """In place of `MoNEExperts.forward`: its outputs and their graph, by two dense products."""
     from megatron_mone.kernels import GroupedMLPOutput
     from megatron_mone.kernels.neuron_mask import NeuronMask

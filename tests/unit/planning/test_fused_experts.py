@@ -477,7 +477,7 @@ def test_a_hot_rank_and_what_mone_saves_of_its_experts(traced):
 
 @pytest.mark.slow
 def test_a_layer_is_planned_as_the_launches_that_it_makes(traced):
-    """Check of NaN, counters and balance loss included: the kernels that test_no_waits.py counts."""
+    """Check of NaN, counters and balance loss included, as test_no_waits.py counts them."""
     ops = [op for op in traced(*MONE, "0.25").ops if op.name.startswith("mone.")]
     ran = {pass_: [op for op in ops if op.pass_ == pass_] for pass_ in ("forward", "backward")}
     balance = ["note_bad", "statistics", "gather", "weigh"]

@@ -1,0 +1,165 @@
+"""Every kernel against torch on the device at hand, before `auto` trusts them there.
+
+Small random shapes with an empty expert and rows of no expert; one line for the first kernel that
+differs, with its shape and error. Under a second beside compiling. Remembered by device and
+versions for as long as the process lives. Not run on a GPU yet; run in Triton's interpreter.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_mone.kernels.activations import gate_activation
+from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.neuron_selection import NeuronSelector
+from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton.row_map import row_map
+
+COUNTS, SPARE = [[5, 4], [0, 0], [2, 9]], 4  # rows by expert and source, and of no expert
+HIDDEN, NEURONS, KEPT = 64, 160, 40
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+class Compared(NamedTuple):
+    """A kernel's result and what it should be."""
+
+    kernel: str
+    got: Tensor
+    want: Tensor
+
+
+def fault(device: torch.device, dtype: torch.dtype) -> str | None:
+    """One line of the first kernel that is wrong on this device; None where all are right."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    import triton
+
+    return _fault(name, device, dtype, torch.__version__, triton.__version__)
+
+
+@cache
+def _fault(name: str, device: torch.device, dtype: torch.dtype, *_versions: str) -> str | None:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        for one in comparisons(device, dtype):
+            error = (one.got.double() - one.want.double()).norm()
+            share = float(error / one.want.double().norm().clamp(min=1e-12))
+            if not share <= TOLERANCE[dtype]:  # NaN too
+                return (
+                    f"kernel {one.kernel} is wrong on {name} in {dtype}: shape "
+                    f"{tuple(one.got.shape)}, relative error {share:.2g}"
+                )
+    return None
+
+
+def comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
+    """Every kernel of a layer's forward and backward pass, one after another, on the same rows."""
+    counts = torch.tensor(COUNTS, device=device)
+    rows_E = counts.sum(dim=1)
+    real = int(rows_E.sum())
+    rows, experts = real + SPARE, len(COUNTS)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    x, dy, p = made(rows, HIDDEN), made(rows, HIDDEN), torch.rand(rows, device=device)
+    w_gate, w_up, w_down = (made(experts, NEURONS, HIDDEN) / 8 for _ in range(3))
+    expert_N = torch.arange(experts, device=device).repeat_interleave(rows_E)
+    wide = torch.float32
+
+    def by_neurons(v: Tensor, w: Tensor) -> Tensor:
+        """[real, F] v W^T, in float32."""
+        return torch.einsum("nh,nfh->nf", v[:real].to(wide), w.to(wide)[expert_N])
+
+    def by_hidden(v: Tensor, w: Tensor) -> Tensor:
+        """[real, H] v W, in float32."""
+        return torch.einsum("nf,nfh->nh", v[:real].to(wide), w.to(wide)[expert_N])
+
+    where = row_map(counts, rows)
+    ends = torch.nn.functional.pad(rows_E.cumsum(0), (1, 0))
+    yield Compared("row_map", where.offsets_E1, ends)
+    a = ops.gate_product(x, w_gate, where)
+    yield Compared("gate_product", a[:real], by_neurons(x, w_gate))
+    exact = ops.select(a, Selection(KEPT), "relu", where)  # of silu the last bit may differ
+    chosen = NeuronSelector("topk", KEPT, KEPT)(gate_activation("relu", a[:real]))
+    yield Compared("select", _bits(exact, real), chosen)
+    entries = ops.select(a, Selection(KEPT), "silu", where)
+    mask, gate = _bits(entries, real), gate_activation("silu", a[:real])
+    yield Compared("select", entries.a_NS[:real], a[:real][mask].view(real, KEPT))
+    size = gate.to(wide).abs().masked_fill(~mask, 0)
+    yield Compared("select", entries.total_N[:real], size.sum(dim=1))
+    again = ops.compact(a, entries.words_NW, KEPT, "silu", where)
+    yield Compared("compact", again.a_NS[:real], entries.a_NS[:real])
+    u, h = ops.up_product(x, w_up, p, entries, "silu", where)
+    wide_u = by_neurons(x, w_up)
+    yield Compared("up_product", u[:real], wide_u[mask].view(real, KEPT))
+    wide_h = (p[:real, None] * gate.to(wide) * wide_u.to(dtype).to(wide)).masked_fill(~mask, 0)
+    yield Compared("up_product", h[:real], wide_h)
+    y = ops.hidden_product(where, (h, w_down), bad_N=entries.bad_N)
+    yield Compared("hidden_product", y[:real], by_hidden(h, w_down))
+    yield Compared("hidden_product", entries.bad_N[:real], torch.zeros(real, device=device))
+
+    cells = torch.arange(counts.numel(), dtype=torch.int32, device=device)
+    blocks = ops.Blocks(cells, counts.shape[1], counts.numel())
+    counters = ops.Counters(
+        torch.zeros(experts, NEURONS, dtype=torch.int64, device=device),
+        torch.zeros(experts, dtype=torch.int64, device=device),
+    )
+    sums = ops.block_sums(
+        entries, blocks, where, neurons=NEURONS, activation="silu", shares=True, scale_free=True,
+        counters=counters,
+    )  # fmt: skip
+    block_N = torch.arange(counts.numel(), device=device).repeat_interleave(counts.flatten())
+    share = size / size.sum(dim=1, keepdim=True)
+    per_block = torch.zeros(counts.numel(), NEURONS, device=device)
+    kept_BF, share_BF = (per_block.index_add(0, block_N, v) for v in (mask.to(wide), share))
+    want = torch.cat((counts.flatten().to(wide)[:, None], kept_BF, share_BF), dim=1)
+    yield Compared("statistics", sums.sums_BX, want)
+    yield Compared("gather", counters.counts_EF, kept_BF.view(experts, -1, NEURONS).sum(dim=1))
+    weight_BF, loss = ops.weigh(
+        sums, loss_type="selected", neurons=NEURONS, kept=KEPT, over_experts=1 / experts
+    )
+    rows_B1 = counts.flatten()[:, None].clamp(min=1)
+    slope_BF = kept_BF * (NEURONS / KEPT) / rows_B1 / rows_B1 / experts
+    yield Compared("weigh", weight_BF, slope_BF)
+    yield Compared("weigh", loss, (slope_BF * share_BF).sum())
+
+    one = torch.ones((), device=device)
+    slope = ops.Slope(weight_BF, blocks, True, 1.0, lambda: one)
+    bases, dg = ops.rebuild(entries.words_NW, entries.a_NS, slope, "silu", where)
+    yield Compared("rebuild", bases[:real], entries.bases_NW[:real])
+    assert dg is not None
+    level = (slope_BF[block_N] * share).sum(dim=1, keepdim=True)
+    wide_dg = gate.to(wide).sign() * (slope_BF[block_N] - level) / size.sum(dim=1, keepdim=True)
+    yield Compared("rebuild", dg[:real], wide_dg[mask].view(real, KEPT))
+    kept = ops.Kept(entries.a_NS, u, entries.words_NW, bases)
+    da, du, h_again, dp = ops.dh_product(dy, w_down, p, kept, dg, "silu", where)
+    dh = by_neurons(dy, w_down)
+    wide_a = a[:real].to(wide)
+    s = wide_a.sigmoid()
+    u_of = wide_u.to(dtype).to(wide)
+    d_gate = p[:real, None] * u_of * dh + dg.new_zeros(real, NEURONS).to(wide).masked_scatter(
+        mask, dg[:real].to(wide)
+    )
+    want_da = (d_gate * s * (1 + wide_a * (1 - s))).masked_fill(~mask, 0)
+    yield Compared("dh_product", da[:real], want_da)
+    want_du = (p[:real, None] * gate.to(wide) * dh).masked_fill(~mask, 0)
+    yield Compared("dh_product", du[:real], want_du)
+    yield Compared("dh_product", h_again[:real], h[:real])
+    want_dp = (gate.to(wide) * u_of * dh).masked_fill(~mask, 0).sum(dim=1)
+    yield Compared("probability_grad", dp[:real], want_dp)
+    dx = ops.hidden_product(where, (da, w_gate), (du, w_up))
+    yield Compared("hidden_product", dx[:real], by_hidden(da, w_gate) + by_hidden(du, w_up))
+    main_grad = torch.ones(experts, NEURONS, HIDDEN, device=device)
+    ops.weight_grad(da, x, main_grad, True, where)
+    parts = zip(da[:real].split(rows_E.tolist()), x[:real].split(rows_E.tolist()), strict=True)
+    want_dw = torch.stack([v.to(wide).t() @ rows.to(wide) for v, rows in parts])
+    yield Compared("weight_grad", main_grad - 1, want_dw)
+
+
+def _bits(entries: ops.Entries, rows: int) -> Tensor:
+    """[rows, F] bool."""
+    return NeuronMask.of_words(entries.words_NW[:rows], NEURONS, kept=KEPT).to_bool()
