@@ -23,7 +23,7 @@ from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.triton import masked_experts, ops
 from megatron_mone.kernels.triton import row_map as rows_of
 from megatron_mone.kernels.triton.row_map import row_map
-from tests.unit.kernels import triton_balance_cases, triton_public_cases  # noqa: F401  (CASES)
+from tests.unit.kernels import triton_balance_cases, triton_layer_cases, triton_public_cases  # noqa: F401  (they register their CASES)
 from tests.unit.kernels.triton_case_tools import (
     BOTH,
     CASES,
