@@ -125,8 +125,8 @@ def masked_experts(
         x_NH: [N, H] rows grouped by expert, float32 or bfloat16; N a bound.
         probs_N: [N] router probabilities, any float dtype.
         counts: [E] or [E, R] integers on x's device: rows of each expert, or by source.
-        w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype, each expert's
-            [F, H] contiguous.
+        w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype; copied where
+            an expert's [F, H] is not contiguous.
         choose: a selection, or a mask whose rows all keep the same number (`kept`).
         activation: silu, sigmoid, gelu (by erf) or relu.
         etp_group: ranks that hold the other neurons of the same experts.
@@ -144,9 +144,8 @@ def masked_experts(
     where = row_map(counts, x_NH.shape[0])
     made = KernelProducts(where, activation) if products is None else products(where, activation)
     call = _Call(made, etp_group)
-    y_NH, words_NW = _MaskedExperts.apply(
-        x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH, choose, call
-    )
+    weights = [_neuron_major(w) for w in (w_gate_EFH, w_up_EFH, w_down_EFH)]
+    y_NH, words_NW = _MaskedExperts.apply(x_NH, probs_N, *weights, choose, call)
     entries, call.entries = call.entries, None
     assert entries is not None
     neurons = w_gate_EFH.shape[1]
@@ -157,10 +156,22 @@ def masked_experts(
     return y_NH, mask, KeptEntries(entries, call, neurons)
 
 
+def _neuron_major(w_EFH: Tensor) -> Tensor:
+    """The weight as kernels address it: [F, H] contiguous, experts any stride apart."""
+    fits = w_EFH.stride()[1:] == (w_EFH.shape[2], 1)
+    return _aligned(w_EFH if fits else w_EFH.contiguous())
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor, at a multiple of 16 bytes, which TMA asks for; torch allocates so, and a view may
+    begin elsewhere."""
+    return t.clone() if t.storage_offset() * t.element_size() % 16 else t
+
+
 class _MaskedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, choose, call: _Call):
-        x_NH, p_N, products = x_NH.contiguous(), probs_N.contiguous(), call.products
+        x_NH, p_N, products = _aligned(x_NH.contiguous()), probs_N.contiguous(), call.products
         where, activation = products.where, products.activation
         enter(GATE_GEMM)
         a_NF = products.gate(x_NH, w_gate)
@@ -193,7 +204,7 @@ class _MaskedExperts(torch.autograd.Function):
         x_NH, p_N, w_gate, w_up, w_down, a_NS, u_NS, words_NW = ctx.saved_tensors
         enter(UP_DOWN_GEMM)
         products, slope, group = ctx.call.products, ctx.call.slope, ctx.call.etp_group
-        dy_NH = torch.zeros_like(x_NH) if dy_NH is None else dy_NH.contiguous()
+        dy_NH = torch.zeros_like(x_NH) if dy_NH is None else _aligned(dy_NH.contiguous())
         sum_over = partial(_sum_over, group) if _several(group) else None
         bases_NW, dg_NS = ops.rebuild(
             words_NW, a_NS, slope, products.activation, products.where, sum_over

@@ -110,6 +110,19 @@ def no_copy_of_a_shared_parameter_is_kept() -> None:
         assert weights == {t.data_ptr() for t in operands[3:]}
 
 
+@case()
+def operands_laid_out_otherwise() -> None:
+    """Weights with neurons last, rows and weights that begin at no multiple of 16 bytes: copied."""
+    x, p, *w = (t.detach() for t in inputs([2, 1], 16, 32, torch.float32))
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in w]
+    shifted = [torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape) for t in (x, *w)]
+    choose = dict(neurons_per_token=8, backend="triton")
+    want, _ = mone_grouped_mlp(x, p, [2, 1], *w, **choose)
+    for rows, weights in ((x, turned), (shifted[0], shifted[1:])):
+        got, _ = mone_grouped_mlp(rows, p, [2, 1], *weights, **choose)
+        assert torch.equal(got, want)
+
+
 @case(Selection(12, groups=2))
 @case(Selection(12, block=2))
 @case("mask")
