@@ -13,6 +13,7 @@ from megatron_mone.commands import (
     compare,
     doctor,
     gather_profiles,
+    gpu_answer,
     merge_profile,
     plan,
     prepare,
@@ -30,7 +31,7 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, doctor),
+    *(plan, report_plan, check_published, gpu_answer, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")

@@ -29,7 +29,9 @@ def backends(
     dtype: Literal[*DTYPES] = "fp32",  # type: ignore[valid-type]
     activation: Literal[*ACTIVATIONS] = "silu",  # type: ignore[valid-type]
     device: Literal["cpu", "cuda"] = "cpu",
-    table_from: Annotated[Path | None, Option(metavar="RESULTS", help="of make bench")] = None,
+    table_from: Annotated[
+        Path | None, Option(metavar="RESULTS", help="of make bench, or answer.json of gpu-answer")
+    ] = None,
     table: Annotated[
         Path, Option(help="where to write it (kernels/measured.json)", show_default=False)
     ] = measured.TABLE,

@@ -5,6 +5,8 @@ The table is JSON, written from a benchmark of this repository:
     make bench                                                    # out/bench/results.json
     python -m megatron_mone.kernels --table-from out/bench/results.json
 
+or, for a GPU, from out/gpu-answer/answer.json (megatron-mone gpu-answer).
+
 MONE_KERNEL_TABLE names another file, for one's own machines. A cell holds the class of machine,
 dtype, rows per expert, kept share S / F, block, and milliseconds of forward + backward of each
 backend; a call takes the nearest cell of its class and dtype. May touch: the table's file.
@@ -18,8 +20,10 @@ from pathlib import Path
 
 import torch
 
+from megatron_mone.common.checked_json import load
 from megatron_mone.common.documents import AtLeast1, Document, Key, Part, Positive, Text
 from megatron_mone.common.files import atomic_write
+from megatron_mone.kernels.gpu_answer_results import MONE, REFERENCE, GpuAnswer, LayerTime
 from megatron_mone.kernels.race_results import AGAIN, DTYPES, CellResults, RaceResults
 
 TABLE = Path(__file__).with_name("measured.json")
@@ -145,17 +149,57 @@ def _measured_cell(cell: CellResults, ratio: float) -> MeasuredCell:
     )
 
 
-def write_table(results: Path, table: Path) -> int:
-    """Write the table of a benchmark's results; its number of cells.
+def table_of_answer(answer: GpuAnswer, others: list[MeasuredCell]) -> KernelTable:
+    """The table of a GPU's answer: its layers without balance loss and NaN check.
+
+    Args:
+        answer: measured on a GPU.
+        others: cells in use, of which those of other machines are kept.
 
     Raises:
-        ValueError: the file cannot be read, or is not a benchmark's; says which.
+        ValueError: it is the interpreter's, or no layer of ours was timed.
     """
-    found = RaceResults.read(results, AGAIN)
+    answer.check_measured("table")
+    cells: dict[tuple[object, ...], MeasuredCell] = {}
+    for row in answer.layers:
+        named = {MONE: "triton", REFERENCE: "reference"}.get(row.name)
+        if named is None or row.balance_loss or row.nan_check or row.forward_backward_ms is None:
+            continue
+        known = cells.get(key := _cell_key(row))
+        ms = {**({} if known is None else known.ms), named: row.forward_backward_ms}
+        cells[key] = MeasuredCell(
+            machine=answer.machine_class, dtype=str(DTYPES[row.dtype]).removeprefix("torch."),
+            rows_per_expert=row.rows / row.experts, kept_share=row.kept / row.neurons,
+            block=row.block, hidden=row.hidden, neurons=row.neurons, ms=ms,
+        )  # fmt: skip
+    if not cells:
+        raise ValueError("no layer of ours was timed in this answer")
+    kept = [cell for cell in others if cell.machine != answer.machine_class]
+    return KernelTable(cells=[*kept, *cells.values()])
+
+
+def _cell_key(row: LayerTime) -> tuple[object, ...]:
+    return row.rows, row.experts, row.hidden, row.neurons, row.kept, row.block, row.dtype
+
+
+def write_table(results: Path, table: Path) -> int:
+    """Write the table of a benchmark's results, or of a GPU's answer; its number of cells.
+
+    A race's table is its own; an answer's cells go to those of other machines in `table`.
+
+    Raises:
+        ValueError: the file cannot be read, or is neither; says which.
+    """
+    document = load(results, AGAIN)
     try:
-        cells = table_of(found).cells
+        if isinstance(document, dict) and document.get("schema") == GpuAnswer.SCHEMA:
+            others = KernelTable.read(table, KernelTable.AGAIN).cells if table.exists() else []
+            cells = table_of_answer(GpuAnswer.of(document, results), others).cells
+        else:
+            cells = table_of(RaceResults.of(document, results)).cells
     except ValueError as error:
-        raise ValueError(f"{results}: {error}") from error
+        text = str(error)
+        raise ValueError(text if text.startswith(str(results)) else f"{results}: {text}") from error
     lines = ",\n".join(json.dumps(cell.plain()) for cell in cells)  # to be read and compared
     atomic_write(table, f'{{"cells": [\n{lines}\n]}}\n'.encode())
     return len(cells)

@@ -48,7 +48,8 @@ class Asked:
     ] = "balanced"
     efficiency: Annotated[Path | None, Option(help=_EFFICIENCY_HELP)] = None
     calibrate: Annotated[
-        Path | None, Option(help="fit efficiencies to a profile.json instead of planning")
+        Path | None,
+        Option(help="fit to a profile.json or a GPU's answer.json, and plan nothing"),
     ] = None
     search: Annotated[bool, Option("--search", help="try layouts instead of planning one")] = False
     limit: Annotated[int, Option(help="layouts that a search plans")] = 200

@@ -112,17 +112,31 @@ def read_profile(path: Path) -> MeasuredProfile:
 def check_device(profile: MeasuredProfile, cluster: Cluster) -> None:
     """Refuse a profile of other devices than the cluster's.
 
+    Raises:
+        ValueError: one line with both names.
+    """
+    check_device_name(profile.path, profile.device, cluster)
+
+
+def check_device_name(path: Path, device: str, cluster: Cluster) -> None:
+    """Refuse what was measured on another device than the cluster's.
+
     Names are written in many ways. What tells one device from another is the first word with a
     digit, as in "NVIDIA H100 80GB HBM3"; of a name without any, every word.
+
+    Args:
+        path: of the file that says so.
+        device: its name there.
+        cluster: whose device it should be.
 
     Raises:
         ValueError: one line with both names.
     """
-    words = _words(profile.device)
+    words = _words(device)
     telling = [word for word in words if any(c.isdigit() for c in word)][:1] or words
     if not set(telling) <= set(_words(cluster.device.name)):
         raise ValueError(
-            f"{profile.path} was measured on {profile.device}, cluster {cluster.name} has "
+            f"{path} was measured on {device}, cluster {cluster.name} has "
             f"{cluster.device.name}: give --cluster a file whose device.name says the former"
         )
 

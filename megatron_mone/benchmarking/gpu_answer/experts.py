@@ -1,0 +1,113 @@
+"""The experts of one layer, as a function that is timed: MoNE's by a backend, and dense ones.
+
+Router and dispatcher are not in it. Shapes: N rows, E experts, F neurons, H hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megatron_mone.benchmarking.gpu_answer.given import Given
+from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.gpu_answer_results import DENSE, MONE, REFERENCE
+from megatron_mone.kernels.grouped_mlp import grouped_mlp_with_gates
+from megatron_mone.kernels.triton import ops
+from megatron_mone.profiling.weighted_swiglu import WeightedSwiGLU
+
+COEFFICIENT = 1e-2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What of a layer is timed.
+
+    Attributes:
+        name: dense, mone or reference.
+        kept: S.
+        block: B.
+        balance_loss: whether the balance loss is made and added to the gradient.
+        nan_check: whether bad rows are noted.
+    """
+
+    name: str
+    kept: int
+    block: int = 1
+    balance_loss: bool = False
+    nan_check: bool = False
+
+    @property
+    def label(self) -> str:
+        """In words."""
+        if self.name == DENSE:
+            return DENSE
+        extra = [word for word, on in (("balance loss", self.balance_loss),
+                                       ("NaN check", self.nan_check)) if on]  # fmt: skip
+        return ", ".join([f"{self.name} S {self.kept}, B {self.block}", *extra])
+
+
+class Experts:
+    """A layer's experts with inputs that stay where they are, as a graph needs it.
+
+    Args:
+        given: inputs of a shape without spare rows.
+        variant: what is run.
+
+    Attributes:
+        forward: y [N, H].
+        leaves: what `passes` differentiates by.
+    """
+
+    def __init__(self, given: Given, variant: Variant) -> None:
+        self.given, self.variant = given, variant
+        self.leaves = given.leaves()
+        self.forward: Callable[[], Tensor] = self._mone
+        if variant.name == DENSE:
+            x_NH, p_N, gate, up, down = self.leaves
+            fc1_E2FH = torch.cat((gate, up), dim=1).detach().requires_grad_()
+            self.leaves = (x_NH, p_N, fc1_E2FH, down)
+            self.offsets_E = given.counts_ER.sum(dim=1).cumsum(0).to(torch.int32)
+            self.forward = self._dense
+        self.blocks, shape = given.blocks, given.shape
+        self.first_EX = given.counts_ER.new_zeros((shape.experts, 3))
+        self.loss_scale = torch.ones((), device=given.x_NH.device)
+
+    def passes(self) -> tuple[Tensor, ...]:
+        """y, and the gradients by `leaves`."""
+        y_NH = self.forward()
+        return (y_NH, *torch.autograd.grad(y_NH, self.leaves, self.given.dy_NH))
+
+    def _dense(self) -> Tensor:
+        x_NH, p_N, fc1_E2FH, down_EFH = self.leaves
+        gate_up_N2F = functional.grouped_mm(x_NH, fc1_E2FH.transpose(1, 2), offs=self.offsets_E)
+        h_NF = WeightedSwiGLU.apply(gate_up_N2F, p_N)
+        return functional.grouped_mm(h_NF, down_EFH, offs=self.offsets_E)
+
+    def _mone(self) -> Tensor:
+        x_NH, p_N, *weights = self.leaves
+        variant, shape = self.variant, self.given.shape
+        ours = variant.name == MONE
+        output = grouped_mlp_with_gates(
+            x_NH, p_N, self.given.counts_ER if ours else list(shape.counts), *weights,
+            choose=Selection(variant.kept, block=variant.block), activation="silu",
+            backend="triton" if ours else REFERENCE,
+        )  # fmt: skip
+        y_NH, entries = output.y_NH, output.entries
+        if not (variant.nan_check or variant.balance_loss):
+            return y_NH
+        if entries is None:
+            raise ValueError(f"{variant.label}: this path holds no entries for a loss or a check")
+        if variant.nan_check:
+            entries.note_bad(p_N.detach(), self.first_EX, 0)
+        if variant.balance_loss:
+            with torch.no_grad():
+                sums = entries.block_sums(self.blocks, shares=True, scale_free=True)
+                weight_BF, _ = ops.weigh(
+                    sums, loss_type="selected", neurons=shape.neurons, kept=variant.kept,
+                    over_experts=1 / shape.experts,
+                )  # fmt: skip
+            slope = ops.Slope(weight_BF, self.blocks, True, COEFFICIENT, lambda: self.loss_scale)
+            y_NH = entries.attach(y_NH, slope)
+        return y_NH
