@@ -228,9 +228,10 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
 
     from megatron_mone.kernels.cpu.route import computes_all
     from megatron_mone.kernels.registry import Call, choose_backend
+    from megatron_mone.kernels.triton.segments import takes_segments
 
     dense, kept = _entries(config, share, layer)
-    kept_share = kept / max(1.0, dense)
+    kept_share, neurons = kept / max(1.0, dense), config.moe_ffn_hidden_size // share.etp
     call = Call(
         device="cuda" if torch.cuda.is_available() else "cpu",
         dtype=config.params_dtype,
@@ -240,7 +241,7 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
         block=config.mone_neuron_block,
         rows=round(layer.rows / share.micro_batches),
         experts=share.local_experts,
-        neurons=config.moe_ffn_hidden_size // share.etp,
+        neurons=neurons,
         kept_share=kept_share,
     )
     name = choose_backend(config.mone_backend, call).backend.name
@@ -249,6 +250,8 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
     if name == "cpu":
         sparse = not computes_all(kept_share, config.params_dtype)
         return _Route(sparse, mask_reader=UP_DOWN_GEMM)
+    if name == "triton":
+        return _Route(takes_segments(call.block, round(kept_share * neurons)))
     return _Route()
 
 

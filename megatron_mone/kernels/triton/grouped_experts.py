@@ -1,13 +1,15 @@
 """The masked grouped expert MLP in Triton, for any choice of neurons that is S in every row.
 
 A choice without structure gives a tensor core nothing to skip, so the products are dense, grouped
-over experts, and what MoNE adds happens on their tiles:
+over experts, and what MoNE adds happens on their tiles; few blocks of neurons go by K9 instead:
     K0  row map                 K1  a = x W_gate^T [N, F]
     K2  bits, a of the kept     K3  u of the kept [N, S], h = p sigma(a) u [N, F] zero elsewhere
     K4  y = h W_down, rows that are not finite
 backward, from x, p, a, u [N, S] and bits [N, F / 8]:
     rebuild                     K6  dh = dy W_down^T: da, du, h [N, F], dp; the balance loss's slope
     K7  dx                      K8  weight gradients, into main_grad where Megatron adds up there
+    K9  rows of at most 4 blocks: pairs sorted by (expert, block), K3 to K8 over kept blocks alone,
+        h, da, du [N, S]; float32 parts [N, Q, H] of y and dx where a row keeps Q > 1
 The number of launches does not depend on the number of experts, and no count comes to the host: N
 is a bound, rows past the last expert's are not touched.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, S kept.
@@ -24,13 +26,11 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
-from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.triton import ops
 from megatron_mone.kernels.triton.ops import Blocks, BlockSums, Counters, Entries, Slope
-from megatron_mone.kernels.triton.products import KernelProducts, Products
+from megatron_mone.kernels.triton.products import Products, our_products
 from megatron_mone.kernels.triton.row_map import RowMap, row_map
 from megatron_mone.kernels.weight_views import gradient_goals, sinks_of
 
@@ -142,7 +142,10 @@ def masked_experts(
         ValueError: rows wider than the selection kernel takes.
     """
     where = row_map(counts, x_NH.shape[0])
-    made = KernelProducts(where, activation) if products is None else products(where, activation)
+    if products is None:
+        made = our_products(choose, where, activation)
+    else:
+        made = products(where, activation)
     call = _Call(made, etp_group)
     weights = [_neuron_major(w) for w in (w_gate_EFH, w_up_EFH, w_down_EFH)]
     y_NH, words_NW = _MaskedExperts.apply(x_NH, probs_N, *weights, choose, call)
@@ -171,21 +174,20 @@ def _aligned(t: Tensor) -> Tensor:
 class _MaskedExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NH, probs_N, w_gate, w_up, w_down, choose, call: _Call):
-        x_NH, p_N, products = _aligned(x_NH.contiguous()), probs_N.contiguous(), call.products
+        x_NH, p_N = _aligned(x_NH.contiguous()), probs_N.contiguous()
+        products: Any = call.products  # h, da and du are of the kind that it takes
         where, activation = products.where, products.activation
         enter(GATE_GEMM)
         a_NF = products.gate(x_NH, w_gate)
         enter(SELECTION)
-        if isinstance(choose, Selection) and not choose.block & (choose.block - 1):
+        if isinstance(choose, Selection):
             entries = ops.select(a_NF, choose, activation, where)
         else:
-            words_NW, kept = _words(a_NF, choose, activation), choose.kept
-            assert kept is not None
-            entries = ops.compact(a_NF, words_NW, kept, activation, where)
+            entries = ops.compact(a_NF, choose.words(), choose.kept, activation, where)
         del a_NF
         enter(UP_DOWN_GEMM)
-        u_NS, h_NF = products.up(x_NH, w_up, p_N, entries)
-        y_NH = products.down(h_NF, w_down, entries.bad_N)
+        u_NS, h = products.up(x_NH, w_up, p_N, entries)
+        y_NH = products.down(h, w_down, entries.bad_N)
         weights = (w_gate, w_up, w_down)
         ctx.save_for_backward(x_NH, p_N, *weights, entries.a_NS, u_NS, entries.words_NW)
         ctx.call, ctx.sinks, ctx.later = (
@@ -210,16 +212,16 @@ class _MaskedExperts(torch.autograd.Function):
             words_NW, a_NS, slope, products.activation, products.where, sum_over
         )
         kept = ops.Kept(a_NS, u_NS, words_NW, bases_NW)
-        da_NF, du_NF, h_NF, dp_N = products.dh(dy_NH, w_down, p_N, kept, dg_NS)
+        da, du, h, dp_N = products.dh(dy_NH, w_down, p_N, kept, dg_NS)
         del kept, bases_NW, dg_NS, a_NS, u_NS, words_NW
         ctx.maybe_clear_saved_tensors()
         dx_NH = None
         if ctx.needs_input_grad[0]:
-            dx_NH = products.dx((da_NF, w_gate), (du_NF, w_up))
+            dx_NH = products.dx((da, w_gate), (du, w_up))
         goals = gradient_goals(
             (w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5], _new(x_NH)
         )
-        terms = ((da_NF, x_NH), (du_NF, x_NH), (h_NF, dy_NH))
+        terms = ((da, x_NH), (du, x_NH), (h, dy_NH))
         make = partial(_weight_grads, products, terms, goals)
         if ctx.later is None:
             dw = make()
@@ -229,23 +231,15 @@ class _MaskedExperts(torch.autograd.Function):
         return dx_NH, dp_N, *dw, None, None
 
 
-def _words(a_NF: Tensor, choose: Selection | NeuronMask, activation: str) -> Tensor:
-    """Of a ready mask; of blocks of a size that the selection kernel does not halve, by torch."""
-    if isinstance(choose, NeuronMask):
-        return choose.words()
-    mask_NF = apply_rule(choose, gate_activation(activation, a_NF))
-    return NeuronMask.from_bool(mask_NF, choose.block, choose.kept).words()
-
-
-def _weight_grads(products: Products, terms, goals) -> list[Tensor | None]:
+def _weight_grads(products: Any, terms, goals) -> list[Tensor | None]:
     """Of gate, up and down: a new gradient; None where none is wanted or a sink took it."""
     made: list[Tensor | None] = []
     kinds: tuple[Literal["v", "x"], ...] = ("v", "v", "x")
-    for (v_NF, x_NH), goal, gradient in zip(terms, goals, kinds, strict=True):
+    for (v, x_NH), goal, gradient in zip(terms, goals, kinds, strict=True):
         made.append(None)
         if goal is not None:
             out_EFH, adds = goal()
-            products.weight_grad(v_NF, x_NH, out_EFH, adds, gradient)
+            products.weight_grad(v, x_NH, out_EFH, adds, gradient)
             made[-1] = None if adds else out_EFH
     return made
 

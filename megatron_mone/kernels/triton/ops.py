@@ -18,6 +18,7 @@ NEURONS = 128  # of a tile of K1, K3, K6
 MAX_NEURONS = 16_384  # a row of gates must fit the registers of a program
 WIDE = 8192  # neurons whose values fit the registers beside their keys
 WIDE_STRETCH = 64  # words
+LARGE_BLOCK = 64  # neurons; fewer blocks are chosen one by one
 SMALL_GROUP = 32  # neurons of a group that are compared with each other
 STRIPE_ROWS = 512  # of a block that one program counts, about
 STATISTICS = {"TILE": 32, "num_warps": 2}
@@ -87,40 +88,55 @@ def select(a_NF: Tensor, choose: Selection, activation: str, where: RowMap) -> E
     """K2: the entries of a selection.
 
     Raises:
-        ValueError: more neurons than a program holds, or a block that is no power of two.
+        ValueError: more neurons than a program holds.
     """
     rows, neurons = a_NF.shape
     check_width(neurons)
-    if choose.block & (choose.block - 1):
-        raise ValueError(f"neuron_block = {choose.block}: this kernel takes powers of two")
     made = new_entries(a_NF, choose.kept)
     if not rows:
         return made
-    constants = {**select_config(neurons, a_NF.dtype, choose), "ACTIVATION": activation}
-    arguments = (a_NF, where.offsets_E1, *made)
+    kernel, constants = select_config(neurons, a_NF.dtype, choose)
     sizes: tuple[int, ...] = (where.experts, neurons, made.words_NW.shape[1], choose.kept)
-    if "STRETCH" in constants:
-        kernel = "selection.select_wide"
-    else:
-        kernel, sizes = "selection.select", (*sizes, choose.groups)
-    launch(kernel, (rows,), (*arguments, *sizes), reads=(a_NF,), writes=made, **constants)
+    if kernel != "selection.select_wide":
+        sizes = (*sizes, choose.groups)
+    launch(
+        kernel, (rows,), (a_NF, where.offsets_E1, *made, *sizes), reads=(a_NF,), writes=made,
+        ACTIVATION=activation, **constants,
+    )  # fmt: skip
     return made
 
 
-def select_config(neurons: int, dtype: torch.dtype, choose: Selection) -> dict[str, Any]:
-    """Launch parameters of K2; with STRETCH they are of its kernel for wide rows."""
-    units = power_of_two(max(neurons, 32)) // choose.block
+def select_config(
+    neurons: int, dtype: torch.dtype, choose: Selection
+) -> tuple[str, dict[str, Any]]:
+    """K2's kernel and its launch parameters."""
+    block = choose.block
+    if block & (block - 1) or block >= LARGE_BLOCK:
+        return "block_selection.select_blocks", _blocks_config(neurons, block)
+    units = power_of_two(max(neurons, 32)) // block
     config: dict[str, Any] = {
-        "ACTIVATION": "silu", "INDEX_BITS": max(1, units.bit_length() - 1),
-        "BITS": 15 if dtype == torch.bfloat16 and choose.block == 1 else 31, **row_config(neurons),
+        "INDEX_BITS": max(1, units.bit_length() - 1),
+        "BITS": 15 if dtype == torch.bfloat16 and block == 1 else 31, **row_config(neurons),
     }  # fmt: skip
-    if neurons > WIDE and choose.groups == choose.block == 1:
-        return {**config, "STRETCH": WIDE_STRETCH}
-    halvings = choose.block.bit_length() - 1
-    ways = {"BLOCK": choose.block, "HALVINGS": halvings, "GROUPS": groups_by(choose, neurons)}
+    if neurons > WIDE and choose.groups == block == 1:
+        return "selection.select_wide", {**config, "STRETCH": WIDE_STRETCH}
+    ways = {
+        "BLOCK": block, "HALVINGS": block.bit_length() - 1, "GROUPS": groups_by(choose, neurons)
+    }  # fmt: skip
     if ways["GROUPS"] == "loop":  # holds the choice beside the keys: with half the values a thread
         config["num_warps"] = min(2 * config["num_warps"], 16)
-    return {**config, **ways}
+    return "selection.select", {**config, **ways}
+
+
+def _blocks_config(neurons: int, block: int) -> dict[str, Any]:
+    """Of the kernel for blocks of any size: 16 values a thread or more."""
+    units, half = power_of_two(neurons // block), power_of_two(block) // 2
+    row = row_config(neurons)
+    return {
+        "INDEX_BITS": max(1, units.bit_length() - 1), "BLOCK": block, "UNITS": units, "HALF": half,
+        "HALVINGS": half.bit_length() - 1, "WORDS": row["WORDS"],
+        "num_warps": min(max(units * half // 512, 1), 16),
+    }  # fmt: skip
 
 
 def groups_by(choose: Selection, neurons: int) -> str:
@@ -214,41 +230,75 @@ def mark_bad(y_NH: Tensor, bad_N: Tensor, where: RowMap) -> None:
 
 
 def hidden_product(
-    where: RowMap, *terms: tuple[Tensor, Tensor], bad_N: Tensor | None = None
-) -> Tensor:
-    """K4, K7: [N, H] sum of v W over one or two (v [N, F], W [E, F, H]); marks rows in bad_N."""
+    where: RowMap, *terms: tuple[Tensor, Tensor], bad_N: Tensor | None = None,
+    order_P: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """K4, K7: [N, H] sum of v W over one or two (v [N, F], W [E, F, H]); marks rows in bad_N.
+
+    Args:
+        where: of the rows; or by segments, of places of pairs.
+        terms: with segments v is [P, B].
+        bad_N: None where nothing is marked.
+        order_P: of segments, the row of out for each place: out is [P, H].
+        dtype: of out; of v when None.
+    """
     (v_NF, w_EFH), (v2_NF, w2_EFH) = terms[0], terms[-1]
-    rows, (experts, neurons, hidden) = v_NF.shape[0], w_EFH.shape
-    out_NH = v_NF.new_empty((rows, hidden))
+    (rows, neurons), hidden = v_NF.shape, w_EFH.shape[2]
+    out_NH = v_NF.new_empty((rows, hidden), dtype=dtype)
     if rows:
         bad = () if bad_N is None else (bad_N,)
+        order = () if order_P is None else (order_P,)
         launch(
             "hidden_products.hidden_product", (programs(v_NF.device),),
             (v_NF, w_EFH, v2_NF, w2_EFH, out_NH, v_NF if bad_N is None else bad_N,
+             where.offsets_E1 if order_P is None else order_P,
              where.offsets_E1, where.tile_expert_T, where.tile_row_T,
-             rows, neurons, hidden, w_EFH.stride(0), w2_EFH.stride(0), experts, where.tiles),
-            reads=[t for term in terms for t in term], writes=(out_NH, *bad),
+             rows, neurons, hidden, w_EFH.shape[1] // neurons, w_EFH.stride(0), w2_EFH.stride(0),
+             where.experts, where.tiles),
+            reads=[*(t for term in terms for t in term), *order], writes=(out_NH, *bad),
             flops=2 * len(terms) * rows * neurons * hidden,
-            TWO=len(terms) == 2, CHECKED=bad_N is not None, TILE_N=128,
+            TWO=len(terms) == 2, CHECKED=bad_N is not None, ORDERED=order_P is not None, TILE_N=128,
             **product_config(v_NF.dtype, where.tile, neurons, hidden),
         )  # fmt: skip
     return out_NH
 
 
-def weight_grad(v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, where: RowMap) -> None:
-    """K8: out [E, F, H] (+)= v^T x over each expert's rows; each [F, H] of `out` contiguous."""
-    (rows, hidden), (experts, neurons, _) = x_NH.shape, out_EFH.shape
+def weight_grad(
+    v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, where: RowMap,
+    order_P: Tensor | None = None, slots: int = 1,
+) -> None:  # fmt: skip
+    """K8: out [E, F, H] (+)= v^T x over each expert's rows; each [F, H] of `out` contiguous.
+
+    By segments v is [P, B], `where` is of the places of pairs, and `order_P` has the pair of each:
+    row order_P // slots of x.
+    """
+    (rows, neurons), (_, width, hidden) = v_NF.shape, out_EFH.shape
     if not rows:
         if not adds:
             out_EFH.zero_()
         return
+    order = () if order_P is None else (order_P,)
     launch(
         "weight_grads.weight_grad", (programs(x_NH.device),),
-        (v_NF, x_NH, out_EFH, where.offsets_E1, rows, neurons, hidden, out_EFH.stride(0), experts),
-        reads=(v_NF, x_NH, *((out_EFH,) if adds else ())), writes=(out_EFH,),
-        flops=2 * rows * neurons * hidden,
-        ADDS=adds, TILE_N=128, **product_config(x_NH.dtype, where.tile, neurons, hidden),
+        (v_NF, x_NH, out_EFH, where.offsets_E1 if order_P is None else order_P, where.offsets_E1,
+         rows, neurons, hidden, width // neurons, slots, out_EFH.stride(0), where.experts),
+        reads=(v_NF, x_NH, *order, *((out_EFH,) if adds else ())), writes=(out_EFH,),
+        flops=2 * rows * neurons * hidden, ADDS=adds,
+        **grad_config(x_NH.dtype, where.tile, neurons, hidden, order_P is not None),
     )  # fmt: skip
+
+
+def grad_config(
+    dtype: torch.dtype, tile: int, neurons: int, hidden: int, ordered: bool
+) -> dict[str, Any]:
+    """Launch parameters of K8. A row's number is read before the row: twice the stages keep as many
+    tiles in flight."""
+    config = product_config(dtype, tile, neurons, hidden)
+    stages = config["num_stages"]
+    return {
+        **config, "ORDERED": ordered, "TILE_N": 128,
+        "num_stages": 2 * stages - 1 if ordered else stages,
+    }  # fmt: skip
 
 
 class Blocks(NamedTuple):
@@ -492,9 +542,8 @@ def _dh(
     da_NF, du_NF, h_NF = (a_NS.new_empty((rows, neurons)) for _ in range(3))
     parts = -(-neurons // NEURONS)
     part_NX = a_NS.new_empty((rows, parts), dtype=torch.float32)
-    dp_N = torch.empty_like(p_N)
     if not rows:
-        return da_NF, du_NF, h_NF, dp_N
+        return da_NF, du_NF, h_NF, torch.empty_like(p_N)
     read = (a_NS, u_NS, p_N, words_NW, bases_NW)
     ends = (words_NW.shape[1], a_NS.shape[1])
     of_rows = (rows, neurons, *sizes, experts, where.tiles, *ends) if sizes else (
@@ -508,9 +557,16 @@ def _dh(
         writes=(da_NF, du_NF, h_NF, part_NX),
         ACTIVATION=activation, BALANCED=dg_NS is not None, **launched,
     )  # fmt: skip
-    launch(
-        "selection.probability_grad", (-(-rows // 64),),
-        (part_NX, dp_N, where.offsets_E1, experts, rows, parts),
-        reads=(part_NX,), writes=(dp_N,), ROWS=64, PARTS=power_of_two(parts), num_warps=4,
-    )  # fmt: skip
-    return da_NF, du_NF, h_NF, dp_N
+    return da_NF, du_NF, h_NF, probability_grad(part_NX, p_N, where)
+
+
+def probability_grad(part_NX: Tensor, p_N: Tensor, where: RowMap) -> Tensor:
+    """dp [N] in p's dtype: the sums of the rows of float32 parts."""
+    (rows, parts), dp_N = part_NX.shape, torch.empty_like(p_N)
+    if rows:
+        launch(
+            "selection.probability_grad", (-(-rows // 64),),
+            (part_NX, dp_N, where.offsets_E1, where.experts, rows, parts),
+            reads=(part_NX,), writes=(dp_N,), ROWS=64, PARTS=power_of_two(parts), num_warps=4,
+        )  # fmt: skip
+    return dp_N

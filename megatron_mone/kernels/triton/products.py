@@ -1,4 +1,5 @@
-"""The grouped products of an expert layer behind one interface: our kernels, or another library's.
+"""The grouped products of an expert layer behind one interface: our kernels over all neurons, or
+over kept blocks alone; or another library's.
 
     gate          a [N, F] = x W_gate^T
     up            u of the kept entries [N, S], h = p sigma(a) u [N, F] zero elsewhere
@@ -6,6 +7,7 @@
     dh            da, du, h [N, F], dp [N] from dy
     dx            da W_gate + du W_up [N, H]
     weight_grad   out [E, F, H] (+)= v^T x
+By segments h, da and du are `Values` instead; nobody else looks at them.
 Shapes: N rows, E experts, F neurons of an expert, H hidden, S kept. Plain torch.
 """
 
@@ -13,9 +15,12 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.choice import Selection
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.triton import ops, segments
 from megatron_mone.kernels.triton.ops import Entries
 from megatron_mone.kernels.triton.row_map import RowMap
+from megatron_mone.kernels.triton.segments import Segments, Values, segments_of, takes_segments
 
 
 class GroupedLinears(Protocol):
@@ -96,6 +101,50 @@ class KernelProducts:
         ops.weight_grad(v_NF, x_NH, out_EFH, adds, self.where)
 
 
+class SegmentProducts:
+    """Our kernels over the blocks that rows keep, K9; the gate over all neurons."""
+
+    def __init__(self, where: RowMap, activation: str, block: int, slots: int) -> None:
+        self.where, self.activation, self.block, self.slots = where, activation, block, slots
+
+    def gate(self, x_NH: Tensor, w_EFH: Tensor) -> Tensor:
+        """See KernelProducts."""
+        return ops.gate_product(x_NH, w_EFH, self.where)
+
+    def up(
+        self, x_NH: Tensor, w_EFH: Tensor, p_N: Tensor, entries: Entries
+    ) -> tuple[Tensor, Values]:
+        """See KernelProducts."""
+        found = self._segments(entries.words_NW, entries.bases_NW, w_EFH)
+        return segments.up_product(x_NH, w_EFH, p_N, entries.a_NS, found, self.activation)
+
+    def down(self, h: Values, w_EFH: Tensor, bad_N: Tensor) -> Tensor:
+        """See KernelProducts."""
+        return segments.hidden_product(self.where, (h, w_EFH), bad_N=bad_N)
+
+    def dh(
+        self, dy_NH: Tensor, w_EFH: Tensor, p_N: Tensor, kept: ops.Kept, dg_NS: Tensor | None
+    ) -> tuple[Values, Values, Values, Tensor]:
+        """See KernelProducts. Pairs are sorted again: 4 Q bytes a row less are kept."""
+        found = self._segments(kept.words_NW, kept.bases_NW, w_EFH)
+        return segments.dh_product(
+            dy_NH, w_EFH, p_N, kept, dg_NS, found, self.activation, self.where
+        )
+
+    def dx(self, gate: tuple[Values, Tensor], up: tuple[Values, Tensor]) -> Tensor:
+        """See KernelProducts."""
+        return segments.hidden_product(self.where, gate, up)
+
+    def weight_grad(
+        self, v: Values, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """See KernelProducts."""
+        segments.weight_grad(v, x_NH, out_EFH, adds)
+
+    def _segments(self, words_NW: Tensor, bases_NW: Tensor, w_EFH: Tensor) -> Segments:
+        return segments_of(words_NW, bases_NW, self.block, self.slots, w_EFH.shape[1], self.where)
+
+
 class LinearProducts:
     """Another library's dense products; what MoNE adds is a kernel behind each."""
 
@@ -138,4 +187,13 @@ class LinearProducts:
         (out_EFH.add_ if adds else out_EFH.copy_)(made_EFH)
 
 
-Products = KernelProducts | LinearProducts
+Products = KernelProducts | SegmentProducts | LinearProducts
+
+
+def our_products(choose: Selection | NeuronMask, where: RowMap, activation: str) -> Products:
+    """Our kernels by segments where a row keeps few blocks, else over all neurons."""
+    block, kept = choose.block, choose.kept
+    assert kept is not None
+    if takes_segments(block, kept):
+        return SegmentProducts(where, activation, block, kept // block)
+    return KernelProducts(where, activation)

@@ -21,11 +21,14 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from megatron_mone.kernels import Selection
-from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton import ops, segments
 from megatron_mone.kernels.triton.device import (
+    block_selection,
     hidden_products,
     neuron_products,
     row_map,
+    segment_map,
+    segment_products,
     selection,
     statistics,
     weight_grads,
@@ -40,25 +43,40 @@ INTS, FLOATS = "*i32", "*fp32"
 # The pointers (by name) that do not hold the activations' type.
 POINTERS = {
     **dict.fromkeys(("offset_ptr", "chunk_offset_ptr", "tile_expert_ptr", "tile_row_ptr"), INTS),
-    **dict.fromkeys(("word_ptr", "rows_ptr"), INTS),
+    **dict.fromkeys(("word_ptr", "rows_ptr", "order_ptr"), INTS),
+    **dict.fromkeys(("segment_offset_ptr", "tile_segment_ptr"), INTS),
     **dict.fromkeys(("ticket_ptr", "count_ptr"), INTS),
     **dict.fromkeys(("p_ptr", "dp_ptr", "part_ptr", "weight_ptr", "level_ptr", "loss_ptr"), FLOATS),
     **dict.fromkeys(("total_ptr", "loss_scale_ptr", "share_ptr", "sum_ptr"), FLOATS),
     **dict.fromkeys(("load_ptr", "load_rows_ptr", "first_ptr", "block_of_chunk_ptr"), "*i64"),
     "base_ptr": "*i16", "bad_ptr": "*i8", "real_ptr": "*i8",
 }  # fmt: skip
-OTHER_POINTERS = {"row_map": {"count_ptr": "*i64"}, "weight_grad": {"out_ptr": FLOATS}}
+OTHER_POINTERS = {
+    "row_map": {"count_ptr": "*i64"},
+    "weight_grad": {"out_ptr": FLOATS},
+    "down_product_parts": {"out_ptr": FLOATS},
+}  # by the start of a row's name
+CHOICE = {
+    "selection.select": selection.select_kernel,
+    "selection.select_wide": selection.select_wide_kernel,
+    "block_selection.select_blocks": block_selection.select_blocks_kernel,
+}
 NUMBERS = {"scale": "fp32", "over_experts": "fp32"}
 # F, S, H and strides as a real model has them
 DIVISIBLE = ("neurons", "hidden", "kept", "w_stride", "w2_stride", "out_stride")
 
 
 def cases() -> dict[str, tuple]:
-    """{name: (kernel, constants and options as the launcher passes them)}, of F 1408, H 2048."""
+    """{name: (kernel, constants and options as the launcher passes them)}, of F 1408, H 2048; by
+    segments, of blocks of 352."""
     product = ops.product_config(torch.bfloat16, TILE, 1408, 2048)
     wide = ops.product_config(torch.float32, TILE, 1408, 2048)
     act = {**product, "ACTIVATION": "silu"}
-    down = {**product, "TWO": False, "CHECKED": True, "TILE_N": 128}
+    down = {**product, "TWO": False, "CHECKED": True, "ORDERED": False, "TILE_N": 128}
+    grads = [
+        {**ops.grad_config(torch.bfloat16, TILE, 1408, 2048, ordered), "ADDS": True}
+        for ordered in (False, True)
+    ]
     found: dict[str, tuple] = {
         "gate_product": (neuron_products.gate_product_kernel, product),
         "gate_product_fp32": (neuron_products.gate_product_kernel, wide),
@@ -68,21 +86,33 @@ def cases() -> dict[str, tuple]:
         "dx_product": (
             hidden_products.hidden_product_kernel, {**down, "TWO": True, "CHECKED": False},
         ),
-        "weight_grad": (
-            weight_grads.weight_grad_kernel, {**product, "ADDS": True, "TILE_N": 128},
+        "weight_grad": (weight_grads.weight_grad_kernel, grads[0]),
+        "up_product_segments": (segment_products.up_segments_kernel, act),
+        "dh_product_segments": (segment_products.dh_segments_kernel, {**act, "BALANCED": True}),
+        "down_product_segments": (
+            hidden_products.hidden_product_kernel, {**down, "ORDERED": True},
         ),
+        "down_product_parts": (
+            hidden_products.hidden_product_kernel, {**down, "CHECKED": False, "ORDERED": True},
+        ),
+        "dx_product_segments": (
+            hidden_products.hidden_product_kernel,
+            {**down, "TWO": True, "CHECKED": False, "ORDERED": True},
+        ),
+        "weight_grad_segments": (weight_grads.weight_grad_kernel, grads[1]),
     }  # fmt: skip
     beside = {"TILE_M": TILE, "ACTIVATION": "silu", "num_warps": 8}
     found["up_entries"] = (neuron_products.up_entries_kernel, beside)
     found["dh_entries"] = (neuron_products.dh_entries_kernel, {**beside, "BALANCED": True})
     for neurons, choose in (
         (1408, Selection(352)), (1408, Selection(352, 4)), (1408, Selection(704, 352)),
-        (1408, Selection(352, 1, 32)),
+        (1408, Selection(352, 1, 32)), (1408, Selection(352, 1, 11)),
+        (1408, Selection(352, 1, 352)), (2048, Selection(512, 2, 128)),
+        (14336, Selection(3584, 1, 896)), (14336, Selection(3584)),
     ):  # fmt: skip
+        kernel, constants = ops.select_config(neurons, torch.bfloat16, choose)
         name = f"select_{neurons}_{choose.groups}_{choose.block}"
-        found[name] = (selection.select_kernel, ops.select_config(neurons, torch.bfloat16, choose))
-    wide = ops.select_config(14336, torch.bfloat16, Selection(3584))
-    found["select_wide_14336"] = (selection.select_wide_kernel, wide)
+        found[name] = (CHOICE[kernel], {**constants, "ACTIVATION": "silu"})
     row = {**ops.row_config(1408), "ACTIVATION": "silu"}
     found["compact"] = (selection.compact_kernel, row)
     for slope in ("whole", "sums", "rest"):
@@ -108,6 +138,10 @@ def cases() -> dict[str, tuple]:
         ),
         "note_bad": (statistics.note_bad_kernel, ops.LOOK),
         "mark_bad": (hidden_products.mark_bad_kernel, ops.LOOK),
+        "add_slots": (
+            hidden_products.add_slots_kernel, {"SLOTS": 4, "CHECKED": True, **segments.ADD},
+        ),
+        "segment_map": (segment_map.segment_map_kernel, {"TILE": TILE, **segments.MAP}),
     }  # fmt: skip
     return found
 

@@ -20,8 +20,10 @@ SCALE, LOSS_SCALE = 0.25, 3.0
 @case("raw", torch.float32, True)
 @case("entropy", torch.float32, True)
 @case("selected", torch.bfloat16, False)
-def balance(loss_type: str, dtype: torch.dtype, padded: bool) -> None:
-    """Sums, weights, loss, counters, and the loss's gradient together with y's."""
+@case("selected", torch.float32, True, 5)
+def balance(loss_type: str, dtype: torch.dtype, padded: bool, block: int = 1) -> None:
+    """Sums, weights, loss, counters, and the loss's gradient together with y's; with blocks by
+    segments."""
     counts = torch.tensor(COUNTS)
     rows, neurons, kept = int(counts.sum()), 40, 10
     leaves = inputs(counts.sum(dim=1).tolist(), 16, neurons, dtype, spare=2)
@@ -29,7 +31,7 @@ def balance(loss_type: str, dtype: torch.dtype, padded: bool) -> None:
     blocks = ops.Blocks(torch.tensor(BLOCK_OF_CHUNK, dtype=torch.int32), 2, 6, real_N)
     counters = ops.Counters(torch.ones(3, neurons, dtype=torch.int64), torch.ones(3).long())
     y, mask, entries = masked_experts(
-        *leaves[:2], counts, *leaves[2:], choose=Selection(kept), activation="silu"
+        *leaves[:2], counts, *leaves[2:], choose=Selection(kept, block=block), activation="silu"
     )
     free = loss_type != "raw"
     sums = entries.block_sums(blocks, shares=True, scale_free=free, counters=counters)

@@ -23,7 +23,12 @@ from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.triton import masked_experts, ops
 from megatron_mone.kernels.triton import row_map as rows_of
 from megatron_mone.kernels.triton.row_map import row_map
-from tests.unit.kernels import triton_balance_cases, triton_layer_cases, triton_public_cases  # noqa: F401  (they register their CASES)
+from tests.unit.kernels import (
+    triton_balance_cases,  # noqa: F401  (they register their CASES)
+    triton_layer_cases,  # noqa: F401
+    triton_public_cases,  # noqa: F401
+    triton_segment_cases,  # noqa: F401
+)
 from tests.unit.kernels.triton_case_tools import (
     BOTH,
     CASES,
@@ -99,6 +104,11 @@ def same_selection(a_NF: Tensor, choose: Selection, activation: str = "relu", sp
 @case(90, 6, 6, 1)
 @case(96, 48, 1, 16)
 @case(96, 48, 3, 8)
+@case(88, 22, 1, 22)
+@case(90, 60, 3, 5)
+@case(192, 64, 1, 64)
+@case(100, 100, 1, 50)
+@case(36, 12, 2, 3)
 def selection(neurons: int, kept: int, groups: int, block: int) -> None:
     """Random values, then few distinct ones (ties), in both types."""
     choose = Selection(kept, groups, block)
@@ -122,6 +132,8 @@ def selection_special() -> None:
         value[3] = torch.nan
         for kept in (1, 17):
             same_selection(value, Selection(kept))
+        same_selection(value, Selection(20, 2, 5), "sigmoid")
+        same_selection(torch.full((2, 33), -1.0, dtype=dtype), Selection(6, block=3), spare=1)
 
 
 @case()

@@ -171,8 +171,11 @@ ROUTES = {
     ("cpu", 1): ((ALL, 8 * KEPT), (ALL, 11 * KEPT)),
     ("triton", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("te", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
-    ("triton", 128): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
-    ("triton", 352): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
+    ("te", 6): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
+    ("triton", 6): ((ALL, 8 * KEPT), (2 * ALL, 10 * KEPT)),  # rows keep 6: one block
+    ("triton", 2): ((ALL, 8 * KEPT), (2 * ALL, 10 * KEPT)),
+    ("triton", 128): ((ALL, 8 * KEPT), (2 * ALL, 10 * KEPT)),
+    ("triton", 352): ((ALL, 8 * KEPT), (2 * ALL, 10 * KEPT)),
     ("cpu", 352): ((ALL, 8 * KEPT), (ALL, 11 * KEPT)),
 }
 

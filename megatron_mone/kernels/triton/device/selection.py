@@ -1,6 +1,7 @@
 """K2: rows of gates -> the exact top-S by |sigma(a)| as words of bits, and kept entries compact.
 
-    select         chooses                   reads a [N, F]
+    select         chooses                   reads a [N, F]; blocks of other sizes than powers of
+                                             two, and large ones: block_selection.py
     compact        takes ready words         reads a [N, F]
     rebuild        for the backward pass     reads words, and kept a for the balance loss
 Contract: of every group of neurons S / G are kept, or with blocks S / (G B) of the blocks of B by
@@ -19,14 +20,14 @@ from megatron_mone.kernels.triton.device.bits import bits_of, pack, rank_of, wor
 
 
 @triton.jit
-def _ordered_bits(g, BITS: tl.constexpr):
+def ordered_bits(g, BITS: tl.constexpr):
     """|g| as integers of BITS bits in the same order; NaN becomes infinity."""
     bits = g.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.minimum(bits, 0x7F800000) >> (31 - BITS)
 
 
 @triton.jit
-def _bounds(key, index, kept, BITS: tl.constexpr, INDEX_BITS: tl.constexpr):
+def bounds_of(key, index, kept, BITS: tl.constexpr, INDEX_BITS: tl.constexpr):
     """(key, index) of the last of the `kept` largest keys (0 or more), ties to the lower index."""
     kth = tl.full((), 0, tl.int32)
     step = tl.full((), 1 << (BITS - 1), tl.int32)
@@ -48,13 +49,13 @@ def _bounds(key, index, kept, BITS: tl.constexpr, INDEX_BITS: tl.constexpr):
 
 
 @triton.jit
-def _within(key, index, kth, limit):
-    """Whether a key is among the largest of `_bounds`, as int32."""
+def is_within(key, index, kth, limit):
+    """Whether a key is among the largest of `bounds_of`, as int32."""
     return ((key > kth) | ((key == kth) & (index <= limit))).to(tl.int32)
 
 
 @triton.jit
-def _gate(value, ACTIVATION: tl.constexpr):
+def gate_size(value, ACTIVATION: tl.constexpr):
     """|sigma(a)| of a's dtype, in float32."""
     return tl.abs(sigma(value.to(tl.float32), ACTIVATION).to(value.dtype).to(tl.float32))
 
@@ -69,7 +70,7 @@ def _small_groups(
     for other in range(width):
         at = first + other
         value = tl.load(a_ptr + at, mask=inside, other=0.0)
-        rival = _ordered_bits(_gate(value, ACTIVATION), BITS)
+        rival = ordered_bits(gate_size(value, ACTIVATION), BITS)
         ahead = (rival > key) | ((rival == key) & (at < lane))
         before += ahead.to(tl.int32)
     return (inside & (before < kept)).to(tl.int32)
@@ -103,24 +104,24 @@ def select_kernel(
         lane = tl.arange(0, WORDS * 32)
         inside = lane < neurons
         value = tl.load(a_ptr + lane, mask=inside, other=0.0)
-        size = tl.where(inside, _gate(value, ACTIVATION), 0.0)
+        size = tl.where(inside, gate_size(value, ACTIVATION), 0.0)
         UNITS: tl.constexpr = WORDS * 32 // BLOCK
         score = size.reshape(UNITS, BLOCK)
         for halving in tl.static_range(HALVINGS):
             score = tl.sum(score.reshape(UNITS, 2, BLOCK >> (halving + 1)), axis=1)
         unit = tl.arange(0, UNITS)
         number = neurons // BLOCK
-        key = tl.where(unit < number, _ordered_bits(score.reshape(UNITS), BITS), -1)
+        key = tl.where(unit < number, ordered_bits(score.reshape(UNITS), BITS), -1)
         if GROUPS == "one":
-            kth, limit = _bounds(key, unit, kept // BLOCK, BITS, INDEX_BITS)
-            chosen = _within(key, unit, kth, limit)
+            kth, limit = bounds_of(key, unit, kept // BLOCK, BITS, INDEX_BITS)
+            chosen = is_within(key, unit, kth, limit)
         elif GROUPS == "loop":
             chosen = tl.zeros([UNITS], dtype=tl.int32)
             width = number // groups
             for group in range(groups):
                 mine = tl.where(unit // width == group, key, -1)
-                kth, limit = _bounds(mine, unit, kept // BLOCK // groups, BITS, INDEX_BITS)
-                chosen += _within(mine, unit, kth, limit)
+                kth, limit = bounds_of(mine, unit, kept // BLOCK // groups, BITS, INDEX_BITS)
+                chosen += is_within(mine, unit, kth, limit)
         else:
             chosen = _small_groups(
                 a_ptr, key, lane, inside, number // groups, kept // groups, ACTIVATION, BITS
@@ -150,16 +151,16 @@ def select_wide_kernel(
         a_ptr += row * neurons
         lane = tl.arange(0, WORDS * 32)
         value = tl.load(a_ptr + lane, mask=lane < neurons, other=0.0)
-        key = tl.where(lane < neurons, _ordered_bits(_gate(value, ACTIVATION), BITS), -1)
-        kth, limit = _bounds(key, lane, kept, BITS, INDEX_BITS)
+        key = tl.where(lane < neurons, ordered_bits(gate_size(value, ACTIVATION), BITS), -1)
+        kth, limit = bounds_of(key, lane, kept, BITS, INDEX_BITS)
         before = tl.full((), 0, tl.int32)
         total = tl.full((), 0.0, tl.float32)
         for first in range(0, words, STRETCH):
             j = first * 32 + tl.arange(0, STRETCH * 32)
             again = tl.load(a_ptr + j, mask=j < neurons, other=0.0)
-            size = _gate(again, ACTIVATION)
-            part = tl.where(j < neurons, _ordered_bits(size, BITS), -1)
-            keep = _within(part, j, kth, limit)
+            size = gate_size(again, ACTIVATION)
+            part = tl.where(j < neurons, ordered_bits(size, BITS), -1)
+            keep = is_within(part, j, kth, limit)
             mask = pack(keep, STRETCH)
             w = first + tl.arange(0, STRETCH)
             bases = before + word_bases(mask, STRETCH)
@@ -192,7 +193,7 @@ def compact_kernel(
         lane = tl.arange(0, WORDS * 32)
         value = tl.load(a_ptr + row * neurons + lane, mask=keep > 0, other=0.0)
         _store_entries(keep, value, mask, row, kept_ptr, word_ptr, base_ptr, kept, words, WORDS)
-        size = tl.where(keep > 0, _gate(value, ACTIVATION), 0.0)
+        size = tl.where(keep > 0, gate_size(value, ACTIVATION), 0.0)
         tl.store(total_ptr + row, tl.sum(size, axis=0))
         tl.store(bad_ptr + row, 0)
 

@@ -47,6 +47,14 @@ def load(
 
 
 @triton.jit
+def segment_of(ptr, segment, units, neurons, hidden, stride):
+    """Address of a segment's neurons in weights [E, F, H], experts `stride` apart: of an expert in
+    `units` segments of `neurons` each; 1 is the whole expert."""
+    first = (segment % units).to(tl.int64) * neurons
+    return ptr + (segment // units).to(tl.int64) * stride + first * hidden
+
+
+@triton.jit
 def dot(left, right, total, UPCAST: tl.constexpr):
     """total + left right in float32; of float32 operands in three TF32 products, which keep its
     precision. UPCAST for the interpreter, whose bfloat16 product is wrong."""
