@@ -51,7 +51,8 @@ def doubt(call: Call) -> str | None:
         return "there is no CUDA device to check its kernels on"
     if call.device != "cuda":
         return "the interpreter is for checks"
-    return self_check.fault(torch.device("cuda", torch.cuda.current_device()), call.dtype)
+    device = torch.device("cuda", torch.cuda.current_device())
+    return self_check.fault(device, call.dtype, blocks=call.block > 1)
 
 
 def run(

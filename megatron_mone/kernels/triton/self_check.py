@@ -1,11 +1,12 @@
-"""Every kernel against torch on the device at hand, before `auto` trusts them there.
+"""Every kernel against torch on the device at hand, before `auto` trusts them there; those of
+segments where neurons are chosen in blocks.
 
 Small random shapes with an empty expert and rows of no expert; one line for the first kernel that
 differs, with its shape and error. Under a second beside compiling. Remembered by device and
 versions for as long as the process lives. Not run on a GPU yet; run in Triton's interpreter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton import ops, segments
 from megatron_mone.kernels.triton.row_map import row_map
 
 COUNTS, SPARE = [[5, 4], [0, 0], [2, 9]], 4  # rows by expert and source, and of no expert
@@ -32,19 +33,27 @@ class Compared(NamedTuple):
     want: Tensor
 
 
-def fault(device: torch.device, dtype: torch.dtype) -> str | None:
-    """One line of the first kernel that is wrong on this device; None where all are right."""
+def fault(device: torch.device, dtype: torch.dtype, blocks: bool = False) -> str | None:
+    """One line of the first kernel that is wrong on this device; None where all are right. With
+    `blocks` of those for blocks of neurons, too."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     import triton
 
-    return _fault(name, device, dtype, torch.__version__, triton.__version__)
+    versions = (torch.__version__, triton.__version__)
+    found = _fault(name, device, dtype, comparisons, *versions)
+    if found is None and blocks:
+        found = _fault(name, device, dtype, block_comparisons, *versions)
+    return found
 
 
 @cache
-def _fault(name: str, device: torch.device, dtype: torch.dtype, *_versions: str) -> str | None:
+def _fault(
+    name: str, device: torch.device, dtype: torch.dtype,
+    compare: Callable[[torch.device, torch.dtype], Iterator[Compared]], *_versions: str,
+) -> str | None:  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
-        for one in comparisons(device, dtype):
+        for one in compare(device, dtype):
             error = (one.got.double() - one.want.double()).norm()
             share = float(error / one.want.double().norm().clamp(min=1e-12))
             if not share <= TOLERANCE[dtype]:  # NaN too
@@ -158,6 +167,74 @@ def comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
     parts = zip(da[:real].split(rows_E.tolist()), x[:real].split(rows_E.tolist()), strict=True)
     want_dw = torch.stack([v.to(wide).t() @ rows.to(wide) for v, rows in parts])
     yield Compared("weight_grad", main_grad - 1, want_dw)
+
+
+def block_comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
+    """The kernels of K9, of rows that keep one block and of rows that keep two."""
+    for slots in (1, 2):
+        yield from _by_segments(device, dtype, KEPT // slots, slots)
+
+
+def _by_segments(
+    device: torch.device, dtype: torch.dtype, block: int, slots: int
+) -> Iterator[Compared]:
+    rows_E = torch.tensor(COUNTS, device=device).sum(dim=1)
+    experts, real = len(COUNTS), int(rows_E.sum())
+    rows, wide = real + SPARE, torch.float32
+    where = row_map(rows_E, rows)
+    expert_N = torch.arange(experts, device=device).repeat_interleave(rows_E)
+
+    def made(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def product(v: Tensor, w: Tensor) -> Tensor:
+        """[real, ...] v W of each row's expert, in float32."""
+        return torch.einsum("nf,nfh->nh", v[:real].to(wide), w.to(wide)[expert_N])
+
+    x, dy, a, p = made(rows, HIDDEN), made(rows, HIDDEN), made(rows, NEURONS), torch.rand(rows)
+    w_gate, w_up, w_down = (made(experts, NEURONS, HIDDEN) / 8 for _ in range(3))
+    p = p.to(device)
+    p_N1, a_NF = p[:real, None], a[:real].to(wide)
+    choose = Selection(KEPT, block=block)
+    entries = ops.select(a, choose, "relu", where)
+    mask = _bits(entries, real)
+    rule = NeuronSelector("topk", KEPT, KEPT, block=block)
+    yield Compared("select_blocks", mask, rule(gate_activation("relu", a[:real])))
+    yield Compared("select_blocks", entries.a_NS[:real], a[:real][mask].view(real, KEPT))
+    found = segments.segments_of(entries.words_NW, entries.bases_NW, block, slots, NEURONS, where)
+    unit_P = mask[:, ::block].nonzero()[:, 1]
+    segment_P = expert_N.repeat_interleave(slots) * (NEURONS // block) + unit_P
+    order_P = segment_P.argsort(stable=True)
+    yield Compared("segment_map", found.order_P[: real * slots], order_P)
+
+    def spread(values: segments.Values) -> Tensor:
+        """[real, F] of values in sorted order."""
+        of_PB = torch.empty_like(values.of_PB[: real * slots])
+        of_PB[order_P] = values.of_PB[: real * slots]
+        return torch.zeros_like(a[:real]).masked_scatter(mask, of_PB).to(wide)
+
+    u, h = segments.up_product(x, w_up, p, entries.a_NS, found, "relu")
+    u_NF = product(x, w_up.mT).masked_fill(~mask, 0)
+    yield Compared("up_segments", u[:real], u_NF[mask].view(real, KEPT))
+    u_NF, g_NF = u_NF.to(dtype).to(wide), a_NF.relu()
+    yield Compared("up_segments", spread(h), p_N1 * g_NF * u_NF)
+    y = segments.hidden_product(where, (h, w_down), bad_N=entries.bad_N)
+    down = "hidden_product" if slots == 1 else "add_slots"
+    yield Compared(down, y[:real], product(spread(h), w_down))
+    yield Compared(down, entries.bad_N[:real], torch.zeros(real, device=device))
+    kept = ops.Kept(entries.a_NS, u, entries.words_NW, entries.bases_NW)
+    da, du, _, dp = segments.dh_product(dy, w_down, p, kept, None, found, "relu", where)
+    dh_NF = product(dy, w_down.mT).masked_fill(~mask, 0)
+    yield Compared("dh_segments", spread(da), p_N1 * u_NF * dh_NF * (a_NF > 0))
+    yield Compared("dh_segments", spread(du), p_N1 * g_NF * dh_NF)
+    yield Compared("dh_segments", dp[:real], (g_NF * u_NF * dh_NF).sum(dim=1))
+    dx = segments.hidden_product(where, (da, w_gate), (du, w_up))
+    yield Compared(down, dx[:real], product(spread(da), w_gate) + product(spread(du), w_up))
+    main_grad = torch.ones(experts, NEURONS, HIDDEN, device=device)
+    segments.weight_grad(da, x, main_grad, True)
+    parts = zip(*(v[:real].split(rows_E.tolist()) for v in (spread(da), x)), strict=True)
+    want = torch.stack([v.t() @ of.to(wide) for v, of in parts])
+    yield Compared("weight_grad", main_grad - 1, want)
 
 
 def _bits(entries: ops.Entries, rows: int) -> Tensor:

@@ -157,6 +157,24 @@ def the_kernels_pass_their_own_check(dtype: torch.dtype) -> None:
 
 
 @case()
+def the_kernels_of_blocks_pass_their_own_check() -> None:
+    """Those of segments, and the choice of blocks of any size; one that is wrong is found."""
+    compare, device = self_check.block_comparisons, torch.device("cpu")
+    compared = list(compare(device, torch.bfloat16))
+    wrong = compared[-1]._replace(got=compared[-1].got * 1.03)
+    for found, fault in (
+        (compared, None),
+        ([*compared[:-1], wrong], "kernel weight_grad is wrong"),
+    ):
+        made = self_check._fault("cpu", device, torch.bfloat16, lambda *_, found=found: iter(found))
+        assert made is fault if fault is None else made.startswith(fault)
+    assert {one.kernel for one in compared} == {
+        "select_blocks", "segment_map", "up_segments", "dh_segments", "hidden_product",
+        "add_slots", "weight_grad",
+    }  # fmt: skip
+
+
+@case()
 def a_wrong_kernel_is_one_line() -> None:
     right = ops.hidden_product
     self_check._fault.cache_clear()
