@@ -155,7 +155,17 @@ DTYPES = {
 SELECTIONS = ("mone.select", "mone.select_wide")
 
 
-NEURON_PRODUCTS = ("mone.gate_product", "mone.up_product", "mone.dh_product")
+GPU_PRODUCTS = {
+    "mone.gate_product": 0,
+    "mone.up_product": 1,
+    "mone.up_segments": 1,
+    "mone.dh_product": 0,
+    "mone.dh_segments": 0,
+    "mone.hidden_product": None,
+    "mone.weight_grad": None,
+}
+"""Kernels of MoNE's experts on a GPU -> which of their outputs is as wide as a group's neurons;
+None: their first input is."""
 
 
 def operation(op: Op) -> Operation:
@@ -200,18 +210,14 @@ def _grouped(op: Op) -> tuple[float, int, int, float]:
 
     A weight gradient's result is the one with three dimensions, and what it sums over are the rows.
     """
+    if op.name in GPU_PRODUCTS:
+        return _gpu_product(op)
     stacked = [shape for shape in op.inputs if len(shape) == 3]
     if not stacked:  # a weight gradient: [N, K] and [N, C] -> [E, K, C]
         groups, depth, columns = next(shape for shape in op.outputs if len(shape) == 3)
         return float(depth), columns, max(1, op.inputs[0][0] // groups), 1.0
     groups, first, second = stacked[0]
     rows = max(1.0, op.inputs[0][0] / groups)
-    if op.name == "mone.weight_grad":  # its buffer of gradients was given
-        return float(first), second, max(1, round(rows)), 1.0
-    if op.name == "mone.hidden_product":
-        return rows, second, first * len(stacked), 1.0
-    if op.name in NEURON_PRODUCTS:
-        return rows, first, second, 1.0
     if op.name.startswith("mone.") and op.name != "mone.gate":
         neurons, hidden = first, second
         whole = 2.0 * op.inputs[0][0] * neurons * hidden
@@ -221,3 +227,19 @@ def _grouped(op: Op) -> tuple[float, int, int, float]:
     width = op.outputs[0][-1]
     depth = op.inputs[0][-1]
     return rows, max(1, width), max(1, depth), 1.0
+
+
+def _gpu_product(op: Op) -> tuple[float, int, int, float]:
+    """As `_grouped`, of the kernels of MoNE's experts: a group is an expert, or one of its blocks
+    of neurons, whose rows (of [P, B]) are then those that keep the block."""
+    at = GPU_PRODUCTS[op.name]
+    rows, width = op.inputs[0] if at is None else op.outputs[at]
+    stacked = [shape for shape in (*op.inputs, *op.outputs) if len(shape) == 3]
+    experts, neurons, hidden = stacked[0]
+    each = max(1.0, rows / (experts * neurons // width))
+    if op.name == "mone.weight_grad":
+        return float(width), hidden, max(1, round(each)), 1.0
+    if op.name == "mone.hidden_product":
+        terms = sum(len(shape) == 3 for shape in op.inputs)
+        return each, hidden, width * terms, 1.0
+    return each, width, hidden, 1.0
