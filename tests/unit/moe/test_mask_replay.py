@@ -58,9 +58,9 @@ def test_recompute_knows_that_the_mask_is_of_blocks(block):
     )
     forward, blocks = layer.experts.forward, []
 
-    def watched(rows, counts, probs, mask):
+    def watched(rows, counts, probs, mask, rows_ER):
         blocks.append(None if mask is None else mask.block)
-        return forward(rows, counts, probs, mask)
+        return forward(rows, counts, probs, mask, rows_ER)
 
     layer.experts.forward = watched
     gradients(layer, [torch.randn(10, 2, 16)])
