@@ -152,7 +152,7 @@ DTYPES = {
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8",
 }
-SELECTIONS = ("mone.select", "mone.select_wide")
+SELECTIONS = ("mone.select", "mone.select_wide", "mone.select_blocks")
 
 
 GPU_PRODUCTS = {

@@ -313,6 +313,8 @@ def test_operations_of_few_blocks_are_of_the_kept_alone(recorder, slots):
         (N / E, F, H), (each, block, H), (each, H, block), (each, block, H), (each, H, 2 * block),
         *[(block, H, each)] * 3,
     ]  # fmt: skip
+    [choice] = [op for op in fused(recorder) if op.name == "mone.select_blocks"]
+    assert operation(choice).kind == "selection"
 
 
 def test_gradients_are_added_to_the_buffer_that_is_there(recorder):
