@@ -139,14 +139,28 @@ def _pass_cost(
     return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden)
 
 
+_BETWEEN_PRODUCTS = frozenset(
+    f"mone.{name}"
+    for name in (
+        "row_map", "select", "select_wide", "select_blocks", "compact", "segment_map", "add_slots",
+        "note_bad", "statistics", "gather", "weigh", "rebuild", "probability_grad",
+    )
+)  # fmt: skip
+
+
 def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> float:
     """Of one operation on the cluster's device."""
     return efficiency.curves[one.kind].seconds(one, cluster.device)
 
 
 def launch_seconds(op: Op, efficiency: Efficiency) -> float:
-    """Of the host, for one operator: a plain one of torch, or a fused kernel and its module."""
-    plain = op.name.startswith("aten.")
+    """Of the host, for one operator: a plain one of torch, or a fused kernel and its module.
+
+    Of the kernels of MoNE's experts the grouped products cost what those of dense experts do, as
+    many of them in each pass; the small ones between them, launched by the same node of autograd,
+    are assumed to cost what a plain operator does.
+    """
+    plain = op.name.startswith("aten.") or op.name in _BETWEEN_PRODUCTS
     return efficiency.operator_seconds if plain else efficiency.host_seconds
 
 

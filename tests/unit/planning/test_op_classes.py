@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megatron_mone.planning.cost.efficiency import Efficiency
+from megatron_mone.planning.cost.rank_cost import launch_seconds
 from megatron_mone.planning.cost.roofline import DEFAULTS, operation
 from megatron_mone.planning.tracing.recorder import LiveBytes
 from megatron_mone.planning.tracing.trace import Op
@@ -108,3 +109,15 @@ def test_live_bytes_follow_tensors_views_and_freed_storage():
         del view
     assert live.now == 0
     assert live.peaks == {"forward": 440, "backward": 440}
+
+
+def test_the_host_pays_for_mones_products_what_it_pays_for_dense_ones():
+    """Three products forward, five backward, as dense experts' fused kernels; small kernels cost
+    what a plain operator does."""
+    given = replace(EXACT, host_seconds=3e-5, operator_seconds=2e-6)
+    for name, seconds in (
+        ("fused.grouped_gemm", 3e-5), ("mone.gate_product", 3e-5), ("mone.weight_grad", 3e-5),
+        ("mone.up_segments", 3e-5), ("mone.rebuild", 2e-6), ("mone.select", 2e-6),
+        ("aten.add", 2e-6), ("mone.up_down", 3e-5),
+    ):  # fmt: skip
+        assert launch_seconds(op(name, ((4,),), ((4,),), 0), given) == seconds
