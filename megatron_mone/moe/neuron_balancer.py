@@ -126,12 +126,7 @@ class NeuronBalancer:
             whole = statistics.summed(self.source_map.replica_group)
             weight_BF = self._weights(whole, 1.0)
         else:
-            assert self.experts.ng_weights is not None
-            weight_BF = self.experts.ng_weights  # of the whole last step; 0 in the first one
-            if tokens_M is not None:
-                weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
-                statistics = statistics.of_experts(self.load.step_counts_EF.shape[0])
-            self._add_to_step(statistics)
+            weight_BF = self._lagged(statistics, tokens_M)
         loss = shares.loss(weight_BF, share_BF, total_N)
         repeats = self._repeats()
         self._record(loss / repeats)
@@ -168,15 +163,8 @@ class NeuronBalancer:
         )  # fmt: skip
         group = self.source_map.replica_group
         if not self.by_microbatch:
-            weight_BF = self.experts.ng_weights
-            assert weight_BF is not None
-            if tokens_M is not None:
-                weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
+            weight_BF = self._lagged(BlockStatistics.of_columns(sums.sums_BX), tokens_M)
             _, loss = make(sums, weight_BF=weight_BF)
-            statistics = BlockStatistics.of_columns(sums.sums_BX)
-            if tokens_M is not None:
-                statistics = statistics.of_experts(self.experts.num_local_experts)
-            self._add_to_step(statistics)
         elif group is None or group.size() == 1:
             weight_BF, loss = make(sums)
         else:
@@ -195,11 +183,19 @@ class NeuronBalancer:
         with torch.enable_grad():
             return entries.attach(y_NH, slope)
 
-    def _add_to_step(self, statistics: BlockStatistics) -> None:
+    def _lagged(self, statistics: BlockStatistics, tokens_M: Tensor | None) -> Tensor:
+        """[B, F_l] weights of the whole last step, 0 in the first one; `statistics` are added to
+        this step's. With `tokens_M` blocks are parted by micro-batch."""
+        weight_BF = self.experts.ng_weights
+        assert weight_BF is not None
+        if tokens_M is not None:
+            weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
+            statistics = statistics.of_experts(self.experts.num_local_experts)
         self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
         # the replicas of an expert hold the rows of all DP ranks' micro-batches together
         ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
         self.step_microbatches += ranks // self.tp_cp_group.size()
+        return weight_BF
 
     def _repeats(self) -> int:
         """Uses of the layer in a forward pass: its loss counts once a repetition, as the

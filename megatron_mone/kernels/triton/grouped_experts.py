@@ -190,11 +190,8 @@ class _MaskedExperts(torch.autograd.Function):
         y_NH = products.down(h, w_down, entries.bad_N)
         weights = (w_gate, w_up, w_down)
         ctx.save_for_backward(x_NH, p_N, *weights, entries.a_NS, u_NS, entries.words_NW)
-        ctx.call, ctx.sinks, ctx.later = (
-            call,
-            sinks_of(weights),
-            getattr(w_gate, "grad_later", None),
-        )
+        ctx.call, ctx.sinks = call, sinks_of(weights)
+        ctx.later = getattr(w_gate, "grad_later", None)
         call.entries = entries
         ctx.mark_non_differentiable(entries.words_NW)
         ctx.set_materialize_grads(False)
