@@ -317,6 +317,5 @@ def _times_tokens(weight_BF: Tensor, tokens_M: Tensor) -> Tensor:
 
 def _loss_scale(device: torch.device) -> Tensor:
     """What MoEAuxLossAutoScaler multiplies the gradient of a loss by; asked for in backward."""
-    if MoEAuxLossAutoScaler.main_loss_backward_scale is None:
-        MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones((), device=device)
-    return MoEAuxLossAutoScaler.main_loss_backward_scale
+    scale = MoEAuxLossAutoScaler.main_loss_backward_scale
+    return torch.ones((), device=device) if scale is None else scale
