@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from megatron_mone.kernels.activations import ACTIVATIONS
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.operands import check_choice, check_operands
+from megatron_mone.kernels.operands import check_choice, check_operands, host_counts
 from megatron_mone.kernels.registry import Call, GroupedMLPOutput, choose_backend
 
 
@@ -117,24 +117,8 @@ def grouped_mlp_with_gates(
     call = Call(x_NH.device.type, x_NH.dtype, activation, all_gates)
     chosen = choose_backend(backend, call.sized(x_NH.shape[0], w_gate_EFH, choose))
     if not chosen.backend.counts_on_device:
-        counts = _numbers(counts, x_NH.shape[0])
+        counts = host_counts(counts, x_NH.shape[0])
     return chosen.backend.run(
         x_NH, probs_N, counts, *weights,
         choose=choose, activation=activation, etp_group=etp_group, all_gates=all_gates,
     )  # fmt: skip
-
-
-def _numbers(counts: list[int] | Tensor, rows: int) -> list[int]:
-    """Rows of each expert; a tensor's are waited for.
-
-    Raises:
-        ValueError: they do not sum to N.
-    """
-    if isinstance(counts, Tensor):
-        counts = (counts.sum(dim=1) if counts.dim() == 2 else counts).tolist()
-        if sum(counts) != rows:
-            raise ValueError(
-                f"tokens_per_expert = {counts} must be counts that sum to the {rows} rows of x: "
-                "this backend takes no rows of no expert"
-            )
-    return counts

@@ -88,6 +88,22 @@ def _check_counts(counts: Tensor, experts: int, x_NH: Tensor) -> None:
             )
 
 
+def host_counts(counts: list[int] | Tensor, rows: int) -> list[int]:
+    """Rows of each expert; a tensor's are waited for.
+
+    Raises:
+        ValueError: they do not sum to N.
+    """
+    if isinstance(counts, Tensor):
+        counts = (counts.sum(dim=1) if counts.dim() == 2 else counts).tolist()
+        if sum(counts) != rows:
+            raise ValueError(
+                f"tokens_per_expert = {counts} must be counts that sum to the {rows} rows of x: "
+                "this backend takes no rows of no expert"
+            )
+    return counts
+
+
 def _check_device(name: str, tensor: Tensor, x_NH: Tensor) -> None:
     if tensor.device != x_NH.device:
         raise ValueError(f"{name} is on {tensor.device}: it must be on {x_NH.device}, as x")

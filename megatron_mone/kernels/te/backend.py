@@ -6,7 +6,8 @@
 Between the GEMMs it runs the Triton kernels where rows keep S each and triton is here, else torch
 (kernels/triton/grouped_experts.py and ragged.py, which say what is kept for backward). The
 arithmetic is the dense expert's. An fp8 recipe comes from the autocast context that the call is
-inside.
+inside. Row counts stay on the device where TE has a grouped GEMM that takes them
+(device_counts.py) and rows keep S each; else the host waits for them once.
 Not run on a GPU yet: the GEMMs are Transformer Engine's, and stand-ins take their place in tests.
 """
 
@@ -18,7 +19,9 @@ from torch import Tensor
 
 from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.kernels.operands import host_counts
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
+from megatron_mone.kernels.te.device_counts import DeviceCountLinears, takes_device_counts
 from megatron_mone.kernels.te.linears import (
     TransformerEngineLinears,
     active_recipe,
@@ -57,16 +60,27 @@ def why_not(call: Call) -> str | None:
 
 
 def run(
-    x_NH: Tensor, probs_N: Tensor, counts: list[int], *weights: Tensor,
+    x_NH: Tensor, probs_N: Tensor, counts: list[int] | Tensor, *weights: Tensor,
     choose: Choose, activation: str, etp_group: Any = None, **_unused: Any,
 ) -> GroupedMLPOutput:  # fmt: skip
-    """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
+    """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there.
+
+    Raises:
+        ValueError: counts that the host has to know do not sum to N.
+    """
     recipe = active_recipe()
-    linears: GroupedLinears = TransformerEngineLinears(recipe, counts)
-    if recipe is not None:
-        linears = PaddedLinears(
-            partial(TransformerEngineLinears, recipe), counts, alignment(recipe)
-        )
+    make = partial(TransformerEngineLinears, recipe)
+    linears: GroupedLinears
+    if (
+        recipe is None
+        and isinstance(counts, Tensor)
+        and _by_kernels(choose)
+        and takes_device_counts(x_NH.dtype, counts.shape[0])
+    ):
+        linears = DeviceCountLinears(counts.sum(dim=1) if counts.dim() == 2 else counts)
+    else:
+        counts = host_counts(counts, x_NH.shape[0])
+        linears = make(counts) if recipe is None else PaddedLinears(make, counts, alignment(recipe))
     return grouped_mlp_on(
         linears, x_NH, probs_N, counts, *weights, choose=choose, activation=activation,
         etp_group=etp_group,
@@ -74,11 +88,12 @@ def run(
 
 
 def grouped_mlp_on(
-    linears: GroupedLinears, x_NH: Tensor, probs_N: Tensor, counts: list[int], *weights: Tensor,
+    linears: GroupedLinears, x_NH: Tensor, probs_N: Tensor, counts: list[int] | Tensor,
+    *weights: Tensor,
     choose: Choose, activation: str, etp_group: Any = None,
 ) -> GroupedMLPOutput:  # fmt: skip
     """The masked expert with the dense products of `linears`, on any device; else as `run`."""
-    if triton_available()[0] and _rows_are_uniform(choose):
+    if _by_kernels(choose):
         assert isinstance(choose, Selection | NeuronMask)
         y_NH, mask, entries = masked_experts(
             x_NH, probs_N, on_device(counts, x_NH.device), *weights, choose=choose,
@@ -90,10 +105,10 @@ def grouped_mlp_on(
     ))  # fmt: skip
 
 
-def _rows_are_uniform(choose: Choose) -> bool:
-    if isinstance(choose, NeuronMask):
-        return choose.kept is not None
-    return isinstance(choose, Selection)
+def _by_kernels(choose: Choose) -> bool:
+    """Whether our kernels are here and take the choice: S in every row."""
+    uniform = choose.kept is not None if isinstance(choose, NeuronMask) else True
+    return triton_available()[0] and isinstance(choose, Selection | NeuronMask) and uniform
 
 
-register(Backend("te", why_not, run, automatic=False, note=NOTE))
+register(Backend("te", why_not, run, automatic=False, note=NOTE, counts_on_device=True))

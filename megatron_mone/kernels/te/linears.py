@@ -97,17 +97,18 @@ class TransformerEngineLinears:
             )
         return y_NH
 
-    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
-        """[E, F, H] v^T x."""
-        shape = (len(self.counts), v_NF.shape[1], x_NH.shape[1])
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """out [E, F, H] (+)= v^T x."""
         if not x_NH.shape[0]:
-            return x_NH.new_zeros(shape)
-        dw_EFH = x_NH.new_empty(shape)
+            if not adds:
+                out_EFH.zero_()
+            return
         kinds: tuple[Kind, Kind] = ("gradient", "rows") if gradient == "v" else ("rows", "gradient")
         v = self._rows(v_NF, kinds[0], columnwise=True)
         x = self._rows(x_NH, kinds[1], columnwise=True)
-        _gemm(x, v, list(dw_EFH.unbind()), "NT", self.counts)
-        return dw_EFH
+        _gemm(x, v, list(out_EFH.unbind()), "NT", self.counts, accumulate=adds)
 
     def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> list[Any]:
         """The rows of each expert, quantized under a recipe; `columnwise` for sums over rows."""

@@ -42,9 +42,11 @@ class PaddedLinears:
         wide = [(self._pad(v_NF), w_EFH) for v_NF, w_EFH in products]
         return self._unpad(self.inner.rows_by_hidden(*wide, gradient=gradient))
 
-    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
-        """[E, F, H] v^T x."""
-        return self.inner.weight_grad(self._pad(v_NF), self._pad(x_NH), gradient=gradient)
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """out [E, F, H] (+)= v^T x."""
+        self.inner.weight_grad(self._pad(v_NF), self._pad(x_NH), out_EFH, adds, gradient)
 
     @cached_property
     def _places_N(self) -> Tensor:

@@ -38,8 +38,11 @@ class GroupedLinears(Protocol):
         """[N, H] sum of v W over the products (v_NF, w_EFH)."""
         ...
 
-    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
-        """[E, F, H] v^T x, zero for experts without rows."""
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """out [E, F, H] (+)= v^T x; `out` of the operands' dtype or float32, each [F, H] of it
+        contiguous. Without `adds`, zero for experts without rows."""
         ...
 
 
@@ -57,11 +60,11 @@ class KernelLinears:
         """See GroupedLinears."""
         return ops.hidden_product(self.where, *products)
 
-    def weight_grad(self, v_NF: Tensor, x_NH: Tensor, *, gradient: Literal["v", "x"]) -> Tensor:
+    def weight_grad(
+        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
         """See GroupedLinears."""
-        dw_EFH = x_NH.new_empty((self.where.experts, v_NF.shape[1], x_NH.shape[1]))
-        ops.weight_grad(v_NF, x_NH, dw_EFH, False, self.where)
-        return dw_EFH
+        ops.weight_grad(v_NF, x_NH, out_EFH, adds, self.where)
 
 
 class KernelProducts:
@@ -183,8 +186,7 @@ class LinearProducts:
         self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
     ) -> None:
         """See KernelProducts."""
-        made_EFH = self.linears.weight_grad(v_NF, x_NH, gradient=gradient)
-        (out_EFH.add_ if adds else out_EFH.copy_)(made_EFH)
+        self.linears.weight_grad(v_NF, x_NH, out_EFH, adds, gradient)
 
 
 Products = KernelProducts | SegmentProducts | LinearProducts

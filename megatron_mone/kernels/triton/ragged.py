@@ -108,12 +108,11 @@ class _RaggedGroupedMLP(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_NH = linears.rows_by_hidden((da_NF, w_gate), (du_NF, w_up), gradient=True)
         products = ((da_NF, x_NH, "v"), (du_NF, x_NH, "v"), (h_NF, dy_NH, "x"))
-        dw = [
-            linears.weight_grad(rows_NF, of_NH, gradient=kind) if wanted else None
-            for (rows_NF, of_NH, kind), wanted in zip(
-                products, ctx.needs_input_grad[2:5], strict=True
-            )
-        ]
+        dw: list[Tensor | None] = [None] * 3
+        for place, (rows_NF, of_NH, kind) in enumerate(products):
+            if ctx.needs_input_grad[2 + place]:
+                dw[place] = out_EFH = w_gate.new_empty(w_gate.shape)
+                linears.weight_grad(rows_NF, of_NH, out_EFH, False, kind)
         return dx_NH, dp_N, *dw, None, None, None
 
 

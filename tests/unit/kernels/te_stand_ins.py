@@ -30,9 +30,10 @@ class MatmulLinears:
             for v_NF, w_EFH in products
         )
 
-    def weight_grad(self, v_NF, x_NH, *, gradient):
+    def weight_grad(self, v_NF, x_NH, out_EFH, adds, gradient):
         parts = zip(v_NF.split(self.counts), x_NH.split(self.counts), strict=True)
-        return torch.stack([v.t() @ x for v, x in parts])
+        made = torch.stack([v.t() @ x for v, x in parts])
+        (out_EFH.add_ if adds else out_EFH.copy_)(made)
 
 
 class AlignedLinears(MatmulLinears):
@@ -56,10 +57,10 @@ class AlignedLinears(MatmulLinears):
             self._note(rows)
         return super().rows_by_hidden(*products, gradient=gradient)
 
-    def weight_grad(self, v_NF, x_NH, *, gradient):
+    def weight_grad(self, v_NF, x_NH, out_EFH, adds, gradient):
         self._note(v_NF)
         self._note(x_NH)
-        return super().weight_grad(v_NF, x_NH, gradient=gradient)
+        super().weight_grad(v_NF, x_NH, out_EFH, adds, gradient)
 
 
 @dataclass
@@ -106,6 +107,7 @@ class Library:
 
     recipe: Recipe | None = None
     layouts: list[str] = field(default_factory=list)
+    device_counts: bool = False
     roles: list[tuple[str, str]] = field(default_factory=list)
 
     def gemm(self, A, B, out, layout, m_splits, accumulate, single_output) -> None:
@@ -128,6 +130,32 @@ class Library:
             o.copy_(o + made if accumulate else made)
 
 
+@dataclass
+class GroupedRows:
+    """GroupedTensorStorage as the grouped-tensor GEMM reads it: one buffer and device arrays."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    num_tensors: int
+    quantizer: Any
+    data: Tensor
+    first_dims: Tensor
+    tensor_offsets: Tensor
+
+    def parts(self) -> list[Tensor]:
+        """Those of each expert; asks for the counts, as the GPU does not."""
+        width = self.shape[1]
+        assert self.first_dims.dtype == self.tensor_offsets.dtype == torch.int64
+        assert self.data.dim() == 1
+        assert self.data.dtype == self.dtype
+        sizes, starts = self.first_dims.tolist(), self.tensor_offsets.tolist()
+        assert len(starts) == len(sizes) + 1 == self.num_tensors + 1
+        return [
+            self.data[start : start + size * width].view(size, width)
+            for start, size in zip(starts, sizes, strict=False)
+        ]
+
+
 def install(monkeypatch, *, version: str = "2.20", recipe: Recipe | None = None) -> Library:
     """Put the stand-in where transformer_engine would be, until the test ends."""
     library = Library(recipe)
@@ -148,6 +176,22 @@ def install(monkeypatch, *, version: str = "2.20", recipe: Recipe | None = None)
         single_output=False,
     ):  # fmt: skip
         library.gemm(A, B, out, layout, m_splits, accumulate, single_output)
+
+    def grouped_tensor(
+        A, B, out, *, layout="TN", accumulate=False, use_split_accumulator=False, bias=None,
+        bias_scale=None, grad=False, alpha=None, beta=None,
+    ):  # fmt: skip
+        assert use_split_accumulator
+        assert isinstance(A, list) is not isinstance(out, list)  # of the two one is discrete
+        library.device_counts = True
+        library.layouts.append(layout)
+        if B.data.device.type == "cpu":  # on fake tensors there is nothing to compute
+            left, right, made = (
+                t if isinstance(t, list) else t.parts() for t in (A, B, out)
+            )  # fmt: skip
+            library.layouts.pop()
+            counts = B.first_dims.tolist()
+            library.gemm(left, right, made, layout, counts, accumulate, False)
 
     class RecipeState:
         @staticmethod
@@ -174,7 +218,19 @@ def install(monkeypatch, *, version: str = "2.20", recipe: Recipe | None = None)
         "transformer_engine": {},
         "transformer_engine.pytorch": {},
         "transformer_engine.pytorch.cpp_extensions": {
-            "general_grouped_gemm": grouped_2_20 if version == "2.20" else grouped_2_10
+            "general_grouped_gemm": grouped_2_20 if version == "2.20" else grouped_2_10,
+            "general_grouped_gemm_for_grouped_tensor": grouped_tensor,
+        },
+        "transformer_engine.pytorch.module": {},
+        "transformer_engine.pytorch.module.grouped_linear": {
+            "is_module_grouped_tensor_path_supported": lambda recipe, dtype: (
+                dtype == torch.bfloat16 and recipe is None
+            ),
+        } if version == "2.20" else {},
+        "transformer_engine.pytorch.tensor": {},
+        "transformer_engine.pytorch.tensor.storage": {},
+        "transformer_engine.pytorch.tensor.storage.grouped_tensor_storage": {
+            "GroupedTensorStorage": GroupedRows,
         },
         "transformer_engine.pytorch.quantization": {
             "FP8GlobalStateManager": FP8GlobalStateManager, "RecipeState": RecipeState,

@@ -15,6 +15,7 @@ from megatron_mone.kernels import Selection, grouped_mlp_with_gates, resolve_bac
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.te import backend, linears
+from megatron_mone.kernels.te.device_counts import DeviceCountLinears, takes_device_counts
 from megatron_mone.kernels.te.linears import TransformerEngineLinears
 from megatron_mone.kernels.te.padding import PaddedLinears
 from tests.unit.kernels.te_stand_ins import AlignedLinears, MatmulLinears, Recipe, install
@@ -143,6 +144,59 @@ def test_adapter_matches_the_reference(monkeypatch, version, counts):
     compare(TransformerEngineLinears(linears.active_recipe(), counts), counts, Selection(8))
     forward, backward = ["TN", "TN", "NN"], ["TN", "NN", "NN", "NT", "NT", "NT"]
     assert library.layouts == (forward + backward if sum(counts) else [])
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5], [0, 0]])
+def test_device_counts_match_the_reference(monkeypatch, counts):
+    library = install(monkeypatch)
+    compare(DeviceCountLinears(torch.tensor(counts)), counts, Selection(8))
+    assert library.layouts == (
+        ["TN", "TN", "NN", "TN", "NN", "NN", "NT", "NT", "NT"] if sum(counts) else []
+    )
+
+
+def test_rows_past_the_device_counts_are_of_nobody(monkeypatch):
+    install(monkeypatch)
+    linears, (x, _, w, _, down) = DeviceCountLinears(torch.tensor([3, 2])), leaves(9, 2)
+    x.data[5:] = float("nan")
+    want = MatmulLinears([3, 2])
+    with torch.no_grad():
+        wide = linears.rows_by_neurons(x, w)
+        torch.testing.assert_close(wide[:5], want.rows_by_neurons(x[:5], w))
+        back = linears.rows_by_hidden((wide, down), (wide, w))
+        torch.testing.assert_close(back[:5], want.rows_by_hidden((wide[:5], down), (wide[:5], w)))
+        for adds in (False, True):
+            ours, theirs = torch.ones(2, NEURONS, HIDDEN), torch.ones(2, NEURONS, HIDDEN)
+            linears.weight_grad(wide, x, ours, adds, "v")
+            want.weight_grad(wide[:5], x[:5], theirs, adds, "v")
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("version", "dtype", "experts", "takes"),
+    [
+        ("2.20", torch.bfloat16, 64, True),
+        ("2.20", torch.bfloat16, 65, False),
+        ("2.20", torch.float32, 4, False),
+        ("2.10", torch.bfloat16, 4, False),
+    ],
+)
+def test_which_versions_take_device_counts(monkeypatch, version, dtype, experts, takes):
+    install(monkeypatch, version=version)
+    assert takes_device_counts(dtype, experts) is takes
+
+
+def test_run_asks_for_counts_on_the_host_where_it_must(monkeypatch):
+    """A tensor of counts by source, of the kind that no grouped tensor takes here: float32."""
+    library = install(monkeypatch)
+    x, p, *w = leaves(5, 2, 32)
+    counts = torch.tensor([[2, 1], [0, 2]])
+    made = backend.run(x, p, counts, *w, choose=Selection(8), activation="silu")
+    want = backend.run(x, p, [3, 2], *w, choose=Selection(8), activation="silu")
+    assert torch.equal(made.y_NH, want.y_NH)
+    assert not library.device_counts
+    with pytest.raises(ValueError, match="must be counts that sum to the 5 rows of x"):
+        backend.run(x, p, counts * 0, *w, choose=Selection(8), activation="silu")
 
 
 @pytest.mark.parametrize("kind", STATELESS)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,6 +291,28 @@ def what_is_launched_is_what_is_planned():
     assert len(planned) == 12
 
 
+def transformer_engine_takes_counts_on_the_device():
+    """Nine products of a stand-in for its grouped GEMM, our kernels between, no wait."""
+    from megatron_mone.kernels import Selection
+    from megatron_mone.kernels.te import backend
+    from tests.unit.kernels import te_stand_ins
+
+    with pytest.MonkeyPatch.context() as patch, FAKE:
+        library = te_stand_ins.install(patch)
+        patch.setattr(backend, "triton_available", lambda: (True, ""))
+        x = torch.empty(9, 32, dtype=torch.bfloat16, device=CUDA, requires_grad=True)
+        p = torch.empty(9, device=CUDA, requires_grad=True)
+        weights = [torch.empty(2, 64, 32, dtype=x.dtype, device=CUDA, requires_grad=True)] * 3
+        counts = torch.empty(2, 3, dtype=torch.int64, device=CUDA)  # by source
+        with no_waits(), launch.recording(lambda one: None):
+            made = backend.run(x, p, counts, *weights, choose=Selection(16), activation="silu")
+            leaves = backward(made.y_NH, torch.empty_like(made.y_NH))
+    assert made.entries is not None
+    assert leaves[x].shape == x.shape
+    assert library.device_counts
+    assert "".join(library.layouts) == "TNTNNNTNNNNNNTNTNT"
+
+
 def other_losses_launch_as_few():
     device = [torch.device("cpu")]
     with job(2, device):
@@ -471,6 +494,7 @@ KERNELS = {
     for case in (
         launches_are_few_whatever_the_number_of_experts,
         what_is_launched_is_what_is_planned,
+        transformer_engine_takes_counts_on_the_device,
         other_losses_launch_as_few,
     )
 }
