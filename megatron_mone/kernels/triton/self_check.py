@@ -2,17 +2,25 @@
 segments where neurons are chosen in blocks.
 
 Small random shapes with an empty expert and rows of no expert; one line for the first kernel that
-differs, with its shape and error. Under a second beside compiling. Remembered by device and
-versions for as long as the process lives. Not run on a GPU yet; run in Triton's interpreter.
+differs, with its shape and error. Under a second beside compiling. A CUDA device that passed is
+remembered in the user's cache folder by its name and capability, torch, Triton, CUDA and the source
+of this folder; one that failed for as long as the process lives. Not run on a GPU yet; run in
+Triton's interpreter.
 """
 
+import contextlib
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_mone.common.files import write_json
+from megatron_mone.common.places import user_cache
 from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
@@ -36,20 +44,50 @@ class Compared(NamedTuple):
 def fault(device: torch.device, dtype: torch.dtype, blocks: bool = False) -> str | None:
     """One line of the first kernel that is wrong on this device; None where all are right. With
     `blocks` of those for blocks of neurons, too."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    import triton
-
-    versions = (torch.__version__, triton.__version__)
-    found = _fault(name, device, dtype, comparisons, *versions)
+    found = _fault(device, dtype, comparisons)
     if found is None and blocks:
-        found = _fault(name, device, dtype, block_comparisons, *versions)
+        found = _fault(device, dtype, block_comparisons)
     return found
 
 
 @cache
 def _fault(
+    device: torch.device, dtype: torch.dtype,
+    compare: Callable[[torch.device, torch.dtype], Iterator[Compared]],
+) -> str | None:  # fmt: skip
+    if device.type != "cuda":
+        return _first_wrong("cpu", device, dtype, compare)
+    facts = {**_facts(device), "dtype": str(dtype), "checked": compare.__name__}
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    passed = user_cache("self_check") / f"{digest}.json"
+    if passed.is_file():
+        return None
+    found = _first_wrong(facts["device"], device, dtype, compare)
+    if found is None:
+        with contextlib.suppress(OSError):  # then the next process checks again
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            write_json(passed, facts)
+    return found
+
+
+def _facts(device: torch.device) -> dict[str, Any]:
+    """What the answers of a check depend on."""
+    import triton
+
+    source = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        source.update(path.name.encode() + b"\0" + path.read_bytes())
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "capability": torch.cuda.get_device_capability(device),
+        "versions": [torch.__version__, triton.__version__, torch.version.cuda],
+        "kernels": source.hexdigest(),
+    }
+
+
+def _first_wrong(
     name: str, device: torch.device, dtype: torch.dtype,
-    compare: Callable[[torch.device, torch.dtype], Iterator[Compared]], *_versions: str,
+    compare: Callable[[torch.device, torch.dtype], Iterator[Compared]],
 ) -> str | None:  # fmt: skip
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)

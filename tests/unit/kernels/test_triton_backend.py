@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 
 from megatron_mone.kernels import BACKENDS, Call, Selection, choose_backend, resolve_backend
 from megatron_mone.kernels import triton as triton_backend
+from megatron_mone.kernels.triton import self_check
 from tests.unit.kernels import triton_interpreter_cases  # noqa: F401  (registers CASES)
 from tests.unit.kernels.triton_aot import compiled
 from tests.unit.kernels.triton_case_tools import CASES
@@ -127,6 +128,30 @@ def test_package_imports_without_triton():
         "assert 'not run on a GPU yet' in BACKENDS['triton'].note"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
+
+
+def test_a_device_that_passed_is_remembered(monkeypatch, tmp_path):
+    """Between processes, by device and versions, and by what was checked; a fault is not."""
+    cuda, facts = torch.device("cuda", 0), {"device": "H100", "versions": ["2.11"]}
+    answers, asked = [None, "kernel select is wrong", None, None], []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(self_check, "_facts", lambda device: dict(facts))
+    monkeypatch.setattr(
+        self_check, "_first_wrong", lambda *call: (asked.append(call), answers[len(asked) - 1])[1]
+    )
+
+    def of_a_new_process(dtype, compare=self_check.comparisons):
+        return self_check._fault.__wrapped__(cuda, dtype, compare)
+
+    assert [of_a_new_process(torch.bfloat16) for _ in range(2)] == [None, None]
+    assert len(asked) == 1
+    assert of_a_new_process(torch.float32) == "kernel select is wrong"
+    assert of_a_new_process(torch.float32) is None
+    of_a_new_process(torch.bfloat16, self_check.block_comparisons)
+    assert len(asked) == 4
+    facts["versions"] = ["2.12"]
+    answers.append("kernel gate_product is wrong")
+    assert of_a_new_process(torch.bfloat16) == "kernel gate_product is wrong"
 
 
 @pytest.mark.parametrize("fault", [None, "kernel select is wrong on H100"])

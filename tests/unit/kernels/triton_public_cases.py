@@ -166,7 +166,9 @@ def the_kernels_of_blocks_pass_their_own_check() -> None:
         (compared, None),
         ([*compared[:-1], wrong], "kernel weight_grad is wrong"),
     ):
-        made = self_check._fault("cpu", device, torch.bfloat16, lambda *_, found=found: iter(found))
+        made = self_check._first_wrong(
+            "cpu", device, torch.bfloat16, lambda *_, found=found: iter(found)
+        )
         assert made is fault if fault is None else made.startswith(fault)
     assert {one.kernel for one in compared} == {
         "select_blocks", "segment_map", "up_segments", "dh_segments", "hidden_product",
