@@ -5,7 +5,8 @@ tolerances allow for.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from megatron_mone.kernels import grouped_mlp_with_gates
 from megatron_mone.kernels.neuron_mask import NeuronMask
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
+PLAIN = torch.empty, torch.empty_like, torch.Tensor.new_empty
 BOTH = (torch.float32, torch.bfloat16)
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -63,6 +65,17 @@ def poison() -> None:
 
     torch.empty, torch.empty_like = filled(torch.empty), filled(torch.empty_like)
     torch.Tensor.new_empty = filled(torch.Tensor.new_empty)
+
+
+@contextmanager
+def unpoisoned() -> Iterator[None]:
+    """Memory as torch hands it out, untouched: for tensors larger than the machine's."""
+    filled = torch.empty, torch.empty_like, torch.Tensor.new_empty
+    torch.empty, torch.empty_like, torch.Tensor.new_empty = PLAIN
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like, torch.Tensor.new_empty = filled
 
 
 def against_reference(

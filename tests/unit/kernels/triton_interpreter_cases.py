@@ -25,6 +25,7 @@ from megatron_mone.kernels.triton import row_map as rows_of
 from megatron_mone.kernels.triton.row_map import row_map
 from tests.unit.kernels import (
     triton_balance_cases,  # noqa: F401  (they register their CASES)
+    triton_far_cases,  # noqa: F401
     triton_layer_cases,  # noqa: F401
     triton_public_cases,  # noqa: F401
     triton_segment_cases,  # noqa: F401
