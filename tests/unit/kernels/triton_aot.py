@@ -3,10 +3,14 @@
     python -m tests.unit.kernels.triton_aot OUT.json [again]
 
 Writes what the compiler and cuobjdump say of each: registers, stack (spills live there), shared
-memory, tensor-core instruction, asynchronous 16-byte copies, loads by TMA. Compiled, not run: no
-timing here. Needs its own process, as Triton's interpreter and compiler cannot share one.
+memory, tensor-core instruction, asynchronous 16-byte copies, loads by TMA; and a digest of what
+was compiled, by which the suite knows that a row is of the kernel as it is. The suite compiles a
+few rows anew (`again`). Compiled, not run: no timing here. Needs its own process, as Triton's
+interpreter and compiler cannot share one.
 """
 
+import ast
+import hashlib
 import json
 import re
 import subprocess
@@ -202,14 +206,39 @@ def compiled() -> list[tuple[str, str, int]]:
 
 
 def again() -> list[tuple[str, str, int]]:
-    """Those of `compiled` that the suite compiles anew: all for sm_90, elsewhere the products."""
-    products = ("product", "weight_grad", "segments")
-    return [row for row in compiled() if row[2] == 90 or any(word in row[1] for word in products)]
+    """Those of `compiled` that the suite compiles anew: the largest product, and one choice."""
+    return [row for row in compiled() if row[1] == "dh_product" or row[0] == "compact sm_90"]
+
+
+def digest(kernel, given: dict) -> str:
+    """Of a kernel's code, that of the device functions that it calls, what they read of their
+    modules, and the constants and options that it is compiled with; not of comments."""
+    parts, seen, ahead = [repr(sorted(given.items()))], set(), [kernel]
+    while ahead:
+        function = ahead.pop()
+        if function.fn in seen:
+            continue
+        seen.add(function.fn)
+        tree = ast.parse(function.src)
+        if ast.get_docstring(tree.body[0]):
+            del tree.body[0].body[0]
+        parts.append(ast.dump(tree))
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            value = function.fn.__globals__.get(name)
+            if isinstance(value, triton.JITFunction):
+                ahead.append(value)
+            elif isinstance(value, triton.language.constexpr):
+                parts.append(f"{name} = {value.value!r}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def table(rows: list[tuple[str, str, int]]) -> dict[str, object]:
     """{"kernel sm_NN": row} and the compiler's version."""
-    made = {row: compile_kernel(name, *cases()[name], number) for row, name, number in rows}
+    found = cases()
+    made = {
+        row: {**compile_kernel(name, *found[name], number), "of": digest(*found[name])}
+        for row, name, number in rows
+    }
     return {"note": "compiled, not run", "triton": triton.__version__, "kernels": made}
 
 

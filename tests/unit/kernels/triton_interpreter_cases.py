@@ -41,8 +41,6 @@ from tests.unit.kernels.triton_case_tools import (
     run_all,
 )
 
-rows_of.TILE = 16  # a row costs the interpreter as much as a tile does
-
 
 @case([3, 0, 34], 40)
 @case([0, 0], 0)
@@ -239,6 +237,7 @@ def gradients_go_where_they_are_wanted(dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1"
     torch.set_num_threads(1)
+    rows_of.TILE = 16  # here alone: a row costs the interpreter as much as a tile does
     poison()
     for name in [name for name in CASES if sys.argv[2:] and name.split("-")[0] not in sys.argv[2:]]:
         del CASES[name]
