@@ -4,8 +4,8 @@
 
 Writes what the compiler and cuobjdump say of each: registers, stack (spills live there), shared
 memory, tensor-core instruction, asynchronous 16-byte copies, loads by TMA; and a digest of what
-was compiled, by which the suite knows that a row is of the kernel as it is. The suite compiles a
-few rows anew (`again`). Compiled, not run: no timing here. Needs its own process, as Triton's
+was compiled, by which the suite knows that a row is of the kernel as it is. Rows of OUT.json that
+are of the same kernel and compiler stay. The suite compiles a few rows anew (`again`). Compiled, not run: no timing here. Needs its own process, as Triton's
 interpreter and compiler cannot share one.
 """
 
@@ -232,16 +232,21 @@ def digest(kernel, given: dict) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def table(rows: list[tuple[str, str, int]]) -> dict[str, object]:
-    """{"kernel sm_NN": row} and the compiler's version."""
-    found = cases()
-    made = {
-        row: {**compile_kernel(name, *found[name], number), "of": digest(*found[name])}
-        for row, name, number in rows
-    }
+def table(rows: list[tuple[str, str, int]], known: dict[str, dict]) -> dict[str, object]:
+    """{"kernel sm_NN": row} and the compiler's version; `known` rows of the same kernels stay."""
+    found, made = cases(), {}
+    for row, name, number in rows:
+        of = digest(*found[name])
+        if known.get(row, {}).get("of") == of:
+            made[row] = known[row]
+        else:
+            made[row] = {**compile_kernel(name, *found[name], number), "of": of}
     return {"note": "compiled, not run", "triton": triton.__version__, "kernels": made}
 
 
 if __name__ == "__main__":
-    found = table(again() if sys.argv[2:] == ["again"] else compiled())
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
+    out = Path(sys.argv[1])
+    kept = json.loads(out.read_text()) if out.exists() else {"triton": None}
+    known = kept["kernels"] if kept["triton"] == triton.__version__ else {}
+    found = table(again() if sys.argv[2:] == ["again"] else compiled(), known)
+    out.write_text(json.dumps(found, indent=1) + "\n")
