@@ -5,8 +5,9 @@
 Writes what the compiler and cuobjdump say of each: registers, stack (spills live there), shared
 memory, tensor-core instruction, asynchronous 16-byte copies, loads by TMA; and a digest of what
 was compiled, by which the suite knows that a row is of the kernel as it is. Rows of OUT.json that
-are of the same kernel and compiler stay. The suite compiles a few rows anew (`again`). Compiled, not run: no timing here. Needs its own process, as Triton's
-interpreter and compiler cannot share one.
+are of the same kernel and compiler stay. The suite compiles a few rows anew (`again`). Compiled,
+not run: no timing here. Needs its own process, as Triton's interpreter and compiler cannot share
+one.
 """
 
 import ast
