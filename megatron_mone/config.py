@@ -35,7 +35,7 @@ Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
-Backend = Literal["auto", "reference", "cpu", "triton", "te"]
+Backend = Literal["auto", "reference", "cpu", "triton", "te", "sparse24"]
 
 __all__ = ["layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
 
@@ -99,8 +99,10 @@ class MoNEFields:
     mone_backend: Backend = "auto"
     """Implementation of the masked expert. reference is plain torch, the definition, and computes
     every neuron; cpu is native code that computes the kept ones; auto: the faster usable of these.
-    triton (kernels around dense GEMMs; block-sparse ones where mone_neuron_block is 128) and
-    te (Transformer Engine's grouped GEMMs) need CUDA; neither has run on a GPU yet."""
+    triton (our kernels on the tiles of dense products, or over few kept blocks alone), te
+    (Transformer Engine's grouped GEMMs) and sparse24 (triton, with 2:4 products where
+    mone_neuron_groups is F / 4 and half of the neurons are kept) need CUDA; none has run on a GPU
+    yet."""
 
     mone_record_masks: str | None = None
     """Folder that gets the neuron masks of training steps mone_record_mask_steps, one file a step

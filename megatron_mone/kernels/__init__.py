@@ -25,5 +25,5 @@ __all__ = [
     "resolve_backend",
 ]
 
-for _backend in ("cpu.backend", "triton.backend", "te.backend", "reference"):
+for _backend in ("cpu.backend", "triton.backend", "te.backend", "sparse24", "reference"):
     import_module(f"{__name__}.{_backend}")  # registers itself

@@ -26,6 +26,7 @@ def backends(
     neurons: Annotated[int, Option(help="F neurons of an expert")] = 1408,
     ratio: Annotated[float, Option(help="r, kept neurons / F")] = 0.25,
     neuron_block: Annotated[int, Option(help="B neurons chosen together")] = 1,
+    neuron_groups: Annotated[int, Option(help="G groups that each keep S / G")] = 1,
     dtype: Literal[*DTYPES] = "fp32",  # type: ignore[valid-type]
     activation: Literal[*ACTIVATIONS] = "silu",  # type: ignore[valid-type]
     device: Literal["cpu", "cuda"] = "cpu",
@@ -43,10 +44,10 @@ def backends(
     if tokens < 0 or experts < 1:
         raise ValueError("--tokens must be 0 or more and --experts 1 or more")
     kept = round(ratio * neurons)
-    Selection(kept, block=neuron_block).check(neurons)
+    Selection(kept, neuron_groups, neuron_block).check(neurons)
     call = Call(
         device, DTYPES[dtype], activation, rows=tokens, experts=experts, neurons=neurons,
-        kept_share=kept / neurons, block=neuron_block,
+        kept_share=kept / neurons, block=neuron_block, groups=neuron_groups,
     )  # fmt: skip
     for backend in BACKENDS.values():
         reason = backend.why_not(call)

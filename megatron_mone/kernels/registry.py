@@ -52,24 +52,25 @@ class Call:
     by_rule: bool = False
     """Whether neurons are chosen by a function of all gates (threshold, bias, other ranks)."""
     block: int = 1
+    groups: int | None = 1
+    """None where a mask is given, which does not say."""
     rows: int | None = None
     experts: int | None = None
     neurons: int | None = None
+    hidden: int | None = None
     kept_share: float | None = None
     """S / F; None where asking a given mask would wait for its device."""
 
     def sized(self, rows: int, weight_EFH: Tensor, choose: Choose) -> Call:
         """The same call with the sizes of a batch."""
-        experts, neurons = weight_EFH.shape[:2]
+        experts, neurons, hidden = weight_EFH.shape
+        sized = replace(self, rows=rows, experts=experts, neurons=neurons, hidden=hidden)
         if isinstance(choose, Selection):
-            return replace(
-                self, rows=rows, experts=experts, neurons=neurons, block=choose.block,
-                kept_share=choose.kept / max(1, neurons),
-            )  # fmt: skip
-        sized = replace(self, rows=rows, experts=experts, neurons=neurons)
+            share: float | None = choose.kept / max(1, neurons)
+            return replace(sized, block=choose.block, groups=choose.groups, kept_share=share)
         if isinstance(choose, NeuronMask):
             share = None if choose.known_entries is None else choose.density
-            return replace(sized, block=choose.block, kept_share=share)
+            return replace(sized, block=choose.block, groups=None, kept_share=share)
         return replace(sized, by_rule=True)
 
 

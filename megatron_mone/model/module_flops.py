@@ -193,6 +193,8 @@ def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, W
     computed = kept if route.sparse else dense
     gates = dense * (1 + again * (route.mask_reader == GATE_GEMM))
     products = (2 + again * (2 if route.mask_reader == GATE_GEMM else 3) + 6) * computed
+    if route.two_four:
+        products -= (3 + again) * (dense - kept)
     # softmax, and a loss over all gates, have a gradient at every gate
     all_learn = config.mone_activation == "softmax" or needs_all_gates(config)
     gate = Work(unit * gates, unit * dense)
@@ -220,6 +222,8 @@ class _Route(NamedTuple):
     one at kept neurons among up and down."""
     one_gemm: bool = False
     """Gate and up are one product."""
+    two_four: bool = False
+    """Of the dense products down and dx, the latter of two terms, skip what is not kept."""
 
 
 def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
@@ -239,9 +243,11 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
         all_gates=needs_all_gates(config),
         by_rule=chosen_by_rule(config),
         block=config.mone_neuron_block,
+        groups=config.mone_neuron_groups // share.etp or 1,
         rows=round(layer.rows / share.micro_batches),
         experts=share.local_experts,
         neurons=neurons,
+        hidden=_expert_hidden(config),
         kept_share=kept_share,
     )
     name = choose_backend(config.mone_backend, call).backend.name
@@ -250,6 +256,8 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
     if name == "cpu":
         sparse = not computes_all(kept_share, config.params_dtype)
         return _Route(sparse, mask_reader=UP_DOWN_GEMM)
+    if name == "sparse24":
+        return _Route(two_four=True)
     if name == "triton":
         return _Route(takes_segments(call.block, round(kept_share * neurons)))
     return _Route()

@@ -30,7 +30,13 @@ from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.config import MoNEConfig, chosen_by_rule, needs_all_gates, selection_bounds
+from megatron_mone.config import (
+    MoNEConfig,
+    chosen_by_rule,
+    needs_all_gates,
+    neurons_per_token,
+    selection_bounds,
+)
 from megatron_mone.kernels import (
     BiasedRule,
     Choose,
@@ -389,4 +395,8 @@ def backend_of(config: Any) -> str:
         all_gates=needs_all_gates(config),
         by_rule=chosen_by_rule(config),
         block=config.mone_neuron_block,
+        groups=config.mone_neuron_groups,
+        neurons=config.moe_ffn_hidden_size,
+        kept_share=neurons_per_token(config) / config.moe_ffn_hidden_size,
+        hidden=config.hidden_size,
     )

@@ -1,5 +1,5 @@
 """The grouped products of an expert layer behind one interface: our kernels over all neurons, or
-over kept blocks alone; or another library's.
+over kept blocks alone; these with torch's over two of every four neurons; or another library's.
 
     gate          a [N, F] = x W_gate^T
     up            u of the kept entries [N, S], h = p sigma(a) u [N, F] zero elsewhere
@@ -7,7 +7,7 @@ over kept blocks alone; or another library's.
     dh            da, du, h [N, F], dp [N] from dy
     dx            da W_gate + du W_up [N, H]
     weight_grad   out [E, F, H] (+)= v^T x
-By segments h, da and du are `Values` instead; nobody else looks at them.
+By segments h, da and du are `Values` instead, of two of four `TwoFour`; nobody else looks at them.
 Shapes: N rows, E experts, F neurons of an expert, H hidden, S kept. Plain torch.
 """
 
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.triton import ops, segments
+from megatron_mone.kernels.triton import ops, segments, two_four
 from megatron_mone.kernels.triton.ops import Entries
 from megatron_mone.kernels.triton.row_map import RowMap
 from megatron_mone.kernels.triton.segments import Segments, Values, segments_of, takes_segments
+from megatron_mone.kernels.triton.two_four import SparseGemm, TwoFour
 
 
 class GroupedLinears(Protocol):
@@ -148,6 +149,50 @@ class SegmentProducts:
         return segments_of(words_NW, bases_NW, self.block, self.slots, w_EFH.shape[1], self.where)
 
 
+class TwoFourProducts:
+    """Down and dx by torch's product of rows that keep two of every four neurons, the other seven
+    by our kernels. An expert at a time: O(E) launches, and `counts` of rows on the host."""
+
+    def __init__(self, gemm: SparseGemm, counts: list[int], where: RowMap, activation: str) -> None:
+        self.gemm, self.counts, self.where, self.activation = gemm, counts, where, activation
+        self.dense = KernelProducts(where, activation)
+
+    def gate(self, x_NH: Tensor, w_EFH: Tensor) -> Tensor:
+        """See KernelProducts."""
+        return self.dense.gate(x_NH, w_EFH)
+
+    def up(
+        self, x_NH: Tensor, w_EFH: Tensor, p_N: Tensor, entries: Entries
+    ) -> tuple[Tensor, TwoFour]:
+        """See KernelProducts."""
+        u_NS, h_NF = self.dense.up(x_NH, w_EFH, p_N, entries)
+        return u_NS, TwoFour(h_NF, entries.words_NW)
+
+    def down(self, h: TwoFour, w_EFH: Tensor, bad_N: Tensor) -> Tensor:
+        """See KernelProducts."""
+        y_NH = two_four.hidden_product(self.gemm, self.counts, self.where, (h, w_EFH))
+        ops.mark_bad(y_NH, bad_N, self.where)
+        return y_NH
+
+    def dh(
+        self, dy_NH: Tensor, w_EFH: Tensor, p_N: Tensor, kept: ops.Kept, dg_NS: Tensor | None
+    ) -> tuple[TwoFour, TwoFour, TwoFour, Tensor]:
+        """See KernelProducts."""
+        *wide, dp_N = self.dense.dh(dy_NH, w_EFH, p_N, kept, dg_NS)
+        da, du, h = (TwoFour(v_NF, kept.words_NW) for v_NF in wide)
+        return da, du, h, dp_N
+
+    def dx(self, gate: tuple[TwoFour, Tensor], up: tuple[TwoFour, Tensor]) -> Tensor:
+        """See KernelProducts."""
+        return two_four.hidden_product(self.gemm, self.counts, self.where, gate, up)
+
+    def weight_grad(
+        self, v: TwoFour, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
+    ) -> None:
+        """See KernelProducts."""
+        self.dense.weight_grad(v.wide_NF, x_NH, out_EFH, adds, gradient)
+
+
 class LinearProducts:
     """Another library's dense products; what MoNE adds is a kernel behind each."""
 
@@ -189,7 +234,7 @@ class LinearProducts:
         self.linears.weight_grad(v_NF, x_NH, out_EFH, adds, gradient)
 
 
-Products = KernelProducts | SegmentProducts | LinearProducts
+Products = KernelProducts | SegmentProducts | TwoFourProducts | LinearProducts
 
 
 def our_products(choose: Selection | NeuronMask, where: RowMap, activation: str) -> Products:

@@ -1,11 +1,12 @@
 """Every kernel against torch on the device at hand, before `auto` trusts them there; those of
-segments where neurons are chosen in blocks.
+segments where neurons are chosen in blocks; torch's own product of two of every four neurons before
+the sparse24 backend runs there.
 
 Small random shapes with an empty expert and rows of no expert; one line for the first kernel that
 differs, with its shape and error. Under a second beside compiling. A CUDA device that passed is
-remembered in the user's cache folder by its name and capability, torch, Triton, CUDA and the source
-of this folder; one that failed for as long as the process lives. Not run on a GPU yet; run in
-Triton's interpreter.
+remembered in the user's cache folder by its name and capability, torch, Triton, CUDA, cuSPARSELt
+and the source of this folder; one that failed for as long as the process lives. Not run on a GPU
+yet; run in Triton's interpreter.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.triton import ops, segments
+from megatron_mone.kernels.triton import ops, segments, two_four
 from megatron_mone.kernels.triton.row_map import row_map
 
 COUNTS, SPARE = [[5, 4], [0, 0], [2, 9]], 4  # rows by expert and source, and of no expert
@@ -48,6 +49,16 @@ def fault(device: torch.device, dtype: torch.dtype, blocks: bool = False) -> str
     if found is None and blocks:
         found = _fault(device, dtype, block_comparisons)
     return found
+
+
+def two_four_fault(device: torch.device) -> str | None:
+    """Likewise of torch's product of two of every four neurons, in bfloat16; where it raises, its
+    words."""
+    try:
+        return _fault(device, torch.bfloat16, two_four_comparisons)
+    except RuntimeError as error:
+        words = str(error).partition("\n")[0]
+        return f"torch's semi-structured product does not run on {device}: {words}"
 
 
 @cache
@@ -74,13 +85,14 @@ def _facts(device: torch.device) -> dict[str, Any]:
     """What the answers of a check depend on."""
     import triton
 
+    libraries = torch.version.cuda, torch.backends.cusparselt.version()
     source = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         source.update(path.name.encode() + b"\0" + path.read_bytes())
     return {
         "device": torch.cuda.get_device_name(device),
         "capability": torch.cuda.get_device_capability(device),
-        "versions": [torch.__version__, triton.__version__, torch.version.cuda],
+        "versions": [torch.__version__, triton.__version__, *libraries],
         "kernels": source.hexdigest(),
     }
 
@@ -273,6 +285,34 @@ def _by_segments(
     parts = zip(*(v[:real].split(rows_E.tolist()) for v in (spread(da), x)), strict=True)
     want = torch.stack([v.t() @ of.to(wide) for v, of in parts])
     yield Compared("weight_grad", main_grad - 1, want)
+
+
+def two_four_comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
+    """Torch's product of two of every four neurons as the backend calls it, of one term and of two;
+    a row map of rows past the last expert's."""
+    gemm = two_four.gemm_here()
+    assert not isinstance(gemm, str)
+    counts, rows, neurons = [33, 0, 7], 44, 128
+    where = row_map(torch.tensor(counts, device=device), rows)
+    expert_N = torch.arange(len(counts), device=device).repeat_interleave(
+        torch.tensor(counts, device=device)
+    )
+    mask = torch.rand(rows, neurons // 4, 4, device=device).argsort(dim=2).view(rows, neurons) < 2
+    words = NeuronMask.from_bool(mask).words()
+
+    def term() -> tuple[two_four.TwoFour, Tensor]:
+        v = torch.randn(rows, neurons, device=device).masked_fill(~mask, 0).to(dtype)
+        w = torch.randn(len(counts), neurons, HIDDEN, device=device).to(dtype) / 8
+        return two_four.TwoFour(v, words), w
+
+    def product(v: two_four.TwoFour, w: Tensor) -> Tensor:
+        real = v.wide_NF[: sum(counts)].to(torch.float32)
+        return torch.einsum("nf,nfh->nh", real, w.to(torch.float32)[expert_N])
+
+    for terms in ([term()], [term(), term()]):
+        got = two_four.hidden_product(gemm, counts, where, *terms)
+        want = torch.stack([product(*one) for one in terms]).sum(dim=0)
+        yield Compared(f"2:4 of {gemm.name}", got[: sum(counts)], want)
 
 
 def _bits(entries: ops.Entries, rows: int) -> Tensor:

@@ -48,10 +48,18 @@ def install(config: Any) -> str | None:
 
     Returns:
         The backend that it stands for; None in a model without MoNE layers.
+
+    Raises:
+        ValueError: mone_backend is one that no plan prices.
     """
     if not getattr(config, "mone_enabled", False):
         return None
     gpu = config.transformer_impl == "transformer_engine"
+    if config.mone_backend == "sparse24":
+        raise ValueError(
+            "mone_backend = 'sparse24' is not priced: torch's semi-structured products are no "
+            "launches of ours; plan with 'triton'"
+        )
     stands_for = "triton" if gpu else backend_of(config)
     run = partial(on_gpu if gpu else on_cpu, copy.copy(config))
     register(

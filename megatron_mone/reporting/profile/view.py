@@ -19,7 +19,7 @@ NAMES = {
 """Of the runs that tools/profile.py names itself."""
 SMALL_PHASE = 0.005
 """Share of the step under which a phase is left out of a drawing by phase."""
-_GPU_BACKENDS = {"triton", "te"}
+_GPU_BACKENDS = {"triton", "te", "sparse24"}
 MINUS = "\u2212"
 
 

@@ -29,6 +29,7 @@ from tests.unit.kernels import (
     triton_layer_cases,  # noqa: F401
     triton_public_cases,  # noqa: F401
     triton_segment_cases,  # noqa: F401
+    triton_two_four_cases,  # noqa: F401
 )
 from tests.unit.kernels.triton_case_tools import (
     BOTH,

@@ -117,7 +117,7 @@ def test_layer_pattern(moe, mone, pattern):
     ],
 )
 def test_a_backend_is_told_the_model(monkeypatch, changes, by_rule):
-    """Activation, type, loss, rule and block decide what can run, before any batch."""
+    """Activation, type, loss, rule, block and groups decide what can run, before any batch."""
     asked = []
     probe = Backend("triton", why_not=asked.append, run=lambda: None)
     monkeypatch.setitem(BACKENDS, "triton", probe)
@@ -127,10 +127,12 @@ def test_a_backend_is_told_the_model(monkeypatch, changes, by_rule):
     blocks = mone_config(mone_backend="triton", mone_neuron_block=2, mone_activation="gelu")
     backend_of(blocks)
     assert (asked[1].block, asked[1].activation, asked[1].dtype) == (2, "gelu", torch.float32)
+    assert (asked[1].neurons, asked[1].hidden) == (24, 16)
+    assert (asked[1].groups, asked[1].kept_share) == (1, 0.25)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
-@pytest.mark.parametrize("name", ["triton", "te"])
+@pytest.mark.parametrize("name", ["triton", "te", "sparse24"])
 def test_a_backend_that_cannot_run_stops_before_anything_starts(name):
     with pytest.raises(ValueError, match=f"backend = '{name}' cannot run here: "):
         check_packages(mone_config(mone_backend=name))

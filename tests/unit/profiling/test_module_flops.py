@@ -170,6 +170,10 @@ ROUTES = {
     ("reference", 1): ((0, 9 * ALL), (0, 12 * ALL)),
     ("cpu", 1): ((ALL, 8 * KEPT), (ALL, 11 * KEPT)),
     ("triton", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
+    ("sparse24", 1): (
+        (ALL, 5 * ALL + 3 * KEPT),
+        (2 * ALL, 6 * ALL + 4 * KEPT),
+    ),
     ("te", 1): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("te", 6): ((ALL, 8 * ALL), (2 * ALL, 10 * ALL)),
     ("triton", 6): ((ALL, 8 * KEPT), (2 * ALL, 10 * KEPT)),  # rows keep 6: one block
