@@ -24,8 +24,9 @@ from megatron_mone.common.documents import (
 
 AGAIN = "an answer comes from megatron-mone gpu-answer --out DIR"
 STATES = ("running", "done", "cut", "failed", "not started")
-DENSE, MONE, REFERENCE = "dense", "mone", "reference"
-"""Names of layers: dense experts in torch's grouped_mm; MoNE by our kernels, and by plain torch."""
+DENSE, MONE, REFERENCE, TWO_FOUR = "dense", "mone", "reference", "mone 2:4"
+"""Names of layers: dense experts in torch's grouped_mm; MoNE by our kernels, by plain torch, and by
+our kernels with torch's semi-structured products."""
 
 
 class Agreement(Part):
@@ -99,7 +100,7 @@ class LayerTime(Sizes):
     """The experts of a layer, without router and dispatch; in decode without gradients."""
 
     name: Text
-    """dense, mone, or reference (MoNE in plain torch)"""
+    """dense, mone, reference (MoNE in plain torch), or mone 2:4 (by the sparse24 backend)"""
     block: AtLeast1
     """B neurons chosen together"""
     balance_loss: bool

@@ -12,12 +12,14 @@ from torch.nn import functional
 
 from megatron_mone.benchmarking.gpu_answer.given import Given
 from megatron_mone.kernels.choice import Selection
-from megatron_mone.kernels.gpu_answer_results import DENSE, MONE, REFERENCE
+from megatron_mone.kernels.gpu_answer_results import DENSE, MONE, REFERENCE, TWO_FOUR
 from megatron_mone.kernels.grouped_mlp import grouped_mlp_with_gates
+from megatron_mone.kernels.registry import BACKENDS, Call
 from megatron_mone.kernels.triton import ops
 from megatron_mone.profiling.weighted_swiglu import WeightedSwiGLU
 
 COEFFICIENT = 1e-2
+BACKEND = {MONE: "triton", REFERENCE: "reference", TWO_FOUR: "sparse24"}
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class Variant:
     """What of a layer is timed.
 
     Attributes:
-        name: dense, mone or reference.
+        name: dense, or of BACKEND.
         kept: S.
         block: B.
+        groups: G.
         balance_loss: whether the balance loss is made and added to the gradient.
         nan_check: whether bad rows are noted.
     """
@@ -35,6 +38,7 @@ class Variant:
     name: str
     kept: int
     block: int = 1
+    groups: int = 1
     balance_loss: bool = False
     nan_check: bool = False
 
@@ -46,6 +50,19 @@ class Variant:
         extra = [word for word, on in (("balance loss", self.balance_loss),
                                        ("NaN check", self.nan_check)) if on]  # fmt: skip
         return ", ".join([f"{self.name} S {self.kept}, B {self.block}", *extra])
+
+    @property
+    def choose(self) -> Selection:
+        """The neurons of a row."""
+        return Selection(self.kept, self.groups, self.block)
+
+    def why_not(self, given: Given) -> str | None:
+        """Why it cannot run on these inputs; None where it can."""
+        if self.name == DENSE:
+            return None
+        call = Call(given.x_NH.device.type, given.x_NH.dtype)
+        call = call.sized(given.shape.rows, given.weights[0], self.choose)
+        return BACKENDS[BACKEND[self.name]].why_not(call)
 
 
 class Experts:
@@ -91,8 +108,7 @@ class Experts:
         ours = variant.name == MONE
         output = grouped_mlp_with_gates(
             x_NH, p_N, self.given.counts_ER if ours else list(shape.counts), *weights,
-            choose=Selection(variant.kept, block=variant.block), activation="silu",
-            backend="triton" if ours else REFERENCE,
+            choose=variant.choose, activation="silu", backend=BACKEND[variant.name],
         )  # fmt: skip
         y_NH, entries = output.y_NH, output.entries
         if not (variant.nan_check or variant.balance_loss):

@@ -82,16 +82,21 @@ def _layer(row: LayerTime, rows: Sequence[LayerTime]) -> tuple[str, ...]:
              if on]  # fmt: skip
     name = ", ".join([row.name if row.name == DENSE else f"{row.name} B {row.block}", *extra])
     dense = [one for one in rows if one.name == DENSE and _place(one) == _place(row)]
-    ratio = f"{_time(row) / _time(dense[0]):.2f}" if dense else ""
+    ratio = f"{_ratio(row, dense[0]):.2f}" if dense else ""
     return (
         name, _shape(row), f"{row.forward_ms:.4g}", _ms(row.forward_backward_ms),
         _ms(row.replay_ms), ratio, "" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.0f}",
     )  # fmt: skip
 
 
-def _time(row: LayerTime) -> float:
-    """What layers are compared by: of the device alone where it was measured."""
-    return row.replay_ms or row.forward_backward_ms or row.forward_ms
+def _ratio(row: LayerTime, dense: LayerTime) -> float:
+    """Of their times on the device alone where both were measured, else with the host's."""
+    pairs = zip(_times(row), _times(dense), strict=True)
+    return next(mine / theirs for mine, theirs in pairs if mine and theirs)
+
+
+def _times(row: LayerTime) -> tuple[float | None, ...]:
+    return row.replay_ms, row.forward_backward_ms, row.forward_ms
 
 
 def _place(row: Sizes) -> tuple[object, ...]:

@@ -113,6 +113,7 @@ def test_kernels_have_the_planners_numbers(answer):
 def test_layers_decode_and_waits_are_there(answer):
     names = {row.name for row in answer.section("layers").layers}
     assert {"dense", "mone"} <= names
+    assert "mone 2:4 S 16, B 1" in " ".join(answer.section("layers").notes)  # which says why not
     assert {row.block for row in answer.section("decode").layers} == {1, 8}
     checks = answer.section("waits").checks
     assert all(check.passed is None for check in checks)  # they need a GPU

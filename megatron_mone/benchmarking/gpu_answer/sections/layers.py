@@ -10,7 +10,7 @@ from megatron_mone.benchmarking.gpu_answer.experts import Experts, Variant
 from megatron_mone.benchmarking.gpu_answer.given import given
 from megatron_mone.benchmarking.gpu_answer.notebook import Notebook
 from megatron_mone.benchmarking.gpu_answer.plan import Plan, Shape, kept_of
-from megatron_mone.kernels.gpu_answer_results import DENSE, MONE, REFERENCE, LayerTime
+from megatron_mone.kernels.gpu_answer_results import DENSE, MONE, REFERENCE, TWO_FOUR, LayerTime
 
 
 def run(plan: Plan, device: torch.device, book: Notebook) -> None:
@@ -19,6 +19,9 @@ def run(plan: Plan, device: torch.device, book: Notebook) -> None:
         inputs = given(shape, device)
         of_shape = variants(plan, shape, reference=shape is plan.layers[0])
         for variant in islice(of_shape, plan.variants):
+            if (reason := variant.why_not(inputs)) is not None:
+                book.note(f"{variant.label} at {shape.label}: not run: {reason}")
+                continue
             try:
                 experts = Experts(inputs, variant)
                 book.add(timed(experts, plan, device))
@@ -37,6 +40,7 @@ def variants(plan: Plan, shape: Shape, *, reference: bool) -> Iterator[Variant]:
     yield Variant(MONE, quarter)
     yield Variant(MONE, quarter, quarter)
     yield Variant(MONE, quarter, balance_loss=True, nan_check=True)
+    yield Variant(TWO_FOUR, shape.neurons // 2, groups=shape.neurons // 4)
     yield Variant(MONE, quarter, quarter // 2)
     yield Variant(MONE, kept_of(shape, 1 / 4, plan.block), plan.block)
     for ratio in plan.ratios:
@@ -57,7 +61,7 @@ def timed(experts: Experts, plan: Plan, device: torch.device) -> LayerTime:
     replay = peak = None
     if device.type == "cuda":
         peak = _peak(experts.passes)
-        if variant.name != REFERENCE:  # which waits for the host
+        if variant.name in (DENSE, MONE):  # the others wait for the host, or may
             replay = replay_ms(experts.passes, device, plan.repeats)
     return LayerTime(
         **shape.keeping(variant.kept).sizes(), name=variant.name, block=variant.block,
