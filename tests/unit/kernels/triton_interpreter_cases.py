@@ -39,6 +39,7 @@ from tests.unit.kernels.triton_case_tools import (
     close,
     inputs,
     poison,
+    quicken_interpreter,
     run_all,
 )
 
@@ -240,6 +241,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     rows_of.TILE = 16  # here alone: a row costs the interpreter as much as a tile does
     poison()
+    quicken_interpreter()
     for name in [name for name in CASES if sys.argv[2:] and name.split("-")[0] not in sys.argv[2:]]:
         del CASES[name]
     results = run_all()
