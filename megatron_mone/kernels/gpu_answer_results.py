@@ -147,7 +147,7 @@ class Section(Document, again=AGAIN, indent=1):
     notes: list[Words]
     """what did not run, and why"""
     facts: dict[Key, AnyText]
-    """of the machine"""
+    """of the machine; of decode, the bytes of weights that are read to those of dense experts"""
     peaks: dict[Key, Positive]
     """measured: bytes or operations a second"""
     agreements: list[Agreement]

@@ -1,6 +1,7 @@
 """The Triton backend as the registry knows it: what it takes, and which route a call takes.
 
     Selection, mask of rows of one length     grouped_experts.py
+        of few rows without gradients         its products are decode.py's
     rule over all gates, ready mask whose     ragged.py, torch operations around the same products;
     rows have several lengths                 waits for the number of kept entries
 Not run on a GPU yet. Importing this needs no triton.

@@ -10,6 +10,7 @@ backward, from x, p, a, u [N, S] and bits [N, F / 8]:
     K7  dx                      K8  weight gradients, into main_grad where Megatron adds up there
     K9  rows of at most 4 blocks: pairs sorted by (expert, block), K3 to K8 over kept blocks alone,
         h, da, du [N, S]; float32 parts [N, Q, H] of y and dx where a row keeps Q > 1
+Few rows that need no gradients go by D1 to D3 (decode.py).
 The number of launches does not depend on the number of experts, and no count comes to the host: N
 is a bound, rows past the last expert's are not touched.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, S kept.
@@ -28,7 +29,8 @@ from torch.distributed import ProcessGroup
 from megatron_mone.common.phases import GATE_GEMM, SELECTION, UP_DOWN_GEMM, enter
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.triton import ops
+from megatron_mone.kernels.triton import decode, ops
+from megatron_mone.kernels.triton.decode import DecodeProducts, takes_decode
 from megatron_mone.kernels.triton.ops import Blocks, BlockSums, Counters, Entries, Slope
 from megatron_mone.kernels.triton.products import Products, our_products
 from megatron_mone.kernels.triton.row_map import RowMap, row_map
@@ -141,11 +143,16 @@ def masked_experts(
         RuntimeError: triton is missing or has no device (see `available`).
         ValueError: rows wider than the selection kernel takes.
     """
-    where = row_map(counts, x_NH.shape[0])
-    if products is None:
-        made = our_products(choose, where, activation)
+    given = (x_NH, probs_N, w_gate_EFH, w_up_EFH, w_down_EFH)
+    needs_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    rows = x_NH.shape[0]
+    made: Products
+    if products is not None:
+        made = products(row_map(counts, rows), activation)
+    elif not needs_gradients and takes_decode(rows, w_gate_EFH.shape[0]):
+        made = DecodeProducts(row_map(counts, rows, decode.TILE), activation)
     else:
-        made = products(where, activation)
+        made = our_products(choose, row_map(counts, rows), activation)
     call = _Call(made, etp_group)
     weights = [_neuron_major(w) for w in (w_gate_EFH, w_up_EFH, w_down_EFH)]
     y_NH, words_NW = _MaskedExperts.apply(x_NH, probs_N, *weights, choose, call)

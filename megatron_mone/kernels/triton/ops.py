@@ -23,7 +23,7 @@ SMALL_GROUP = 32  # neurons of a group that are compared with each other
 STRIPE_ROWS = 512  # of a block that one program counts, about
 STATISTICS = {"TILE": 32, "num_warps": 2}
 GATHER = {"TILE": 128, "num_warps": 4}
-WEIGH = LOOK = {"TILE": 1024, "num_warps": 4}
+WEIGH = LOOK = ADD = {"TILE": 1024, "num_warps": 4}
 
 
 class Entries(NamedTuple):
@@ -259,6 +259,23 @@ def hidden_product(
             flops=2 * len(terms) * rows * neurons * hidden,
             TWO=len(terms) == 2, CHECKED=bad_N is not None, ORDERED=order_P is not None, TILE_N=128,
             **product_config(v_NF.dtype, where.tile, neurons, hidden),
+        )  # fmt: skip
+    return out_NH
+
+
+def add_slots(
+    part_PH: Tensor, slots: int, dtype: torch.dtype, where: RowMap, bad_N: Tensor | None
+) -> Tensor:
+    """[N, H] sums of each row's `slots` float32 parts, in order; marks rows in bad_N."""
+    rows, hidden = where.rows, part_PH.shape[1]
+    out_NH = part_PH.new_empty((rows, hidden), dtype=dtype)
+    if rows:
+        bad = () if bad_N is None else (bad_N,)
+        launch(
+            "hidden_products.add_slots", (rows, -(-hidden // ADD["TILE"])),
+            (part_PH, out_NH, out_NH if bad_N is None else bad_N, where.offsets_E1, where.experts,
+             hidden),
+            reads=(part_PH,), writes=(out_NH, *bad), SLOTS=slots, CHECKED=bad_N is not None, **ADD,
         )  # fmt: skip
     return out_NH
 

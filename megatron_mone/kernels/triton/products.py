@@ -7,7 +7,8 @@ over kept blocks alone; these with torch's over two of every four neurons; or an
     dh            da, du, h [N, F], dp [N] from dy
     dx            da W_gate + du W_up [N, H]
     weight_grad   out [E, F, H] (+)= v^T x
-By segments h, da and du are `Values` instead, of two of four `TwoFour`; nobody else looks at them.
+By segments h, da and du are `Values` instead, of two of four `TwoFour`, and of few rows (decode.py,
+forward alone) h is `UnionValues`; nobody else looks at them.
 Shapes: N rows, E experts, F neurons of an expert, H hidden, S kept. Plain torch.
 """
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.triton import ops, segments, two_four
+from megatron_mone.kernels.triton.decode import DecodeProducts
 from megatron_mone.kernels.triton.ops import Entries
 from megatron_mone.kernels.triton.row_map import RowMap
 from megatron_mone.kernels.triton.segments import Segments, Values, segments_of, takes_segments
@@ -234,7 +236,7 @@ class LinearProducts:
         self.linears.weight_grad(v_NF, x_NH, out_EFH, adds, gradient)
 
 
-Products = KernelProducts | SegmentProducts | TwoFourProducts | LinearProducts
+Products = KernelProducts | SegmentProducts | TwoFourProducts | LinearProducts | DecodeProducts
 
 
 def our_products(choose: Selection | NeuronMask, where: RowMap, activation: str) -> Products:

@@ -27,7 +27,7 @@ class RowMap:
         tile_row_T: [T] int32, its first row.
         rows: N, a bound.
         sources: R.
-        tile: TILE, rows of a tile.
+        tile: rows of a tile.
     """
 
     offsets_E1: Tensor
@@ -49,16 +49,18 @@ class RowMap:
         return self.tile_expert_T.numel()
 
 
-def row_map(counts: Tensor, rows: int) -> RowMap:
+def row_map(counts: Tensor, rows: int, tile: int | None = None) -> RowMap:
     """One launch.
 
     Args:
         counts: [E] or [E, R] integers on the rows' device: rows of each expert, or by source.
         rows: N, at least their sum.
+        tile: rows of a tile; TILE when None.
     """
+    tile = TILE if tile is None else tile
     experts, sources = counts.shape[0], counts.shape[1] if counts.dim() == 2 else 1
     device, strides = counts.device, (counts.stride(0), counts.stride(-1) if sources > 1 else 0)
-    tiles = -(-rows // TILE) + experts
+    tiles = max(1, min(rows, -(-rows // tile) + experts))
     made = [
         torch.empty(size, dtype=torch.int32, device=device)
         for size in (experts + 1, experts * sources + 1, tiles, tiles)
@@ -67,9 +69,9 @@ def row_map(counts: Tensor, rows: int) -> RowMap:
     launch(
         "row_map.row_map", (-(-tiles // many),), (counts, *made, experts, sources, *strides, tiles),
         reads=(counts,), writes=made,
-        TILE=TILE, EXPERTS=power_of_two(experts), SOURCES=power_of_two(sources), TILES=many,
+        TILE=tile, EXPERTS=power_of_two(experts), SOURCES=power_of_two(sources), TILES=many,
     )  # fmt: skip
-    return RowMap(made[0], made[1], made[2], made[3], rows, sources, TILE)
+    return RowMap(made[0], made[1], made[2], made[3], rows, sources, tile)
 
 
 def on_device(counts: Sequence[int] | Tensor, device: torch.device) -> Tensor:

@@ -21,7 +21,6 @@ SEGMENTS_UP_TO = 4
 """Blocks of a row whose products are made over segments. An estimate: each costs float32 parts of a
 row of H, written and read, in y and dx (about 0.8 of a dense layer's time at 4 of 16 blocks on an
 H100, H 2048, F 1408; more reach what the dense route takes). Not run on a GPU yet."""
-ADD = {"TILE": 1024, "num_warps": 4}
 MAP = {"ROWS": 1024, "TILES": 128, "num_warps": 4}
 
 
@@ -143,17 +142,7 @@ def hidden_product(
     if slots == 1:
         return ops.hidden_product(of_pairs, *values, bad_N=bad_N, order_P=order_P)
     part_PH = ops.hidden_product(of_pairs, *values, order_P=order_P, dtype=torch.float32)
-    like_PB, (rows, hidden) = values[0][0], (where.rows, part_PH.shape[1])
-    out_NH = like_PB.new_empty((rows, hidden))
-    if rows:
-        bad = () if bad_N is None else (bad_N,)
-        launch(
-            "hidden_products.add_slots", (rows,),
-            (part_PH, out_NH, out_NH if bad_N is None else bad_N, where.offsets_E1, where.experts,
-             hidden),
-            reads=(part_PH,), writes=(out_NH, *bad), SLOTS=slots, CHECKED=bad_N is not None, **ADD,
-        )  # fmt: skip
-    return out_NH
+    return ops.add_slots(part_PH, slots, values[0][0].dtype, where, bad_N)
 
 
 def weight_grad(values: Values, x_NH: Tensor, out_EFH: Tensor, adds: bool) -> None:

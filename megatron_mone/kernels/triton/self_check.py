@@ -26,7 +26,7 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.triton import ops, segments, two_four
+from megatron_mone.kernels.triton import decode, ops, segments, two_four
 from megatron_mone.kernels.triton.row_map import row_map
 
 COUNTS, SPARE = [[5, 4], [0, 0], [2, 9]], 4  # rows by expert and source, and of no expert
@@ -160,6 +160,19 @@ def comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
     y = ops.hidden_product(where, (h, w_down), bad_N=entries.bad_N)
     yield Compared("hidden_product", y[:real], by_hidden(h, w_down))
     yield Compared("hidden_product", entries.bad_N[:real], torch.zeros(real, device=device))
+
+    few = decode.DecodeProducts(row_map(counts, rows, decode.TILE), "silu")
+    yield Compared("decode_gate", few.gate(x, w_gate)[:real], by_neurons(x, w_gate))
+    _, (h_few, union) = few.up(x, w_up, p, entries)
+    some_EF = torch.zeros(experts, NEURONS, device=device).index_add(0, expert_N, mask.to(wide)) > 0
+    yield Compared("union", union.number_E, some_EF.sum(dim=1))
+    there_EF = torch.arange(NEURONS, device=device) < union.number_E[:, None]
+    yield Compared("union", union.neurons_EF[there_EF], some_EF.nonzero()[:, 1])
+    got, want = h_few[:real, :NEURONS][there_EF[expert_N]], wide_h[some_EF[expert_N]]
+    yield Compared("decode_up", got, want)
+    y_few = few.down(decode.UnionValues(h_few, union), w_down, entries.bad_N)
+    yield Compared("decode_down", y_few[:real], by_hidden(wide_h, w_down))
+    yield Compared("decode_down", entries.bad_N[:real], torch.zeros(real, device=device))
 
     cells = torch.arange(counts.numel(), dtype=torch.int32, device=device)
     blocks = ops.Blocks(cells, counts.shape[1], counts.numel())

@@ -143,7 +143,7 @@ _BETWEEN_PRODUCTS = frozenset(
     f"mone.{name}"
     for name in (
         "row_map", "select", "select_wide", "select_blocks", "compact", "segment_map", "add_slots",
-        "note_bad", "statistics", "gather", "weigh", "rebuild", "probability_grad",
+        "union", "note_bad", "statistics", "gather", "weigh", "rebuild", "probability_grad",
     )
 )  # fmt: skip
 

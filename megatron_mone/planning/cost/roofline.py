@@ -163,6 +163,9 @@ GPU_PRODUCTS = {
     "mone.dh_segments": 0,
     "mone.hidden_product": None,
     "mone.weight_grad": None,
+    "mone.decode_gate": 0,
+    "mone.decode_up": 0,
+    "mone.decode_down": None,
 }
 """Kernels of MoNE's experts on a GPU -> which of their outputs is as wide as a group's neurons;
 None: their first input is."""
@@ -236,10 +239,11 @@ def _gpu_product(op: Op) -> tuple[float, int, int, float]:
     rows, width = op.inputs[0] if at is None else op.outputs[at]
     stacked = [shape for shape in (*op.inputs, *op.outputs) if len(shape) == 3]
     experts, neurons, hidden = stacked[0]
+    width = min(width, neurons)  # of few rows, whole tiles of neurons
     each = max(1.0, rows / (experts * neurons // width))
     if op.name == "mone.weight_grad":
         return float(width), hidden, max(1, round(each)), 1.0
-    if op.name == "mone.hidden_product":
+    if op.name in ("mone.hidden_product", "mone.decode_down"):
         terms = sum(len(shape) == 3 for shape in op.inputs)
         return each, hidden, width * terms, 1.0
     return each, width, hidden, 1.0

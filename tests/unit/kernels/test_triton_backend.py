@@ -28,6 +28,7 @@ KEPT = json.loads(TABLE.read_text())
 COMPILED = [row for row, _, _ in compiled()]
 GEMMS = [name for name in COMPILED if "product" in name or "weight_grad" in name]
 GEMMS = [name for name in GEMMS if "fp32" not in name]
+DECODE = [name for name in COMPILED if name.startswith("decode_")]
 INSTRUCTION = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
 
 
@@ -86,6 +87,17 @@ def test_operands_come_by_tma(name):
         assert row["async_copies_16"] > 0
     else:
         assert row["tma_loads"] > 0
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_products_of_few_rows_are_of_sixteen(name):
+    """Rows of the instruction's least height, on every device; operands in pipelined copies of 16
+    bytes, whole programs enough for a multiprocessor to have several."""
+    row = KEPT["kernels"][name]
+    assert row["tensor_core"] == "mma.sync"
+    assert row["async_copies_16"] > 0
+    assert 3 * row["dynamic_shared"] <= 163 * 1024
+    assert 3 * 32 * row["warps"] * row["registers"] <= 65_536
 
 
 def test_table_is_of_these_kernels():

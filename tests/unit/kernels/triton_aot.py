@@ -26,9 +26,10 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
 from megatron_mone.kernels import Selection
-from megatron_mone.kernels.triton import ops, segments
+from megatron_mone.kernels.triton import decode, ops, segments
 from megatron_mone.kernels.triton.device import (
     block_selection,
+    decode_products,
     hidden_products,
     neuron_products,
     row_map,
@@ -48,7 +49,7 @@ INTS, FLOATS = "*i32", "*fp32"
 # The pointers (by name) that do not hold the activations' type.
 POINTERS = {
     **dict.fromkeys(("offset_ptr", "chunk_offset_ptr", "tile_expert_ptr", "tile_row_ptr"), INTS),
-    **dict.fromkeys(("word_ptr", "rows_ptr", "order_ptr"), INTS),
+    **dict.fromkeys(("word_ptr", "rows_ptr", "order_ptr", "union_ptr", "number_ptr"), INTS),
     **dict.fromkeys(("segment_offset_ptr", "tile_segment_ptr"), INTS),
     **dict.fromkeys(("ticket_ptr", "count_ptr"), INTS),
     **dict.fromkeys(("p_ptr", "dp_ptr", "part_ptr", "weight_ptr", "level_ptr", "loss_ptr"), FLOATS),
@@ -68,7 +69,7 @@ CHOICE = {
 }
 NUMBERS = {"scale": "fp32", "over_experts": "fp32"}
 # F, S, H and strides as a real model has them
-DIVISIBLE = ("neurons", "hidden", "kept", "w_stride", "w2_stride", "out_stride")
+DIVISIBLE = ("neurons", "hidden", "kept", "w_stride", "w2_stride", "out_stride", "width")
 
 
 def cases() -> dict[str, tuple]:
@@ -106,6 +107,18 @@ def cases() -> dict[str, tuple]:
         ),
         "weight_grad_segments": (weight_grads.weight_grad_kernel, grads[1]),
     }  # fmt: skip
+    for dtype, suffix in ((torch.bfloat16, ""), (torch.float32, "_fp32")):
+        few = decode.neuron_config(dtype)
+        found |= {
+            f"decode_gate{suffix}": (decode_products.decode_gate_kernel, few),
+            f"decode_up{suffix}": (
+                decode_products.decode_up_kernel, {**few, "ACTIVATION": "silu"},
+            ),
+            f"decode_down{suffix}": (
+                decode_products.decode_down_kernel, decode.hidden_config(dtype),
+            ),
+        }  # fmt: skip
+    found["union"] = (decode_products.union_kernel, ops.row_config(1408))
     beside = {"TILE_M": TILE, "ACTIVATION": "silu", "num_warps": 8}
     found["up_entries"] = (neuron_products.up_entries_kernel, beside)
     found["dh_entries"] = (neuron_products.dh_entries_kernel, {**beside, "BALANCED": True})
@@ -144,7 +157,7 @@ def cases() -> dict[str, tuple]:
         "note_bad": (statistics.note_bad_kernel, ops.LOOK),
         "mark_bad": (hidden_products.mark_bad_kernel, ops.LOOK),
         "add_slots": (
-            hidden_products.add_slots_kernel, {"SLOTS": 4, "CHECKED": True, **segments.ADD},
+            hidden_products.add_slots_kernel, {"SLOTS": 4, "CHECKED": True, **ops.ADD},
         ),
         "segment_map": (segment_map.segment_map_kernel, {"TILE": TILE, **segments.MAP}),
     }  # fmt: skip

@@ -313,6 +313,34 @@ def transformer_engine_takes_counts_on_the_device():
     assert "".join(library.layouts) == "TNTNNNTNNNNNNTNTNT"
 
 
+def few_rows_wait_for_nothing():
+    """Decode: seven launches, whatever the number of experts; its entries count and mark."""
+    from megatron_mone.kernels import Selection
+    from megatron_mone.kernels.triton import backend as triton
+    from megatron_mone.kernels.triton.ops import Blocks, Counters
+
+    seen = []
+    with FAKE, torch.no_grad():
+        for experts in (2, 8, 64):
+            x, p = torch.empty(16, HIDDEN, device=CUDA), torch.empty(16, device=CUDA)
+            weights = [torch.empty(experts, NEURONS, HIDDEN, device=CUDA) for _ in range(3)]
+            counts = torch.empty(experts, dtype=torch.int64, device=CUDA)
+            table = torch.empty(experts, dtype=torch.int32, device=CUDA)
+            loads = torch.empty(experts, NEURONS, dtype=torch.int64, device=CUDA)
+            first = torch.empty(experts, 3, dtype=torch.int64, device=CUDA)
+            launches = Launches()
+            with no_waits(), launches.counting() as names:
+                made = triton.run(x, p, counts, *weights, choose=Selection(6), activation="silu")
+                assert len(names) == 7, names
+                made.entries.block_sums(
+                    Blocks(table, 1, experts), shares=False, scale_free=True,
+                    counters=Counters(loads, counts),
+                )  # fmt: skip
+                made.entries.note_bad(p, first, 0)
+            seen.append(names)
+    assert seen[0] == seen[1] == seen[2], seen
+
+
 def other_losses_launch_as_few():
     device = [torch.device("cpu")]
     with job(2, device):
@@ -495,6 +523,7 @@ KERNELS = {
         launches_are_few_whatever_the_number_of_experts,
         what_is_launched_is_what_is_planned,
         transformer_engine_takes_counts_on_the_device,
+        few_rows_wait_for_nothing,
         other_losses_launch_as_few,
     )
 }

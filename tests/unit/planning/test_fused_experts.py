@@ -292,6 +292,27 @@ def test_operations_of_mone_are_the_formulas(recorder, block):
         assert choice.bytes == N * (2 * F + 2 * S + words + 4 + 1)
 
 
+def test_few_rows_without_gradients_are_their_own_launches(recorder):
+    """Products whose operands are listed whole: the union of kept neurons is known on a device."""
+    from megatron_mone.planning.cost.roofline import operation
+
+    few, neurons = 8 * E, 168  # no whole tiles of 16
+    weights = [torch.empty(E, neurons, H, dtype=torch.bfloat16) for _ in range(3)]
+    x, probs = torch.empty(few, H, dtype=torch.bfloat16), torch.empty(few)
+    on_gpu(config_of(), x, probs, [few, 0, 0], *weights, choose=Selection(S))
+    ops = fused(recorder)
+    assert [op.name for op in ops] == [
+        f"mone.{name}" for name in ("row_map", "decode_gate", "select", "union", "decode_up",
+                                    "decode_down", "add_slots")
+    ]  # fmt: skip
+    for op, (columns, depth) in zip(
+        (op for op in ops if op.flops), ((neurons, H), (neurons, H), (H, neurons)), strict=True
+    ):
+        priced = operation(op)
+        assert (priced.kind, priced.rows, priced.columns) == ("grouped_gemm", 8, columns)
+        assert (priced.depth, priced.kept, priced.flops) == (depth, 1.0, 2 * few * H * neurons)
+
+
 @pytest.mark.parametrize("slots", [1, 2])
 def test_operations_of_few_blocks_are_of_the_kept_alone(recorder, slots):
     """The gate of all, then eight products of S / F each, over E F / B segments of the rows."""

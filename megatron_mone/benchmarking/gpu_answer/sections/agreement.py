@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from megatron_mone.benchmarking.gpu_answer.decode_steps import DecodeSteps
 from megatron_mone.benchmarking.gpu_answer.given import given
 from megatron_mone.benchmarking.gpu_answer.notebook import Notebook
 from megatron_mone.benchmarking.gpu_answer.plan import Plan, Shape
@@ -18,12 +19,13 @@ TOLERANCE = {"fp32": 2e-5, "bf16": 2e-2}
 def run(plan: Plan, device: torch.device, book: Notebook) -> None:
     """A row a kernel and shape."""
     for shape in plan.agree:
-        steps = Steps(given(shape, device))
-        for step in steps.all:
-            book.add(_row(steps, step, shape, plan.runs))
+        inputs = given(shape, device)
+        for steps in (Steps(inputs), DecodeSteps(inputs)):
+            for step in steps.all:
+                book.add(_row(steps, step, shape, plan.runs))
 
 
-def _row(steps: Steps, step: Step, shape: Shape, runs: int) -> Agreement:
+def _row(steps: Steps | DecodeSteps, step: Step, shape: Shape, runs: int) -> Agreement:
     first = [None if out is None else steps.of(out).clone() for out in step.run()]
     whole = list(step.run())
     again = [_same(steps, first, whole)]
@@ -38,7 +40,9 @@ def _row(steps: Steps, step: Step, shape: Shape, runs: int) -> Agreement:
     )  # fmt: skip
 
 
-def _same(steps: Steps, first: Sequence[Tensor | None], now: Sequence[Tensor | None]) -> bool:
+def _same(
+    steps: Steps | DecodeSteps, first: Sequence[Tensor | None], now: Sequence[Tensor | None]
+) -> bool:
     """Bit for bit, so that a NaN equals itself."""
     pairs = [(a, steps.of(b)) for a, b in zip(first, now, strict=True) if a is not None]
     return all(torch.equal(_bits(a), _bits(b)) for a, b in pairs)

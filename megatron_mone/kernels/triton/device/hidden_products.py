@@ -90,18 +90,17 @@ def add_slots_kernel(
     part_ptr, out_ptr, bad_ptr, offset_ptr, experts, hidden,
     SLOTS: tl.constexpr, CHECKED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H]: the parts [N, SLOTS, H] of a row, in order, and its mark: grid (N,)."""
+    """out [N, H]: the parts [N, SLOTS, H] of a row, in order, and its mark: grid
+    (N, ceil(H / TILE))."""
     row = tl.program_id(0).to(tl.int64)
     if row < tl.load(offset_ptr + experts):
-        bad = tl.zeros([TILE], dtype=tl.int32)
-        for start in range(0, hidden, TILE):
-            j = start + tl.arange(0, TILE)
-            total = tl.zeros([TILE], dtype=tl.float32)
-            for slot in tl.static_range(SLOTS):
-                at = (row * SLOTS + slot) * hidden + j
-                total += tl.load(part_ptr + at, mask=j < hidden, other=0.0)
-            out = total.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + row * hidden + j, out, mask=j < hidden)
-            bad |= ((tl.abs(out.to(tl.float32)) < float("inf")) == 0).to(tl.int32)
+        j = tl.program_id(1) * TILE + tl.arange(0, TILE)
+        total = tl.zeros([TILE], dtype=tl.float32)
+        for slot in tl.static_range(SLOTS):
+            at = (row * SLOTS + slot) * hidden + j
+            total += tl.load(part_ptr + at, mask=j < hidden, other=0.0)
+        out = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row * hidden + j, out, mask=j < hidden)
         if CHECKED:
-            tl.store(bad_ptr + row, tl.max(bad, axis=0).to(tl.int8))
+            bad = tl.max(((tl.abs(out.to(tl.float32)) < float("inf")) == 0).to(tl.int32), axis=0)
+            tl.store(bad_ptr + row, bad.to(tl.int8), mask=bad > 0)
