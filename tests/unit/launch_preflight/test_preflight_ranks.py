@@ -134,7 +134,7 @@ def test_a_partner_that_never_comes_is_a_failed_pair(start: Callable[..., Any], 
 def test_who_waited_in_vain_is_not_late_for_the_others(start: Callable[..., Any]) -> None:
     """Node 1 of four is absent: its three partners wait, and still meet each other."""
     hosts = tuple(f"127.0.0.{node + 1}" for node in range(4))
-    lines = {node: start(node, *hosts, seconds=15) for node in (0, 2, 3)}
+    lines = {node: start(node, *hosts, seconds=30) for node in (0, 2, 3)}
     found = {node: line_of(process)["pairs"] for node, process in lines.items()}
     well = {
         (node, int(other))
