@@ -381,6 +381,51 @@ def flex_rows(backend):
         assert not seen.megatrons
 
 
+def a_layer_on_hybridep(capacity):
+    """The whole layer and its kernels; with a rank capacity its rows are a bound."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+    from megatron_mone.moe import faults
+    from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
+
+    device, ranks, local = [torch.device("cpu")], 2, 2
+    bound = PAIRS if capacity is None else 256  # a multiple of it, says Megatron
+
+    def dispatch(x, routing_map, probs, num_permuted_tokens=None, **_rest):
+        assert num_permuted_tokens == (None if capacity is None else bound)
+        at = torch.empty(bound, dtype=torch.int64, device=CUDA)
+        rows_E = torch.empty(local, dtype=torch.int32, device=CUDA)
+        handle = (torch.empty(1, dtype=torch.int32, device=CUDA),)  # tokens over the budget
+        return x[at], probs.flatten()[at], None, rows_E, handle
+
+    def combine(x, **_rest):
+        return x[torch.empty(SEQUENCE * BATCH, dtype=torch.int64, device=CUDA)]
+
+    with (
+        job(ranks, device),
+        mock.patch.object(fused_a2a, "HAVE_HYBRIDEP", True),
+        mock.patch.multiple(
+            token_dispatcher, hybrid_ep_dispatch=dispatch, hybrid_ep_combine=combine
+        ),
+        launch.recording(lambda one: None),
+    ):
+        layer, fake = fake_layer(ranks, ranks * local, device, mone_backend="triton")
+        layer.config.moe_flex_dispatcher_backend = "hybridep"
+        layer.config.moe_expert_rank_capacity_factor = capacity
+        layer.config.use_transformer_engine_op_fuser = capacity is not None  # it asks for both
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        with fake:
+            layer.token_dispatcher = MaskFlexTokenDispatcher(local, [0, 1], layer.config, groups)
+            for _ in range(2):
+                megatrons = through_a_layer(layer, padded=False)
+            assert len(faults._kept) == 2  # a NaN, and rows dropped over the budget
+            faults._kept.clear()
+            with no_waits():
+                layer.neuron_balancer.end_step()
+    assert not megatrons, megatrons
+
+
 def a_bias_reaches_its_experts_rows():
     """Of the loss type "bias": the rule that adds it knows rows from counts on the device."""
     from megatron_mone.kernels import BiasedRule
@@ -516,6 +561,10 @@ HARNESS = {
     for case in (what_waits_is_refused, megatron_may_wait, backward_is_that_of_autograd)
 }
 FLEX = {backend: partial(flex_rows, backend) for backend in ("deepep", "hybridep")}
+FLEX |= {
+    f"hybridep, rank capacity {capacity}": partial(a_layer_on_hybridep, capacity)
+    for capacity in (None, 1.5)
+}
 LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
 KERNELS = {
     case.__name__: case
