@@ -27,6 +27,9 @@ def train(
     ranks: Annotated[
         int | None, Option(help="ranks to start here (those of configs/launch/local.yaml)")
     ] = None,
+    name: Annotated[
+        str | None, Option(help="of the run and its folder (the run file's; -mock on mock data)")
+    ] = None,
 ) -> int:
     """Train the model of a run file: `run` in a shell, one rank under torchrun or srun.
 
@@ -50,11 +53,13 @@ def train(
     if "WORLD_SIZE" not in os.environ:
         from launch.__main__ import main as launch
 
-        own = ["--config", str(file), "--name", f"{file.stem}-mock" if mock else file.stem]
+        name = name or (f"{file.stem}-mock" if mock else file.stem)
+        own = ["--config", str(file), "--name", name]
         own += [] if ranks is None else ["--tasks-per-node", str(ranks)]
         return launch(["run", *own, "--", *words])
-    if ranks is not None:
-        raise ValueError(f"--ranks {ranks} is for a shell: here torchrun or srun started them")
+    for flag, value in (("--ranks", ranks), ("--name", name)):
+        if value is not None:
+            raise ValueError(f"{flag} {value} is for a shell: here torchrun or srun started it")
     import_module("megatron_mone.pretrain").main(["--config", str(file), *words])
     return 0
 

@@ -159,6 +159,12 @@ def test_train_on_data_is_launch_run(launched, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_run_has_the_name_that_train_is_given(launched):
+    """What to do where the folder holds a run of another config."""
+    assert status_of("train", "--config", "demo-mone", "--name", "second") == 0
+    assert launched[0][3:5] == ["--name", "second"]
+
+
 def test_train_under_torchrun_is_one_rank_of_the_entry_point(launched, monkeypatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(pretrain, "main", seen.append)
@@ -168,4 +174,5 @@ def test_train_under_torchrun_is_one_rank_of_the_entry_point(launched, monkeypat
     file = str(CONFIG_ROOT / "demo-mone.yaml")
     assert seen == [["--config", file, "--mock-data", "--seed", "1"]]
     assert (launched, sys.argv) == ([], ours)
-    assert status_of("train", "--config", "demo-mone", "--ranks", "2") == 2
+    for flag in (("--ranks", "2"), ("--name", "x")):
+        assert status_of("train", "--config", "demo-mone", *flag) == 2
