@@ -25,6 +25,7 @@ ROOMS = (
         "data",
         "cpu_emulation",
         "model",
+        "conversion",
     ),
     *("profiling", "planning", "reporting"),
     *("benchmarking", "demo", "commands"),

@@ -1,0 +1,48 @@
+"""A Hugging Face model's shape as a model file of configs/model."""
+
+from pathlib import Path
+
+import yaml
+
+from megatron_mone.common.files import atomic_write
+from megatron_mone.conversion.families import family_of
+from megatron_mone.conversion.hf_config import HFConfig
+
+
+def model_file(path: Path, mone: str | None = None) -> str:
+    """The YAML text of a model file; what it does not say of the model stands above as comments.
+
+    Args:
+        path: a folder with a config.json, or that file.
+        mone: of configs/mone, what makes it a MoNE model.
+
+    Raises:
+        ValueError: one line: a file that is no such config, a field with a wrong value, a family
+            that is not known or that MoNE has not, or `mone` of a model without experts.
+    """
+    config = HFConfig.read(path)
+    family = family_of(config)
+    shape = family.shape(config)
+    if mone is not None:
+        if "num_experts" not in shape:
+            raise ValueError(f"--mone {mone}: {config.path} is a dense model, which has no experts")
+        shape["mone"] = mone
+    notes = [*config.notes, *config.left()]
+    header = [f"The shape of a {family.name} model, from its config.json.", *notes]
+    lines = [f"# {' '.join(line.split())}" for line in header]
+    return "\n".join([*lines, yaml.safe_dump(shape, sort_keys=False, width=1000)])
+
+
+def write_model_file(path: Path, out: Path, mone: str | None = None) -> None:
+    """`model_file`, to a file that is not there yet.
+
+    Raises:
+        ValueError: also where `out` is there, with another content, or is no .yaml.
+    """
+    text = model_file(path, mone)
+    if out.suffix != ".yaml":
+        raise ValueError(f"--out {out} must end in .yaml: run files name a model by it")
+    if out.exists() and out.read_text(encoding="utf-8") != text:
+        raise ValueError(f"--out {out} is there: choose another name, or delete it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(out, text.encode())
