@@ -33,6 +33,7 @@ from torch.distributed import ProcessGroup
 from megatron_mone.config import (
     MoNEConfig,
     chosen_by_rule,
+    is_mone,
     needs_all_gates,
     neurons_per_token,
     selection_bounds,
@@ -382,11 +383,17 @@ def _like(
 
 
 def backend_of(config: Any) -> str:
-    """The backend that the experts of this model run on here.
+    """The backend that the experts of this model run on here, or would if it were MoNE's.
+
+    Args:
+        config: a config, or Megatron's arguments, where sizes may not be known yet.
 
     Raises:
         ValueError: mone_backend names one that cannot run this model here; says why.
     """
+    neurons, kept_share = config.moe_ffn_hidden_size, None
+    if neurons is not None and is_mone(config):
+        kept_share = neurons_per_token(config) / neurons
     return resolve_backend(
         config.mone_backend,
         activation=config.mone_activation,
@@ -396,7 +403,7 @@ def backend_of(config: Any) -> str:
         by_rule=chosen_by_rule(config),
         block=config.mone_neuron_block,
         groups=config.mone_neuron_groups,
-        neurons=config.moe_ffn_hidden_size,
-        kept_share=neurons_per_token(config) / config.moe_ffn_hidden_size,
+        neurons=neurons,
+        kept_share=kept_share,
         hidden=config.hidden_size,
     )

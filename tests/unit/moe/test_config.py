@@ -1,5 +1,7 @@
 """Wrong mone_* values are one-line ValueErrors naming field, value and what is allowed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -166,3 +168,11 @@ def test_fields_come_from_the_environment_file(tmp_path, monkeypatch):
     assert neurons_per_token(stock) == 6
     assert stock.mone_ng_loss_type == "entropy"
     assert stock.mone_activation == "silu"
+
+
+def test_a_backend_of_arguments_that_are_no_models_yet():
+    """Of a dense baseline of a run file, which names its backend too, and of sizes left out."""
+    for changes in ({"mone_neuron_ratio": None}, {"moe_ffn_hidden_size": None}):
+        fields = {**vars(mone_config(mone_backend="reference")), **changes}
+        arguments = SimpleNamespace(**fields)
+        assert backend_of(arguments) == "reference"
