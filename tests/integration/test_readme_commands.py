@@ -79,9 +79,10 @@ FORMS = {
         "no regression", (("tools", "python tools"), ("A B", "out/profile out/profile"))
     ),
     ".venv/bin/python tools/plan_scale.py --config configs/plan/moe-671b-a37b-mone-1024.yaml "
-    "--gpus 1024 --against moe,blocks:mone_neuron_block=128 --json out/plan/plan.json": Form(
+    "--gpus 1024 --against moe,blocks:mone_neuron_block=512 --json out/plan/plan.json": Form(
         r"(?s)mone .*moe .*blocks .*wrote out/plan/plan\.json",
-        (("configs/plan/moe-671b-a37b-mone-1024.yaml", "small-plan.yaml"), ("1024", "8")),
+        (("configs/plan/moe-671b-a37b-mone-1024.yaml", "small-plan.yaml"), ("1024", "8"),
+         ("=512", "=128")),
     ),
     "python tools/megatron_unit_tests.py CHECKOUT": Form(  # of Megatron-LM, and there is none here
         r"megatron-mone: error: .*CHECKOUT", status=2
