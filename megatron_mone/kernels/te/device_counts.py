@@ -9,10 +9,12 @@ only where TE says that this device and cuBLASLt have it (Hopper from cuBLASLt 1
 Not run on a GPU yet.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_mone.kernels.te.linears import Kind, TransformerEngineLinears
 
 MAX_EXPERTS = 64  # kMaxGroups of TE's setup kernel, whose arguments hold a pointer for each
 
@@ -28,8 +30,8 @@ def takes_device_counts(dtype: torch.dtype, experts: int) -> bool:
     return experts <= MAX_EXPERTS and is_module_grouped_tensor_path_supported(None, dtype)
 
 
-class DeviceCountLinears:
-    """See GroupedLinears.
+class DeviceCountLinears(TransformerEngineLinears):
+    """The same products, of counts on the device and in the operands' own dtype.
 
     Args:
         counts_E: [E] integers on the operands' device: rows of each expert; rows past their sum are
@@ -37,38 +39,26 @@ class DeviceCountLinears:
     """
 
     def __init__(self, counts_E: Tensor) -> None:
+        super().__init__(None, [])  # no recipe, and no counts on the host
         self.counts_E = counts_E.long().contiguous()
         zero_1 = self.counts_E.new_zeros(1)
         self._rows_before_E1 = torch.cat([zero_1, self.counts_E.cumsum(0)])
         self._offsets: dict[int, Tensor] = {}
 
-    def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
-        """[N, F] x W^T."""
-        out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
-        if x_NH.shape[0]:
-            _gemm(list(w_EFH.unbind()), self._rows(x_NH), self._rows(out_NF), "TN")
-        return out_NF
+    def _gemm(
+        self, left: Any, right: Any, out: Tensor | list[Tensor], layout: str,
+        accumulate: bool = False,
+    ) -> None:  # fmt: skip
+        from transformer_engine.pytorch.cpp_extensions import (
+            general_grouped_gemm_for_grouped_tensor,
+        )
 
-    def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
-        """[N, H] sum of v W."""
-        first_NF, first_EFH = products[0]
-        y_NH = first_NF.new_empty((first_NF.shape[0], first_EFH.shape[2]))
-        for order, (v_NF, w_EFH) in enumerate(products if y_NH.shape[0] else ()):
-            weights = list(w_EFH.unbind())
-            _gemm(weights, self._rows(v_NF), self._rows(y_NH), "NN", accumulate=order > 0)
-        return y_NH
+        general_grouped_gemm_for_grouped_tensor(
+            left, right, self._rows(out, "rows") if isinstance(out, Tensor) else out,
+            layout=layout, accumulate=accumulate, use_split_accumulator=True,
+        )  # fmt: skip
 
-    def weight_grad(
-        self, v_NF: Tensor, x_NH: Tensor, out_EFH: Tensor, adds: bool, gradient: Literal["v", "x"]
-    ) -> None:
-        """out [E, F, H] (+)= v^T x."""
-        if x_NH.shape[0]:
-            out = list(out_EFH.unbind())
-            _gemm(self._rows(x_NH), self._rows(v_NF), out, "NT", accumulate=adds)
-        elif not adds:
-            out_EFH.zero_()
-
-    def _rows(self, rows: Tensor) -> Any:
+    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> Any:
         """[N, width] as TE's grouped tensor of E."""
         from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import (
             GroupedTensorStorage,
@@ -82,11 +72,3 @@ class DeviceCountLinears:
             quantizer=None, data=rows.contiguous().view(-1), first_dims=self.counts_E,
             tensor_offsets=self._offsets[width],
         )  # fmt: skip
-
-
-def _gemm(left: Any, right: Any, out: Any, layout: str, accumulate: bool = False) -> None:
-    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm_for_grouped_tensor
-
-    general_grouped_gemm_for_grouped_tensor(
-        left, right, out, layout=layout, accumulate=accumulate, use_split_accumulator=True
-    )

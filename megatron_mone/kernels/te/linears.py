@@ -82,7 +82,7 @@ class TransformerEngineLinears:
         out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
         if x_NH.shape[0]:
             rows = self._rows(x_NH, "gradient" if gradient else "rows")
-            _gemm(self._weights(w_EFH), rows, [out_NF], "TN", self.counts, single_output=True)
+            self._gemm(self._weights(w_EFH), rows, out_NF, "TN")
         return out_NF
 
     def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
@@ -92,9 +92,7 @@ class TransformerEngineLinears:
         for order, (v_NF, w_EFH) in enumerate(products if y_NH.shape[0] else ()):
             rows = self._rows(v_NF, "gradient" if gradient else "rows")
             weights = self._weights(w_EFH, columnwise=True)
-            _gemm(
-                weights, rows, [y_NH], "NN", self.counts, single_output=True, accumulate=order > 0
-            )
+            self._gemm(weights, rows, y_NH, "NN", accumulate=order > 0)
         return y_NH
 
     def weight_grad(
@@ -108,9 +106,28 @@ class TransformerEngineLinears:
         kinds: tuple[Kind, Kind] = ("gradient", "rows") if gradient == "v" else ("rows", "gradient")
         v = self._rows(v_NF, kinds[0], columnwise=True)
         x = self._rows(x_NH, kinds[1], columnwise=True)
-        _gemm(x, v, list(out_EFH.unbind()), "NT", self.counts, accumulate=adds)
+        self._gemm(x, v, list(out_EFH.unbind()), "NT", accumulate=adds)
 
-    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> list[Any]:
+    def _gemm(
+        self, left: Any, right: Any, out: Tensor | list[Tensor], layout: str,
+        accumulate: bool = False,
+    ) -> None:  # fmt: skip
+        """TE's grouped GEMM into rows [N, width], or a matrix for each expert; experts without rows
+        give zero weight gradients."""
+        from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
+
+        rest: dict[str, Any] = {}
+        if "quantization_params" in inspect.signature(general_grouped_gemm).parameters:
+            rest["quantization_params"] = [None] * len(left)  # of the output; not there in 2.10
+        whole = isinstance(out, Tensor)
+        outs = [out] if isinstance(out, Tensor) else out
+        general_grouped_gemm(
+            left, right, outs, out_dtype=outs[0].dtype, layout=layout, m_splits=self.counts,
+            single_output=whole, accumulate=accumulate,
+            use_split_accumulator=True, **rest,  # fp8 sums in float32 in every pass
+        )  # fmt: skip
+
+    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> Any:
         """The rows of each expert, quantized under a recipe; `columnwise` for sums over rows."""
         if self.recipe is None:
             return list(rows.split(self.counts))
@@ -156,20 +173,3 @@ class TransformerEngineLinears:
                 f"neurons and hidden size must be multiples of {multiple} for this fp8 recipe: an "
                 f"operand has shape {tuple(operand.shape)}"
             )
-
-
-def _gemm(
-    left: list[Any], right: list[Any], out: list[Tensor], layout: str, counts: list[int],
-    single_output: bool = False, accumulate: bool = False,
-) -> None:  # fmt: skip
-    """TE's grouped GEMM; experts without rows give zero weight gradients."""
-    from transformer_engine.pytorch.cpp_extensions import general_grouped_gemm
-
-    rest: dict[str, Any] = {}
-    if "quantization_params" in inspect.signature(general_grouped_gemm).parameters:
-        rest["quantization_params"] = [None] * len(left)  # of the output; not there in 2.10
-    general_grouped_gemm(
-        left, right, out, out_dtype=out[0].dtype, layout=layout, m_splits=counts,
-        single_output=single_output, accumulate=accumulate,
-        use_split_accumulator=True, **rest,  # fp8 sums in float32 in every pass
-    )  # fmt: skip
