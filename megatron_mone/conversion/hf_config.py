@@ -21,9 +21,9 @@ HARMLESS = frozenset({
     "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward",
     "is_encoder_decoder", "use_return_dict", "quantization_config", "ep_size", "moe_layer_freq",
     "max_window_layers", "seq_aux", "_attn_implementation", "tokenizer_class", "unsloth_fixed",
-    "rope_interleave", "router_jitter_noise", "attention_dropout", "hidden_act",
+    "rope_interleave", "router_jitter_noise",
 })  # fmt: skip
-"""Fields that change no number of a shape, or that `shape` looks at for every family."""
+"""Fields that change no number of a shape."""
 
 
 class HFConfig:
@@ -55,6 +55,10 @@ class HFConfig:
         if not isinstance(found, dict):
             raise ValueError(f"{path}: holds no JSON object; {_FIX}")
         return cls(path, found)
+
+    def ignore(self, *names: str) -> None:
+        """Fields that say nothing here, whatever they hold."""
+        self._asked.update(names)
 
     def has(self, name: str) -> bool:
         """Whether a field is there and is not null."""
@@ -113,14 +117,10 @@ class HFConfig:
             self._refuse(name, value, "an object")
         return HFConfig(self.path, value, f"{self._place}{name}.")
 
-    def note(self, name: str, meaning: str) -> None:
-        """Tell of a field that the shape does not say."""
-        self.notes.append(f"{name} = {self._printed(self._values.get(name))}: {meaning}")
-
     def unless(self, name: str, plain: Any, meaning: str) -> None:
-        """Tell of a field, if it is there and is not the plain one."""
+        """Tell of a field that the shape does not say, if it is there and is not the plain one."""
         if self.has(name) and self._values[name] != plain:
-            self.note(name, meaning)
+            self.notes.append(f"{name} = {self._printed(self._values[name])}: {meaning}")
 
     def left(self) -> list[str]:
         """Fields that nobody asked for, as notes."""

@@ -16,16 +16,15 @@ _TP_UP_TO = 128  # a vocabulary that divides by as many ranks needs no padding r
 
 def decoder(config: HFConfig) -> Shape:
     """Layers, widths, norms, vocabulary and rotary embeddings of a SwiGLU decoder."""
-    config.has("hidden_act")
-    if config.word("hidden_act", "silu") not in ("silu", "swish"):
+    gate, window = config.word("hidden_act", "silu"), "all layers attend to all tokens here"
+    if gate not in ("silu", "swish"):
         raise ValueError(
-            f"{config.path}: hidden_act = {config.word('hidden_act')!r}: only silu, the gate of "
-            "SwiGLU, is translated"
+            f"{config.path}: hidden_act = {gate!r}: only silu, the gate of SwiGLU, is translated"
         )
-    config.unless("use_sliding_window", False, "all layers attend to all tokens here")
-    if not config.has("use_sliding_window") or config.truth("use_sliding_window", False):
-        config.unless("sliding_window", None, "all layers attend to all tokens here")
-    config.has("sliding_window")
+    config.ignore("sliding_window")  # where it is switched off
+    config.unless("use_sliding_window", False, window)
+    if config.truth("use_sliding_window", True):
+        config.unless("sliding_window", None, window)
     config.unless("mlp_bias", False, "MLPs have no biases here")
     return {
         "num_layers": config.size("num_hidden_layers"),
@@ -102,7 +101,7 @@ def grouped_attention(config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool
 
 def latent_attention(config: HFConfig) -> Shape:
     """DeepSeek's multi-head latent attention."""
-    config.has("num_key_value_heads"), config.has("head_dim"), config.has("qk_head_dim")
+    config.ignore("num_key_value_heads", "head_dim", "qk_head_dim")
     config.unless("attention_bias", False, "latent attention has no biases here")
     found: Shape = {
         "kv_channels": config.size("v_head_dim"),
@@ -144,6 +143,20 @@ def experts(config: HFConfig, *, width: str, dense: list[int], shared: int = 0) 
     return found
 
 
+def deepseek_experts(config: HFConfig) -> Shape:
+    """`experts` by DeepSeek's names: the first layers dense, experts that all tokens pass."""
+    first = min(config.count("first_k_dense_replace"), config.size("num_hidden_layers"))
+    shared = config.size("moe_intermediate_size") * config.count("n_shared_experts")
+    dense = list(range(first))
+    return experts(config, width="moe_intermediate_size", dense=dense, shared=shared)
+
+
+def topk_scale(config: HFConfig) -> Shape:
+    """What the chosen experts' probabilities are multiplied by, in DeepSeek's name."""
+    scale = config.number("routed_scaling_factor", 1.0)
+    return {} if scale == 1.0 else {"moe_router_topk_scaling_factor": scale}
+
+
 def softmax_router(config: HFConfig, *, normalised: bool) -> Shape:
     """Probabilities by softmax: of the chosen experts' logits, or of all (`normalised` false)."""
     found: Shape = {} if normalised else {"moe_router_pre_softmax": True}
@@ -161,19 +174,20 @@ def sigmoid_router(config: HFConfig) -> Shape:
     if groups > 1:
         found["moe_router_num_groups"] = groups
         found["moe_router_group_topk"] = config.size("topk_group", 1)
-    config.has("topk_group")
+    config.ignore("topk_group")
     config.unless("norm_topk_prob", True, "probabilities are divided by their sum here")
     found["moe_router_score_function"] = "sigmoid"
-    scale = config.number("routed_scaling_factor", 1.0)
-    if scale != 1.0:
-        found["moe_router_topk_scaling_factor"] = scale
-    return found | {
-        "moe_router_enable_expert_bias": True,
-        "moe_router_bias_update_rate": 1e-3,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "seq_aux_loss",
-        "moe_aux_loss_coeff": config.number("aux_loss_alpha", 1e-4),
-    }
+    return (
+        found
+        | topk_scale(config)
+        | {
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 1e-3,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": config.number("aux_loss_alpha", 1e-4),
+        }
+    )
 
 
 def more_tokens(config: HFConfig) -> Shape:

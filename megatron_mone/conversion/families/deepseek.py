@@ -5,26 +5,21 @@ from megatron_mone.conversion.hf_config import HFConfig
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
+    deepseek_experts,
     embeddings,
-    experts,
     latent_attention,
     more_tokens,
     sigmoid_router,
     softmax_router,
+    topk_scale,
 )
 
 
 def shape(config: HFConfig) -> Shape:
     """V3 chooses by sigmoid and bias, V2 by softmax, in groups of experts where it says so."""
     third = config.word("model_type") == "deepseek_v3"
-    width = config.size("moe_intermediate_size")
-    layers = config.size("num_hidden_layers")
-    routed = experts(
-        config, width="moe_intermediate_size",
-        dense=list(range(min(config.count("first_k_dense_replace"), layers))),
-        shared=width * config.count("n_shared_experts"),
-    )  # fmt: skip
-    config.has("topk_method"), config.has("scoring_func")
+    routed = deepseek_experts(config)
+    config.ignore("topk_method", "scoring_func")
     router = sigmoid_router(config) if third else _softmax_groups(config)
     rest = more_tokens(config) | embeddings(config)
     return decoder(config) | latent_attention(config) | routed | router | rest
@@ -35,10 +30,8 @@ def _softmax_groups(config: HFConfig) -> Shape:
     if config.word("topk_method", "greedy") == "group_limited_greedy":
         found["moe_router_num_groups"] = config.size("n_group")
         found["moe_router_group_topk"] = config.size("topk_group")
-    config.has("n_group"), config.has("topk_group")
-    scale = config.number("routed_scaling_factor", 1.0)
-    if scale != 1.0:
-        found["moe_router_topk_scaling_factor"] = scale
+    config.ignore("n_group", "topk_group")
+    found |= topk_scale(config)
     coefficient = config.number("aux_loss_alpha", 1e-3)
     router = softmax_router(config, normalised=config.truth("norm_topk_prob", False))
     return found | router | {"moe_aux_loss_coeff": coefficient}

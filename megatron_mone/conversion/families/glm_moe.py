@@ -5,8 +5,8 @@ from megatron_mone.conversion.hf_config import HFConfig
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
+    deepseek_experts,
     embeddings,
-    experts,
     grouped_attention,
     more_tokens,
     sigmoid_router,
@@ -15,12 +15,7 @@ from megatron_mone.conversion.shape import (
 
 def shape(config: HFConfig) -> Shape:
     """Half of each head turns with the position."""
-    width, layers = config.size("moe_intermediate_size"), config.size("num_hidden_layers")
-    routed = experts(
-        config, width="moe_intermediate_size",
-        dense=list(range(min(config.count("first_k_dense_replace"), layers))),
-        shared=width * config.count("n_shared_experts"),
-    )  # fmt: skip
+    routed = deepseek_experts(config)
     attention = grouped_attention(config, qk_norm=config.truth("use_qk_norm", False))
     rest = sigmoid_router(config) | more_tokens(config) | embeddings(config)
     return decoder(config) | attention | routed | rest

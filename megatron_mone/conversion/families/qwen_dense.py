@@ -7,7 +7,7 @@ from megatron_mone.conversion.shape import Shape, decoder, embeddings, grouped_a
 
 def shape(config: HFConfig) -> Shape:
     """`layer_types` names layers of sliding attention, which `decoder` tells of."""
-    config.has("layer_types")
+    config.ignore("layer_types")
     second = config.word("model_type") == "qwen2"
     attention = grouped_attention(config, qkv_bias=second, qk_norm=not second)
     return decoder(config) | attention | embeddings(config)

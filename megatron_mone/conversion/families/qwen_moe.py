@@ -15,7 +15,7 @@ from megatron_mone.conversion.shape import (
 def shape(config: HFConfig) -> Shape:
     """Layer n has experts where n + 1 divides by the step and it is not named as dense."""
     second = config.word("model_type") == "qwen2_moe"
-    config.has("layer_types")
+    config.ignore("layer_types")
     qkv_bias = config.truth("qkv_bias", True) if second else False
     attention = grouped_attention(config, qkv_bias=qkv_bias, qk_norm=not second)
     layers, step = config.size("num_hidden_layers"), config.size("decoder_sparse_step", 1)
