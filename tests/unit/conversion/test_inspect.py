@@ -2,6 +2,7 @@
 a line for what is wrong or not said."""
 
 import json
+from importlib import import_module
 
 import pytest
 import yaml
@@ -13,7 +14,7 @@ from megatron_mone.conversion.families import MODULES, families
 from megatron_mone.conversion.inspect import model_file
 from megatron_mone.conversion.shape import layer_pattern
 from megatron_mone.model.arguments import flag_parser
-from megatron_mone.model.run_config import load_run, to_flags
+from megatron_mone.model.run_config import load_run, read_part, to_flags
 
 # As published in the models' folders.
 QWEN3_235B = {
@@ -72,10 +73,7 @@ def test_published_models_are_the_files_that_we_have(folder, published, name):
 
 def load_run_model(path):
     """A model file as a run reads it."""
-    run = path.parent.parent / "unused.yaml"
-    from megatron_mone.model.run_config import read_part
-
-    return read_part(run, "model", path.stem)
+    return read_part(path, "model", path.stem)
 
 
 @pytest.mark.parametrize("kind", sorted(set(families()) - {"gpt_oss"}))
@@ -106,8 +104,6 @@ def test_every_family_is_in_the_table_once():
 
 
 def _family(name):
-    from importlib import import_module
-
     return import_module(f"megatron_mone.conversion.families.{name}").FAMILY
 
 

@@ -184,14 +184,11 @@ def install(monkeypatch, *, version: str = "2.20", recipe: Recipe | None = None)
         assert use_split_accumulator
         assert isinstance(A, list) is not isinstance(out, list)  # of the two one is discrete
         library.device_counts = True
-        library.layouts.append(layout)
-        if B.data.device.type == "cpu":  # on fake tensors there is nothing to compute
-            left, right, made = (
-                t if isinstance(t, list) else t.parts() for t in (A, B, out)
-            )  # fmt: skip
-            library.layouts.pop()
-            counts = B.first_dims.tolist()
-            library.gemm(left, right, made, layout, counts, accumulate, False)
+        if B.data.device.type != "cpu":  # on fake tensors there is nothing to compute
+            library.layouts.append(layout)
+            return
+        left, right, made = (t if isinstance(t, list) else t.parts() for t in (A, B, out))
+        library.gemm(left, right, made, layout, B.first_dims.tolist(), accumulate, False)
 
     class RecipeState:
         @staticmethod

@@ -88,7 +88,8 @@ def results(first: int, block: int) -> list[Tensor]:
     slope = ops.Slope(torch.rand(1, NEURONS), blocks, True, 1.0, lambda: one)
     bases, dg = ops.rebuild(entries.words_NW, entries.a_NS, slope, "silu", where)
     kept = ops.Kept(entries.a_NS, entries.a_NS, entries.words_NW, bases)
-    dw, wide_dw = torch.empty(1, NEURONS, HIDDEN), []
+    dw = torch.empty(1, NEURONS, HIDDEN)
+    whole = [dw]
     if block > 1:
         found = sorted_pairs(first, (entries.words_NW[first:, 0] == 0).int())
         u, h = segments.up_product(x, up, p, entries.a_NS, found, "silu")
@@ -114,9 +115,9 @@ def results(first: int, block: int) -> list[Tensor]:
             entries, blocks, where, neurons=NEURONS, activation="silu", shares=True,
             scale_free=True,
         )  # fmt: skip
-        wide_dw.append(sums.sums_BX)
+        whole.append(sums.sums_BX)
     by_rows += [a, *entries, u, y, bases, dg, dp, dx]
-    return [*(tensor[first:] for tensor in by_rows), dw, *wide_dw]
+    return [*(tensor[first:] for tensor in by_rows), *whole]
 
 
 @case(1)
