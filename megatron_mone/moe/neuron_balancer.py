@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_mone.config import MoNEConfig, neurons_per_token
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.triton import KeptEntries
-from megatron_mone.kernels.triton.ops import Blocks, Counters, Slope, weigh
+from megatron_mone.kernels.triton.ops import Blocks, Counters, Slope, Weighing, weigh
 from megatron_mone.moe.balance_loss import BlockStatistics, gate_shares, row_weights
 from megatron_mone.moe.dispatch.row_sources import SourceMap, build_source_map, cell_of_row
 from megatron_mone.moe.experts import MoNEExperts
@@ -126,7 +126,8 @@ class NeuronBalancer:
             whole = statistics.summed(self.source_map.replica_group)
             weight_BF = self._weights(whole, 1.0)
         else:
-            weight_BF = self._lagged(statistics, tokens_M)
+            weight_BF = self._last_weights(tokens_M)
+            self._keep_for_next(statistics, tokens_M)
         loss = shares.loss(weight_BF, share_BF, total_N)
         repeats = self._repeats()
         self._record(loss / repeats)
@@ -143,35 +144,39 @@ class NeuronBalancer:
         self, entries: KeptEntries, y_NH: Tensor, rows_ER: Tensor, real_N: Tensor | None,
         tokens_M: Tensor | None, local_tokens: int, parted: bool,
     ) -> Tensor:  # fmt: skip
-        """The same by the kernels that hold the entries: three launches, and the slope of the loss
-        is added where the gates' gradient is made."""
+        """The same by the kernels that hold the entries: two launches, one more where a block lies
+        on several ranks; the slope of the loss is added where the gates' gradient is made."""
         cells = self._table(self.block_of_cell if parted else self.expert_of_cell, rows_ER)
         within = self.source_map.num_microbatches if parted else 1
         blocks = Blocks(cells, within, self.experts.num_local_experts * within, real_N)
         loss_type = self.config.mone_ng_loss_type
         scale_free = loss_type != "raw"
+        group = self.source_map.replica_group
+        whole_here = group is None or group.size() == 1
+        weighing = None
+        if self.has_loss:
+            assert self.kept is not None  # rows of several lengths have no entries
+            weighing = Weighing(
+                loss_type, self.config.moe_ffn_hidden_size, self.kept,
+                1 / (self.config.num_moe_experts or 1),
+                None if self.by_microbatch else self._last_weights(tokens_M),
+            )  # fmt: skip
         sums = entries.block_sums(
             blocks, shares=self.has_loss, scale_free=scale_free,
             counters=Counters(self.load.step_counts_EF, self.load.window_rows_E),
+            weighing=weighing if whole_here or not self.by_microbatch else None,
         )  # fmt: skip
-        if not self.has_loss:
+        if weighing is None:
             return y_NH
-        assert self.kept is not None  # rows of several lengths have no entries
-        make = partial(
-            weigh, loss_type=loss_type, neurons=self.config.moe_ffn_hidden_size, kept=self.kept,
-            over_experts=1 / (self.config.num_moe_experts or 1),
-        )  # fmt: skip
-        group = self.source_map.replica_group
+        weight_BF, loss = sums.weight_BF, sums.loss
         if not self.by_microbatch:
-            weight_BF = self._lagged(BlockStatistics.of_columns(sums.sums_BX), tokens_M)
-            _, loss = make(sums, weight_BF=weight_BF)
-        elif group is None or group.size() == 1:
-            weight_BF, loss = make(sums)
-        else:
-            whole = sums._replace(sums_BX=sums.sums_BX.clone())
-            torch.distributed.all_reduce(whole.sums_BX, group=group)
-            weight_BF, _ = make(whole)
-            _, loss = make(sums, weight_BF=weight_BF)
+            self._keep_for_next(BlockStatistics.of_columns(sums.sums_BX), tokens_M)
+        elif not whole_here:
+            whole_BX = sums.sums_BX.clone()
+            torch.distributed.all_reduce(whole_BX, group=group)
+            weight_BF, loss = weigh(sums, whole_BX, weighing)
+        assert weight_BF is not None
+        assert loss is not None
         repeats = self._repeats()
         self._record(loss if repeats == 1 else loss / repeats)
         scale = self.config.mone_ng_loss_coeff / repeats
@@ -183,19 +188,23 @@ class NeuronBalancer:
         with torch.enable_grad():
             return entries.attach(y_NH, slope)
 
-    def _lagged(self, statistics: BlockStatistics, tokens_M: Tensor | None) -> Tensor:
-        """[B, F_l] weights of the whole last step, 0 in the first one; `statistics` are added to
-        this step's. With `tokens_M` blocks are parted by micro-batch."""
+    def _last_weights(self, tokens_M: Tensor | None) -> Tensor:
+        """[B, F_l] weights of the whole last step, 0 in the first one; with `tokens_M` blocks are
+        parted by micro-batch."""
         weight_BF = self.experts.ng_weights
         assert weight_BF is not None
+        if tokens_M is None:
+            return weight_BF
+        return weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
+
+    def _keep_for_next(self, statistics: BlockStatistics, tokens_M: Tensor | None) -> None:
+        """Add a micro-batch's `statistics` to this step's, which weigh in the next."""
         if tokens_M is not None:
-            weight_BF = weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
             statistics = statistics.of_experts(self.experts.num_local_experts)
         self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
         # the replicas of an expert hold the rows of all DP ranks' micro-batches together
         ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
         self.step_microbatches += ranks // self.tp_cp_group.size()
-        return weight_BF
 
     def _repeats(self) -> int:
         """Uses of the layer in a forward pass: its loss counts once a repetition, as the

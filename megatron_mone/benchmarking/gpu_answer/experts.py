@@ -119,11 +119,13 @@ class Experts:
             entries.note_bad(p_N.detach(), self.first_EX, 0)
         if variant.balance_loss:
             with torch.no_grad():
-                sums = entries.block_sums(self.blocks, shares=True, scale_free=True)
-                weight_BF, _ = ops.weigh(
-                    sums, loss_type="selected", neurons=shape.neurons, kept=variant.kept,
-                    over_experts=1 / shape.experts,
+                rule = ops.Weighing("selected", shape.neurons, variant.kept, 1 / shape.experts)
+                sums = entries.block_sums(
+                    self.blocks, shares=True, scale_free=True, weighing=rule
                 )  # fmt: skip
-            slope = ops.Slope(weight_BF, self.blocks, True, COEFFICIENT, lambda: self.loss_scale)
+            assert sums.weight_BF is not None
+            slope = ops.Slope(
+                sums.weight_BF, self.blocks, True, COEFFICIENT, lambda: self.loss_scale
+            )
             y_NH = entries.attach(y_NH, slope)
         return y_NH

@@ -62,9 +62,9 @@ class Steps:
             given.x_NH, up, given.p_N, self.entries, SILU, self.where
         )
         self.sums = self._block_sums()
-        self.weight_BF, _ = self._weigh()
+        assert self.sums.weight_BF is not None
         loss_scale = torch.tensor(LOSS_SCALE, device=given.x_NH.device)
-        self.slope = ops.Slope(self.weight_BF, given.blocks, True, SCALE, lambda: loss_scale)
+        self.slope = ops.Slope(self.sums.weight_BF, given.blocks, True, SCALE, lambda: loss_scale)
         self.bases_NW, self.dg_NS = self._rebuild(self.slope)
         self.kept = ops.Kept(self.entries.a_NS, self.u_NS, self.entries.words_NW, self.bases_NW)
         self.da_NF, self.du_NF, _, _ = self._dh()
@@ -92,8 +92,9 @@ class Steps:
             Step("K3 up behind another GEMM", self._up_entries, self._up_errors),
             Step("K4 down", self._down, self._down_errors),
             Step("K4 marks of another GEMM", self._mark_bad, self._mark_bad_errors),
-            Step("K5 block sums", lambda: (self._block_sums().sums_BX,), self._sums_errors),
-            Step("K5 weigh", self._weigh, self._weigh_errors),
+            Step("K5 block sums", self._sums_and_weights, self._sums_errors),
+            Step("K5 weigh", lambda: ops.weigh(self.sums, self.sums.sums_BX, self._weighing),
+                 self._weigh_errors),
             Step("K5 note bad rows", self._note_bad, self._note_bad_errors, self._note),
             Step("K2 rebuild", lambda: self._rebuild(None)[:1], self._bases_errors),
             Step("K2 rebuild with slope", lambda: self._rebuild(self.slope), self._rebuild_errors),
@@ -196,11 +197,19 @@ class Steps:
 
     # K5
 
+    @property
+    def _weighing(self) -> ops.Weighing:
+        return ops.Weighing("selected", self.F, self.choose.kept, 1 / self.shape.experts)
+
     def _block_sums(self) -> ops.BlockSums:
         return ops.block_sums(
             self.entries, self.given.blocks, self.where, neurons=self.F, activation=SILU,
-            shares=True, scale_free=True,
+            shares=True, scale_free=True, weighing=self._weighing,
         )  # fmt: skip
+
+    def _sums_and_weights(self) -> Outputs:
+        made = self._block_sums()
+        return made.sums_BX, made.weight_BF, made.loss
 
     def _sums_errors(self, out: Outputs) -> list[float]:
         kept_NF = self._kept_NF
@@ -215,13 +224,8 @@ class Steps:
             same(sums[:, 0], rows),
             same(sums[:, 1 : 1 + self.F], count_BF),
             off(sums[:, 1 + self.F :], share_BF),
+            *self._weigh_errors(out[1:]),
         ]
-
-    def _weigh(self) -> tuple[Tensor, Tensor]:
-        return ops.weigh(
-            self.sums, loss_type="selected", neurons=self.F, kept=self.choose.kept,
-            over_experts=1 / self.shape.experts,
-        )  # fmt: skip
 
     def _weigh_errors(self, out: Outputs) -> list[float]:
         sums = self.sums.sums_BX.double()
@@ -258,7 +262,7 @@ class Steps:
         kept_NF = self._kept_NF
         g_NF = exact.sigma(spread(self.of(self.entries.a_NS), kept_NF))
         counts = self.given.counts_ER.sum(dim=1)
-        weight_NF = self.weight_BF.double().repeat_interleave(counts, dim=0)
+        weight_NF = self.slope.weight_BF.double().repeat_interleave(counts, dim=0)
         total_N1 = g_NF.abs().sum(dim=1, keepdim=True)
         level_N1 = (g_NF.abs() * weight_NF).sum(dim=1, keepdim=True)
         dg_NF = g_NF.sign() * (weight_NF - level_N1 / total_N1) / total_N1 * SCALE * LOSS_SCALE

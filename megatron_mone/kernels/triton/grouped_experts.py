@@ -31,7 +31,7 @@ from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.triton import decode, ops
 from megatron_mone.kernels.triton.decode import DecodeProducts, takes_decode
-from megatron_mone.kernels.triton.ops import Blocks, BlockSums, Counters, Entries, Slope
+from megatron_mone.kernels.triton.ops import Blocks, BlockSums, Counters, Entries, Slope, Weighing
 from megatron_mone.kernels.triton.products import Products, our_products
 from megatron_mone.kernels.triton.row_map import RowMap, row_map
 from megatron_mone.kernels.weight_views import gradient_goals, sinks_of
@@ -73,15 +73,16 @@ class KeptEntries:
 
     @torch.no_grad()
     def block_sums(
-        self, blocks: Blocks, *, shares: bool, scale_free: bool, counters: Counters | None = None
-    ) -> BlockSums:
+        self, blocks: Blocks, *, shares: bool, scale_free: bool, counters: Counters | None = None,
+        weighing: Weighing | None = None,
+    ) -> BlockSums:  # fmt: skip
         """See ops.block_sums; T_n is of all neurons of a row, over expert tensor ranks."""
         if shares and scale_free and _several(self.call.etp_group):
             _sum_over(self.call.etp_group, self.entries.total_N)
         return ops.block_sums(
             self.entries, blocks, self.where, neurons=self.neurons,
             activation=self.call.products.activation, shares=shares, scale_free=scale_free,
-            counters=counters,
+            counters=counters, weighing=weighing,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -341,23 +341,45 @@ class Counters(NamedTuple):
     rows_E: Tensor
 
 
+class Weighing(NamedTuple):
+    """What a row's share of each neuron weighs in a balance loss.
+
+    Attributes:
+        loss_type: entropy weighs by the slope of the entropy, every other by the load.
+        neurons, kept: F and S over all ranks.
+        over_experts: each weight is multiplied by it.
+        ready_BF: [B, F_l] float32 weights that are there already; made when None.
+    """
+
+    loss_type: str
+    neurons: int
+    kept: int
+    over_experts: float
+    ready_BF: Tensor | None = None
+
+
 class BlockSums(NamedTuple):
     """What `block_sums` makes.
 
     Attributes:
         sums_BX: [B, 1 + 2F] float32: rows, counts [F] and sums of shares [F].
-        ticket: one number, 0; `weigh` counts its finished programs there.
+        ticket: one number, 0; the last launch counts its finished programs there.
+        weight_BF: [B, F] float32 weights, where they were asked for.
+        loss: the scalar sum of weight times share, float32, where weights were asked for.
     """
 
     sums_BX: Tensor
     ticket: Tensor
+    weight_BF: Tensor | None = None
+    loss: Tensor | None = None
 
 
 def block_sums(
     entries: Entries, blocks: Blocks, where: RowMap, *, neurons: int, activation: str,
     shares: bool, scale_free: bool, counters: Counters | None = None,
+    weighing: Weighing | None = None,
 ) -> BlockSums:  # fmt: skip
-    """K5, two launches: rows, counts and shares of each block.
+    """K5, two launches: rows, counts and shares of each block, and what they weigh.
 
     Args:
         entries, blocks, where: of the rows.
@@ -366,6 +388,7 @@ def block_sums(
         shares: also sum |g| / T_n (scale_free) or |g|; else these columns are 0.
         scale_free: see `shares`.
         counters: counts and rows are added to.
+        weighing: also make weights and loss, of blocks that are whole on this rank.
     """
     rows, (kept, words) = where.rows, (entries.a_NS.shape[1], entries.words_NW.shape[1])
     number, device = blocks.number, entries.a_NS.device
@@ -379,50 +402,56 @@ def block_sums(
     read = (*entries[:4], real)
     launch(
         "statistics.statistics", (number, words, stripes),
-        (*read, where.chunk_offsets_C1, blocks.of_chunk_C, found, counts, share,
+        (*read, where.chunk_offsets_C1, blocks.of_chunk_C, found, counts, share, ticket,
          neurons, words, kept, where.sources, number, blocks.per_expert),
         reads=(*entries[: 4 if shares else 1], *(() if blocks.real_N is None else (real,))),
         writes=(found, counts, share), ACTIVATION=activation, SHARES=shares, SCALE_FREE=scale_free,
         HAS_REAL=blocks.real_N is not None, **STATISTICS,
     )  # fmt: skip
     into = (sums_BX, sums_BX) if counters is None else tuple(counters)
+    pieces = -(-neurons // GATHER["TILE"])
+    weight_BF, loss, weights, rule = None, None, "none", (1, 1, 0.0)
+    weighed: tuple[Tensor, ...] = (sums_BX, sums_BX, sums_BX)
+    if weighing is not None:
+        weights = "make" if weighing.ready_BF is None else "ready"
+        weight_BF = weighing.ready_BF
+        if weight_BF is None:
+            weight_BF = sums_BX.new_empty((number, neurons))
+        loss, rule = sums_BX.new_empty(()), weighing[1:4]
+        weighed = (weight_BF, sums_BX.new_empty(where.experts * pieces), loss)
     launch(
-        "statistics.gather", (where.experts, -(-neurons // 128)),
-        (found, counts, share, sums_BX, ticket, *into, neurons, stripes, number, blocks.per_expert),
-        reads=(found, counts, share, *(counters or ())), writes=(sums_BX, *(counters or ())),
-        SHARES=shares, LOADS=counters is not None, **GATHER,
+        "statistics.gather", (where.experts, pieces),
+        (found, counts, share, sums_BX, ticket, *into, *weighed,
+         neurons, stripes, number, blocks.per_expert, *rule),
+        reads=(found, counts, share, *(counters or ()), *weighed[: weights == "ready"]),
+        writes=(sums_BX, *(counters or ()), *(weighed[weights == "ready" :] if weighing else ())),
+        SHARES=shares, LOADS=counters is not None, WEIGHTS=weights,
+        ENTROPY=weighing is not None and weighing.loss_type == "entropy",
+        PARTS=power_of_two(where.experts * pieces), **GATHER,
     )  # fmt: skip
-    return BlockSums(sums_BX, ticket)
+    return BlockSums(sums_BX, ticket, weight_BF, loss)
 
 
-def weigh(
-    sums: BlockSums, *, loss_type: str, neurons: int, kept: int, over_experts: float,
-    weight_BF: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """K5, third launch: what a row's share of each neuron weighs in the loss, and the loss.
+def weigh(sums: BlockSums, whole_BX: Tensor, weighing: Weighing) -> tuple[Tensor, Tensor]:
+    """K5, a third launch where blocks lie on several ranks: their weights, and this rank's loss.
 
     Args:
-        sums: of whole blocks.
-        loss_type: entropy weighs by the slope of the entropy, every other by the load.
-        neurons, kept: F and S over all ranks.
-        over_experts: each weight is multiplied by it.
-        weight_BF: [B, F_l] float32 weights that are ready; made when None.
+        sums: of this rank.
+        whole_BX: [B, 1 + 2F] sums of all ranks.
+        weighing: how.
 
     Returns:
-        weight_BF, and the scalar sum of weight times share, float32.
+        weight_BF, and the scalar sum of weight times this rank's share, float32.
     """
-    sums_BX, ticket = sums
-    number, local = sums_BX.shape[0], (sums_BX.shape[1] - 1) // 2
-    ready = weight_BF is not None
-    if weight_BF is None:
-        weight_BF = sums_BX.new_empty((number, local))
-    part_B, loss = sums_BX.new_empty(number), sums_BX.new_empty(())
+    number, local = whole_BX.shape[0], (whole_BX.shape[1] - 1) // 2
+    weight_BF = whole_BX.new_empty((number, local))
+    part_B, loss = whole_BX.new_empty(number), whole_BX.new_empty(())
     launch(
         "statistics.weigh", (number,),
-        (sums_BX, weight_BF, part_B, ticket, loss, local, number, neurons, kept, over_experts),
-        reads=(sums_BX, *((weight_BF,) if ready else ())),
-        writes=(part_B, loss, *(() if ready else (weight_BF,))),
-        ENTROPY=loss_type == "entropy", READY=ready, BLOCKS=power_of_two(number), **WEIGH,
+        (whole_BX, sums.sums_BX, weight_BF, part_B, sums.ticket, loss, local, number,
+         *weighing[1:4]),
+        reads=(whole_BX, sums.sums_BX), writes=(weight_BF, part_B, loss),
+        ENTROPY=weighing.loss_type == "entropy", PARTS=power_of_two(number), **WEIGH,
     )  # fmt: skip
     return weight_BF, loss
 

@@ -180,9 +180,10 @@ def comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
         torch.zeros(experts, NEURONS, dtype=torch.int64, device=device),
         torch.zeros(experts, dtype=torch.int64, device=device),
     )
+    rule = ops.Weighing("selected", NEURONS, KEPT, 1 / experts)
     sums = ops.block_sums(
         entries, blocks, where, neurons=NEURONS, activation="silu", shares=True, scale_free=True,
-        counters=counters,
+        counters=counters, weighing=rule,
     )  # fmt: skip
     block_N = torch.arange(counts.numel(), device=device).repeat_interleave(counts.flatten())
     share = size / size.sum(dim=1, keepdim=True)
@@ -191,13 +192,20 @@ def comparisons(device: torch.device, dtype: torch.dtype) -> Iterator[Compared]:
     want = torch.cat((counts.flatten().to(wide)[:, None], kept_BF, share_BF), dim=1)
     yield Compared("statistics", sums.sums_BX, want)
     yield Compared("gather", counters.counts_EF, kept_BF.view(experts, -1, NEURONS).sum(dim=1))
-    weight_BF, loss = ops.weigh(
-        sums, loss_type="selected", neurons=NEURONS, kept=KEPT, over_experts=1 / experts
-    )
     rows_B1 = counts.flatten()[:, None].clamp(min=1)
     slope_BF = kept_BF * (NEURONS / KEPT) / rows_B1 / rows_B1 / experts
-    yield Compared("weigh", weight_BF, slope_BF)
-    yield Compared("weigh", loss, (slope_BF * share_BF).sum())
+    weight_BF, want_loss = slope_BF.float(), (slope_BF * share_BF).sum()
+    ready = ops.block_sums(
+        entries, blocks, where, neurons=NEURONS, activation="silu", shares=True, scale_free=True,
+        weighing=rule._replace(ready_BF=weight_BF),
+    )  # fmt: skip
+    assert sums.weight_BF is not None
+    yield Compared("gather", sums.weight_BF, slope_BF)
+    for loss in (sums.loss, ready.loss):
+        assert loss is not None
+        yield Compared("gather", loss, want_loss)
+    for got, want in zip(ops.weigh(sums, sums.sums_BX, rule), (slope_BF, want_loss), strict=True):
+        yield Compared("weigh", got, want)
 
     one = torch.ones((), device=device)
     slope = ops.Slope(weight_BF, blocks, True, 1.0, lambda: one)

@@ -53,7 +53,7 @@ POINTERS = {
     **dict.fromkeys(("segment_offset_ptr", "tile_segment_ptr"), INTS),
     **dict.fromkeys(("ticket_ptr", "count_ptr"), INTS),
     **dict.fromkeys(("p_ptr", "dp_ptr", "part_ptr", "weight_ptr", "level_ptr", "loss_ptr"), FLOATS),
-    **dict.fromkeys(("total_ptr", "loss_scale_ptr", "share_ptr", "sum_ptr"), FLOATS),
+    **dict.fromkeys(("total_ptr", "loss_scale_ptr", "share_ptr", "sum_ptr", "whole_ptr"), FLOATS),
     **dict.fromkeys(("load_ptr", "load_rows_ptr", "first_ptr", "block_of_chunk_ptr"), "*i64"),
     "base_ptr": "*i16", "bad_ptr": "*i8", "real_ptr": "*i8",
 }  # fmt: skip
@@ -150,9 +150,12 @@ def cases() -> dict[str, tuple]:
             {"ACTIVATION": "silu", "SHARES": True, "SCALE_FREE": True, "HAS_REAL": False,
              **ops.STATISTICS},
         ),
-        "gather": (statistics.gather_kernel, {"SHARES": True, "LOADS": True, **ops.GATHER}),
+        "gather": (statistics.gather_kernel, {
+            "SHARES": True, "LOADS": True, "WEIGHTS": "make", "ENTROPY": False, "PARTS": 64,
+            **ops.GATHER,
+        }),
         "weigh": (
-            statistics.weigh_kernel, {"ENTROPY": False, "READY": False, "BLOCKS": 64, **ops.WEIGH},
+            statistics.weigh_kernel, {"ENTROPY": False, "PARTS": 64, **ops.WEIGH},
         ),
         "note_bad": (statistics.note_bad_kernel, ops.LOOK),
         "mark_bad": (hidden_products.mark_bad_kernel, ops.LOOK),

@@ -34,9 +34,11 @@ def balance(loss_type: str, dtype: torch.dtype, padded: bool, block: int = 1) ->
         *leaves[:2], counts, *leaves[2:], choose=Selection(kept, block=block), activation="silu"
     )
     free = loss_type != "raw"
-    sums = entries.block_sums(blocks, shares=True, scale_free=free, counters=counters)
-    rule = dict(loss_type=loss_type, neurons=neurons, kept=kept)
-    weight_BF, loss = ops.weigh(sums, **rule, over_experts=1 / 3)
+    rule = ops.Weighing(loss_type, neurons, kept, 1 / 3)
+    sums = entries.block_sums(
+        blocks, shares=True, scale_free=free, counters=counters, weighing=rule
+    )
+    _, _, weight_BF, loss = sums
     slope = ops.Slope(weight_BF, blocks, free, SCALE, lambda: torch.tensor(LOSS_SCALE))
     dy = torch.randn_like(y)
     dy[rows:] = torch.nan
@@ -74,9 +76,20 @@ def balance(loss_type: str, dtype: torch.dtype, padded: bool, block: int = 1) ->
     assert torch.equal(counters.counts_EF - 1, counts_BF.view(3, 2, -1).sum(dim=1))
     assert torch.equal(counters.rows_E - 1, rows_B.view(3, 2).sum(dim=1))
     assert int(sums.ticket) == 0
-    ready, again = ops.weigh(sums, **rule, over_experts=1 / 3, weight_BF=weight_BF)
-    assert ready is weight_BF
-    close(again, loss, torch.float32)
+    given = rule._replace(ready_BF=2 * weight_BF)
+    ready = entries.block_sums(blocks, shares=True, scale_free=free, weighing=given)
+    assert ready.weight_BF is given.ready_BF
+    close(ready.loss, 2 * loss, torch.float32)
+    alone = entries.block_sums(blocks, shares=True, scale_free=free)
+    assert torch.equal(alone.sums_BX, made)
+    twice = alone.sums_BX * 2  # with another rank, whose rows are as these
+    again_BF, again = ops.weigh(alone, twice, rule)
+    assert int(alone.ticket) == 0
+    close(again_BF[used], row_weights(
+        BlockStatistics(2 * rows_B, 2 * counts_BF.double(), 2 * share_BF), loss_type=loss_type,
+        num_experts=3, num_neurons=neurons, neurons_per_token=kept,
+    )[used], dtype)  # fmt: skip
+    close(again, (again_BF.double() * share_BF).sum(), dtype)
     total = (want.y_NH * dy[:rows].double()).sum() + right * (SCALE * LOSS_SCALE)
     wants = torch.autograd.grad(total, twins)
     for grad, wanted in zip(grads, wants, strict=True):

@@ -1,8 +1,9 @@
 """K5: how much each neuron was used: counts and shares of |g| by block, weights, loss, counters.
 
     statistics     bits and kept a -> sums over stripes of a block's rows   [stripes, B, F]
-    gather         the stripes in order -> one row a block; load counters of the experts
-    weigh          a block's weights, and the balance loss
+    gather         the stripes in order -> one row a block; load counters of the experts; weights
+                   and the balance loss, where the sums are whole
+    weigh          weights and loss, where sums of other ranks were added
 A block is the rows of one expert that belong together (moe/neuron_balancer.py); it lies in one or
 several chunks of adjacent rows. Sums run in a fixed order: no float atomics, the same bits again.
 """
@@ -17,7 +18,7 @@ from megatron_mone.kernels.triton.device.bits import bits_of, rank_of
 @triton.jit
 def statistics_kernel(
     word_ptr, base_ptr, kept_ptr, total_ptr, real_ptr, chunk_offset_ptr, block_of_chunk_ptr,
-    rows_ptr, count_ptr, share_ptr,
+    rows_ptr, count_ptr, share_ptr, ticket_ptr,
     neurons, words, kept, sources, blocks, blocks_per_expert,
     ACTIVATION: tl.constexpr, SHARES: tl.constexpr, SCALE_FREE: tl.constexpr,
     HAS_REAL: tl.constexpr, TILE: tl.constexpr,
@@ -25,6 +26,8 @@ def statistics_kernel(
     """One stripe of a block, one word of neurons: grid (blocks, words, stripes)."""
     block, word, stripe = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stripes = tl.num_programs(2)
+    if block + word + stripe == 0:
+        tl.store(ticket_ptr, 0)
     expert = block // blocks_per_expert
     lane = tl.arange(0, 32)
     count = tl.zeros([32], dtype=tl.int32)
@@ -65,20 +68,47 @@ def statistics_kernel(
 
 
 @triton.jit
+def weight_of(share, count, rows, total_neurons, kept, over_experts, ENTROPY: tl.constexpr):
+    """What a row's share of each neuron weighs in the loss; rows: of the block, 1 at least."""
+    if ENTROPY:
+        mean = tl.maximum(share / rows, 1.1754943508222875e-38)
+        slope = 1.0 + tl.log(mean) / tl.log(tl.maximum(total_neurons, 2).to(tl.float32))
+    else:
+        slope = count * (total_neurons.to(tl.float32) / kept.to(tl.float32)) / rows
+    return slope * over_experts / rows
+
+
+@triton.jit
+def add_parts(part, place, parts, part_ptr, ticket_ptr, loss_ptr, PARTS: tl.constexpr):
+    """Leave one part of the loss; the last program to come here adds all of them, in order."""
+    tl.store(part_ptr + place, part)
+    tl.debug_barrier()
+    if tl.atomic_add(ticket_ptr, 1) == parts - 1:
+        lane = tl.arange(0, PARTS)
+        found = tl.load(part_ptr + lane, mask=lane < parts, other=0.0, volatile=True)
+        tl.store(loss_ptr, tl.sum(found, axis=0))
+        tl.store(ticket_ptr, 0)
+
+
+@triton.jit
 def gather_kernel(
     rows_ptr, count_ptr, share_ptr, sum_ptr, ticket_ptr, load_ptr, load_rows_ptr,
-    neurons, stripes, blocks, blocks_per_expert,
-    SHARES: tl.constexpr, LOADS: tl.constexpr, TILE: tl.constexpr,
+    weight_ptr, part_ptr, loss_ptr,
+    neurons, stripes, blocks, blocks_per_expert, total_neurons, kept, over_experts,
+    SHARES: tl.constexpr, LOADS: tl.constexpr, WEIGHTS: tl.constexpr, ENTROPY: tl.constexpr,
+    PARTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """TILE neurons of an expert: grid (E, ceil(F / TILE)). A block's sums: rows, counts, shares."""
+    """TILE neurons of an expert: grid (E, ceil(F / TILE)). A block's sums: rows, counts, shares.
+
+    WEIGHTS: "make" them and the loss; of "ready" ones make the loss; "none".
+    """
     expert, piece = tl.program_id(0), tl.program_id(1)
-    if expert + piece == 0:
-        tl.store(ticket_ptr, 0)
     j = piece * TILE + tl.arange(0, TILE)
     inside = j < neurons
     width = tl.cast(1 + 2 * neurons, tl.int64)
     load = tl.zeros([TILE], dtype=tl.int64)
     load_rows = tl.full((), 0, tl.int64)
+    part = tl.zeros([TILE], dtype=tl.float32)
     for within in range(blocks_per_expert):
         block = expert * blocks_per_expert + within
         count = tl.zeros([TILE], dtype=tl.int32)
@@ -98,52 +128,52 @@ def gather_kernel(
             tl.store(out, found.to(tl.float32))
         load += count.to(tl.int64)
         load_rows += found.to(tl.int64)
+        if WEIGHTS != "none":
+            at = weight_ptr + block.to(tl.int64) * neurons + j
+            if WEIGHTS == "ready":
+                weight = tl.load(at, mask=inside, other=0.0)
+            else:
+                rows = tl.maximum(found.to(tl.float32), 1.0)
+                weight = weight_of(
+                    share, count.to(tl.float32), rows, total_neurons, kept, over_experts, ENTROPY
+                )
+                tl.store(at, weight, mask=inside)
+            part += tl.where(inside, weight * share, 0.0)
     if LOADS:
         at = load_ptr + expert.to(tl.int64) * neurons + j
         tl.store(at, tl.load(at, mask=inside, other=0) + load, mask=inside)
         if piece == 0:
             tl.store(load_rows_ptr + expert, tl.load(load_rows_ptr + expert) + load_rows)
+    if WEIGHTS != "none":
+        pieces = tl.num_programs(1)
+        add_parts(
+            tl.sum(part, axis=0), expert * pieces + piece, tl.num_programs(0) * pieces,
+            part_ptr, ticket_ptr, loss_ptr, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit
 def weigh_kernel(
-    sum_ptr, weight_ptr, part_ptr, ticket_ptr, loss_ptr,
+    whole_ptr, sum_ptr, weight_ptr, part_ptr, ticket_ptr, loss_ptr,
     neurons, blocks, total_neurons, kept, over_experts,
-    ENTROPY: tl.constexpr, READY: tl.constexpr, TILE: tl.constexpr, BLOCKS: tl.constexpr,
+    ENTROPY: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """One block: grid (blocks,). The last one to finish adds the blocks' parts, in order.
-
-    READY: the weights are there already, of another step's sums; the loss alone is made.
-    """
+    """One block: grid (blocks,). Weights of the whole sums; the loss of this rank's own."""
     block = tl.program_id(0)
     width = tl.cast(1 + 2 * neurons, tl.int64)
-    sums = sum_ptr + block * width
-    rows = tl.maximum(tl.load(sums), 1.0)
+    whole = whole_ptr + block * width
+    rows = tl.maximum(tl.load(whole), 1.0)
     part = tl.zeros([TILE], dtype=tl.float32)
     for start in range(0, neurons, TILE):
         j = start + tl.arange(0, TILE)
         inside = j < neurons
-        share = tl.load(sums + 1 + neurons + j, mask=inside, other=0.0)
-        at = weight_ptr + block.to(tl.int64) * neurons + j
-        if READY:
-            weight = tl.load(at, mask=inside, other=0.0)
-        else:
-            if ENTROPY:
-                mean = tl.maximum(share / rows, 1.1754943508222875e-38)
-                slope = 1.0 + tl.log(mean) / tl.log(tl.maximum(total_neurons, 2).to(tl.float32))
-            else:
-                count = tl.load(sums + 1 + j, mask=inside, other=0.0)
-                slope = count * (total_neurons.to(tl.float32) / kept.to(tl.float32)) / rows
-            weight = slope * over_experts / rows
-            tl.store(at, weight, mask=inside)
-        part += tl.where(inside, weight * share, 0.0)
-    tl.store(part_ptr + block, tl.sum(part, axis=0))
-    tl.debug_barrier()
-    if tl.atomic_add(ticket_ptr, 1) == blocks - 1:
-        b = tl.arange(0, BLOCKS)
-        parts = tl.load(part_ptr + b, mask=b < blocks, other=0.0, volatile=True)
-        tl.store(loss_ptr, tl.sum(parts, axis=0))
-        tl.store(ticket_ptr, 0)
+        count = tl.load(whole + 1 + j, mask=inside, other=0.0)
+        share = tl.load(whole + 1 + neurons + j, mask=inside, other=0.0)
+        weight = weight_of(share, count, rows, total_neurons, kept, over_experts, ENTROPY)
+        tl.store(weight_ptr + block.to(tl.int64) * neurons + j, weight, mask=inside)
+        own = tl.load(sum_ptr + block * width + 1 + neurons + j, mask=inside, other=0.0)
+        part += tl.where(inside, weight * own, 0.0)
+    add_parts(tl.sum(part, axis=0), block, blocks, part_ptr, ticket_ptr, loss_ptr, PARTS)
 
 
 @triton.jit
