@@ -244,7 +244,7 @@ def through_the_kernels(device, local_experts, fused=False, **changes):
 
 
 def launches_are_few_whatever_the_number_of_experts():
-    """9 forward and 7 backward (with a loss scale); kept are 4 S + F / 8 bytes a row in bfloat16."""
+    """9 forward and 7 backward (with a loss scale); kept are 4 S + F / 8 bytes a row in bf16."""
     device = [torch.device("cpu")]
     half = {"fused": True, "params_dtype": torch.bfloat16, "bf16": True}
     with job(2, device):
