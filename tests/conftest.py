@@ -54,9 +54,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
-def mone_config(**changes: Any):
-    """A small MoNEConfig; `changes` override fields."""
-    from megatron_mone.config import MoNEConfig
+def mone_config(*, latent: bool = False, **changes: Any):
+    """A small MoNEConfig (`latent`: MoNEMLAConfig); `changes` override fields."""
+    from megatron_mone.config import MoNEConfig, MoNEMLAConfig
 
     fields: dict[str, Any] = dict(
         num_layers=1,
@@ -76,4 +76,4 @@ def mone_config(**changes: Any):
         mone_neuron_ratio=0.25,
         mone_ng_loss_coeff=0.01,
     )
-    return MoNEConfig(**{**fields, **changes})
+    return (MoNEMLAConfig if latent else MoNEConfig)(**{**fields, **changes})
