@@ -13,6 +13,7 @@ from megatron_mone.commands import (
     compare,
     doctor,
     gather_profiles,
+    generate,
     gpu_answer,
     inspect,
     merge_profile,
@@ -32,7 +33,7 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, inspect, gpu_answer, doctor),
+    *(plan, report_plan, check_published, inspect, generate, gpu_answer, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")
