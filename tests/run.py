@@ -1,9 +1,9 @@
 """The whole test suite, or the tests named: `make test`, `make test TESTS=tests/unit/moe`.
 
-Two rows of tests run beside each other, about as long: tests on a real Slurm, which wait for
-Slurm's clocks, then unit tests and an installation's; and all that start ranks, then the rest of
-the unit tests. The first row's report comes at the end. However this ends, no process that it
-started stays.
+Three rows of tests run beside each other: tests on a real Slurm, which mostly wait for Slurm's
+clocks; unit tests and an installation's; and all that start ranks, then the rest of the unit tests,
+so that the last two rows, which share the processors, take about as long. The first two rows'
+reports come at the end. However this ends, no process that it started stays.
 """
 
 import shutil
@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import IO, Any
 
 from megatron_mone.common.child_processes import end_with_starter, tied
@@ -20,9 +20,10 @@ from tests.processes import Keeper
 
 PYTEST = (sys.executable, "-m", "pytest")
 REST = ("tests/unit/benchmarking", "tests/unit/cpu_emulation")
-_FIRST = ("tests/slurm", "tests/unit", "tests/integration/test_installed_wheel.py")
-BESIDE = (*_FIRST, *(f"--ignore={folder}" for folder in REST))
-ROW = (tuple(f"--ignore={path}" for path in _FIRST), REST)
+_SLURM = "tests/slurm"
+_UNIT = ("tests/unit", "tests/integration/test_installed_wheel.py")
+BESIDE = ((_SLURM,), (*_UNIT, *(f"--ignore={folder}" for folder in REST)))
+ROW = (tuple(f"--ignore={path}" for path in (_SLURM, *_UNIT)), REST)
 _SECONDS_TO_STOP = 10.0
 
 
@@ -37,26 +38,33 @@ def main() -> int:
         if named:
             with _started([*PYTEST, *named]) as tests:
                 return tests.wait()
-        return run_rows([*PYTEST, *BESIDE], [[*PYTEST, *tests] for tests in ROW])
+        beside, row = ([[*PYTEST, *tests] for tests in commands] for commands in (BESIDE, ROW))
+        return run_rows(beside, row)
     finally:
         keeper.close()
 
 
-def run_rows(beside: Sequence[str], row: Sequence[Sequence[str]]) -> int:
-    """Run a command beside others that run one after another; what it says comes last.
+def run_rows(beside: Sequence[Sequence[str]], row: Sequence[Sequence[str]]) -> int:
+    """Run commands beside others that run one after another; what the first say comes last.
 
     Returns:
         0, or 1 where one of them failed.
     """
-    with tempfile.TemporaryFile() as report, _started(beside, report) as first:
+    with ExitStack() as stack:
+        reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in beside]
+        others = [
+            stack.enter_context(_started(command, report))
+            for command, report in zip(beside, reports, strict=True)
+        ]
         failed = False
         for command in row:
             with _started(command) as tests:
                 failed |= tests.wait() != 0
-        failed |= first.wait() != 0
-        report.seek(0)
-        sys.stdout.flush()
-        shutil.copyfileobj(report, sys.stdout.buffer)
+        for tests, report in zip(others, reports, strict=True):
+            failed |= tests.wait() != 0
+            report.seek(0)
+            sys.stdout.flush()
+            shutil.copyfileobj(report, sys.stdout.buffer)
     print("make test: failed" if failed else "make test: all parts passed")
     return int(failed)
 
