@@ -169,7 +169,8 @@ class MoNEExperts(nn.Module):
         y_NH = self._native(x_NH, probs_N, counts_E)
         if y_NH is None:
             y_NH = self._plain(x_NH, probs_N, counts_E.tolist())
-        return torch.zeros_like(hidden_states).index_add_(0, token_N, y_NH)
+        output_TH = torch.zeros_like(hidden_states, dtype=y_NH.dtype)
+        return output_TH.index_add_(0, token_N, y_NH)
 
     def _apply_gate(self, gate_up_out: Tensor) -> Tensor:
         """[N, F] of [N, 2F], for transformers' own implementations, which know no expert here."""
@@ -205,6 +206,8 @@ class MoNEExperts(nn.Module):
         )
         if native is None or needs_gradient or x_NH.device.type != "cpu" or self.choice.every:
             return None
+        if any(one.dtype != x_NH.dtype for one in weights):  # autocast
+            return None
         width = self.choice.neurons
         gate_EFH, up_EFH = self.gate_up_proj[:, :width], self.gate_up_proj[:, width:]
         choose = self._native_choice(counts_E)
@@ -213,7 +216,8 @@ class MoNEExperts(nn.Module):
         if native.choose_backend("auto", call).backend.name != "cpu":
             return None
         if self.down_proj.stride(1) != 1:  # a neuron's H numbers side by side, as kernels read them
-            self.down_proj.data = self.down_proj.data.mT.contiguous().mT
+            with torch.inference_mode(False):  # whose tensors could not be trained afterwards
+                self.down_proj.data = self.down_proj.data.mT.contiguous().mT
         return native.grouped_mlp_with_gates(
             x_NH, probs_N, counts_E, gate_EFH, up_EFH, self.down_proj.mT,
             choose=choose, activation=self.activation, backend="cpu",
@@ -249,7 +253,8 @@ class MoNERouter(nn.Module):
     def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [T, E], probabilities [T, K] and numbers [T, K] of the chosen experts."""
         dtype = self.dtype or hidden_TH.dtype
-        logits_TE = F.linear(hidden_TH.to(dtype), self.weight.to(dtype))
+        with torch.autocast(hidden_TH.device.type, enabled=False):
+            logits_TE = F.linear(hidden_TH.to(dtype), self.weight.to(dtype))
         if self.score == "softmax" and not self.before:
             chosen_TK, index_TK = self._top(logits_TE)
             probs_TK = torch.softmax(chosen_TK, dim=-1, dtype=torch.float32)

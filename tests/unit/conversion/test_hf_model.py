@@ -269,6 +269,25 @@ def test_native_kernels_compute_what_torch_does(shape, monkeypatch):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_a_model_that_ran_on_native_kernels_is_saved_and_trained(tmp_path):
+    """Their layout of weights is in nobody's way, inference mode or not."""
+    model, ids = our_model(), tokens()
+    with torch.inference_mode():
+        wanted = model(ids).logits.clone()
+    experts = model.model.layers[0].mlp.experts
+    assert experts.down_proj.stride(1) == 1
+    model.save_pretrained(tmp_path)
+    again = MoNEForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(ids).logits, wanted, rtol=0, atol=1e-4)
+    model(ids, labels=ids).loss.backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(ids).logits).all()
+    again(ids, labels=ids).loss.backward()
+    torch.testing.assert_close(
+        experts.down_proj.grad, again.model.layers[0].mlp.experts.down_proj.grad
+    )
+
+
 def test_it_trains_and_unchosen_neurons_get_no_gradient():
     """With gradients torch computes it all; recomputed layers give the same."""
     model, ids = our_model(mone_neurons_per_token=1, num_experts=1, num_experts_per_tok=1), tokens()
