@@ -207,18 +207,21 @@ def test_logits_are_megatrons(case):
 
 
 DTYPES = [torch.float32, torch.bfloat16]
+THREE = st.lists(st.integers(1, 6), min_size=3, max_size=3)
 
 
 @st.composite
 def choices(draw):
     groups, block, size = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 5)), 6
-    kept = groups * block * draw(st.integers(1, size))
+    few, kept, most = (groups * block * n for n in sorted(draw(THREE)))
     threshold = draw(st.sampled_from([None, 0.2, 0.9]))
+    bounds = dict(
+        mone_selection="threshold", mone_threshold=threshold, mone_min_neurons_per_token=few,
+        mone_max_neurons_per_token=draw(st.sampled_from([most, None])),
+    )  # fmt: skip
     return dict(
         moe_intermediate_size=groups * block * size, mone_neurons_per_token=kept,
-        mone_neuron_groups=groups, mone_neuron_block=block,
-        mone_selection="topk" if threshold is None else "threshold",
-        mone_threshold=threshold or 0.1,
+        mone_neuron_groups=groups, mone_neuron_block=block, **(bounds if threshold else {}),
     ), draw(st.integers(0, 2**20)), draw(st.sampled_from(DTYPES))  # fmt: skip
 
 
