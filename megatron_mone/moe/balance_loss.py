@@ -53,7 +53,7 @@ class BlockStatistics:
         """The same sums over every rank of `group` as well (the replicas of an expert)."""
         if group is None or group.size() == 1:
             return self
-        packed = torch.cat((self.rows_B.unsqueeze(1), self.counts_BF, self.share_BF), dim=1)
+        packed = self.columns()
         torch.distributed.all_reduce(packed, group=group)
         return BlockStatistics.of_columns(packed)
 
@@ -63,12 +63,9 @@ class BlockStatistics:
         width = (packed.shape[1] - 1) // 2
         return cls(packed[:, 0], packed[:, 1 : 1 + width], packed[:, 1 + width :])
 
-    def of_experts(self, experts: int) -> BlockStatistics:
-        """The same sums with the blocks of each of `experts` experts, which lie together, added."""
-        return BlockStatistics(
-            *(x.unflatten(0, (experts, -1)).sum(dim=1)
-              for x in (self.rows_B, self.counts_BF, self.share_BF))
-        )  # fmt: skip
+    def columns(self) -> Tensor:
+        """[B, 1 + 2 F_l]: rows, counts, shares."""
+        return torch.cat((self.rows_B.unsqueeze(1), self.counts_BF, self.share_BF), dim=1)
 
     def with_uniform_row(self, num_neurons: int) -> BlockStatistics:
         """With one more row in each block, which uses all `num_neurons` neurons (F) alike.
@@ -77,13 +74,6 @@ class BlockStatistics:
         """
         return BlockStatistics(
             self.rows_B + 1, self.counts_BF + 1, self.share_BF + 1.0 / num_neurons
-        )
-
-    def __add__(self, other: BlockStatistics) -> BlockStatistics:
-        return BlockStatistics(
-            self.rows_B + other.rows_B,
-            self.counts_BF + other.counts_BF,
-            self.share_BF + other.share_BF,
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import (
+    MetricEntry,
     MoEMetricsTracker,
     get_moe_metrics_tracker,
     set_moe_metrics_tracker,
@@ -84,6 +85,27 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         entry.values[layer_number - 1].add_(value.detach())
         entry.reduce_group, entry.avg_group = reduce_group, avg_group
         entry.needs_dp_avg = needs_dp_avg
+
+    def cell(
+        self, name: str, layer_number: int | None, num_layers: int, device: torch.device,
+        reduce_group: ProcessGroup | None,
+    ) -> Tensor | None:  # fmt: skip
+        """Where `record` adds up, for a kernel that adds there itself: a float32 scalar.
+
+        Args:
+            name, layer_number, num_layers, reduce_group: as of `record`.
+            device: of the values.
+
+        Returns:
+            None where the layer has no number.
+        """
+        if layer_number is None:
+            return None
+        if name not in self._metrics:
+            self._metrics[name] = MetricEntry(values=torch.zeros(num_layers, device=device))
+        entry = self._metrics[name]
+        entry.reduce_group, entry.avg_group, entry.needs_dp_avg = reduce_group, None, True
+        return entry.values[layer_number - 1]
 
     def step(self) -> int:
         """The training step under way, 1-based, as Megatron's loop counts it."""

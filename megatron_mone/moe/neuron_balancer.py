@@ -67,7 +67,7 @@ class NeuronBalancer:
         self.microbatch_of_rank = torch.tensor(self.source_map.microbatch_of_rank)
         self._tables: dict[tuple[int, torch.device], Tensor] = {}
         # Scope global_batch: sums over this step's rows here, and the micro-batches in them.
-        self.step_sums: BlockStatistics | None = None
+        self.step_sums: Tensor | None = None  # [E, 1 + 2 F_l], BlockStatistics.of_columns
         self.step_microbatches = 0
 
     def __call__(
@@ -127,7 +127,7 @@ class NeuronBalancer:
             weight_BF = self._weights(whole, 1.0)
         else:
             weight_BF = self._last_weights(tokens_M)
-            self._keep_for_next(statistics, tokens_M)
+            self._keep_for_next(statistics.columns(), tokens_M)
         loss = shares.loss(weight_BF, share_BF, total_N)
         repeats = self._repeats()
         self._record(loss / repeats)
@@ -151,6 +151,7 @@ class NeuronBalancer:
         blocks = Blocks(cells, within, self.experts.num_local_experts * within, real_N)
         loss_type = self.config.mone_ng_loss_type
         scale_free = loss_type != "raw"
+        repeats = self._repeats()
         group = self.source_map.replica_group
         whole_here = group is None or group.size() == 1
         weighing = None
@@ -158,7 +159,8 @@ class NeuronBalancer:
             assert self.kept is not None  # rows of several lengths have no entries
             weighing = Weighing(
                 loss_type, self.config.moe_ffn_hidden_size, self.kept,
-                1 / (self.config.num_moe_experts or 1),
+                1 / (self.config.num_moe_experts or 1), 1 / repeats,
+                install_tracker().cell(*self._logged_as(), y_NH.device, self.tp_cp_group),
                 None if self.by_microbatch else self._last_weights(tokens_M),
             )  # fmt: skip
         sums = entries.block_sums(
@@ -168,17 +170,14 @@ class NeuronBalancer:
         )  # fmt: skip
         if weighing is None:
             return y_NH
-        weight_BF, loss = sums.weight_BF, sums.loss
+        weight_BF = sums.weight_BF
         if not self.by_microbatch:
-            self._keep_for_next(BlockStatistics.of_columns(sums.sums_BX), tokens_M)
+            self._keep_for_next(sums.sums_BX, tokens_M)
         elif not whole_here:
             whole_BX = sums.sums_BX.clone()
             torch.distributed.all_reduce(whole_BX, group=group)
-            weight_BF, loss = weigh(sums, whole_BX, weighing)
+            weight_BF, _ = weigh(sums, whole_BX, weighing)
         assert weight_BF is not None
-        assert loss is not None
-        repeats = self._repeats()
-        self._record(loss if repeats == 1 else loss / repeats)
         scale = self.config.mone_ng_loss_coeff / repeats
         if tokens_M is not None:
             weight_BF = _times_tokens(weight_BF, tokens_M)
@@ -197,11 +196,14 @@ class NeuronBalancer:
             return weight_BF
         return weight_BF.repeat_interleave(tokens_M.numel(), dim=0)
 
-    def _keep_for_next(self, statistics: BlockStatistics, tokens_M: Tensor | None) -> None:
-        """Add a micro-batch's `statistics` to this step's, which weigh in the next."""
-        if tokens_M is not None:
-            statistics = statistics.of_experts(self.experts.num_local_experts)
-        self.step_sums = statistics if self.step_sums is None else self.step_sums + statistics
+    def _keep_for_next(self, sums_BX: Tensor, tokens_M: Tensor | None) -> None:
+        """Add a micro-batch's columns of statistics to this step's, which weigh in the next."""
+        if tokens_M is not None:  # blocks of an expert lie together
+            sums_BX = sums_BX.unflatten(0, (self.experts.num_local_experts, -1)).sum(dim=1)
+        if self.step_sums is None:
+            self.step_sums = sums_BX
+        else:
+            self.step_sums.add_(sums_BX)
         # the replicas of an expert hold the rows of all DP ranks' micro-batches together
         ranks = self.tp_ep_group.size() * self.expt_dp_group.size()
         self.step_microbatches += ranks // self.tp_cp_group.size()
@@ -274,15 +276,18 @@ class NeuronBalancer:
             return None
         return self.layer_number - 1 + (self.config.num_layers if self.is_mtp_layer else 0)
 
-    def _record(self, loss: Tensor) -> None:
+    def _logged_as(self) -> tuple[str, int | None, int]:
+        """Name, 1-based number of the layer, number of layers; over the ranks of one micro-batch
+        the parts add up, DP ranks average."""
         row = self.table_row()
+        layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        return "ng_loss", None if row is None else row + 1, layers
+
+    def _record(self, loss: Tensor) -> None:
+        name, number, layers = self._logged_as()
         install_tracker().record(
-            "ng_loss",
-            loss,
-            None if row is None else row + 1,  # type: ignore[arg-type]
-            self.config.num_layers + (self.config.mtp_num_layers or 0),
-            reduce_group=self.tp_cp_group,  # parts of one micro-batch add up; DP ranks average
-        )
+            name, loss, number, layers, reduce_group=self.tp_cp_group,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -297,7 +302,7 @@ class NeuronBalancer:
             bias_EF += torch.sign(error_EF) * self.config.mone_ng_bias_update_rate
         self.load.end_step()
         if self.step_sums is not None:
-            sums = self.step_sums.summed(self.expt_dp_group)
+            sums = BlockStatistics.of_columns(self.step_sums).summed(self.expt_dp_group)
             idle_E1 = sums.rows_B.unsqueeze(1) == 0
             if self.config.mone_ng_loss_type == "entropy":
                 sums = sums.with_uniform_row(self.config.moe_ffn_hidden_size)

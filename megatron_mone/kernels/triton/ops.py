@@ -348,6 +348,8 @@ class Weighing(NamedTuple):
         loss_type: entropy weighs by the slope of the entropy, every other by the load.
         neurons, kept: F and S over all ranks.
         over_experts: each weight is multiplied by it.
+        tally_scale: see `tally`.
+        tally: float32 scalar that the loss, scaled, is added to, for a log; None: no log.
         ready_BF: [B, F_l] float32 weights that are there already; made when None.
     """
 
@@ -355,7 +357,19 @@ class Weighing(NamedTuple):
     neurons: int
     kept: int
     over_experts: float
+    tally_scale: float = 1.0
+    tally: Tensor | None = None
     ready_BF: Tensor | None = None
+
+    @property
+    def numbers(self) -> tuple[int, int, float, float]:
+        """For the kernels."""
+        return self.neurons, self.kept, self.over_experts, self.tally_scale
+
+    @property
+    def logged(self) -> tuple[Tensor, ...]:
+        """What the loss is added to."""
+        return () if self.tally is None else (self.tally,)
 
 
 class BlockSums(NamedTuple):
@@ -410,24 +424,26 @@ def block_sums(
     )  # fmt: skip
     into = (sums_BX, sums_BX) if counters is None else tuple(counters)
     pieces = -(-neurons // GATHER["TILE"])
-    weight_BF, loss, weights, rule = None, None, "none", (1, 1, 0.0)
+    weight_BF, loss, weights, numbers = None, None, "none", (1, 1, 0.0, 0.0)
     weighed: tuple[Tensor, ...] = (sums_BX, sums_BX, sums_BX)
+    logged: tuple[Tensor, ...] = ()
     if weighing is not None:
         weights = "make" if weighing.ready_BF is None else "ready"
         weight_BF = weighing.ready_BF
         if weight_BF is None:
             weight_BF = sums_BX.new_empty((number, neurons))
-        loss, rule = sums_BX.new_empty(()), weighing[1:4]
+        loss, numbers, logged = sums_BX.new_empty(()), weighing.numbers, weighing.logged
         weighed = (weight_BF, sums_BX.new_empty(where.experts * pieces), loss)
     launch(
         "statistics.gather", (where.experts, pieces),
-        (found, counts, share, sums_BX, ticket, *into, *weighed,
-         neurons, stripes, number, blocks.per_expert, *rule),
-        reads=(found, counts, share, *(counters or ()), *weighed[: weights == "ready"]),
-        writes=(sums_BX, *(counters or ()), *(weighed[weights == "ready" :] if weighing else ())),
+        (found, counts, share, sums_BX, ticket, *into, *weighed, *(logged or weighed[-1:]),
+         neurons, stripes, number, blocks.per_expert, *numbers),
+        reads=(found, counts, share, *(counters or ()), *weighed[: weights == "ready"], *logged),
+        writes=(sums_BX, *(counters or ()), *logged,
+                *(weighed[weights == "ready" :] if weighing else ())),
         SHARES=shares, LOADS=counters is not None, WEIGHTS=weights,
         ENTROPY=weighing is not None and weighing.loss_type == "entropy",
-        PARTS=power_of_two(where.experts * pieces), **GATHER,
+        PARTS=power_of_two(where.experts * pieces), TALLY=bool(logged), **GATHER,
     )  # fmt: skip
     return BlockSums(sums_BX, ticket, weight_BF, loss)
 
@@ -448,10 +464,12 @@ def weigh(sums: BlockSums, whole_BX: Tensor, weighing: Weighing) -> tuple[Tensor
     part_B, loss = whole_BX.new_empty(number), whole_BX.new_empty(())
     launch(
         "statistics.weigh", (number,),
-        (whole_BX, sums.sums_BX, weight_BF, part_B, sums.ticket, loss, local, number,
-         *weighing[1:4]),
-        reads=(whole_BX, sums.sums_BX), writes=(weight_BF, part_B, loss),
-        ENTROPY=weighing.loss_type == "entropy", PARTS=power_of_two(number), **WEIGH,
+        (whole_BX, sums.sums_BX, weight_BF, part_B, sums.ticket, loss,
+         loss if weighing.tally is None else weighing.tally, local, number, *weighing.numbers),
+        reads=(whole_BX, sums.sums_BX, *weighing.logged),
+        writes=(weight_BF, part_B, loss, *weighing.logged),
+        ENTROPY=weighing.loss_type == "entropy", TALLY=weighing.tally is not None,
+        PARTS=power_of_two(number), **WEIGH,
     )  # fmt: skip
     return weight_BF, loss
 

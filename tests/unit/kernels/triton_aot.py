@@ -53,7 +53,8 @@ POINTERS = {
     **dict.fromkeys(("segment_offset_ptr", "tile_segment_ptr"), INTS),
     **dict.fromkeys(("ticket_ptr", "count_ptr"), INTS),
     **dict.fromkeys(("p_ptr", "dp_ptr", "part_ptr", "weight_ptr", "level_ptr", "loss_ptr"), FLOATS),
-    **dict.fromkeys(("total_ptr", "loss_scale_ptr", "share_ptr", "sum_ptr", "whole_ptr"), FLOATS),
+    **dict.fromkeys(("tally_ptr", "total_ptr", "loss_scale_ptr"), FLOATS),
+    **dict.fromkeys(("share_ptr", "sum_ptr", "whole_ptr"), FLOATS),
     **dict.fromkeys(("load_ptr", "load_rows_ptr", "first_ptr", "block_of_chunk_ptr"), "*i64"),
     "base_ptr": "*i16", "bad_ptr": "*i8", "real_ptr": "*i8",
 }  # fmt: skip
@@ -67,7 +68,7 @@ CHOICE = {
     "selection.select_wide": selection.select_wide_kernel,
     "block_selection.select_blocks": block_selection.select_blocks_kernel,
 }
-NUMBERS = {"scale": "fp32", "over_experts": "fp32"}
+NUMBERS = {"scale": "fp32", "over_experts": "fp32", "tally_scale": "fp32"}
 # F, S, H and strides as a real model has them
 DIVISIBLE = ("neurons", "hidden", "kept", "w_stride", "w2_stride", "out_stride", "width")
 
@@ -152,10 +153,10 @@ def cases() -> dict[str, tuple]:
         ),
         "gather": (statistics.gather_kernel, {
             "SHARES": True, "LOADS": True, "WEIGHTS": "make", "ENTROPY": False, "PARTS": 64,
-            **ops.GATHER,
+            "TALLY": True, **ops.GATHER,
         }),
         "weigh": (
-            statistics.weigh_kernel, {"ENTROPY": False, "PARTS": 64, **ops.WEIGH},
+            statistics.weigh_kernel, {"ENTROPY": False, "PARTS": 64, "TALLY": True, **ops.WEIGH},
         ),
         "note_bad": (statistics.note_bad_kernel, ops.LOOK),
         "mark_bad": (hidden_products.mark_bad_kernel, ops.LOOK),

@@ -76,14 +76,18 @@ def balance(loss_type: str, dtype: torch.dtype, padded: bool, block: int = 1) ->
     assert torch.equal(counters.counts_EF - 1, counts_BF.view(3, 2, -1).sum(dim=1))
     assert torch.equal(counters.rows_E - 1, rows_B.view(3, 2).sum(dim=1))
     assert int(sums.ticket) == 0
-    given = rule._replace(ready_BF=2 * weight_BF)
+    log = torch.tensor([1.0, 2.0])
+    given = rule._replace(ready_BF=2 * weight_BF, tally=log[1], tally_scale=0.5)
     ready = entries.block_sums(blocks, shares=True, scale_free=free, weighing=given)
     assert ready.weight_BF is given.ready_BF
     close(ready.loss, 2 * loss, torch.float32)
+    close(log, torch.stack((log.new_ones(()), 2.0 + loss)), torch.float32)
     alone = entries.block_sums(blocks, shares=True, scale_free=free)
     assert torch.equal(alone.sums_BX, made)
     twice = alone.sums_BX * 2  # with another rank, whose rows are as these
-    again_BF, again = ops.weigh(alone, twice, rule)
+    log[:] = 0
+    again_BF, again = ops.weigh(alone, twice, rule._replace(tally=log[0]))
+    close(log, torch.stack((again, log.new_zeros(()))), torch.float32)
     assert int(alone.ticket) == 0
     close(again_BF[used], row_weights(
         BlockStatistics(2 * rows_B, 2 * counts_BF.double(), 2 * share_BF), loss_type=loss_type,

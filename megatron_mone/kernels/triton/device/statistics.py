@@ -79,24 +79,31 @@ def weight_of(share, count, rows, total_neurons, kept, over_experts, ENTROPY: tl
 
 
 @triton.jit
-def add_parts(part, place, parts, part_ptr, ticket_ptr, loss_ptr, PARTS: tl.constexpr):
-    """Leave one part of the loss; the last program to come here adds all of them, in order."""
+def add_parts(
+    part, place, parts, part_ptr, ticket_ptr, loss_ptr, tally_ptr, tally_scale,
+    PARTS: tl.constexpr, TALLY: tl.constexpr,
+):  # fmt: skip
+    """Leave one part of the loss; the last program to come here adds all of them, in order, and
+    their sum, scaled, to what is logged."""
     tl.store(part_ptr + place, part)
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1) == parts - 1:
         lane = tl.arange(0, PARTS)
         found = tl.load(part_ptr + lane, mask=lane < parts, other=0.0, volatile=True)
-        tl.store(loss_ptr, tl.sum(found, axis=0))
+        loss = tl.sum(found, axis=0)
+        tl.store(loss_ptr, loss)
+        if TALLY:
+            tl.store(tally_ptr, tl.load(tally_ptr) + loss * tally_scale)
         tl.store(ticket_ptr, 0)
 
 
 @triton.jit
 def gather_kernel(
     rows_ptr, count_ptr, share_ptr, sum_ptr, ticket_ptr, load_ptr, load_rows_ptr,
-    weight_ptr, part_ptr, loss_ptr,
-    neurons, stripes, blocks, blocks_per_expert, total_neurons, kept, over_experts,
+    weight_ptr, part_ptr, loss_ptr, tally_ptr,
+    neurons, stripes, blocks, blocks_per_expert, total_neurons, kept, over_experts, tally_scale,
     SHARES: tl.constexpr, LOADS: tl.constexpr, WEIGHTS: tl.constexpr, ENTROPY: tl.constexpr,
-    PARTS: tl.constexpr, TILE: tl.constexpr,
+    PARTS: tl.constexpr, TALLY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """TILE neurons of an expert: grid (E, ceil(F / TILE)). A block's sums: rows, counts, shares.
 
@@ -148,15 +155,15 @@ def gather_kernel(
         pieces = tl.num_programs(1)
         add_parts(
             tl.sum(part, axis=0), expert * pieces + piece, tl.num_programs(0) * pieces,
-            part_ptr, ticket_ptr, loss_ptr, PARTS,
+            part_ptr, ticket_ptr, loss_ptr, tally_ptr, tally_scale, PARTS, TALLY,
         )  # fmt: skip
 
 
 @triton.jit
 def weigh_kernel(
-    whole_ptr, sum_ptr, weight_ptr, part_ptr, ticket_ptr, loss_ptr,
-    neurons, blocks, total_neurons, kept, over_experts,
-    ENTROPY: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr,
+    whole_ptr, sum_ptr, weight_ptr, part_ptr, ticket_ptr, loss_ptr, tally_ptr,
+    neurons, blocks, total_neurons, kept, over_experts, tally_scale,
+    ENTROPY: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, TALLY: tl.constexpr,
 ):  # fmt: skip
     """One block: grid (blocks,). Weights of the whole sums; the loss of this rank's own."""
     block = tl.program_id(0)
@@ -173,7 +180,10 @@ def weigh_kernel(
         tl.store(weight_ptr + block.to(tl.int64) * neurons + j, weight, mask=inside)
         own = tl.load(sum_ptr + block * width + 1 + neurons + j, mask=inside, other=0.0)
         part += tl.where(inside, weight * own, 0.0)
-    add_parts(tl.sum(part, axis=0), block, blocks, part_ptr, ticket_ptr, loss_ptr, PARTS)
+    add_parts(
+        tl.sum(part, axis=0), block, blocks, part_ptr, ticket_ptr, loss_ptr, tally_ptr, tally_scale,
+        PARTS, TALLY,
+    )  # fmt: skip
 
 
 @triton.jit
