@@ -524,7 +524,7 @@ def test_a_layer_is_planned_as_the_launches_that_it_makes(traced):
     """Check of NaN, counters and balance loss included, as test_no_waits.py counts them."""
     ops = [op for op in traced(*MONE, "0.25").ops if op.name.startswith("mone.")]
     ran = {pass_: [op for op in ops if op.pass_ == pass_] for pass_ in ("forward", "backward")}
-    balance = ["note_bad", "statistics", "gather", "weigh"]
+    balance = ["note_bad", "statistics", "gather"]
     for pass_, names in (("forward", FORWARD + balance), ("backward", BACKWARD)):
         found = [name for op in ran[pass_] for name in [op.name.removeprefix("mone.")] * op.count]
         assert found == LAYERS * names
