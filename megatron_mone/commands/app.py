@@ -12,6 +12,7 @@ from megatron_mone.commands import (
     check_published,
     compare,
     doctor,
+    evaluate,
     gather_profiles,
     generate,
     gpu_answer,
@@ -33,7 +34,7 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, inspect, generate, gpu_answer, doctor),
+    *(plan, report_plan, check_published, inspect, generate, evaluate, gpu_answer, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")

@@ -61,6 +61,7 @@ _OPTIONAL = {
              "build https://github.com/NVIDIA/apex"),
     "emerging-optimizers": ("Muon, SOAP and Lion", "pip install 'megatron-mone[optimizers]'"),
     "pyarrow": ("data from Parquet files", "pip install 'megatron-mone[parquet]'"),
+    "lm-eval": ("megatron-mone eval", "pip install 'megatron-mone[eval]'"),
     "deepspeed": ("a peer in make bench", "pip install 'megatron-mone[deepspeed]'"),
 }  # fmt: skip
 _PROGRAMS = {

@@ -17,9 +17,9 @@ from tests.training_cases import ROOT
 COMMANDS = {
     "train": "--ranks", "prepare": "--json-key", "profile": "--warm-up", "compare": "--threshold",
     "plan": "--sweep", "merge-profile": "--skip-unreadable", "gather-profiles": "--nodes",
-    "report-plan": "--out", "inspect": "--mone", "generate": "--top-p", "run": "--hang-seconds",
-    "submit": "--test-only", "sweep": "--grid", "status": "--runs", "logs": "--follow",
-    "cancel": "--runs", "resume": "--runs",
+    "report-plan": "--out", "inspect": "--mone", "generate": "--top-p", "eval": "--tasks",
+    "run": "--hang-seconds", "submit": "--test-only", "sweep": "--grid", "status": "--runs",
+    "cancel": "--runs", "logs": "--follow", "resume": "--runs",
 }  # fmt: skip
 
 HEAVY = {"torch", "megatron", "matplotlib", "transformers"}

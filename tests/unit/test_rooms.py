@@ -26,6 +26,7 @@ ROOMS = (
         "cpu_emulation",
         "model",
         "conversion",
+        "evaluation",
     ),
     *("profiling", "planning", "reporting"),
     *("benchmarking", "demo", "commands"),

@@ -1,0 +1,176 @@
+"""The words of a training run, or a checkpoint alone -> Megatron's arguments of its evaluation.
+
+A run file says what is trained and how; only the model, its tokenizer, its layout and the machine
+are of use here. What is of training is left out of a run file and refused on the command line.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+TRAINING = (
+    "*data_path", "*data_args_path", "per_dataset_sequences_path", "data_cache_path", "mock_data",
+    "split", "save*", "async_save", "tensorboard*", "wandb*", "log_*", "profile*",
+    "mone_profile*", "mone_record*", "mone_replay*", "micro_batch_size", "global_batch_size",
+    "step_batch_size_schedule", "decrease_batch_size_if_needed", "eval_*", "exit_*", "train_*",
+    "lr", "lr_*", "min_lr", "*weight_decay*", "phase_transition_iterations",
+    "use_distributed_optimizer", "use_precision_aware_optimizer", "optimizer*", "overlap_*",
+    "delay_wgrad_compute", "recompute_*", "num_layers_per_virtual_pipeline_stage",
+    "num_virtual_stages_per_pipeline_rank", "moe_expert_capacity_factor",
+    "moe_pad_expert_input_to_capacity", "full_validation", "multiple_validation_sets",
+    "finetune", "dist_ckpt_optim_fully_reshardable", "rerun_mode",
+)  # fmt: skip
+"""Patterns of arguments that say how a model is trained: capacities too, for they drop tokens."""
+
+_FIXED = [
+    *("--mock-data", "--micro-batch-size", "1", "--train-iters", "1", "--eval-iters", "0"),
+    *("--lr", "1e-3", "--skip-train", "--no-load-optim", "--no-load-rng"),
+]
+_MINUTES = "1440"
+"""Other ranks wait for rank 0 while it reads tasks."""
+_OF_MODEL = (
+    "num_experts", "seq_length", "max_position_embeddings", "position_embedding_type",
+    "use_rotary*", "rotary_*", "use_rope_scaling", "rope_scaling_factor", "rope_type", "swiglu",
+    "squared_relu", "normalization", "norm_epsilon", "untie_embeddings_and_output_weights",
+    "group_query_attention", "multi_latent_attention", "apply_layernorm_1p", "qk_layernorm",
+    "tokenizer_*", "vocab_size", "vocab_file", "merge_file", "special_tokens", "tiktoken_*",
+    "make_vocab_size_divisible_by", "transformer_impl", "bf16", "fp16", "distributed_backend",
+    "gradient_accumulation_fusion", "bias_swiglu_fusion", "bias_gelu_fusion", "apply_rope_fusion",
+    "cross_entropy_loss_fusion", "create_attention_mask_in_dataloader", "mtp_*", "ckpt_format",
+    "add_position_embedding", "quick_geglu", "yarn_*", "no_persist_layer_norm",
+    "heterogeneous_layers_*",
+)  # fmt: skip
+"""Beside the fields of Megatron's TransformerConfig and ours."""
+
+
+def is_training(name: str) -> bool:
+    """Whether an argument is of training alone."""
+    return any(fnmatchcase(name, pattern) for pattern in TRAINING)
+
+
+def evaluation_words(words: Sequence[str]) -> list[str]:
+    """The words that Megatron's parser reads for an evaluation.
+
+    Args:
+        words: `--config FILE` and flags, or `--load FOLDER` and flags; no flag is of training.
+
+    Raises:
+        ValueError: a flag is of training, no checkpoint is named or there is none, or the run file
+            is wrong.
+    """
+    from megatron_mone.model.arguments import flag_parser
+    from megatron_mone.model.run_config import load_run, to_flags
+
+    own = ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    own.add_argument("--load")
+    known, rest = own.parse_known_args(list(words))
+    parser = flag_parser()
+    _refuse_training(rest, parser)
+    values = {} if known.config is None else load_run(known.config)
+    load, step = _checkpoint(known.load or values.pop("load", None))
+    if known.config is None:
+        values, source = saved_model(load, step, rest), load
+    else:
+        values = {k: v for k, v in values.items() if not is_training(k) and k != "load"}
+        source = known.config
+    flags = to_flags(values, parser, source)
+    chosen = ["--load", str(load), *([] if step is None else ["--ckpt-step", str(step)])]
+    waits = [] if _gives("--distributed-timeout-minutes", rest) else [
+        "--distributed-timeout-minutes", _MINUTES]  # fmt: skip
+    return [*flags, *_FIXED, *waits, *chosen, *rest]
+
+
+def saved_model(load: Path, step: int | None, words: Iterable[str]) -> dict[str, Any]:
+    """The arguments of the model that a torch_dist checkpoint holds, as its run was given them.
+
+    Args:
+        load: the folder of iterations.
+        step: the iteration; the newest when None.
+        words: of the command line, whose `--ckpt-step` counts.
+
+    Raises:
+        ValueError: the checkpoint holds no arguments.
+    """
+    from megatron.core import dist_checkpointing
+
+    from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
+    from megatron_mone.checkpoint.verify import folder_to_load
+
+    listed = list(words)
+    if _gives("--ckpt-step", listed):
+        step = int(listed[listed.index("--ckpt-step") + 1])
+    given = Namespace(load=str(load), ckpt_step=step, ckpt_format="torch_dist")
+    folder = folder_to_load(given)
+    read_metadata(folder or load)
+    load_weights_only()
+    try:
+        state = dist_checkpointing.load_common_state_dict(str(folder))
+        saved = vars(state["args"])
+    except Exception as error:
+        raise ValueError(
+            f"checkpoint {folder} holds no arguments of its model ({type(error).__name__}): give "
+            "the run file too, --config RUN.yaml"
+        ) from error
+    return model_values(saved)
+
+
+def model_values(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all arguments of a run those that make its model, where they are not the parser's own.
+
+    Args:
+        saved: name -> value, as Megatron validated them.
+    """
+    from megatron.core.model_parallel_config import ModelParallelConfig
+    from megatron.core.transformer.transformer_config import MLATransformerConfig
+
+    from megatron_mone.config import MONE_FIELD_NAMES
+    from megatron_mone.model.arguments import flag_parser
+
+    own = {field.name for field in fields(MLATransformerConfig)}
+    own -= {field.name for field in fields(ModelParallelConfig)}
+    own |= set(MONE_FIELD_NAMES)
+    found = {}
+    for action in flag_parser()._actions:
+        name = action.dest
+        value = saved.get(name)
+        wanted = name in own or any(fnmatchcase(name, pattern) for pattern in _OF_MODEL)
+        plain = isinstance(value, bool | int | float | str | list)
+        if wanted and plain and value != action.default and not is_training(name):
+            found[name] = value
+    if not found.get("group_query_attention"):
+        found.pop("num_query_groups", None)  # validation sets it
+    return found
+
+
+def _checkpoint(load: Any) -> tuple[Path, int | None]:
+    """The folder of a run's checkpoints, and the iteration where one is named by its folder."""
+    from megatron_mone.checkpoint.tracker import TRACKER_NAME, iteration_of
+
+    if not load:
+        raise ValueError("--load is missing: name the folder of a checkpoint (a run's --save)")
+    folder = Path(load)
+    step = iteration_of(folder)
+    if step is not None and folder.is_dir():
+        return folder.parent, step
+    if not (folder / TRACKER_NAME).is_file():
+        raise ValueError(
+            f"--load {load} holds no checkpoint ({TRACKER_NAME} is missing): name the folder that "
+            "a run saved to"
+        )
+    return folder, None
+
+
+def _refuse_training(words: Sequence[str], parser: ArgumentParser) -> None:
+    by_flag = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    for word in words:
+        flag = word.partition("=")[0]
+        if is_training(by_flag.get(flag, "")):
+            raise ValueError(f"{flag} is of training, an evaluation does not read it: leave it out")
+
+
+def _gives(flag: str, words: Iterable[str]) -> bool:
+    return any(word.partition("=")[0] == flag for word in words)
