@@ -1,12 +1,10 @@
 """A NaN in one rank's expert stops the whole job, and the message says where it began."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.training_cases import MOCK, MONE, ROOT, TINY
+from tests import forked_ranks
+from tests.integration import nan_rank
+from tests.training_cases import MOCK, MONE, TINY
 
 pytestmark = pytest.mark.slow
 
@@ -23,18 +21,13 @@ pytestmark = pytest.mark.slow
 def test_nan_in_one_expert_names_rank_layer_and_expert(deferred, flags, tmp_path):
     """At once, or as on a GPU at the end of the step: before the optimizer's, or when Megatron
     refuses the loss, which is NaN on both ranks by then."""
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "tests.integration.nan_rank", *TINY, *MONE, *MOCK, "--train-iters", "20"),
-        *("--expert-model-parallel-size", "2"),
-        *(flag.format(tmp=tmp_path) for flag in flags),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DEFER": str(deferred)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("megatron-mone: error")]
-    assert len(lines) == 1, done.stderr[-3000:]
+    words = [*TINY, *MONE, *MOCK, "--train-iters", "20", "--expert-model-parallel-size", "2"]
+    words += [flag.format(tmp=tmp_path) for flag in flags]
+    log = tmp_path / "log.txt"
+    job = forked_ranks.start(2, nan_rank.main, (deferred, words), log)
+    assert job.wait(timeout=900) != 0
+    said = log.read_text()
+    lines = [line for line in said.splitlines() if line.startswith("megatron-mone: error")]
+    assert len(lines) == 1, said[-3000:]
     assert "rank 1: layer 2, expert 3 gave NaN or infinity in" in lines[0]
-    assert "iteration        4/" not in done.stdout
+    assert "iteration        4/" not in said
