@@ -9,12 +9,10 @@ is the ledger's. A rank writes what it measured to CASE/memory-RANK.json.
 import ctypes
 import functools
 import itertools
-import sys
 from pathlib import Path
 
 import torch
 
-from megatron_mone import cpu_emulation
 from megatron_mone.common.files import write_json
 from megatron_mone.profiling import process_memory
 from megatron_mone.profiling.ledger import MemoryLedger, persistent_tensors
@@ -90,15 +88,11 @@ def watch(train_step):
     return watched
 
 
-def main():
+def main(todo: str, folder: str) -> None:
+    """As training_cases: the cases of a file, one after another."""
     process_memory.share_one_heap()
     count_all_threads()
-    cpu_emulation.install()
     from megatron.training import training
 
     training.train_step = watch(training.train_step)
-    training_cases._main(*sys.argv[1:])
-
-
-if __name__ == "__main__":
-    main()
+    training_cases._main(todo, folder)

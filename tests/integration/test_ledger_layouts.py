@@ -5,16 +5,14 @@ by the kernel as growth of the process.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_mone.profiling.ledger import KINDS
+from tests.integration import ledger_ranks
 from tests.parity.layouts import DISTRIBUTED_OPTIMIZER, EP2, EP4, ETP1, FULL_RECOMPUTE, PP2, TP2
-from tests.training_cases import MOCK, MONE, ROOT, TINY
+from tests.training_cases import MOCK, MONE, TINY, Case, run_cases
 
 pytestmark = pytest.mark.slow
 
@@ -46,20 +44,8 @@ NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ledger")
     for ranks, layouts in LAYOUTS.items():
-        todo = folder / f"cases-{ranks}.json"
-        cases = [[name, [*MODEL, *flags], False] for name, flags in layouts.items()]
-        todo.write_text(json.dumps(cases))
-        command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(ranks), "-m", "tests.integration.ledger_ranks"),
-            *(str(todo), str(folder)),
-        ]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
-        )
-        if done.returncode:
-            pytest.fail((done.stdout + done.stderr)[-6000:], pytrace=False)
+        cases = [Case(name, (*MODEL, *flags)) for name, flags in layouts.items()]
+        run_cases(cases, ranks, folder, run=ledger_ranks.main)
     return folder
 
 
