@@ -55,7 +55,7 @@ def evaluate(
     0; 2 wrong input, said in one line.
     """
     if context.args[:1] == ["compare"]:
-        given = out if "--out" in " ".join(context.meta[WORDS]) else None
+        given = out if any(w.split("=")[0] == "--out" for w in context.meta[WORDS]) else None
         return _compare(context.args[1:], given)
     from megatron_mone.evaluation.suites import check_installed, task_names
 
@@ -78,11 +78,11 @@ def evaluate(
     words += [] if load is None else ["--load", str(load)]
     if "WORLD_SIZE" not in os.environ:
         one = [sys.executable, "-m", "megatron_mone", "eval", *context.meta[WORDS]]
-        return run_ranks(one, ranks or _needed(config, words), out / "logs")
+        return run_ranks(one, ranks or ranks_needed(config, words), out / "logs")
     return _rank(words, named, include_path, limit, batch_size, out)
 
 
-def _needed(config: Path | None, words: list[str]) -> int:
+def ranks_needed(config: Path | None, words: list[str]) -> int:
     """Ranks of one model in the layout that is asked for."""
     from launch.spec.megatron_flags import whole_number
     from megatron_mone.model.run_config import load_run

@@ -4,7 +4,6 @@
         --model_args 'load=out/run,flags=--expert-model-parallel-size 2' --tasks arc_easy
 """
 
-import os
 import sys
 from importlib import import_module
 
@@ -26,6 +25,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    sys.exit(status) if "WORLD_SIZE" not in os.environ else os._exit(status)
+    sys.exit(main())

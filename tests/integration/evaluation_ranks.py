@@ -11,7 +11,8 @@ from tests.training_cases import _Groups, spare_repeated_work
 def evaluate(todo: str, folder: str) -> None:
     """Evaluate each [name, words, tasks, batch] of a JSON file into folder/NAME.
 
-    A case that is refused leaves folder/NAME.refused. The case `direct` asks the model itself.
+    A case that is refused leaves folder/NAME.refused. The case `direct` asks the model itself; the
+    case `registered` is the last: ranks end with it.
     """
     from megatron_mone import cpu_emulation
 
@@ -30,7 +31,7 @@ def evaluate(todo: str, folder: str) -> None:
             if name == "direct":
                 _direct(words, tasks, out)
             elif name == "registered":
-                _registered(words, tasks, out)
+                return _registered(words, tasks, out)  # ends the ranks that serve
             else:
                 include = Path(folder) / "tasks"
                 run.evaluate_checkpoint(words, tasks, include, 4, batch, out, lambda *told: None)

@@ -65,11 +65,11 @@ def runs(tmp_path_factory):
     tasks = [*QUICK, "texts"]
     one = [[name, words, tasks, batch] for name, batch in ONE_RANK.items()]
     one.append(["direct", words, TEXTS, 0])
-    one.append(["registered", words, ["mone_cloze"], 0])
     one.append(["wrong tokenizer", [*words, "--tokenizer-model", str(folder / "wide")],
                 ["mone_cloze"], 8])  # fmt: skip
     _run(one, 1, folder)
-    _run([[name, [*words, *flags], tasks, 8] for name, flags in LAYOUTS.items()], 2, folder)
+    two = [[name, [*words, *flags], tasks, 8] for name, flags in LAYOUTS.items()]
+    _run([*two, ["registered", [*words, *EP2], ["mone_cloze"], 0]], 2, folder)
     return folder
 
 
@@ -106,7 +106,7 @@ def test_a_text_scores_as_megatrons_loss_says(runs):
     assert [one["metrics"]["byte_perplexity"][1] for one in got] == size
 
 
-def test_lm_eval_finds_the_model_by_its_name(runs):
+def test_lm_eval_finds_the_model_by_its_name_on_two_ranks(runs):
     wanted = [one["log_likelihoods"][0] for one in samples(runs / "eight rows", "mone_cloze")]
     assert json.loads((runs / "registered").read_text()) == pytest.approx(wanted, abs=1e-4)
 
@@ -145,6 +145,16 @@ def test_a_hugging_face_folder_scores_as_its_own_logits_say(llama, tmp_path, cap
             scores = model(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])
         wanted = float(scores[-len(f" {one['word']}") :].sum())
         assert got["log_likelihoods"] == pytest.approx([wanted], abs=1e-4)
+
+
+def test_the_command_starts_the_ranks_it_needs(runs, tmp_path, capfd):
+    flags = ["--load", str(runs / "saved" / "iter_0000002"), *LENGTH, "--out", str(tmp_path)]
+    tasks = ["--tasks", "texts", "--include-path", str(runs / "tasks")]
+    assert main(["eval", *tasks, *flags]) == 0
+    assert f"wrote {tmp_path / 'results.json'}" in capfd.readouterr().err
+    wanted, got = samples(runs / "eight rows", "texts"), samples(tmp_path, "texts")
+    for a, b in zip(wanted, got, strict=True):
+        assert b["log_likelihoods"] == pytest.approx(a["log_likelihoods"], abs=1e-4)
 
 
 def test_the_document_says_what_was_evaluated(runs):

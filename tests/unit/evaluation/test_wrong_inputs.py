@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 
 from megatron_mone.commands.app import main
+from megatron_mone.commands.evaluate import ranks_needed
 from megatron_mone.common.machine import version
 from megatron_mone.config import MONE_FIELD_NAMES
 from megatron_mone.evaluation import suites
@@ -115,6 +116,20 @@ def test_a_checkpoint_gives_its_model_and_nothing_of_its_training():
 def test_fields_of_the_model_are_none_of_training():
     notes = {"mone_record_masks", "mone_record_mask_steps", "mone_replay_masks"}
     assert not [name for name in MONE_FIELD_NAMES if is_training(name) and name not in notes]
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"),
+    [
+        ("", 1),
+        ("--tensor-model-parallel-size 2", 2),
+        ("--tensor-model-parallel-size 2 --expert-model-parallel-size=2", 4),
+        ("--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 "
+         "--expert-model-parallel-size 4 --pipeline-model-parallel-size 3", 12),
+    ],
+)  # fmt: skip
+def test_as_many_ranks_as_the_layout_needs(words, ranks):
+    assert ranks_needed(None, words.split()) == ranks
 
 
 def test_a_tokenizer_without_text_is_refused():
