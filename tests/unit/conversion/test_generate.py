@@ -15,6 +15,8 @@ from megatron_mone.conversion.hf_model.folder import AUTO_MAP, copy_code
 from megatron_mone.conversion.hf_model.loading import load_model
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WORDS = ["a", "bird", "sings", "in", "the", "tree", "and", "flies", "away", "<end>"]
 PROMPT = "the bird"
 WEIGHTS = "model.safetensors"

@@ -16,6 +16,8 @@ from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM, Neu
 from megatron_mone.kernels.neuron_selection import NeuronSelector
 from tests.conftest import mone_config
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY = 61
 MEGATRON = dict(
     num_layers=2, hidden_size=32, num_attention_heads=4, num_moe_experts=8, moe_router_topk=2,
@@ -228,7 +230,8 @@ def choices(draw):
 @settings(max_examples=100)
 @given(choices(), st.booleans())
 def test_the_choice_of_neurons_is_that_of_training(case, biased):
-    """To the bit: ties of few distinct values and of bfloat16, NaN, infinity, rows of zeros."""
+    """To the bit: ties of few distinct values and of bfloat16, NaN, infinity, rows of zeros, and
+    blocks of the same values in other orders, whose sums differ by rounding alone."""
     fields, seed, dtype = case
     config = MoNEConfig(**{**OURS, **fields})
     low, high = config.selection_bounds
@@ -241,6 +244,9 @@ def test_the_choice_of_neurons_is_that_of_training(case, biased):
     gate_NF[1:4] = gate_NF[1:4].sign()
     gate_NF[4] = 0
     gate_NF[5, ::3], gate_NF[6, 1::4] = torch.nan, -torch.inf
+    block = config.mone_neuron_block
+    blocks = [gate_NF[7, :block][torch.randperm(block)] for _ in gate_NF[7, ::block]]
+    gate_NF[7] = torch.cat(blocks)
     bias_NF = torch.randn_like(gate_NF, dtype=torch.float32) if biased else None
     assert torch.equal(NeuronChoice(config, False)(gate_NF, bias_NF), theirs(gate_NF, bias_NF))
 
