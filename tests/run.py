@@ -1,9 +1,9 @@
 """The whole test suite, or the tests named: `make test`, `make test TESTS=tests/unit/moe`.
 
 Three rows of tests run beside each other: tests on a real Slurm, which mostly wait for Slurm's
-clocks; unit tests and an installation's; and all that start ranks, then the rest of the unit tests,
-so that the last two rows, which share the processors, take about as long. The first two rows'
-reports come at the end. However this ends, no process that it started stays.
+clocks; unit tests, an installation's and those of printed commands; and all others that start
+ranks, whose last, of layouts, keep all processors busy alone. The last row's report is shown as it
+comes, those of the others at the end. However this ends, no process that it started stays.
 """
 
 import shutil
@@ -19,11 +19,13 @@ from megatron_mone.common.child_processes import end_with_starter, tied
 from tests.processes import Keeper
 
 PYTEST = (sys.executable, "-m", "pytest")
-REST = ("tests/unit/benchmarking", "tests/unit/cpu_emulation")
-_SLURM = "tests/slurm"
-_UNIT = ("tests/unit", "tests/integration/test_installed_wheel.py")
-BESIDE = ((_SLURM,), (*_UNIT, *(f"--ignore={folder}" for folder in REST)))
-ROW = (tuple(f"--ignore={path}" for path in (_SLURM, *_UNIT)), REST)
+_SLURM = ("tests/slurm",)
+_UNIT = (
+    "tests/unit",
+    "tests/integration/test_installed_wheel.py",
+    "tests/integration/test_readme_commands.py",
+)
+ROWS = (_SLURM, _UNIT, tuple(f"--ignore={path}" for path in (*_SLURM, *_UNIT)))
 _SECONDS_TO_STOP = 10.0
 
 
@@ -38,32 +40,27 @@ def main() -> int:
         if named:
             with _started([*PYTEST, *named]) as tests:
                 return tests.wait()
-        beside, row = ([[*PYTEST, *tests] for tests in commands] for commands in (BESIDE, ROW))
-        return run_rows(beside, row)
+        return run_rows([[*PYTEST, *tests] for tests in ROWS])
     finally:
         keeper.close()
 
 
-def run_rows(beside: Sequence[Sequence[str]], row: Sequence[Sequence[str]]) -> int:
-    """Run commands beside others that run one after another; what the first say comes last.
+def run_rows(commands: Sequence[Sequence[str]]) -> int:
+    """Run commands beside each other; what all but the last say comes when all have ended.
 
     Returns:
         0, or 1 where one of them failed.
     """
     with ExitStack() as stack:
-        reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in beside]
-        others = [
+        reports = [stack.enter_context(tempfile.TemporaryFile()) for _ in commands[1:]]
+        rows = [
             stack.enter_context(_started(command, report))
-            for command, report in zip(beside, reports, strict=True)
+            for command, report in zip(commands, [*reports, None], strict=True)
         ]
-        failed = False
-        for command in row:
-            with _started(command) as tests:
-                failed |= tests.wait() != 0
-        for tests, report in zip(others, reports, strict=True):
-            failed |= tests.wait() != 0
+        failed = any([row.wait() != 0 for row in reversed(rows)])
+        sys.stdout.flush()
+        for report in reports:
             report.seek(0)
-            sys.stdout.flush()
             shutil.copyfileobj(report, sys.stdout.buffer)
     print("make test: failed" if failed else "make test: all parts passed")
     return int(failed)

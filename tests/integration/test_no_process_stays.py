@@ -213,7 +213,7 @@ ROWS = """
 import sys
 from tests import run as run_tests
 sleep = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
-run_tests.PYTEST, run_tests.BESIDE, run_tests.ROW = tuple(sleep), ((), ()), ((), ())
+run_tests.PYTEST, run_tests.ROWS = tuple(sleep), ((), (), ())
 sys.argv[1:] = []
 sys.exit(run_tests.main())
 """
