@@ -1,6 +1,7 @@
 """Shared fixtures: one CPU rank under the emulation, small configs, a spawner for more ranks."""
 
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -52,6 +53,33 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> None:
         parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(7)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+
+@pytest.fixture(scope="session")
+def trace_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """{kind of jobs: WorkerPool}: processes that trace for the planner, started once for all."""
+    from megatron_mone.planning.tracing.trace_worker import CPU, GPU
+    from megatron_mone.planning.tracing.worker_pool import WorkerPool
+
+    folder = tmp_path_factory.mktemp("pools")
+    pools = {kind: WorkerPool(kind, folder / kind, 2, 600.0) for kind in (GPU, CPU)}
+    yield pools
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared_tracer(trace_pools: dict[str, Any]) -> Callable[..., Any]:
+    """`shared_tracer(TraceCache(folder))`: a Tracer on these processes, which none ends."""
+    from megatron_mone.planning.tracing.trace_server import Tracer
+
+    def of(cache: Any) -> Tracer:
+        tracer = Tracer(cache)
+        tracer._folder.cleanup()  # of pools of its own
+        tracer._pools = trace_pools
+        return tracer
+
+    return of
 
 
 def mone_config(*, latent: bool = False, **changes: Any):

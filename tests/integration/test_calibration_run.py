@@ -9,7 +9,6 @@ from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.fitting.calibration import calibrate
 from megatron_mone.planning.fitting.measured_profile import read_profile
 from megatron_mone.planning.tracing.trace_cache import TraceCache
-from megatron_mone.planning.tracing.trace_server import Tracer
 
 PROFILE = (
     Path(__file__).resolve().parents[2]
@@ -18,9 +17,9 @@ PROFILE = (
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    with Tracer(TraceCache(tmp_path_factory.mktemp("traces"))) as tracer:
-        return calibrate(read_profile(PROFILE), load_cluster("cpu-avx2"), tracer)
+def found(shared_tracer, tmp_path_factory):
+    tracer = shared_tracer(TraceCache(tmp_path_factory.mktemp("traces")))
+    return calibrate(read_profile(PROFILE), load_cluster("cpu-avx2"), tracer)
 
 
 def test_the_recorded_profile_fits(found):

@@ -28,6 +28,7 @@ from megatron_mone.planning.plan_document import Plan, Search
 from megatron_mone.planning.plan_parts import layout_document
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.tracing import trace_server
+from megatron_mone.planning.tracing.trace_cache import TraceCache
 from tests.training_cases import ROOT
 
 pytestmark = pytest.mark.slow
@@ -94,11 +95,10 @@ def inputs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tracer(tmp_path_factory):
+def tracer(shared_tracer, tmp_path_factory):
     """Of all commands that run in this process."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    with patch.dict(os.environ, XDG_CACHE_HOME=cache), trace_server.Tracer() as tracer:
-        yield tracer
+    with patch.dict(os.environ, XDG_CACHE_HOME=str(tmp_path_factory.mktemp("cache"))):
+        yield shared_tracer(TraceCache())
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.cost.rank_memory import RankMemory
 from megatron_mone.planning.plan_parts import model_document
 from megatron_mone.planning.tracing.trace_cache import TraceCache
-from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
+from megatron_mone.planning.tracing.trace_server import TracedJob
 from megatron_mone.profiling.communication import sent_bytes
 from tests import forked_ranks
 from tests.integration import plan_ranks
@@ -101,23 +101,23 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict[tuple[str, int], Stage]:
+def found(shared_tracer, tmp_path_factory) -> dict[tuple[str, int], Stage]:
     """Of every layout and stage."""
     folder = tmp_path_factory.mktemp("planned")
     for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
         _run([name for name, (count, _) in LAYOUTS.items() if count == ranks], ranks, folder)
     cluster = load_cluster("cpu-avx2")
     stages = {}
-    with Tracer(TraceCache(folder / "cache")) as tracer:
-        for name, (ranks, flags) in LAYOUTS.items():
-            job = tracer.trace(flags, ranks)
-            prediction = predict(job.traces, job.facts, cluster, Efficiency())
-            for stage, memory in enumerate(prediction.memory_P):
-                rank = stage * ranks // job.facts.pp
-                held = json.loads((folder / name / f"most-{rank}.json").read_text())
-                planned = _traffic_planned(job, prediction, stage)
-                run = _traffic_run(folder / name, rank, job)
-                stages[name, stage] = Stage(job, memory, held, planned, run)
+    tracer = shared_tracer(TraceCache(folder / "cache"))
+    for name, (ranks, flags) in LAYOUTS.items():
+        job = tracer.trace(flags, ranks)
+        prediction = predict(job.traces, job.facts, cluster, Efficiency())
+        for stage, memory in enumerate(prediction.memory_P):
+            rank = stage * ranks // job.facts.pp
+            held = json.loads((folder / name / f"most-{rank}.json").read_text())
+            planned = _traffic_planned(job, prediction, stage)
+            run = _traffic_run(folder / name, rank, job)
+            stages[name, stage] = Stage(job, memory, held, planned, run)
     return stages
 
 

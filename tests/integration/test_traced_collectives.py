@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.planning.tracing.trace import Trace
+from megatron_mone.planning.tracing.trace_worker import CPU
+from megatron_mone.planning.tracing.worker_pool import WorkerPool
 from tests import forked_ranks
 from tests.integration import traced_ranks
 from tests.parity.layouts import (
@@ -156,7 +158,7 @@ def test_products_of_the_experts_by_pass(folder):
     }
 
 
-def test_a_rank_of_1024_takes_little_memory():
+def test_a_rank_of_1024_takes_little_memory(tmp_path):
     """In a process of its own; the memory is the largest of this process' children so far."""
     layout = (
         *("--expert-model-parallel-size", "8", "--tensor-model-parallel-size", "8"),
@@ -167,7 +169,11 @@ def test_a_rank_of_1024_takes_little_memory():
     flags = [*TINY, *MOCK, *MONE, "--mone-backend", "cpu", *layout]
     # 8 tokens a rank, 2 experts each; the first 2 of the 16 experts are this rank's.
     rows = [8, 3, 5, *[0] * 13]
-    trace = trace_rank(flags, 1024, 512, rows)
+    pool = WorkerPool(CPU, tmp_path / "pool", 1, 600.0)
+    try:
+        trace = trace_rank({CPU: pool}, flags, 1024, 512, rows)
+    finally:
+        pool.close()
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 << 20  # KiB
     assert trace.world_size == 1024
     assert trace.rows == {17: 8 * 11, 18: 8 * 11}  # from the 8 ranks of its expert group
@@ -179,12 +185,12 @@ def test_a_rank_of_1024_takes_little_memory():
     assert groups["edp"] == (8, 8)
 
 
-def test_a_wrong_flag_is_one_line():
+def test_a_wrong_flag_is_one_line(trace_pools):
     with pytest.raises(ValueError, match="moe_router_topk = 9") as failure:
-        trace_rank([*TINY, *MOCK, "--moe-router-topk", "9"], 1, 0)
+        trace_rank(trace_pools, [*TINY, *MOCK, "--moe-router-topk", "9"], 1, 0)
     assert "\n" not in str(failure.value)
 
 
-def test_a_rank_outside_the_job_is_refused():
+def test_a_rank_outside_the_job_is_refused(trace_pools):
     with pytest.raises(ValueError, match="rank = 4 is not one of the 4 ranks"):
-        trace_rank([*TINY, *MOCK], 4, 4)
+        trace_rank(trace_pools, [*TINY, *MOCK], 4, 4)

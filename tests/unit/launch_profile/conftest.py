@@ -1,6 +1,6 @@
 """Slurm's commands as stand-ins that note what they were asked, and a tracer of real flags."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,8 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
 
 
 @pytest.fixture(scope="session")
-def tracer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracer]:
+def tracer(
+    shared_tracer: Callable[..., Tracer], tmp_path_factory: pytest.TempPathFactory
+) -> Tracer:
     """A tracer that remembers nothing of earlier sessions."""
-    with Tracer(TraceCache(tmp_path_factory.mktemp("traces"))) as tracer:
-        yield tracer
+    return shared_tracer(TraceCache(tmp_path_factory.mktemp("traces")))

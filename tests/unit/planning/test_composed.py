@@ -8,7 +8,6 @@ from megatron_mone.planning.job import JobSpec, job_spec, parse_layout
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.search import Held
 from megatron_mone.planning.tracing.trace_cache import TraceCache
-from megatron_mone.planning.tracing.trace_server import Tracer
 
 GPUS = 32
 MODEL = {
@@ -42,9 +41,9 @@ def test_a_stage_is_read_from_its_key(key, contents):
 
 
 @pytest.fixture(scope="module")
-def planner(tmp_path_factory):
-    with Tracer(TraceCache(tmp_path_factory.mktemp("traces"))) as tracer:
-        yield Planner(tracer, load_cluster("h100-ndr"))
+def planner(shared_tracer, tmp_path_factory):
+    tracer = shared_tracer(TraceCache(tmp_path_factory.mktemp("traces")))
+    return Planner(tracer, load_cluster("h100-ndr"))
 
 
 def tiny_job(layout):

@@ -441,14 +441,14 @@ MONE = ["--mone-neuron-ratio"]
 
 
 @pytest.fixture(scope="module")
-def traced():
+def traced(trace_pools):
     """Traces of rank 0 of eight, by flags beside JOB and DEEPEP."""
     traces = {}
 
     def of(*flags, rows=None):
         key = flags, rows
         if key not in traces:
-            traces[key] = trace_rank([*JOB, *DEEPEP, *flags], 8, 0, rows)
+            traces[key] = trace_rank(trace_pools, [*JOB, *DEEPEP, *flags], 8, 0, rows)
         return traces[key]
 
     return of
@@ -534,8 +534,8 @@ def test_a_layer_is_planned_as_the_launches_that_it_makes(traced):
 
 
 @pytest.mark.slow
-def test_experts_that_are_not_grouped_are_refused():
+def test_experts_that_are_not_grouped_are_refused(trace_pools):
     flags = [flag for flag in JOB if flag != "--moe-grouped-gemm"]
     with pytest.raises(ValueError, match="add --moe-grouped-gemm") as failure:
-        trace_rank([*flags, "--moe-token-dispatcher-type", "alltoall"], 8, 0)
+        trace_rank(trace_pools, [*flags, "--moe-token-dispatcher-type", "alltoall"], 8, 0)
     assert "\n" not in str(failure.value)

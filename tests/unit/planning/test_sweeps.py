@@ -14,7 +14,7 @@ from megatron_mone.planning.job import JobSpec
 from megatron_mone.planning.planner import Planned
 from megatron_mone.planning.sweeps import RATIOS, SCALES, expert_sweep, ratio_sweep, scaling_curve
 from megatron_mone.planning.tracing.trace_cache import TraceCache
-from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
+from megatron_mone.planning.tracing.trace_server import TracedJob
 from tests.training_cases import MOCK
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, FACTS, TRACES, facts
 
@@ -39,9 +39,8 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def tracer(tmp_path_factory):
-    with Tracer(TraceCache(tmp_path_factory.mktemp("cache"))) as tracer:
-        yield tracer
+def tracer(shared_tracer, tmp_path_factory):
+    return shared_tracer(TraceCache(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.mark.slow
