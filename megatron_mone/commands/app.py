@@ -11,6 +11,7 @@ from megatron_mone.commands import (
     bench,
     check_published,
     compare,
+    convert,
     doctor,
     evaluate,
     gather_profiles,
@@ -38,6 +39,7 @@ for _room in (
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")
+app.add_typer(convert.program, name="convert")
 app.add_typer(launch)
 
 

@@ -151,6 +151,25 @@ def deepseek_experts(config: HFConfig) -> Shape:
     return experts(config, width="moe_intermediate_size", dense=dense, shared=shared)
 
 
+def expert_groups(config: HFConfig, *, best: int) -> Shape:
+    """Experts in groups, of which a token's experts are in a few.
+
+    Megatron takes the groups with the largest sum of as many experts as each has to give.
+
+    Args:
+        config: of the model.
+        best: as many experts are summed there.
+    """
+    groups, chosen = config.size("n_group"), config.size("topk_group")
+    summed = max(1, config.size("num_experts_per_tok") // chosen)
+    if summed != best:
+        config.notes.append(
+            f"topk_group = {chosen}: a group of experts is chosen by the sum of its best {summed} "
+            f"here, of its best {best} there"
+        )
+    return {"moe_router_num_groups": groups, "moe_router_group_topk": chosen}
+
+
 def topk_scale(config: HFConfig) -> Shape:
     """What the chosen experts' probabilities are multiplied by, in DeepSeek's name."""
     scale = config.number("routed_scaling_factor", 1.0)
@@ -170,10 +189,8 @@ def softmax_router(config: HFConfig, *, normalised: bool) -> Shape:
 def sigmoid_router(config: HFConfig) -> Shape:
     """DeepSeek-V3's: sigmoid scores, a bias that balances, experts in groups."""
     found: Shape = {}
-    groups = config.size("n_group", 1)
-    if groups > 1:
-        found["moe_router_num_groups"] = groups
-        found["moe_router_group_topk"] = config.size("topk_group", 1)
+    if config.size("n_group", 1) > 1:
+        found |= expert_groups(config, best=2)
     config.ignore("topk_group")
     config.unless("norm_topk_prob", True, "probabilities are divided by their sum here")
     found["moe_router_score_function"] = "sigmoid"

@@ -2,11 +2,23 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import (
+    BIASED_ROUTER,
+    ENDS,
+    EXPERTS,
+    LATENT_ATTENTION,
+    MORE_TOKENS,
+    MORE_TOKENS_COPIES,
+    NORMS,
+    SHARED_EXPERTS,
+    mlp,
+)
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
     deepseek_experts,
     embeddings,
+    expert_groups,
     latent_attention,
     more_tokens,
     sigmoid_router,
@@ -28,8 +40,7 @@ def shape(config: HFConfig) -> Shape:
 def _softmax_groups(config: HFConfig) -> Shape:
     found: Shape = {}
     if config.word("topk_method", "greedy") == "group_limited_greedy":
-        found["moe_router_num_groups"] = config.size("n_group")
-        found["moe_router_group_topk"] = config.size("topk_group")
+        found |= expert_groups(config, best=1)
     config.ignore("n_group", "topk_group")
     found |= topk_scale(config)
     coefficient = config.number("aux_loss_alpha", 1e-3)
@@ -37,4 +48,14 @@ def _softmax_groups(config: HFConfig) -> Shape:
     return found | router | {"moe_aux_loss_coeff": coefficient}
 
 
-FAMILY = Family("DeepSeek", ("deepseek_v2", "deepseek_v3"), shape)
+PAIRS = (
+    *ENDS,
+    *NORMS,
+    *LATENT_ATTENTION,
+    *mlp(),
+    *EXPERTS,
+    *BIASED_ROUTER,
+    *SHARED_EXPERTS,
+    *MORE_TOKENS,
+)
+FAMILY = Family("DeepSeek", ("deepseek_v2", "deepseek_v3"), shape, PAIRS, MORE_TOKENS_COPIES)

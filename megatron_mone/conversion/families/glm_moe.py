@@ -2,6 +2,17 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import (
+    ATTENTION,
+    BIASED_ROUTER,
+    ENDS,
+    EXPERTS,
+    MORE_TOKENS,
+    MORE_TOKENS_COPIES,
+    NORMS,
+    SHARED_EXPERTS,
+    mlp,
+)
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
@@ -21,4 +32,5 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | attention | routed | rest
 
 
-FAMILY = Family("GLM-4.5-MoE", ("glm4_moe",), shape)
+PAIRS = (*ENDS, *NORMS, *ATTENTION, *mlp(), *EXPERTS, *BIASED_ROUTER, *SHARED_EXPERTS, *MORE_TOKENS)
+FAMILY = Family("GLM-4.5-MoE", ("glm4_moe",), shape, PAIRS, MORE_TOKENS_COPIES)

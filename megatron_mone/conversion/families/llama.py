@@ -2,6 +2,7 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import ATTENTION, ENDS, NORMS, mlp
 from megatron_mone.conversion.shape import Shape, decoder, embeddings, grouped_attention
 
 
@@ -11,4 +12,5 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | grouped_attention(config) | embeddings(config)
 
 
-FAMILY = Family("Llama", ("llama", "mistral"), shape)
+PAIRS = (*ENDS, *NORMS, *ATTENTION, *mlp())
+FAMILY = Family("Llama", ("llama", "mistral"), shape, PAIRS)

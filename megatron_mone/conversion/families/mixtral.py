@@ -2,6 +2,7 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import ATTENTION, ENDS, NORMS, routed
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
@@ -20,4 +21,11 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | attention | routed | router | embeddings(config)
 
 
-FAMILY = Family("Mixtral", ("mixtral",), shape)
+PAIRS = (
+    *ENDS, *NORMS, *ATTENTION,
+    *routed(
+        "block_sparse_moe.gate.weight",
+        *(f"block_sparse_moe.experts.{{e}}.{w}.weight" for w in ("w1", "w3", "w2")),
+    ),
+)  # fmt: skip
+FAMILY = Family("Mixtral", ("mixtral",), shape, PAIRS)

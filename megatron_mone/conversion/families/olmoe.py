@@ -2,6 +2,7 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import ATTENTION, ENDS, EXPERTS, NORMS
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
@@ -25,4 +26,5 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | attention | routed | router | embeddings(config)
 
 
-FAMILY = Family("OLMoE", ("olmoe",), shape)
+PAIRS = (*ENDS, *NORMS, *ATTENTION, *EXPERTS)
+FAMILY = Family("OLMoE", ("olmoe",), shape, PAIRS)

@@ -2,6 +2,7 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import ATTENTION, ENDS, NORMS, mlp
 from megatron_mone.conversion.shape import Shape, decoder, embeddings, grouped_attention
 
 
@@ -13,4 +14,5 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | attention | embeddings(config)
 
 
-FAMILY = Family("Qwen", ("qwen2", "qwen3"), shape)
+PAIRS = (*ENDS, *NORMS, *ATTENTION, *mlp())
+FAMILY = Family("Qwen", ("qwen2", "qwen3"), shape, PAIRS)

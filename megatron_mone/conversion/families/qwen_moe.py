@@ -2,6 +2,7 @@
 
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.pairs import ATTENTION, ENDS, EXPERTS, LAYER, NORMS, Pair, mlp
 from megatron_mone.conversion.shape import (
     Shape,
     decoder,
@@ -31,4 +32,9 @@ def shape(config: HFConfig) -> Shape:
     return decoder(config) | attention | routed | router | embeddings(config)
 
 
-FAMILY = Family("Qwen-MoE", ("qwen2_moe", "qwen3_moe"), shape)
+PAIRS = (
+    *ENDS, *NORMS, *ATTENTION, *mlp(), *EXPERTS,
+    *mlp("mlp.shared_experts.", LAYER + "mlp.shared_expert."),
+    Pair("mlp.shared_experts.gate_weight", LAYER + "mlp.shared_expert_gate.weight"),
+)  # fmt: skip
+FAMILY = Family("Qwen-MoE", ("qwen2_moe", "qwen3_moe"), shape, PAIRS)

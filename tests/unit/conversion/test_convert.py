@@ -1,0 +1,272 @@
+"""Every family: imported, exported to the same bytes, and the same logits as in transformers, on
+one rank and in layouts of two; what is wrong is one line, and nothing is left of it."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_mone.conversion.hf_folder import Weights
+from tests import forked_ranks
+from tests.forked_ranks import ROOT
+from tests.unit.conversion import conversion_cases
+from tests.unit.conversion.conversion_cases import MTP
+
+pytestmark = pytest.mark.slow
+
+TOLERANCE = 1e-4
+VOCABULARY = 64
+TINY = dict(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64,
+    attention_dropout=0.0, use_cache=False,
+)  # fmt: skip
+_EXPERTS = dict(num_experts=4, num_experts_per_tok=2)
+_GLM = dict(
+    n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, n_shared_experts=2,
+    first_k_dense_replace=1, n_group=2, topk_group=1,
+)  # fmt: skip
+_LATENT = dict(
+    num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4,
+    v_head_dim=8,
+)  # fmt: skip
+FAMILIES = {
+    "llama": {},
+    "mistral": dict(sliding_window=None),
+    "qwen2": dict(tie_word_embeddings=True),
+    "qwen3": dict(head_dim=16),
+    "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen2_moe": dict(_EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=40),
+    "qwen3_moe": dict(_EXPERTS, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0]),
+    "granitemoe": dict(
+        num_local_experts=4, num_experts_per_tok=2, attention_multiplier=8**-0.5,
+        embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0,
+    ),
+    "deepseek_v2": dict(
+        {**_GLM, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}, **_LATENT,
+        topk_method="group_limited_greedy",
+    ),
+    "deepseek_v3": dict(_GLM, **_LATENT),
+    "glm4_moe": dict(_GLM, head_dim=8),
+    # of docs/CONVERSION.md
+    "dots1": dict(_GLM, head_dim=8, sliding_window=None, norm_topk_prob=True),
+}  # fmt: skip
+WITH_MTP = f"deepseek_v3 {MTP}"
+HALF = "qwen3_moe in bfloat16"
+
+
+def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:
+    """A Hugging Face folder with a tokenizer's file, and its logits beside it."""
+    kind = name.partition(" ")[0]
+    values = {**TINY, **FAMILIES[kind]}
+    dtype = torch.bfloat16 if name == HALF else torch.float32
+    config = AutoConfig.for_model(kind, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for tensor_name, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and "inv_freq" not in tensor_name:
+                noise = torch.randn(tensor.shape, generator=generator) * 0.2
+                tensor.copy_(noise + ("norm" in tensor_name))
+        torch.save(model(tokens).logits.float(), folder / "theirs.pt")
+    model.save_pretrained(folder / "source")
+    (folder / "source" / "tokenizer.json").write_text("{}")
+    if name == WITH_MTP:
+        _add_mtp(folder / "source" / "model.safetensors")
+
+
+def _add_mtp(path: Path) -> None:
+    """As the model was published: one more layer, with copies of embedding and head."""
+    tensors = load_file(path)
+    last = TINY["num_hidden_layers"] - 1
+    more = {
+        name.replace(f"layers.{last}.", f"layers.{last + 1}."): value + 0.5
+        for name, value in tensors.items()
+        if f"layers.{last}." in name
+    }
+    at, hidden = f"model.layers.{last + 1}.", TINY["hidden_size"]
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        more[f"{at}{name}.weight"] = torch.randn(hidden)
+    more[f"{at}eh_proj.weight"] = torch.randn(hidden, 2 * hidden)
+    more[f"{at}embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    more[f"{at}shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    save_file({**tensors, **more}, path, {"format": "pt"})
+
+
+def documented_family() -> str:
+    """The family that the docs add."""
+    text = (ROOT / "docs" / "CONVERSION.md").read_text(encoding="utf-8")
+    return text.partition("```python\n")[2].partition("```")[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("conversion")
+    tokens = torch.randint(0, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(3))
+    torch.save(tokens, found / "tokens.pt")
+    names, family = [*FAMILIES, WITH_MTP, HALF], documented_family()
+    for name in names:
+        (found / name).mkdir()
+        write_source(found / name, name, tokens)
+    for ranks, run, more in (
+        (1, conversion_cases.convert_all, (names, family, wrong_commands(found))),
+        (2, conversion_cases.laid_out, (list(FAMILIES), family)),
+    ):
+        log = found / f"{ranks}.log"
+        job = forked_ranks.start(ranks, run, (str(found), *more), log)
+        assert job.wait(600) == 0, log.read_text(errors="replace")[-4000:]
+    return found
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, WITH_MTP, HALF])
+def test_the_round_trip_is_bit_equal(folder, name):
+    before, after = Weights(folder / name / "source"), Weights(folder / name / "export")
+    left_out = set(before.tensors) - set(after.tensors)
+    copies = {f"model.layers.2.{tensor}.weight" for tensor in ("embed_tokens", "shared_head.head")}
+    assert left_out == (copies if name == WITH_MTP else set())
+    assert len({stored.path for stored in after.tensors.values()}) > 1
+    for tensor, stored in after.tensors.items():
+        assert stored.dtype == before.tensors[tensor].dtype
+        assert torch.equal(after.read(tensor), before.read(tensor)), tensor
+    for travels in ("config.json", "tokenizer.json", "generation_config.json"):
+        source = folder / name / "source" / travels
+        if source.exists():
+            assert (folder / name / "export" / travels).read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logits_are_those_of_transformers(folder, name):
+    wanted = torch.load(folder / name / "theirs.pt")
+    found = {path.stem for path in (folder / name).glob("*.pt")} - {"theirs"}
+    dense = name in ("llama", "mistral", "qwen2", "qwen3")
+    assert found == ({"one", "TP2"} if dense else {"one", "TP2", "EP2"})
+    for layout in found:
+        got = torch.load(folder / name / f"{layout}.pt")
+        assert (got - wanted).abs().max() <= TOLERANCE, layout
+    assert wanted.std() > 0.1
+
+
+def test_transformers_loads_what_was_exported(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "qwen3_moe" / "export").eval()
+    with torch.no_grad():
+        logits = model(torch.load(folder / "tokens.pt")).logits
+    assert torch.allclose(logits, torch.load(folder / "qwen3_moe" / "theirs.pt"), atol=TOLERANCE)
+
+
+def test_what_is_left_out_is_told(folder):
+    said = json.loads((folder / WITH_MTP / "said.json").read_text())
+    assert len(said) == 2
+    assert all("a copy of the model's own" in line for line in said)
+    (line,) = json.loads((folder / "glm4_moe" / "said.json").read_text())
+    assert "mtp_num_layers" in line
+
+
+def test_a_stopped_import_goes_on(folder):
+    first, second = json.loads((folder / "llama" / "resumed.json").read_text())
+    assert first == [second[0], False]
+    assert second[1]
+    whole, resumed = folder / "llama" / "checkpoint", folder / "llama" / "resumed"
+    names = sorted(path.name for path in (whole / "release").iterdir())
+    assert names == sorted(path.name for path in (resumed / "release").iterdir())
+    assert not (folder / "llama" / "resumed.partial").exists()
+
+
+def wrong_commands(folder: Path) -> dict[str, list[str]]:
+    """Name -> the words of a command that must be refused."""
+    good = folder / "llama" / "source"
+
+    def changed(name: str, change) -> Path:
+        copy = folder / "wrong" / name
+        shutil.copytree(good, copy)
+        change(copy)
+        return copy
+
+    def tensors(edit):
+        def change(copy: Path) -> None:
+            held = load_file(copy / "model.safetensors")
+            edit(held)
+            save_file(held, copy / "model.safetensors", {"format": "pt"})
+
+        return change
+
+    def config(**values):
+        def change(copy: Path) -> None:
+            path = copy / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+        return change
+
+    def truncate(copy: Path) -> None:
+        path = copy / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+
+    def lie(copy: Path) -> None:
+        path = copy / "model.safetensors"
+        path.write_bytes(struct.pack("<Q", 10**12) + path.read_bytes()[8:])
+
+    norm = "model.norm.weight"
+    sources = {
+        "missing": changed("missing", tensors(lambda held: held.pop(norm))),
+        "extra": changed("extra", tensors(lambda held: held.update(more=torch.ones(3)))),
+        "mis-shaped": changed(
+            "mis-shaped", tensors(lambda held: held.update({norm: torch.ones(3)}))),
+        "several dtypes": changed("several dtypes", tensors(lambda held: held.update({
+            "model.layers.0.self_attn.k_proj.weight":
+                held["model.layers.0.self_attn.k_proj.weight"].half()}))),
+        "truncated": changed("truncated", truncate),
+        "a header that lies": changed("a header that lies", lie),
+        "no weights": changed("no weights", lambda copy: (copy / "model.safetensors").unlink()),
+        "wrong family": changed("wrong family", config(model_type="bert")),
+        "gpt-oss": changed("gpt-oss", config(model_type="gpt_oss")),
+        "other outputs": changed("other outputs", config(
+            rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})),
+        "no folder": folder / "nowhere",
+    }  # fmt: skip
+    out = str(folder / "refused")
+    found = {
+        name: ["convert", "import", str(source), "--out", out] for name, source in sources.items()
+    }
+    found["out is there"] = ["convert", "import", str(good), "--out", str(good)]
+    found["mone of a dense model"] = [
+        "convert", "import", str(good), "--out", out, "--mone", "quarter",
+    ]  # fmt: skip
+    found["no checkpoint"] = ["convert", "export", str(good), "--out", out]
+    checkpoint = str(folder / "qwen3" / "checkpoint")
+    found["another shape"] = [
+        "convert", "export", checkpoint, "--out", out, "--like", str(folder / "llama" / "source"),
+    ]  # fmt: skip
+    return found
+
+
+SAID = {
+    "missing": "tensor model.norm.weight [32] is missing",
+    "extra": "tensor more [3] is none of the model",
+    "mis-shaped": "model.norm.weight is [3], by its config.json it is [32]",
+    "several dtypes": "of several dtypes: torch.float16, torch.float32",
+    "truncated": "no whole safetensors file: it ends within",
+    "a header that lies": "its header has 1000000000000 bytes",
+    "no weights": "model.safetensors is missing",
+    "wrong family": "model_type = 'bert' is no family",
+    "gpt-oss": "biases",
+    "other outputs": "--differs to import the weights all the same",
+    "no folder": "nowhere",
+    "out is there": "is there: choose another folder",
+    "mone of a dense model": "is a dense model",
+    "no checkpoint": "holds no checkpoint",
+    "another shape": "kv_channels = 16",
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_what_is_wrong_is_one_line(folder, name):
+    status, error = json.loads((folder / "wrong.json").read_text())[name]
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert status == 2
+    assert len(lines) == 1, error
+    assert SAID[name] in lines[0]
+    assert not (folder / "refused").exists()
