@@ -1,27 +1,20 @@
 """Ranks of test_flop_count: each case trains one step under the counter and writes both counts.
 
-Run as `-m tests.integration.flop_ranks CASES.json FOLDER` by torchrun; see tests/training_cases.py.
 The counted step takes no number from module_flops: rows and kept neurons are read by hooks here.
 """
 
 import functools
 import json
-import sys
 from pathlib import Path
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.training import get_args, training
 
-from megatron_mone import cpu_emulation
-
-cpu_emulation.install()
-
-from megatron.core.num_microbatches_calculator import get_num_microbatches  # noqa: E402
-from megatron.core.transformer.moe.moe_layer import MoELayer  # noqa: E402
-from megatron.training import get_args, training  # noqa: E402
-
-from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share  # noqa: E402
-from megatron_mone.profiling.flop_counter import FlopCounter  # noqa: E402
-from tests import training_cases  # noqa: E402
+from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share
+from megatron_mone.profiling.flop_counter import FlopCounter
+from tests import training_cases
 
 MODULES = ("self_attention", "experts", "shared_experts", "router", "output_layer", "eh_proj")
 
@@ -82,6 +75,7 @@ def counted(train_step):
     return step
 
 
-if __name__ == "__main__":
+def main(todo: str, folder: str) -> None:
+    """As training_cases: the cases of a file, one after another."""
     training.train_step = counted(training.train_step)
-    training_cases._main(*sys.argv[1:])
+    training_cases._main(todo, folder)

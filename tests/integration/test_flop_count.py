@@ -9,9 +9,6 @@ masked, where its local attention computes them all.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
@@ -25,7 +22,7 @@ from megatron_mone.common.phases import (
     UP_DOWN_GEMM,
 )
 from tests.parity.layouts import CP2, EP2, ETP1, FULL_RECOMPUTE, MOE_RECOMPUTE, PP2, TP2
-from tests.training_cases import MOCK, MONE, ROOT, TINY
+from tests.training_cases import MOCK, MONE, TINY, Case, start
 
 pytestmark = pytest.mark.slow
 
@@ -86,9 +83,13 @@ TWO_RANKS = {
 def steps(tmp_path_factory):
     """{case: what each rank found}; both sizes of job run at once."""
     folder = tmp_path_factory.mktemp("flops")
-    jobs = [_start(folder, ONE_RANK, 1), _start(folder, TWO_RANKS, 2)]
-    for job, log in jobs:
-        assert job.wait(timeout=300) == 0, log.read_text(errors="replace")[-6000:]
+    jobs = []
+    for cases, ranks in ((ONE_RANK, 1), (TWO_RANKS, 2)):
+        todo = [Case(name, tuple(_flags(own))) for name, own in cases.items()]
+        jobs.append(start(todo, ranks, folder, run=run))
+    for job, cases in zip(jobs, (ONE_RANK, TWO_RANKS), strict=True):
+        log = folder / f"{next(iter(cases))}.log"
+        assert job.wait(timeout=900) == 0, log.read_text(errors="replace")[-6000:]
     return {
         name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(ranks)]
         for ranks, cases in ((1, ONE_RANK), (2, TWO_RANKS))
@@ -100,17 +101,11 @@ def _flags(own):
     return [flag for flag in (*STEP, *own) if own != UNGATED or flag != "--swiglu"]
 
 
-def _start(folder, cases, ranks):
-    todo, log = folder / f"cases-{ranks}.json", folder / f"{ranks}.log"
-    todo.write_text(json.dumps([[name, _flags(own), False] for name, own in cases.items()]))
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(ranks), "-m", "tests.integration.flop_ranks"),
-        *(str(todo), str(folder)),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    with log.open("w") as out:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out), log
+def run(todo: str, folder: str) -> None:
+    """A rank; it imports Megatron, which these tests do not."""
+    from tests.integration import flop_ranks
+
+    flop_ranks.main(todo, folder)
 
 
 @pytest.mark.parametrize("case", [*ONE_RANK, *TWO_RANKS])
