@@ -2,13 +2,12 @@
 checkpoints in both directions, and Megatron's own script through `--spec`."""
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_mone.cpu_emulation import __main__ as emulation
+from tests import forked_ranks
 from tests.training_cases import MOCK, MONE, ROOT, TINY, Case, run_cases, scalars
 
 pytestmark = pytest.mark.slow
@@ -102,25 +101,18 @@ def test_stock_checkpoints_go_both_ways(runs):
     assert scalars(runs / "MoNE again", "lm loss")[1] < scalars(runs / "stock again", "lm loss")[1]
 
 
-def test_stock_script_takes_the_spec(runs, tmp_path):
+def test_stock_script_takes_the_spec(runs, tmp_path, monkeypatch):
     """A stock script with --spec and MONE_CONFIG trains the model our entry point trains."""
     (tmp_path / "mone.yaml").write_text("mone_neuron_ratio: 0.25\nmone_ng_loss_coeff: 0.01\n")
     flags = [*TINY, *MOCK, *EP2, "--train-iters", "2"]
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", "2", "-m", "megatron_mone.cpu_emulation"),
-            *("tests/integration/stock_pretrain_gpt.py", *flags),
-            *("--spec", "megatron_mone.layer_spec", "mone_layer_spec"),
-            *("--tensorboard-dir", str(tmp_path / "tb")),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "MONE_CONFIG": str(tmp_path / "mone.yaml"), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    words = [
+        *(str(ROOT / "tests" / "integration" / "stock_pretrain_gpt.py"), *flags),
+        *("--spec", "megatron_mone.layer_spec", "mone_layer_spec"),
+        *("--tensorboard-dir", str(tmp_path / "tb")),
+    ]
+    monkeypatch.setenv("MONE_CONFIG", str(tmp_path / "mone.yaml"))
+    log = tmp_path / "stock.log"
+    job = forked_ranks.start(2, emulation.main, (words,), log)
+    assert job.wait(timeout=600) == 0, log.read_text()[-3000:]
     for tag in ("lm loss", "mone/ng_loss"):
         assert scalars(tmp_path / "tb", tag) == scalars(runs / "plain", tag)
