@@ -32,7 +32,7 @@ def flags(save: Path, *more: str) -> list[str]:
     """A tiny MoNE run with EP 2 and a distributed optimizer that saves every second step."""
     return [
         *(*TINY, *MONE, *MOCK, "--expert-model-parallel-size", str(RANKS)),
-        *("--use-distributed-optimizer", "--train-iters", str(STEPS)),
+        *("--use-distributed-optimizer", "--global-batch-size", "4", "--train-iters", str(STEPS)),
         *("--save", str(save), "--load", str(save), "--save-interval", "2", *more),
     ]
 

@@ -17,14 +17,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("extended")
     make_datasets(folder)
 
+    tiny = (*TINY, "--global-batch-size", "2")  # one micro-batch
+
     def steps(name: str, number: int, *flags: str, of: str = "") -> Case:
         places = ("--save", f"{folder}/{of or name}.save", "--save-interval", "100")
         if of:
             places += ("--load", f"{folder}/{of}.save")
-        return Case(name, (*TINY, *MOCK, *places, "--train-iters", str(number), *flags))
+        return Case(name, (*tiny, *MOCK, *places, "--train-iters", str(number), *flags))
 
     def reading(name: str, *flags: str) -> Case:
-        words = (*TINY, "--tokenizer-type", "HuggingFaceTokenizer", "--train-iters", "3")
+        words = (*tiny, "--tokenizer-type", "HuggingFaceTokenizer", "--train-iters", "3")
         tokenizer = ("--tokenizer-model", f"{folder}/ten.tokenizer")
         return Case(name, (*words, *tokenizer, *flags))
 

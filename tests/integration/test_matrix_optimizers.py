@@ -12,7 +12,8 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("emerging_optimizers")
 
 SAVED, STEPS = 2, 4
-KINDS = {"keep-all": KEEP_ALL, "stock": STOCK}
+BATCH = ("--global-batch-size", "4")  # of one rank two micro-batches, of two one each
+KINDS = {"keep-all": (*KEEP_ALL, *BATCH), "stock": (*STOCK, *BATCH)}
 WHOLE_MATRICES = ("--muon-tp-mode", "duplicated")
 SHARDED = ("--bf16", "--use-distributed-optimizer")
 LAYOUTS = {

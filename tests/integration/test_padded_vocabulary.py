@@ -15,7 +15,7 @@ from tests.training_cases import MOCK, MONE, TINY, Case, run_cases, scalars
 pytestmark = pytest.mark.slow
 
 SAVED, STEPS = 2, 4
-BASE = (*TINY, *MOCK[:3], "--vocab-size", "257", "--adam-eps", "1e-3")
+BASE = (*TINY, *MOCK[:3], "--vocab-size", "257", "--adam-eps", "1e-3", "--global-batch-size", "4")
 MODELS = {"MoNE": (*BASE, *MONE), "stock": BASE}
 LAYOUTS = {"one rank": (1, ()), "TP2": (2, TP2)}
 PAIRS = [("one rank", "TP2"), ("TP2", "one rank")]

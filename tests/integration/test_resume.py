@@ -16,7 +16,7 @@ TAGS = ("lm loss", "mone/ng_loss", "grad-norm", "learning-rate")
 
 def flags(save: Path) -> tuple[str, ...]:
     return (
-        *(*TINY, *MONE, *MOCK, "--expert-model-parallel-size", "2"),
+        *(*TINY, *MONE, *MOCK, "--expert-model-parallel-size", "2", "--global-batch-size", "4"),
         *("--use-distributed-optimizer", "--train-iters", str(STEPS)),
         *("--save", str(save), "--load", str(save), "--save-interval", "4"),
     )
