@@ -57,18 +57,28 @@ def export(
         Path | None,
         Option(metavar="FOLDER", help="Hugging Face model of this shape (the one imported)"),
     ] = None,
+    mone: Annotated[
+        bool, Option("--mone", help="as our own class, which chooses neurons (trust_remote_code)")
+    ] = False,
 ) -> None:
-    """Write a checkpoint, of any layout, as a Hugging Face folder of its family.
+    """Write a checkpoint, of any layout, as a Hugging Face folder.
 
         megatron-mone convert export checkpoints/qwen3 --out Qwen3-mine [--like Qwen3-30B-A3B]
+        megatron-mone convert export runs/mine/checkpoints --out mine [--mone]
 
-    The names and config.json are those of the folder that was imported, or of --like. Every tensor
-    of the model must have its place there. Exit status 2 for wrong input.
+    The names and config.json are those of the folder that was imported, or of --like. A checkpoint
+    that was not imported, or --mone, becomes a MoNE model by its own arguments, with the code that
+    runs it: megatron-mone generate --model mine. Every tensor of the model must have its place
+    there. Exit status 2 for wrong input.
     """
+    if mone and like is not None:
+        raise ValueError(
+            f"--like {like}: a MoNE model is written by the checkpoint's own arguments"
+        )
     from megatron_mone.conversion.convert import export_model
 
     with _bar() as step:
-        written = export_model(checkpoint, out, step, like=like)
+        written = export_model(checkpoint, out, step, like=like, mone=mone)
     print(f"wrote {out}: {len(written)} tensors")
 
 

@@ -9,9 +9,10 @@ again. May touch: the output folder.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common.files import atomic_write, write_json
+from megatron_mone.conversion import mone_folder
 from megatron_mone.conversion.dist_checkpoint import Reader, Writer
 from megatron_mone.conversion.families import Family, family_of
 from megatron_mone.conversion.hf_config import CONFIG, HFConfig
@@ -26,6 +28,7 @@ from megatron_mone.conversion.hf_folder import SHARD_BYTES, Planned, Stored, Wei
 from megatron_mone.conversion.inspect import model_file
 from megatron_mone.conversion.megatron_model import BareModel, Slot, bare_model
 from megatron_mone.conversion.pairs import Pair, Sizes, View
+from megatron_mone.model.saved_model import model_values, saved_arguments
 
 RELEASE = "release"
 """The folder of a checkpoint that no training wrote: it starts at step 0 without an optimizer."""
@@ -79,8 +82,10 @@ def named(pair: Pair, ours: Tensor, sizes: Sizes, layer: int | None) -> list[Vie
     return [(name.replace("{l}", number), v, s) for name, v, s in pair.views(ours, sizes)]
 
 
-def placed(model: BareModel, family: Family) -> list[Placed]:
-    """Every tensor of the model and where it is elsewhere.
+def placed(
+    model: BareModel, family: Family, without: Container[str] = ()
+) -> list[Placed]:  # fmt: skip
+    """Every tensor of the model and where it is elsewhere, but those `without` a place there.
 
     Raises:
         ValueError: a tensor without a pair.
@@ -88,6 +93,8 @@ def placed(model: BareModel, family: Family) -> list[Placed]:
     pairs = {pair.ours: pair for pair in family.pairs}
     found = []
     for slot in model.slots:
+        if slot.within in without:
+            continue
         pair = pairs.get(slot.within)
         if pair is None:
             raise ValueError(
@@ -236,7 +243,7 @@ def import_model(
 
 
 def export_model(
-    checkpoint: Path, out: Path, step: Step, *, like: Path | None = None,
+    checkpoint: Path, out: Path, step: Step, *, like: Path | None = None, mone: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, str]:  # fmt: skip
     """Write a torch_dist checkpoint as a Hugging Face folder.
@@ -246,6 +253,7 @@ def export_model(
         out: folder, must not be there.
         step: told of the progress.
         like: folder or config.json of a model of the same shape; what the import kept when None.
+        mone: write our own class, by the checkpoint's own arguments; so too without an import.
         shard_bytes: of one file.
 
     Returns:
@@ -256,49 +264,96 @@ def export_model(
     """
     refuse_existing(out)
     iteration = find_iteration(checkpoint)
-    like = like or iteration.parent / SOURCE
-    if not (like if like.is_file() else like / CONFIG).is_file():
-        raise ValueError(
-            f"{like}: no config.json: give --like FOLDER of a Hugging Face model of this shape"
-        )
     reader = Reader(iteration)
-    family = family_of(HFConfig.read(like))
     rows = getattr(reader.keys.get("embedding.word_embeddings.weight"), "size", (None,))[0]
-    heads = any(key.startswith("mtp.") for key in reader.keys)
-    with bare_model(words_of(like, None, () if heads else (MORE_TOKENS,)), rows) as model:
-        _check_model_file(iteration.parent, model.args)
-        found = placed(model, family)
-        planned = []
-        for one in found:
-            stored = reader.keys.get(one.slot.pieces(one.slot.fake)[0].key)
-            if stored is None:
-                raise ValueError(f"{iteration}: tensor {one.slot.name} of {family.name} is missing")
-            planned += [Planned(n, stored.properties.dtype, shape) for n, _, shape in one.views]
-        _refuse_left_over(reader, found, iteration)
-        total = sum(one.size for one in planned)
-        with unfinished(out, total, f"export of {iteration}") as folder:
-            owner = {name: one for one in found for name, _, _ in one.views}
-            done = 0
+    if like is None and not mone and (iteration.parent / SOURCE / CONFIG).is_file():
+        like = iteration.parent / SOURCE
+    if like is not None:
+        source = like if like.is_dir() else like.parent
+        family = family_of(HFConfig.read(like))
+        heads = any(key.startswith("mtp.") for key in reader.keys)
+        words = words_of(like, None, () if heads else (MORE_TOKENS,))
+        with bare_model(words, rows) as model:
+            _check_model_file(iteration.parent, model.args)
+            return _export(
+                reader, model, family, out, step, shard_bytes,
+                lambda folder, dtype: _copy_beside(source, folder),
+            )  # fmt: skip
+    saved = saved_arguments(iteration)
+    length = saved.get("max_position_embeddings") or saved.get("seq_length")
+    source = iteration.parent / SOURCE
+    if not source.is_dir():
+        source = Path(str(saved.get("tokenizer_model")))
+    with bare_model(words_of_saved(saved, iteration, length), rows) as model:
+        family = mone_folder.family_of(model.args)
+        made = mone_folder.config_of(
+            model.args, model.config, "float32"
+        )  # refuses before it writes
+        return _export(
+            reader, model, family, out, step, shard_bytes,
+            lambda folder, dtype: _write_mone(folder, made | {"dtype": dtype}, source),
+        )  # fmt: skip
 
-            def data(names: list[str]) -> Iterator[Tensor]:
-                last: Placed | None = None
-                parts: dict[str, Tensor] = {}
-                for name in names:
-                    if owner[name] is not last:
-                        last = owner[name]
-                        ours = _whole(reader, last.slot)
-                        views = named(last.pair, ours, model.sizes, last.slot.layer)
-                        parts = {n: view.reshape(shape) for n, view, shape in views}
-                    yield parts[name]
 
-            def told(size: int) -> None:
-                nonlocal done
-                done += size
-                step(done, total, "export")
+def _write_mone(folder: Path, config: dict[str, Any], tokenizer: Path) -> None:
+    if tokenizer.is_dir():
+        _copy_beside(tokenizer, folder)
+    mone_folder.write_beside(folder, config)
 
-            sums = write_weights(folder, planned, data, told, shard_bytes)
-            source = like if like.is_dir() else like.parent
-            _copy_beside(source, folder)
+
+def words_of_saved(saved: dict[str, Any], source: Path, length: Any) -> list[str]:
+    """Megatron's flags of one rank for the model of a checkpoint's own arguments."""
+    from megatron_mone.model.arguments import flag_parser
+    from megatron_mone.model.run_config import to_flags
+
+    left_out = ("tokenizer_*", "seq_length", "transformer_impl", "bf16", "fp16", "*_fusion",
+                "distributed_backend", "ckpt_format", "recompute_*", "delay_wgrad_compute",
+                "overlap_*")  # fmt: skip
+    values = {
+        name: value
+        for name, value in model_values(saved).items()
+        if not any(fnmatchcase(name, pattern) for pattern in left_out)
+    }
+    values.setdefault("vocab_size", saved.get("padded_vocab_size"))
+    return [*_FLAGS, "--seq-length", str(length), *to_flags(values, flag_parser(), source)]
+
+
+def _export(
+    reader: Reader, model: BareModel, family: Family, out: Path, step: Step, shard_bytes: int,
+    write_beside: Callable[[Path, str], None],
+) -> dict[str, str]:  # fmt: skip
+    """Write the tensors of a model, then what stands beside them, told their dtype."""
+    found = placed(model, family, mone_folder.TRAINING_STATE)
+    planned = []
+    for one in found:
+        stored = reader.keys.get(one.slot.pieces(one.slot.fake)[0].key)
+        if stored is None:
+            raise ValueError(f"{reader.folder}: tensor {one.slot.name} is missing")
+        planned += [Planned(n, stored.properties.dtype, shape) for n, _, shape in one.views]
+    _refuse_left_over(reader, model, found)
+    total = sum(one.size for one in planned)
+    owner = {name: one for one in found for name, _, _ in one.views}
+    done = 0
+
+    def data(names: list[str]) -> Iterator[Tensor]:
+        last: Placed | None = None
+        parts: dict[str, Tensor] = {}
+        for name in names:
+            if owner[name] is not last:
+                last = owner[name]
+                ours = _whole(reader, last.slot)
+                views = named(last.pair, ours, model.sizes, last.slot.layer)
+                parts = {n: view.reshape(shape) for n, view, shape in views}
+            yield parts[name]
+
+    def told(size: int) -> None:
+        nonlocal done
+        done += size
+        step(done, total, "export")
+
+    with unfinished(out, total, f"export of {reader.folder}") as folder:
+        sums = write_weights(folder, planned, data, told, shard_bytes)
+        write_beside(folder, str(planned[0].dtype).removeprefix("torch."))
     return sums
 
 
@@ -458,9 +513,13 @@ def _whole(reader: Reader, slot: Slot) -> Tensor:
     return slot.leaf.merge_fn(dict_list_map_inplace(reader.fill, slot.leaf.build()))
 
 
-def _refuse_left_over(reader: Reader, found: Sequence[Placed], iteration: Path) -> None:
+def _refuse_left_over(reader: Reader, model: BareModel, found: Sequence[Placed]) -> None:
     """Every tensor of the model's is exported; an optimizer's are known not to be."""
-    known = {piece.key for one in found for piece in one.slot.pieces(one.slot.fake)}
+    slots = [one.slot for one in found]
+    slots += [slot for slot in model.slots if slot.within in mone_folder.TRAINING_STATE]
+    known = {piece.key for slot in slots for piece in slot.pieces(slot.fake)}
     for key, stored in reader.keys.items():
         if hasattr(stored, "size") and key not in known and not key.startswith("optimizer."):
-            raise ValueError(f"{iteration}: {key} {list(stored.size)} has no place in this family")
+            raise ValueError(
+                f"{reader.folder}: {key} {list(stored.size)} has no place in the model"
+            )

@@ -78,11 +78,13 @@ class BareModel:
 
     Attributes:
         args: Megatron's, validated.
+        config: its TransformerConfig.
         slots: its tensors, in order.
         objects: names of what is no tensor (extra states of layers), one ShardedObject each.
     """
 
     args: Namespace
+    config: Any
     slots: list[Slot]
     objects: list[Any]
 
@@ -144,7 +146,7 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
             for name, leaf in state.items()
             if not isinstance(leaf, ShardedObject)
         ]
-        yield BareModel(args, slots, objects)
+        yield BareModel(args, config.transformer, slots, objects)
     finally:
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():

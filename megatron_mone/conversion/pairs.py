@@ -106,15 +106,6 @@ class FusedExperts(Pair):
         return [(self.theirs[0], whole, tuple(whole.shape))]
 
 
-class Column(Pair):
-    """A vector of ours that is a matrix of one row elsewhere, or the other way round."""
-
-    def views(self, ours: Tensor, sizes: Sizes) -> list[View]:
-        """See Pair.views."""
-        shape = tuple(ours.shape[1:]) if ours.dim() > 1 else (1, *ours.shape)
-        return [(self.theirs[0], ours.view(shape), shape)]
-
-
 ENDS = (
     Vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
     Pair("decoder.final_layernorm.weight", "model.norm.weight"),

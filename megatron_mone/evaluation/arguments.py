@@ -5,8 +5,7 @@ are of use here. What is of training is left out of a run file and refused on th
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -31,19 +30,6 @@ _FIXED = [
 ]
 _MINUTES = "1440"
 """Other ranks wait for rank 0 while it reads tasks."""
-_OF_MODEL = (
-    "num_experts", "seq_length", "max_position_embeddings", "position_embedding_type",
-    "use_rotary*", "rotary_*", "use_rope_scaling", "rope_scaling_factor", "rope_type", "swiglu",
-    "squared_relu", "normalization", "norm_epsilon", "untie_embeddings_and_output_weights",
-    "group_query_attention", "multi_latent_attention", "apply_layernorm_1p", "qk_layernorm",
-    "tokenizer_*", "vocab_size", "vocab_file", "merge_file", "special_tokens", "tiktoken_*",
-    "make_vocab_size_divisible_by", "transformer_impl", "bf16", "fp16", "distributed_backend",
-    "gradient_accumulation_fusion", "bias_swiglu_fusion", "bias_gelu_fusion", "apply_rope_fusion",
-    "cross_entropy_loss_fusion", "create_attention_mask_in_dataloader", "mtp_*", "ckpt_format",
-    "add_position_embedding", "quick_geglu", "yarn_*", "no_persist_layer_norm",
-    "heterogeneous_layers_*",
-)  # fmt: skip
-"""Beside the fields of Megatron's TransformerConfig and ours."""
 
 
 def is_training(name: str) -> bool:
@@ -63,6 +49,7 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     """
     from megatron_mone.model.arguments import flag_parser
     from megatron_mone.model.run_config import load_run, to_flags
+    from megatron_mone.model.saved_model import model_values, saved_arguments
 
     own = ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--config", type=Path)
@@ -73,10 +60,9 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     values = {} if known.config is None else load_run(known.config)
     load, step = _checkpoint(known.load or values.pop("load", None))
     if known.config is None:
-        values, source = saved_model(load, step, rest), load
-    else:
-        values = {k: v for k, v in values.items() if not is_training(k) and k != "load"}
-        source = known.config
+        values = model_values(saved_arguments(_iteration(load, step, rest)))
+    values = {k: v for k, v in values.items() if not is_training(k) and k != "load"}
+    source = known.config or load
     flags = to_flags(values, parser, source)
     chosen = ["--load", str(load), *([] if step is None else ["--ckpt-step", str(step)])]
     waits = [] if _gives("--distributed-timeout-minutes", rest) else [
@@ -84,66 +70,15 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     return [*flags, *_FIXED, *waits, *chosen, *rest]
 
 
-def saved_model(load: Path, step: int | None, words: Iterable[str]) -> dict[str, Any]:
-    """The arguments of the model that a torch_dist checkpoint holds, as its run was given them.
-
-    Args:
-        load: the folder of iterations.
-        step: the iteration; the newest when None.
-        words: of the command line, whose `--ckpt-step` counts.
-
-    Raises:
-        ValueError: the checkpoint holds no arguments.
-    """
-    from megatron.core import dist_checkpointing
-
-    from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
+def _iteration(load: Path, step: int | None, words: Sequence[str]) -> Path:
+    """The folder of the iteration that will be loaded, by `--ckpt-step` of the words, or the
+    newest."""
     from megatron_mone.checkpoint.verify import folder_to_load
 
-    listed = list(words)
-    if _gives("--ckpt-step", listed):
-        step = int(listed[listed.index("--ckpt-step") + 1])
+    if _gives("--ckpt-step", words):
+        step = int(words[words.index("--ckpt-step") + 1])
     given = Namespace(load=str(load), ckpt_step=step, ckpt_format="torch_dist")
-    folder = folder_to_load(given)
-    read_metadata(folder or load)
-    load_weights_only()
-    try:
-        state = dist_checkpointing.load_common_state_dict(str(folder))
-        saved = vars(state["args"])
-    except Exception as error:
-        raise ValueError(
-            f"checkpoint {folder} holds no arguments of its model ({type(error).__name__}): give "
-            "the run file too, --config RUN.yaml"
-        ) from error
-    return model_values(saved)
-
-
-def model_values(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Of all arguments of a run those that make its model, where they are not the parser's own.
-
-    Args:
-        saved: name -> value, as Megatron validated them.
-    """
-    from megatron.core.model_parallel_config import ModelParallelConfig
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
-
-    from megatron_mone.config import MONE_FIELD_NAMES
-    from megatron_mone.model.arguments import flag_parser
-
-    own = {field.name for field in fields(MLATransformerConfig)}
-    own -= {field.name for field in fields(ModelParallelConfig)}
-    own |= set(MONE_FIELD_NAMES)
-    found = {}
-    for action in flag_parser()._actions:
-        name = action.dest
-        value = saved.get(name)
-        wanted = name in own or any(fnmatchcase(name, pattern) for pattern in _OF_MODEL)
-        plain = isinstance(value, bool | int | float | str | list)
-        if wanted and plain and value != action.default and not is_training(name):
-            found[name] = value
-    if not found.get("group_query_attention"):
-        found.pop("num_query_groups", None)  # validation sets it
-    return found
+    return folder_to_load(given) or load
 
 
 def _checkpoint(load: Any) -> tuple[Path, int | None]:

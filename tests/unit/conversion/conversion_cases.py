@@ -11,14 +11,17 @@ LAYOUTS = {
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "EP2": ("--expert-model-parallel-size", "2"),
 }
-MTP = "with MTP"
+MTP, QUARTER = "with MTP", "quarter"
 
 
-def convert_all(folder: str, names: list[str], family: str, wrong: dict[str, list[str]]) -> None:
+def convert_all(
+    folder: str, names: list[str], as_mone: list[str], family: str, wrong: dict[str, list[str]]
+) -> None:
     """Of each source: a checkpoint, its export, and the checkpoint's logits on this one rank.
 
-    `family` is the text of a module with one more family. Then the commands of `wrong`, name ->
-    words: their status and what they said go to wrong.json.
+    Of `as_mone` also as a MoNE model of ours. `family` is the text of a module with one more
+    family. Then the commands of `wrong`, name -> words: their status and what they said go to
+    wrong.json.
     """
     import torch
 
@@ -33,6 +36,12 @@ def convert_all(folder: str, names: list[str], family: str, wrong: dict[str, lis
         if not name.endswith(MTP):
             save_logits(here, "one", ())
             torch.distributed.destroy_process_group()  # the next import makes its own
+    for name in as_mone:
+        here = Path(folder) / name
+        convert.import_model(here / "source", here / "mone checkpoint", quiet, mone=QUARTER)
+        convert.export_model(here / "mone checkpoint", here / "mone", quiet, mone=True)
+        save_logits(here, "mone", (), "mone checkpoint", QUARTER)
+        torch.distributed.destroy_process_group()
     _stop_and_go_on(Path(folder) / names[0])
     _wrong(Path(folder), wrong)
 
@@ -86,18 +95,24 @@ def laid_out(folder: str, names: list[str], family: str) -> None:
                 save_logits(here, layout, flags)
 
 
-def save_logits(here: Path, layout: str, flags: tuple[str, ...]) -> None:
+def save_logits(
+    here: Path,
+    layout: str,
+    flags: tuple[str, ...],
+    name: str = "checkpoint",
+    mone: str | None = None,
+) -> None:
     """Load a checkpoint as a run does and write its logits of `tokens.pt` [B, T] to LAYOUT.pt."""
     import torch
     from megatron.training.training import destroy_global_state
 
-    logits = logits_of(here / "checkpoint", torch.load(here.parent / "tokens.pt"), flags)
+    logits = logits_of(here / name, torch.load(here.parent / "tokens.pt"), flags, mone)
     if torch.distributed.get_rank() == 0:
         torch.save(logits, here / f"{layout}.pt")
     destroy_global_state()
 
 
-def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...]):
+def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...], mone: str | None = None):
     """[B, T, V] on every rank."""
     import torch
 
@@ -116,7 +131,7 @@ def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...]):
 
     patches.install()
     words = [
-        *words_of(checkpoint / SOURCE, without=(MORE_TOKENS,)),
+        *words_of(checkpoint / SOURCE, mone, without=(MORE_TOKENS,)),
         *("--global-batch-size", os.environ["WORLD_SIZE"], "--exit-on-missing-checkpoint"),
         *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng", *flags),
     ]

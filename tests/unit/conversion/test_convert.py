@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_mone.conversion.hf_folder import Weights
+from megatron_mone.conversion.hf_model.loading import load_model
 from tests import forked_ranks
 from tests.forked_ranks import ROOT
 from tests.unit.conversion import conversion_cases
@@ -58,6 +59,7 @@ FAMILIES = {
 }  # fmt: skip
 WITH_MTP = f"deepseek_v3 {MTP}"
 HALF = "qwen3_moe in bfloat16"
+AS_MONE = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
 
 
 def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:
@@ -114,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (found / name).mkdir()
         write_source(found / name, name, tokens)
     for ranks, run, more in (
-        (1, conversion_cases.convert_all, (names, family, wrong_commands(found))),
+        (1, conversion_cases.convert_all, (names, AS_MONE, family, wrong_commands(found))),
         (2, conversion_cases.laid_out, (list(FAMILIES), family)),
     ):
         log = found / f"{ranks}.log"
@@ -149,6 +151,19 @@ def test_logits_are_those_of_transformers(folder, name):
         got = torch.load(folder / name / f"{layout}.pt")
         assert (got - wanted).abs().max() <= TOLERANCE, layout
     assert wanted.std() > 0.1
+
+
+@pytest.mark.parametrize("name", AS_MONE)
+def test_a_mone_model_of_ours_has_megatrons_logits(folder, name):
+    """Imported, made a MoNE model that keeps a quarter, exported as our own class."""
+    model = load_model(folder / name / "mone").model
+    assert model.config.kept * 4 == model.config.moe_intermediate_size
+    with torch.no_grad():
+        logits = model(torch.load(folder / "tokens.pt")).logits
+    wanted = torch.load(folder / name / "mone.pt")
+    assert (logits - wanted).abs().max() <= TOLERANCE
+    assert (wanted - torch.load(folder / name / "theirs.pt")).abs().max() > 0.01
+    assert (folder / name / "mone" / "tokenizer.json").exists()
 
 
 def test_transformers_loads_what_was_exported(folder):
