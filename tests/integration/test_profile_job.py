@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import forked_ranks
 from tests.training_cases import MOCK, MONE, ROOT, TINY
 
 pytestmark = pytest.mark.slow
 
+ONE_RANK = ("--expert-model-parallel-size", "1")
 MODEL = (*TINY, *MONE, *MOCK, "--expert-model-parallel-size", "2", "--mone-backend", "cpu")
 
 
@@ -114,16 +116,34 @@ def test_the_trace_has_our_phases_beside_torchs_events(done):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--steps", "100"], "train_iters = 40 is fewer than the 110 steps that each run takes"),
         (["--against", "x:moe_ffn_hidden_sise=32"], "did you mean 'moe_ffn_hidden_size'"),
         (["--against", "x:mone_backend=cuda"], "--mone-backend: invalid choice: 'cuda'"),
         (["--steps", "4", "--no-such-flag"], "--no-such-flag"),
     ],
 )
-def test_a_wrong_job_is_one_line(tmp_path, flags, words):
-    ended = profile(tmp_path, *flags, "--expert-model-parallel-size", "1", ranks=1)
+def test_a_wrong_job_is_one_line_of_a_rank(tmp_path, flags, words):
+    """A rank by itself, of which the command shows that line."""
+    log, out = tmp_path / "log", tmp_path / "profile"
+    command = ["--out", str(out), *MODEL, "--train-iters", "40", *flags, *ONE_RANK]
+    assert forked_ranks.start(1, rank, (command,), log).wait(timeout=600) != 0
+    lines = log.read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("megatron-mone: error: ")]
+    assert words in line
+    assert lines[-1].endswith("ended with 2")
+    assert not (out / "ranks").exists()
+
+
+def rank(words: list[str]) -> None:
+    """The command as torchrun starts it."""
+    from megatron_mone.commands.profile import main
+
+    sys.exit(main(words))
+
+
+def test_a_wrong_job_is_one_line(tmp_path):
+    ended = profile(tmp_path, "--steps", "100", *ONE_RANK, ranks=1)
     assert ended.returncode == 2
     assert ended.stderr.startswith("megatron-mone: error: ")
     assert ended.stderr.count("\n") == 1
-    assert words in ended.stderr
+    assert "train_iters = 40 is fewer than the 110 steps that each run takes" in ended.stderr
     assert not (tmp_path / "ranks").exists()
