@@ -183,10 +183,12 @@ def _exact(planned: Done) -> Path:
     return path
 
 
-def test_the_same_answer_twice_by_a_process_that_knows_nothing(planned, asked, tmp_path):
-    written = tmp_path / "out" / "plan.json"
+def test_the_same_answer_twice_by_a_process_that_knows_nothing(command, asked, tmp_path):
+    """Of one model: each stage's trace takes that process seconds."""
+    alone, written = asked[:-2], tmp_path / "out" / "plan.json"
+    planned = command(*alone)
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "plan_scale.py"), *asked,
+        [sys.executable, str(ROOT / "tools" / "plan_scale.py"), *alone,
          "--json", str(written)],
         capture_output=True, text=True, timeout=300, cwd=tmp_path,
         env={**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"},
