@@ -1,9 +1,9 @@
 """The whole test suite, or the tests named: `make test`, `make test TESTS=tests/unit/moe`.
 
 Three rows of tests run beside each other: tests on a real Slurm, which mostly wait for Slurm's
-clocks; unit tests, an installation's and those of printed commands; and all others that start
-ranks, whose last, of layouts, keep all processors busy alone. The last row's report is shown as it
-comes, those of the others at the end. However this ends, no process that it started stays.
+clocks; unit tests and an installation's; and all others, of which the last, of layouts, start ranks
+that keep all processors busy alone. The last row's report is shown as it comes, those of the others
+at the end. However this ends, no process that it started stays.
 """
 
 import shutil
@@ -20,11 +20,7 @@ from tests.processes import Keeper
 
 PYTEST = (sys.executable, "-m", "pytest")
 _SLURM = ("tests/slurm",)
-_UNIT = (
-    "tests/unit",
-    "tests/integration/test_installed_wheel.py",
-    "tests/integration/test_readme_commands.py",
-)
+_UNIT = ("tests/unit", "tests/integration/test_installed_wheel.py")
 ROWS = (_SLURM, _UNIT, tuple(f"--ignore={path}" for path in (*_SLURM, *_UNIT)))
 _SECONDS_TO_STOP = 10.0
 
