@@ -201,14 +201,14 @@ def import_model(
     config = HFConfig.read(source)
     family = family_of(config)
     text = model_file(source, mone)
-    family.shape(config)
+    shape = family.shape(config)
     if config.notes and not differs:
         raise ValueError(
             f"{config.notes[0]} ({config.path}): the outputs would differ; --differs to import "
             "the weights all the same"
         )
     weights = Weights(config.path.parent)
-    without = _heads_that_are_not_there(config, weights)
+    without = _heads_that_are_not_there(config, weights) if MORE_TOKENS in shape else ()
     with bare_model(words_of(source, mone, without)) as model:
         found = placed(model, family)
         tied = not model.args.untie_embeddings_and_output_weights

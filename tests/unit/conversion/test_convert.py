@@ -177,6 +177,7 @@ def test_what_is_left_out_is_told(folder):
     said = json.loads((folder / WITH_MTP / "said.json").read_text())
     assert len(said) == 2
     assert all("a copy of the model's own" in line for line in said)
+    assert json.loads((folder / "qwen3_moe" / "said.json").read_text()) == []
     (line,) = json.loads((folder / "glm4_moe" / "said.json").read_text())
     assert "mtp_num_layers" in line
 
