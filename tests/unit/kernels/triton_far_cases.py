@@ -1,4 +1,4 @@
-"""Kernels on rows whose elements lie past 2^31 of their tensors: as on the same rows at the start.
+"""Kernels on rows and of experts whose elements lie past 2^31 of their tensors: as at the start.
 
 Tensors of many GiB are asked for, and but a few pages of them touched. A launch by rows starts at
 the first row that is there.
@@ -12,7 +12,8 @@ from triton.runtime.interpreter import interpreter_builder
 
 from megatron_mone.kernels import Selection
 from megatron_mone.kernels.triton import launch as launches
-from megatron_mone.kernels.triton import ops, segments
+from megatron_mone.kernels.triton import masked_experts, ops, segments
+from megatron_mone.kernels.triton.decode import DecodeProducts
 from megatron_mone.kernels.triton.row_map import RowMap
 from tests.unit.kernels.triton_case_tools import case, unpoisoned
 
@@ -128,3 +129,43 @@ def far_rows_are_as_near_ones(block: int) -> None:
     near = results(0, block)
     for number, (one, other) in enumerate(zip(far, near, strict=True)):
         assert torch.equal(one, other), number
+
+
+COUNTS, NARROW = [2, 0, 1, 2], 64
+STRIDE = 2**30 + 64  # elements from expert to expert: the third lies past 2^31
+
+
+def apart(weights: Tensor, stride: int) -> Tensor:
+    """The same experts, so far from each other in a tensor that holds nothing else."""
+    experts, neurons, hidden = weights.shape
+    space = weights.new_empty((experts - 1) * stride + neurons * hidden)
+    view = space.as_strided((experts, neurons, hidden), (stride, hidden, 1))
+    return view.copy_(weights)
+
+
+@case(False)
+@case(True)
+def far_experts_are_as_near_ones(trained: bool) -> None:
+    """Of few rows (decode) and of rows that are trained; weights read, their gradients written."""
+    x, dy = (torch.randn(sum(COUNTS), HIDDEN).bfloat16() for _ in range(2))
+    p = torch.rand(sum(COUNTS))
+    near = [(torch.randn(len(COUNTS), NARROW, HIDDEN) / 8).bfloat16() for _ in range(3)]
+    v = torch.randn(sum(COUNTS), NARROW).bfloat16()
+
+    def made(weights: list[Tensor]) -> list[Tensor]:
+        leaf = x.clone().requires_grad_(trained)
+        with torch.set_grad_enabled(trained):
+            y, mask, entries = masked_experts(
+                leaf, p, torch.tensor(COUNTS), *weights, choose=Selection(16), activation="silu"
+            )
+        assert isinstance(entries.call.products, DecodeProducts) != trained
+        if not trained:
+            return [y, mask.to_bool()]
+        dw = torch.zeros_like(weights[0]) if weights is near else apart(near[0] * 0, STRIDE)
+        ops.weight_grad(v, x, dw, False, entries.where)
+        return [y, mask.to_bool(), *torch.autograd.grad(y, leaf, dy), dw]
+
+    with unpoisoned():
+        far = made([apart(weights, STRIDE) for weights in near])
+        for number, (one, other) in enumerate(zip(far, made(near), strict=True)):
+            assert torch.equal(one, other), number
