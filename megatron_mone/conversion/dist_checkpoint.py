@@ -182,10 +182,6 @@ class Reader:
             raise ValueError(f"{self.folder}: {piece.key} is not stored whole")
         return out.view(tuple(piece.local_shape))
 
-    def object(self, key: str) -> Any:
-        """What is stored under a key that is no tensor; classes that torch does not know refuse."""
-        return torch.load(io.BytesIO(self._bytes(MetadataIndex(key))), weights_only=True)[0]
-
     def _chunk(self, index: MetadataIndex) -> Tensor:
         if self._last is None or self._last[0] != index:
             raw = io.BytesIO(self._bytes(index))
