@@ -200,7 +200,6 @@ def import_model(
     refuse_existing(out)
     config = HFConfig.read(source)
     family = family_of(config)
-    text = model_file(source, mone)
     shape = family.shape(config)
     if config.notes and not differs:
         raise ValueError(
@@ -209,6 +208,7 @@ def import_model(
         )
     weights = Weights(config.path.parent)
     without = _heads_that_are_not_there(config, weights) if MORE_TOKENS in shape else ()
+    text = model_file(source, mone, without)
     with bare_model(words_of(source, mone, without)) as model:
         found = placed(model, family)
         tied = not model.args.untie_embeddings_and_output_weights
@@ -229,11 +229,7 @@ def import_model(
             writer.write(part + 1, [*model.objects, _common_state(model.args)])
             writer.finish()
             write_model_file(folder, model.args)
-            dropped = f"{MORE_TOKENS}:" if without else None
-            kept = [
-                line for line in text.splitlines() if not dropped or not line.startswith(dropped)
-            ]
-            atomic_write(folder / "model.yaml", ("\n".join(kept) + "\n").encode())
+            atomic_write(folder / "model.yaml", text.encode())
             atomic_write(folder / TRACKER_NAME, RELEASE.encode())
             _copy_beside(config.path.parent, folder / SOURCE)
     said = [f"{name} is left out: a copy of the model's own" for name in left_out]

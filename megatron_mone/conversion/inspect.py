@@ -1,5 +1,6 @@
 """A Hugging Face model's shape as a model file of configs/model."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import yaml
@@ -9,12 +10,13 @@ from megatron_mone.conversion.families import family_of
 from megatron_mone.conversion.hf_config import HFConfig
 
 
-def model_file(path: Path, mone: str | None = None) -> str:
+def model_file(path: Path, mone: str | None = None, without: Container[str] = ()) -> str:
     """The YAML text of a model file; what it does not say of the model stands above as comments.
 
     Args:
         path: a folder with a config.json, or that file.
         mone: of configs/mone, what makes it a MoNE model.
+        without: arguments that are left at their default.
 
     Raises:
         ValueError: one line: a file that is no such config, a field with a wrong value, a family
@@ -27,6 +29,7 @@ def model_file(path: Path, mone: str | None = None) -> str:
         if "num_experts" not in shape:
             raise ValueError(f"--mone {mone}: {config.path} is a dense model, which has no experts")
         shape["mone"] = mone
+    shape = {name: value for name, value in shape.items() if name not in without}
     notes = [*config.notes, *config.left()]
     header = [f"The shape of a {family.name} model, from its config.json.", *notes]
     lines = [f"# {' '.join(line.split())}" for line in header]

@@ -76,24 +76,21 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         needs_dp_avg: bool = True,
     ) -> None:
         """As Megatron's, in one launch: its `values[i] += value` copies the sum back as well."""
-        if layer_number is None or name not in self._metrics:
-            super().record(
-                name, value, layer_number, num_layers, reduce_group, avg_group, needs_dp_avg
-            )
-            return
-        entry = self._metrics[name]
-        entry.values[layer_number - 1].add_(value.detach())
-        entry.reduce_group, entry.avg_group = reduce_group, avg_group
-        entry.needs_dp_avg = needs_dp_avg
+        cell = self.cell(
+            name, layer_number, num_layers, value.device, reduce_group, avg_group, needs_dp_avg
+        )
+        if cell is not None:
+            cell.add_(value.detach())
 
     def cell(
         self, name: str, layer_number: int | None, num_layers: int, device: torch.device,
-        reduce_group: ProcessGroup | None,
+        reduce_group: ProcessGroup | None, avg_group: ProcessGroup | None = None,
+        needs_dp_avg: bool = True,
     ) -> Tensor | None:  # fmt: skip
         """Where `record` adds up, for a kernel that adds there itself: a float32 scalar.
 
         Args:
-            name, layer_number, num_layers, reduce_group: as of `record`.
+            name, layer_number, num_layers, reduce_group, avg_group, needs_dp_avg: as of `record`.
             device: of the values.
 
         Returns:
@@ -104,7 +101,8 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         if name not in self._metrics:
             self._metrics[name] = MetricEntry(values=torch.zeros(num_layers, device=device))
         entry = self._metrics[name]
-        entry.reduce_group, entry.avg_group, entry.needs_dp_avg = reduce_group, None, True
+        entry.reduce_group, entry.avg_group = reduce_group, avg_group
+        entry.needs_dp_avg = needs_dp_avg
         return entry.values[layer_number - 1]
 
     def step(self) -> int:
