@@ -123,6 +123,11 @@ class MoNEFields:
     """Which MoE layers are MoNE: an integer N makes every N-th decoder layer one where it is an
     MoE layer, a list holds a 1 (MoNE) or 0 (stock) per decoder layer, e.g. "([0]+[1]*3)*2"."""
 
+    mone_qk_norm_all_heads: bool = False
+    """The norms of q and k (--qk-layernorm) are over all heads at once, as in OLMoE, in all layers.
+    Megatron's are head by head, those of the stock models that a profile or plan compares with
+    too."""
+
     @property
     def mone_enabled(self) -> bool:
         """Whether this model selects neurons at all."""

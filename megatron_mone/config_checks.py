@@ -158,6 +158,16 @@ def check_model(config: Any) -> None:
         (not config.delay_wgrad_compute, "delay_wgrad_compute", "False with MoNE: its weight "
          "gradients are made with the input gradients"),
     ]  # fmt: skip
+    if config.mone_qk_norm_all_heads:
+        beside = "with mone_qk_norm_all_heads"
+        needs += [
+            (config.qk_layernorm, "qk_layernorm", f"True {beside}"),
+            (not config.qk_l2_norm, "qk_l2_norm", f"False {beside}"),
+            (not config.multi_latent_attention, "multi_latent_attention", f"False {beside}"),
+            (config.normalization == "RMSNorm", "normalization", f"RMSNorm {beside}"),
+            (not config.layernorm_zero_centered_gamma, "layernorm_zero_centered_gamma",
+             f"False {beside}"),
+        ]  # fmt: skip
     for met, name, allowed in needs:
         check(met, name, getattr(config, name), allowed)
 

@@ -20,6 +20,7 @@ SHAPE_FIELDS = (
     "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
     "moe_shared_expert_intermediate_size", "mtp_num_layers", "multi_latent_attention",
     "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "swiglu",
+    "mone_qk_norm_all_heads",
 )  # fmt: skip
 
 

@@ -98,6 +98,7 @@ def config_of(args: Namespace, config: Any, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "attention_bias": bool(config.add_qkv_bias),
         "qk_norm": bool(config.qk_layernorm),
+        "qk_norm_all_heads": config.mone_qk_norm_all_heads,
         "rope_parameters": _rope(args, config),
         "mlp_layer_types": ["sparse" if one else "dense" for one in sparse],
         "moe_intermediate_size": config.moe_ffn_hidden_size,

@@ -83,8 +83,17 @@ def _rotary(config: HFConfig) -> Shape:
     return found
 
 
-def grouped_attention(config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool = False) -> Shape:
-    """Heads that share keys and values."""
+def grouped_attention(
+    config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool = False, all_heads: bool = False
+) -> Shape:  # fmt: skip
+    """Heads that share keys and values.
+
+    Args:
+        config: of the model.
+        qkv_bias: whether q, k and v have biases where the config does not say.
+        qk_norm: whether q and k are normalised.
+        all_heads: over all heads at once, not head by head.
+    """
     heads = config.size("num_attention_heads")
     groups = config.size("num_key_value_heads", heads)
     found: Shape = {
@@ -96,6 +105,8 @@ def grouped_attention(config: HFConfig, *, qkv_bias: bool = False, qk_norm: bool
         found["add_qkv_bias"] = True
     if qk_norm:
         found["qk_layernorm"] = True
+    if all_heads:
+        found["mone_qk_norm_all_heads"] = True
     return found
 
 

@@ -29,6 +29,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from megatron_mone.common.patch import install, wrapping
 from megatron_mone.config import attach_fields_from_env, layer_pattern, neurons_per_token
+from megatron_mone.model.qk_norm import with_all_heads_norms
 from megatron_mone.model.step_flops import follow_training
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of
@@ -68,7 +69,7 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     whole = layer_pattern(transformer)
     pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
     layers = [
-        _with_mone(spec) if kind == 2 else spec
+        _layer(transformer, spec, kind)
         for spec, kind in zip(block.layer_specs or (), pattern, strict=True)
     ]
     return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
@@ -149,8 +150,7 @@ def mtp_block_spec(
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )[-1]
-    if layer_pattern(transformer)[-1] == 2:
-        spec = _with_mone(spec)
+    spec = _layer(transformer, spec, layer_pattern(transformer)[-1])
     return get_gpt_mtp_block_spec(
         transformer, spec, use_transformer_engine=use_te, vp_stage=vp_stage
     )
@@ -167,10 +167,14 @@ PATCHES = (
 )
 
 
-def _with_mone(spec: Any) -> ModuleSpec:
-    """A copy of an MoE layer's spec with MoNELayer and MoNEExperts inside."""
-    assert is_moe(spec), spec.submodules.mlp
-    return with_experts(spec, MoNELayer, MoNEExperts)
+def _layer(config: Any, spec: Any, kind: int) -> ModuleSpec:
+    """A stock layer's spec made ours, of a kind of `layer_pattern`."""
+    if config.mone_qk_norm_all_heads:
+        spec = with_all_heads_norms(spec)
+    if kind == 2:
+        assert is_moe(spec), spec.submodules.mlp
+        spec = with_experts(spec, MoNELayer, MoNEExperts)
+    return spec
 
 
 def is_moe(spec: Any) -> bool:

@@ -23,6 +23,7 @@ EP4 = ("--expert-model-parallel-size", "4")
 PP2 = ("--pipeline-model-parallel-size", "2")
 CP2 = ("--context-parallel-size", "2")
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+TP4 = ("--tensor-model-parallel-size", "4", "--sequence-parallel")
 ETP1 = ("--expert-tensor-parallel-size", "1")
 ETP2 = ("--expert-tensor-parallel-size", "2")
 VPP2 = ("--num-layers-per-virtual-pipeline-stage", "1")
@@ -57,6 +58,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "global batch": ("--mone-ng-loss-scope", "global_batch"),
     "softmax gate": ("--mone-activation", "softmax"),
     "threshold": ("--mone-selection", "threshold", "--mone-threshold", "0.3"),
+    "norms over all heads": (
+        *("--qk-layernorm", "--mone-qk-norm-all-heads"),
+        *("--group-query-attention", "--num-query-groups", "2"),
+    ),
 }
 # Variants that change nothing in a model that keeps every neuron and has no balance loss.
 STOCK_VARIANTS = ("plain", "four layers", "shared experts", "per-token loss", "token dropping",
@@ -121,6 +126,8 @@ _ONE_DISPATCHER = {
     "TP2 ETP2, blocks of 11": Layout(2, "blocks of 11", TP2),
     "EP2, blocks of 11, selective recompute": Layout(2, "blocks of 11", (*EP2, *MOE_RECOMPUTE)),
     "TP2 ETP2, one block of 22": Layout(2, "one block of 22", TP2),
+    "TP2 ETP2, norms over all heads": Layout(2, "norms over all heads", TP2),
+    "TP4 ETP1, norms over all heads": Layout(4, "norms over all heads", (*TP4, *ETP1)),
 }
 LAYOUTS: dict[str, Layout] = {
     **_BOTH_DISPATCHERS,

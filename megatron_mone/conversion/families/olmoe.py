@@ -15,14 +15,11 @@ from megatron_mone.conversion.shape import (
 
 def shape(config: HFConfig) -> Shape:
     """Its intermediate size is an expert's; it norms q and k over all heads at once."""
-    config.notes.append(
-        "norms of q and k: over all heads in OLMoE, head by head in Megatron; sizes differ by a "
-        "few thousand weights a layer"
-    )
     config.unless("clip_qkv", None, "q, k and v are not clipped here")
+    config.unless("attention_bias", False, "q, k and v have biases here, the output has none")
     routed = experts(config, width="intermediate_size", dense=[])
     router = softmax_router(config, normalised=config.truth("norm_topk_prob", False))
-    attention = grouped_attention(config, qk_norm=True)
+    attention = grouped_attention(config, qk_norm=True, all_heads=True)
     return decoder(config) | attention | routed | router | embeddings(config)
 
 

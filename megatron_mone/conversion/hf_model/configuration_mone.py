@@ -28,8 +28,9 @@ _OPTIONAL_SIZES = (
     *("mone_min_neurons_per_token", "mone_max_neurons_per_token"),
 )
 _FLAGS = (
-    *("attention_bias", "attention_output_bias", "qk_norm", "shared_expert_gate"),
-    *("router_pre_softmax", "router_expert_bias", "mone_selection_bias", "tie_word_embeddings"),
+    *("attention_bias", "attention_output_bias", "qk_norm", "qk_norm_all_heads"),
+    *("shared_expert_gate", "router_pre_softmax", "router_expert_bias", "mone_selection_bias"),
+    "tie_word_embeddings",
 )
 _NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "mone_threshold", "initializer_range")
 # What rope_parameters hold of each kind that scales.
@@ -62,7 +63,8 @@ class MoNEConfig(PreTrainedConfig):
         rope_parameters: rope_theta; rope_type default, llama3 or, with latent attention, yarn;
             partial_rotary_factor.
         attention_bias, attention_output_bias: of q, k and v; of the output.
-        qk_norm: q and k are normalised, by head; with latent attention, the latents are.
+        qk_norm, qk_norm_all_heads: q and k are normalised, by head or over all heads at once; with
+            latent attention, the latents are.
         kv_lora_rank: turns on DeepSeek's latent attention, with qk_nope_head_dim, qk_rope_head_dim,
             v_head_dim and q_lora_rank (None: q is projected at once).
         mlp_layer_types: "dense" or "sparse" (experts) for each layer; None: all sparse.
@@ -110,6 +112,7 @@ class MoNEConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     attention_dropout: float = 0.0
     qk_norm: bool = False
+    qk_norm_all_heads: bool = False
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -236,6 +239,10 @@ class MoNEConfig(PreTrainedConfig):
                 (value is not None) == latent, name, "given with kv_lora_rank, and only then"
             )
         self._need(latent or self.q_lora_rank is None, "q_lora_rank", "null without kv_lora_rank")
+        self._need(
+            not self.qk_norm_all_heads or (self.qk_norm and not latent), "qk_norm_all_heads",
+            "false without qk_norm, and with kv_lora_rank",
+        )  # fmt: skip
         self._need(
             not latent or not (self.attention_bias or self.attention_output_bias),
             "attention_bias", "false with kv_lora_rank: latent attention has no biases",

@@ -8,7 +8,7 @@ Weights, of layer N (all [out, in] but the experts'):
     model.embed_tokens.weight, model.norm.weight, lm_head.weight
     model.layers.N.input_layernorm.weight, .post_attention_layernorm.weight
     model.layers.N.self_attn.{q,k,v,o}_proj.weight, .bias where the config has them
-    model.layers.N.self_attn.{q,k}_norm.weight                            qk_norm: [head_dim]
+    model.layers.N.self_attn.{q,k}_norm.weight              qk_norm: [head_dim], or of all heads
   latent attention, in the place of q, k, v:
     model.layers.N.self_attn.q_proj.weight, or q_a_proj, q_a_layernorm, q_b_proj
     model.layers.N.self_attn.kv_a_proj_with_mqa.weight, kv_a_layernorm, kv_b_proj
@@ -453,17 +453,21 @@ class MoNEAttention(_Attention):
         self.k_proj = nn.Linear(hidden, shared, bias=bias)
         self.v_proj = nn.Linear(hidden, shared, bias=bias)
         self.o_proj = nn.Linear(self.num_heads * size, hidden, bias=config.attention_output_bias)
-        for name in ("q_norm", "k_norm") if config.qk_norm else ():
-            setattr(self, name, MoNERMSNorm(size, config.rms_norm_eps))
+        for name, heads in (("q_norm", self.num_heads), ("k_norm", config.num_key_value_heads)):
+            if config.qk_norm:
+                width = heads * size if config.qk_norm_all_heads else size
+                setattr(self, name, MoNERMSNorm(width, config.rms_norm_eps))
 
     def heads(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value, [batch, heads, sequence, head_dim]."""
-        shape = (*hidden_states.shape[:2], -1, self.head_dim)
         query, key, value = (
-            projection(hidden_states).view(shape)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(hidden_states) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if self.config.qk_norm:
+        if self.config.qk_norm_all_heads:
+            query, key = self.q_norm(query), self.k_norm(key)
+        shape = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = (one.view(shape) for one in (query, key, value))
+        if self.config.qk_norm and not self.config.qk_norm_all_heads:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (one.transpose(1, 2) for one in (query, key, value))
         return rotate(query, cos, sin), rotate(key, cos, sin), value

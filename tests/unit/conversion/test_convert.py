@@ -42,6 +42,7 @@ FAMILIES = {
     "qwen2": dict(tie_word_embeddings=True),
     "qwen3": dict(head_dim=16),
     "mixtral": dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "olmoe": dict(_EXPERTS, clip_qkv=None),
     "qwen2_moe": dict(_EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=40),
     "qwen3_moe": dict(_EXPERTS, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0]),
     "granitemoe": dict(
@@ -59,7 +60,7 @@ FAMILIES = {
 }  # fmt: skip
 WITH_MTP = f"deepseek_v3 {MTP}"
 HALF = "qwen3_moe in bfloat16"
-AS_MONE = ["mixtral", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
+AS_MONE = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
 
 
 def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:
@@ -196,9 +197,9 @@ def wrong_commands(folder: Path) -> dict[str, list[str]]:
     """Name -> the words of a command that must be refused."""
     good = folder / "llama" / "source"
 
-    def changed(name: str, change) -> Path:
+    def changed(name: str, change, of: str = "llama") -> Path:
         copy = folder / "wrong" / name
-        shutil.copytree(good, copy)
+        shutil.copytree(folder / of / "source", copy)
         change(copy)
         return copy
 
@@ -241,6 +242,7 @@ def wrong_commands(folder: Path) -> dict[str, list[str]]:
         "gpt-oss": changed("gpt-oss", config(model_type="gpt_oss")),
         "other outputs": changed("other outputs", config(
             rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})),
+        "clipped": changed("clipped", config(clip_qkv=8.0), of="olmoe"),
         "no folder": folder / "nowhere",
     }  # fmt: skip
     out = str(folder / "refused")
@@ -270,6 +272,7 @@ SAID = {
     "wrong family": "model_type = 'bert' is no family",
     "gpt-oss": "biases",
     "other outputs": "--differs to import the weights all the same",
+    "clipped": "clip_qkv = 8.0: q, k and v are not clipped here",
     "no folder": "nowhere",
     "out is there": "is there: choose another folder",
     "mone of a dense model": "is a dense model",

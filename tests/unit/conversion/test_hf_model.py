@@ -56,6 +56,9 @@ CASES: dict[str, tuple[dict, dict, dict]] = {
                           dict(mlp_layer_types=["dense", "sparse"])),
     "attention": (dict(num_query_groups=2, add_qkv_bias=True, qk_layernorm=True, kv_channels=16),
                   {}, dict(num_key_value_heads=2, attention_bias=True, qk_norm=True, head_dim=16)),
+    "norms over all heads": (
+        dict(num_query_groups=2, qk_layernorm=True, mone_qk_norm_all_heads=True), {},
+        dict(num_key_value_heads=2, qk_norm=True, qk_norm_all_heads=True)),
     "rope": (dict(kv_channels=16), dict(rotary_base=500, rotary_percent=0.5),
              dict(head_dim=16, rope_parameters={"rope_theta": 500, "partial_rotary_factor": 0.5})),
     "llama3": ({}, dict(rope_scaling=True, rope_scaling_factor=4.0, rotary_base=10**7),
@@ -407,6 +410,7 @@ def test_bfloat16_is_near_float32(tmp_path):
         (dict(hidden_size=32.0), "hidden_size = 32.0 is not allowed: it must be a whole number"),
         (dict(hidden_size="32"), "hidden_size = '32' "),
         (dict(num_key_value_heads=3), "num_key_value_heads = 3 "),
+        (dict(qk_norm_all_heads=True), "qk_norm_all_heads = True is not allowed: it must be false"),
         (dict(qk_norm=1), "qk_norm = 1 is not allowed: it must be true or false"),
         (dict(rms_norm_eps=0), "rms_norm_eps = 0 "),
         (dict(rope_parameters={"rope_type": "dynamic"}), "rope_parameters.rope_type = 'dynamic' "),
