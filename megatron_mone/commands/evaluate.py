@@ -4,7 +4,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 from typer import Context, Option
 
@@ -14,6 +14,7 @@ from megatron_mone.common.program import PASSES_UNKNOWN, WORDS, Program
 
 program = Program()
 main = program.main
+OUT = Path("out/eval")
 COMPARISON = "megatron-mone/evaluation-comparison/1"
 
 
@@ -34,9 +35,13 @@ def evaluate(
     limit: Annotated[int | None, Option(help="samples of each task (all)")] = None,
     batch_size: Annotated[int, Option(help="rows of a forward pass on a rank")] = 8,
     ranks: Annotated[int | None, Option(help="ranks to start here (what the layout needs)")] = None,
-    out: Annotated[Path, Option(help="folder of the results; of compare, a JSON file")] = Path(
-        "out/eval"
-    ),
+    out: Annotated[
+        Path | None,
+        Option(
+            help="folder of the results (RUN/eval/... of a run's, else out/eval); of compare, a "
+            "JSON file"
+        ),
+    ] = None,
     trust_remote_code: Annotated[
         bool, Option("--trust-remote-code", help="run code that the --model folder holds")
     ] = False,
@@ -51,12 +56,12 @@ def evaluate(
         megatron-mone eval compare out/eval-a out/eval-b [--out out/difference.json]
 
     Without --config the model is what the checkpoint says; further flags are Megatron's, such as
-    the layout. Writes OUT/results.json and the samples beside it (docs/EVALUATION.md). Exit status:
-    0; 2 wrong input, said in one line.
+    the layout. Writes OUT/results.json and the samples beside it; those of a run's own checkpoint
+    into the run's folder, where its page shows them (docs/EVALUATION.md). Exit status: 0; 2 wrong
+    input, said in one line.
     """
     if context.args[:1] == ["compare"]:
-        given = out if any(w.split("=")[0] == "--out" for w in context.meta[WORDS]) else None
-        return _compare(context.args[1:], given)
+        return _compare(context.args[1:], out)
     from megatron_mone.evaluation.suites import check_installed, task_names
 
     for flag, value in (("--limit", limit), ("--ranks", ranks), ("--batch-size", batch_size)):
@@ -72,14 +77,35 @@ def evaluate(
                 raise ValueError(f"{flag} {other} is of a checkpoint: leave it out with --model")
         if context.args:
             raise ValueError(f"{context.args[0]} is of a checkpoint: leave it out with --model")
-        return _hugging_face(model, named, include_path, limit, batch_size, out, trust_remote_code)
+        found = out or OUT
+        return _hugging_face(
+            model, named, include_path, limit, batch_size, found, trust_remote_code
+        )
     words = [*context.args, *(["--trust-remote-code"] if trust_remote_code else [])]
     words = [*([] if config is None else ["--config", str(config)]), *words]
     words += [] if load is None else ["--load", str(load)]
+    run, out = _place(words, tasks, limit, out)
     if "WORLD_SIZE" not in os.environ:
         one = [sys.executable, "-m", "megatron_mone", "eval", *context.meta[WORDS]]
+        one += ["--out", str(out)]
         return run_ranks(one, ranks or ranks_needed(config, words), out / "logs")
-    return _rank(words, named, include_path, limit, batch_size, out)
+    return _rank(words, named, include_path, limit, batch_size, out, run)
+
+
+def _place(
+    words: list[str], tasks: str, limit: int | None, out: Path | None
+) -> tuple[Path | None, Path]:
+    """The folder of the run whose checkpoint it is, and that of the results."""
+    from launch.runs.sweep_results import run_of
+    from megatron_mone.evaluation.arguments import checkpoint_of
+    from megatron_mone.evaluation.results import place_in_run
+
+    checkpoint = checkpoint_of(words)
+    found = run_of(checkpoint)
+    if found is None:
+        return None, out or OUT
+    run, case = found
+    return run, out or place_in_run(case, checkpoint.name, tasks, limit)
 
 
 def ranks_needed(config: Path | None, words: list[str]) -> int:
@@ -99,7 +125,7 @@ def ranks_needed(config: Path | None, words: list[str]) -> int:
 
 def _rank(
     words: list[str], tasks: list[str], include: Path | None, limit: int | None, batch: int,
-    out: Path,
+    out: Path, run_folder: Path | None,
 ) -> int:  # fmt: skip
     """One rank of an evaluation."""
     import io
@@ -121,6 +147,8 @@ def _rank(
         failure.end_with_line(error, args, words)
     if document is not None:
         _say(document, out)
+        if run_folder is not None:
+            _show(run_folder)
     return 0
 
 
@@ -135,11 +163,32 @@ def _hugging_face(
 
 
 def _say(document: dict[str, Any], out: Path) -> None:
-    from megatron_mone.common.local_ranks import TERMINAL, terminal
     from megatron_mone.evaluation.results import FILE, table
 
-    stream = terminal() if TERMINAL in os.environ else sys.stdout
-    print(f"{table(document)}\nwrote {out / FILE}", file=stream, flush=True)
+    print(f"{table(document)}\nwrote {out / FILE}", file=_stream(), flush=True)
+
+
+def _show(run: Path) -> None:
+    """The scores in the run's page, where it has one; else how to get it."""
+    from launch.runs.sweep_results import draw_again
+
+    try:
+        page = draw_again(run)
+        said = f"wrote {page}" if page else f"{_results_command(run)} draws a page with them"
+    except (OSError, ValueError) as error:  # the results are written all the same
+        said = f"the page of {run.name} is as it was: {error}"
+    print(said, file=_stream(), flush=True)
+
+
+def _results_command(run: Path) -> str:
+    where = os.path.relpath(run.parent)
+    return f"megatron-mone results {run.name}" + ("" if where == "runs" else f" --runs {where}")
+
+
+def _stream() -> TextIO:
+    from megatron_mone.common.local_ranks import TERMINAL, terminal
+
+    return terminal() if TERMINAL in os.environ else sys.stdout
 
 
 def _compare(files: list[str], out: Path | None) -> int:

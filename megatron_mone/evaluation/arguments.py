@@ -48,21 +48,16 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
             is wrong.
     """
     from megatron_mone.model.arguments import flag_parser
-    from megatron_mone.model.run_config import load_run, to_flags
+    from megatron_mone.model.run_config import to_flags
     from megatron_mone.model.saved_model import model_values, saved_arguments
 
-    own = ArgumentParser(add_help=False, allow_abbrev=False)
-    own.add_argument("--config", type=Path)
-    own.add_argument("--load")
-    known, rest = own.parse_known_args(list(words))
     parser = flag_parser()
-    _refuse_training(rest, parser)
-    values = {} if known.config is None else load_run(known.config)
-    load, step = _checkpoint(known.load or values.pop("load", None))
-    if known.config is None:
-        values = model_values(saved_arguments(_iteration(load, step, rest)))
+    _refuse_training(words, parser)
+    values, config, load, step, rest = _read(words)
+    if config is None:
+        values = model_values(saved_arguments(_iteration(load, step)))
     values = {k: v for k, v in values.items() if not is_training(k) and k != "load"}
-    source = known.config or load
+    source = config or load
     flags = to_flags(values, parser, source)
     chosen = ["--load", str(load), *([] if step is None else ["--ckpt-step", str(step)])]
     waits = [] if _gives("--distributed-timeout-minutes", rest) else [
@@ -70,13 +65,48 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     return [*flags, *_FIXED, *waits, *chosen, *rest]
 
 
-def _iteration(load: Path, step: int | None, words: Sequence[str]) -> Path:
-    """The folder of the iteration that will be loaded, by `--ckpt-step` of the words, or the
-    newest."""
+def checkpoint_of(words: Sequence[str]) -> Path:
+    """The folder of the iteration that is evaluated, whether it is whole or not.
+
+    Args:
+        words: as of `evaluation_words`.
+
+    Raises:
+        ValueError: no checkpoint is named, or there is none.
+    """
+    from megatron_mone.checkpoint.tracker import ITERATION_FORMAT, read_tracker
+
+    _, _, load, step, _ = _read(words)
+    text = str(step) if step is not None else read_tracker(load) or ""
+    return load / (ITERATION_FORMAT.format(int(text)) if text.isdigit() else text)
+
+
+def _read(
+    words: Sequence[str],
+) -> tuple[dict[str, Any], Path | None, Path, int | None, list[str]]:
+    """A run file's values, the file, the folder of checkpoints, the iteration where one is named,
+    and the other words."""
+    from megatron_mone.model.run_config import load_run
+
+    own = ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--config", type=Path)
+    own.add_argument("--load")
+    own.add_argument("--ckpt-step")
+    known, rest = own.parse_known_args(list(words))
+    values = {} if known.config is None else load_run(known.config)
+    load, step = _checkpoint(known.load or values.get("load"))
+    named = known.ckpt_step or values.get("ckpt_step")
+    if named is not None:
+        if not str(named).isdigit():
+            raise ValueError(f"--ckpt-step {named} is no iteration: give its number")
+        step = int(named)
+    return values, known.config, load, step, rest
+
+
+def _iteration(load: Path, step: int | None) -> Path:
+    """The folder of the iteration that will be loaded: `step`, or the newest."""
     from megatron_mone.checkpoint.verify import folder_to_load
 
-    if _gives("--ckpt-step", words):
-        step = int(words[words.index("--ckpt-step") + 1])
     given = Namespace(load=str(load), ckpt_step=step, ckpt_format="torch_dist")
     return folder_to_load(given) or load
 

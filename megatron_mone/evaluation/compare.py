@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.spelling import nearest_name
-from megatron_mone.evaluation.results import FILE, SCHEMA, columns, mean_and_error, pair_of
+from megatron_mone.evaluation.results import FILE, columns, mean_and_error, pair_of, read_results
 
 CONFIDENCE = 1.959964
 """Standard errors of a two-sided 95% interval; a normal's, so meant for some 30 samples or more."""
@@ -99,16 +99,7 @@ def _folder(path: Path) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    file = path / FILE if path.is_dir() else path
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-        raise ValueError(f"{file} is no result of `megatron-mone eval` (schema {SCHEMA})")
-    return document
+    return read_results(path / FILE if path.is_dir() else path)
 
 
 def _samples(file: Path) -> dict[Any, dict[str, Any]]:

@@ -3,12 +3,15 @@
     OUT/results.json        tasks: metrics with standard errors, samples, shots; the model
     OUT/samples-TASK.jsonl  a line a sample: what was scored, log-likelihoods or text, metrics
 
+OUT of a run's own checkpoint is RUN/eval/ITERATION-TASKS, where the run's page looks for it.
 A metric of a sample is a number, or [sum, weight] where a task's value is a ratio of sums (the
 log-likelihood of a text and its words or bytes). Touches those files.
 """
 
+import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ from megatron_mone.common.files import atomic_write, write_json
 
 SCHEMA = "megatron-mone/evaluation/1"
 FILE = "results.json"
+EVALUATIONS = "eval"
+"""Folder in a run's, of a folder for each evaluation."""
+_LABEL_LETTERS = 80
 _LOG_OF = {"perplexity", "word_perplexity", "byte_perplexity"}
 """Metrics that are exp(-mean of log-likelihoods)."""
 
@@ -68,6 +74,40 @@ def write_results(results: Results, folder: Path) -> Path:
     return folder / FILE
 
 
+def place_in_run(run: Path, iteration: str, tasks: str, limit: int | None = None) -> Path:
+    """The folder for results of a run's checkpoint; the same evaluation again takes the same.
+
+    Args:
+        run: folder of the run, or of a sweep's case.
+        iteration: the checkpoint's folder, iter_0000400.
+        tasks: as they were asked for, `quick` or `arc_easy,sciq`.
+        limit: samples of each task; all when None.
+    """
+    label = tasks if limit is None else f"{tasks}-{limit}"
+    letters = re.sub(r"[^A-Za-z0-9._=,+-]", "_", label)
+    if letters != label or len(letters) > _LABEL_LETTERS:
+        own = hashlib.sha256(label.encode()).hexdigest()[:8]
+        letters = f"{letters[:_LABEL_LETTERS]}-{own}"
+    return run / EVALUATIONS / f"{iteration}-{letters}"
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """The document of a results.json.
+
+    Raises:
+        ValueError: one line: it cannot be read, or is none.
+    """
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+        raise ValueError(f"{file} is no result of `megatron-mone eval` (schema {SCHEMA})")
+    return document
+
+
 def table(document: Mapping[str, Any]) -> str:
     """The results for a person: task, metric, value, standard error, samples."""
     rows = [("task", "metric", "value", "stderr", "samples")]
@@ -75,14 +115,15 @@ def table(document: Mapping[str, Any]) -> str:
         for metric, value in task["metrics"].items():
             error = value["stderr"]
             rows.append((
-                name, metric, _short(value["value"]), "-" if error is None else _short(error),
+                name, metric, short(value["value"]), "-" if error is None else short(error),
                 str(task["samples"]),
             ))  # fmt: skip
     return columns(rows)
 
 
-def _short(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+def short(value: float) -> str:
+    """A metric or its error for a table."""
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.4g}"
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

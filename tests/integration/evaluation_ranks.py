@@ -72,12 +72,13 @@ def _registered(words: list[str], tasks: list[str], out: Path) -> None:
 
     import_module("megatron_mone.evaluation.language_model")
     from megatron_mone.evaluation.harness import prepare
+    from megatron_mone.evaluation.suites import task_manager  # without lm-eval's own 14,000 files
 
     prepared = prepare(tasks, None)
     load, rest = words[1], " ".join(words[2:])
     found = simple_evaluate(
         model="mone", model_args={"load": load, "flags": rest}, limit=4, bootstrap_iters=0,
-        tasks=list(prepared.tasks.values()),
+        tasks=list(prepared.tasks.values()), task_manager=task_manager(prepared.names, None),
     )  # fmt: skip
     samples = found["samples"][tasks[0]]
     out.write_text(json.dumps([one["resps"][0][0][0] for one in samples]))

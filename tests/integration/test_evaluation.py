@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.runs.run_manifest import record_start
 from megatron_mone.commands.app import main
 from megatron_mone.common.machine import version
 from megatron_mone.data.tokenizers import parse_spec, write_tokenizer
@@ -23,7 +24,7 @@ pytestmark = [
 ]
 
 QUICK = ["mone_cloze", "mone_choice", "mone_prose", "mone_recall"]
-LENGTH = ("--seq-length", "64", "--max-position-embeddings", "64")
+LENGTH = ("--seq-length", "64")
 TEXTS = ["A short text.", "Another one, of more words than the first."]
 ONE_RANK = {"one row": 1, "eight rows": 8}
 LAYOUTS = {"EP2": EP2, "TP2": TP2, "PP2": PP2}
@@ -58,10 +59,13 @@ def runs(tmp_path_factory):
     data = ("--mock-data", "--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model",
             str(folder / "tokenizer"), "--make-vocab-size-divisible-by", "64")  # fmt: skip
     drops = ("--moe-expert-capacity-factor", "0.5")
-    saves = ("--train-iters", "2", "--save", str(folder / "saved"), "--save-interval", "2")
-    run_cases([Case("train", (*TINY, *MONE, *data, *drops, *saves))], 1, folder)
+    saved = folder / "run" / "checkpoints"
+    saves = ("--train-iters", "2", "--save", str(saved), "--save-interval", "2")
+    longest = ("--max-position-embeddings", "64")
+    run_cases([Case("train", (*TINY, *MONE, *data, *drops, *saves, *longest))], 1, folder)
+    record_start(folder / "run", "run", {"values": {}, "arguments": []}, (), {"ranks": 1})
 
-    words = ["--load", str(folder / "saved"), *LENGTH]
+    words = ["--load", str(saved), *LENGTH]
     tasks = [*QUICK, "texts"]
     one = [[name, words, tasks, batch] for name, batch in ONE_RANK.items()]
     one.append(["direct", words, TEXTS, 0])
@@ -147,14 +151,23 @@ def test_a_hugging_face_folder_scores_as_its_own_logits_say(llama, tmp_path, cap
         assert got["log_likelihoods"] == pytest.approx([wanted], abs=1e-4)
 
 
-def test_the_command_starts_the_ranks_it_needs(runs, tmp_path, capfd):
-    flags = ["--load", str(runs / "saved" / "iter_0000002"), *LENGTH, "--out", str(tmp_path)]
+def test_the_command_starts_the_ranks_it_needs_and_the_runs_page_shows_the_scores(runs, capfd):
+    run = runs / "run"
+    (run / "results.html").write_text("an older one")
+    flags = ["--load", str(run / "checkpoints" / "iter_0000002"), *LENGTH]
     tasks = ["--tasks", "texts", "--include-path", str(runs / "tasks")]
     assert main(["eval", *tasks, *flags]) == 0
-    assert f"wrote {tmp_path / 'results.json'}" in capfd.readouterr().err
-    wanted, got = samples(runs / "eight rows", "texts"), samples(tmp_path, "texts")
+    out = run / "eval" / "iter_0000002-texts"
+    said = capfd.readouterr().err
+    assert f"wrote {out / 'results.json'}" in said
+    assert f"wrote {run / 'results.html'}" in said
+    wanted, got = samples(runs / "eight rows", "texts"), samples(out, "texts")
     for a, b in zip(wanted, got, strict=True):
         assert b["log_likelihoods"] == pytest.approx(a["log_likelihoods"], abs=1e-4)
+    page = (run / "results.html").read_text()
+    value = json.loads((out / "results.json").read_text())["tasks"]["texts"]["metrics"]
+    assert "<th>iteration 2</th>" in page
+    assert f"<td>{value['byte_perplexity']['value']:.4f} ± " in page
 
 
 def test_the_document_says_what_was_evaluated(runs):

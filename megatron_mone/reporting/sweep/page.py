@@ -1,4 +1,5 @@
-"""A sweep as one page: its table, the losses of all cases by step, bars of step time and loss."""
+"""A run, or a sweep, as one page: its table, losses by step, bars of step time and loss, and what
+benchmarks its checkpoints scored."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from megatron_mone.reporting.page.events import Curve
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import SETTINGS, save
+from megatron_mone.reporting.page.scores import add_scores, columns_of
 from megatron_mone.reporting.sweep.table import Row, cells, numbers
 
 _LEGEND_COLUMNS = 3
@@ -38,6 +40,11 @@ def sweep_page(name: str, rows: Sequence[Row], plots: Path) -> str:
     if any(row.measured.step_ms or row.measured.validation_loss for row in rows):
         png = save(bars(rows), plots / "bars")
         page.figure(png, "Median step time and last validation loss of each case.")
+    if any(row.evaluations for row in rows):
+        page.heading("Benchmarks")
+        # The one case of a run that is no sweep needs no name.
+        names = [row.label if row.values else "" for row in rows]
+        add_scores(page, columns_of(dict(zip(names, (r.evaluations for r in rows), strict=True))))
     return page.render()
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from megatron_mone.common.documents import AnyText, Document, Part
 from megatron_mone.reporting.page.events import Curve, read_events
@@ -52,12 +52,14 @@ class Row:
         case: its folder's name.
         values: argument -> value.
         state: how far it is.
+        evaluations: documents of its checkpoints' benchmarks.
     """
 
     case: str
     values: Mapping[str, str]
     state: str
     measured: Measured
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
     @property
     def label(self) -> str:

@@ -10,7 +10,7 @@ from megatron_mone.commands.evaluate import ranks_needed
 from megatron_mone.common.machine import version
 from megatron_mone.config import MONE_FIELD_NAMES
 from megatron_mone.evaluation import suites
-from megatron_mone.evaluation.arguments import evaluation_words, is_training
+from megatron_mone.evaluation.arguments import checkpoint_of, evaluation_words, is_training
 from megatron_mone.evaluation.requests import prompt_of, row_of
 from megatron_mone.evaluation.suites import OWN_TASKS, SUITES, task_names
 from megatron_mone.evaluation.tokens import Tokenizer
@@ -94,11 +94,30 @@ def test_suites_are_written_out_and_no_task_is_twice():
         ([], "--load is missing"),
         (["--load", "x", "--save", "y"], "--save is of training"),
         (["--load", "x", "--lr=1"], "--lr is of training"),
+        (["--load", "LOAD", "--ckpt-step", "x"], "--ckpt-step x is no iteration: give its number"),
     ],
 )
-def test_a_wrong_checkpoint_or_flag_of_training_is_refused(words, said):
+def test_a_wrong_checkpoint_or_flag_of_training_is_refused(words, said, saved):
     with pytest.raises(ValueError, match=said):
-        evaluation_words(words)
+        evaluation_words([str(saved) if word == "LOAD" else word for word in words])
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder of checkpoints of which only the names are there."""
+    for step in (4, 8):
+        (tmp_path / f"iter_{step:07d}").mkdir()
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("words", ["", "/iter_0000004", " --ckpt-step 4", " --ckpt-step=4"])
+def test_the_checkpoint_is_the_newest_or_the_one_that_is_named(saved, words):
+    folder, *flags = f"{saved}{words}".split()
+    name = "iter_0000004" if words else "iter_0000008"
+    assert checkpoint_of(["--load", folder, *flags]) == saved / name
+    with pytest.raises(ValueError, match=rf"checkpoint file {saved / name}/\S+ is missing"):
+        evaluation_words(["--load", folder, *flags])
 
 
 def test_a_checkpoint_gives_its_model_and_nothing_of_its_training():

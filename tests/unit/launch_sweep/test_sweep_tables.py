@@ -11,7 +11,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from launch.runs.run_manifest import begin_attempt, end_attempt, record_start
 from launch.runs.sweep_cases import SweepCase, write_cases
-from launch.runs.sweep_results import result_rows, show_results
+from launch.runs.sweep_results import draw_again, result_rows, run_of, show_results
+from megatron_mone.common.files import write_json
+from megatron_mone.evaluation.results import place_in_run
 from megatron_mone.reporting.sweep.page import bars, loss_curves, sweep_page
 from megatron_mone.reporting.sweep.table import (
     Measured,
@@ -23,6 +25,7 @@ from megatron_mone.reporting.sweep.table import (
     results_of,
     text_lines,
 )
+from tests.unit.reporting.conftest import make_evaluation
 
 TOKENS = 64
 
@@ -195,6 +198,38 @@ def test_results_are_printed_and_kept(sweep, capsys):
     html = (sweep / "results.html").read_text()
     assert html.count("data:image/png") == 2
     assert not list(sweep.glob(".*.tmp"))
+
+
+def test_benchmarks_of_checkpoints_are_on_the_page(sweep, capsys):
+    one, other = (sweep / case for case in ("cases/000-r=1", "cases/001-r=0.5"))
+    for case, steps in ((one, (2, 4)), (other, (4,))):
+        for step in steps:
+            place = place_in_run(case, f"iter_{step:07d}", "quick")
+            place.mkdir(parents=True)
+            write_json(place / "results.json", make_evaluation(step, {"cloze": step / 8}))
+    assert draw_again(sweep) is None  # nobody has asked for a page
+    show_results(sweep)
+    html = (sweep / "results.html").read_text()
+    heads = ("r = 1, iteration 2", "r = 1, iteration 4", "r = 0.5, iteration 4")
+    assert "".join(f"<th>{head}</th>" for head in heads) in html
+    assert "<td>0.2500 ± 0.0500</td><td>0.5000 ± 0.0500</td><td>0.5000 ± 0.0500</td>" in html
+    place = place_in_run(other, "iter_0000002", "quick")
+    place.mkdir()
+    (place / "results.json").write_text("{")
+    assert draw_again(sweep) == sweep / "results.html"
+    capsys.readouterr()
+    show_results(sweep)
+    assert f"{place}/results.json is no JSON" in capsys.readouterr().out
+
+
+def test_a_checkpoint_knows_its_run(sweep, tmp_path):
+    case = sweep / "cases/000-r=1"
+    assert run_of(case / "checkpoints/iter_0000002") == (sweep, case)
+    assert run_of(case / "elsewhere/iter_0000002") is None
+    single = tmp_path / "run"
+    assert run_of(single / "checkpoints/iter_0000002") is None  # no manifest: not launch's
+    record_start(single, "run", {"values": {}, "arguments": []}, (), {"ranks": 1})
+    assert run_of(single / "checkpoints/iter_0000002") == (single, single)
 
 
 def test_curves_of_a_folder_that_the_user_chose(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_mone.evaluation.results import SCHEMA
 from megatron_mone.reporting.page.events import Histogram
 from megatron_mone.reporting.page.results import LayerLoad, RunResult
 
@@ -37,6 +38,22 @@ def make_result(name: str, loss: float = 4.0, **changes) -> RunResult:
         neuron_load={},
     )
     return RunResult(**{**fields, **changes})
+
+
+def make_evaluation(iteration: int, values: dict[str, float], **model) -> dict:
+    """A results.json: task -> accuracy of 100 samples."""
+    facts = dict(
+        load="x", iteration=iteration, world_size=1, tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1, expert_model_parallel_size=1,
+        expert_tensor_parallel_size=1, precision="float32", seq_length=64,
+        truncated_requests=0, limit=None,
+    )  # fmt: skip
+    tasks = {
+        task: {"metrics": {"acc": {"value": value, "stderr": 0.05}}, "samples": 100, "shots": 0,
+               "version": 1.0, "file": f"samples-{task}.jsonl"}
+        for task, value in values.items()
+    }  # fmt: skip
+    return {"schema": SCHEMA, "lm_eval": "0", "model": {**facts, **model}, "tasks": tasks}
 
 
 @pytest.fixture
