@@ -1,4 +1,5 @@
-"""Train MoNE and two dense MoE baselines side by side on two CPU ranks, and write a report.
+"""Train MoNE and two dense MoE baselines side by side on two CPU ranks, score them, and write a
+report.
 
     python -m tools.demo [--steps N] [--out out/demo]
 
@@ -33,6 +34,7 @@ from megatron_mone.demo.runs import (
     finished,
     train_here,
 )
+from megatron_mone.demo.scores import score
 from megatron_mone.reporting.demo.report import table_rows, write_report
 from megatron_mone.reporting.page.results import ResultError, RunResult
 
@@ -69,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def demo(out: Path, steps: int | None) -> int:
-    """Prepare the data, make the four runs, write the report and print its path.
+    """Prepare the data, make the four runs, score three, write the report and print its path.
 
     Args:
         out: the demo's folder, from the repository, which is the work folder.
@@ -85,9 +87,14 @@ def demo(out: Path, steps: int | None) -> int:
     manifest = load_manifest(manifest_path(prefix))
     if manifest is None:
         raise TrainingError(f"{manifest_path(prefix)} is missing after the data was prepared")
-    results = _train_all(demo_runs(out, prefix, steps))
+    jobs = demo_runs(out, prefix, steps)
+    results = _train_all(jobs)
+    print("scoring the three last checkpoints", flush=True)
+    scores = score([job for job in jobs if job.name in CONFIGS])
     runs = [results[name] for name in CONFIGS]
-    report = write_report(out, manifest.unigram_loss, runs, results[WITHOUT_NG], preparation)
+    report = write_report(
+        out, manifest.unigram_loss, runs, results[WITHOUT_NG], preparation, scores
+    )
     _print_table(runs)
     print(f"report: {report}")
     return 0

@@ -12,6 +12,7 @@ from megatron_mone.reporting.demo.statement import neuron_statement, noise_note,
 from megatron_mone.reporting.page import plots
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.results import LayerLoad, RunResult, median_after_first, summary
+from megatron_mone.reporting.page.scores import add_scores, columns_of
 
 _INTRO = (
     "Three small models, trained on the same tokens in the same order from the same seed, each on "
@@ -31,6 +32,19 @@ class NeuronLoads:
     without_ng: dict[str, LayerLoad]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What the runs' last checkpoints scored.
+
+    Attributes:
+        documents: name of a run -> results.json of its evaluation; empty without lm-eval.
+        commands: that make them, from the repository.
+    """
+
+    documents: dict[str, dict[str, Any]]
+    commands: tuple[tuple[str, ...], ...] = ()
+
+
 def common_loads(mone: RunResult, without_ng: RunResult) -> NeuronLoads | None:
     """The loads of the last step at which both runs logged them; None if there is none."""
     steps = {load.histogram.step for loads in mone.neuron_load.values() for load in loads}
@@ -43,7 +57,7 @@ def common_loads(mone: RunResult, without_ng: RunResult) -> NeuronLoads | None:
 
 def write_report(
     out: Path, unigram_loss: float, runs: list[RunResult], without_ng: RunResult,
-    preparation: tuple[str, ...],
+    preparation: tuple[str, ...], scores: Scores,
 ) -> Path:  # fmt: skip
     """Write plots, summary.json, details.json and report.html under `out`.
 
@@ -53,6 +67,7 @@ def write_report(
         runs: mone, moe_total and moe_active, in this order.
         without_ng: the shorter MoNE run without the neuron balance loss.
         preparation: the command that made the data.
+        scores: of `runs`.
 
     Returns:
         The page's path.
@@ -68,13 +83,15 @@ def write_report(
     page.heading("What happened")
     page.bullets(sentences)
     _add_losses(page, out, unigram_loss, runs)
+    _add_scores(page, scores)
     _add_costs(page, out, runs)
     _add_neurons(page, out, loads, without_ng)
-    _add_commands(page, preparation, [*runs, without_ng])
+    _add_commands(page, preparation, [*runs, without_ng], scores.commands)
     page.heading("Made with")
     page.bullets([f"{label}: {value}" for label, value in facts.items()])
     summary(unigram_loss, runs).write(out / "summary.json")
-    write_json(out / "details.json", _details(unigram_loss, [*runs, without_ng], sentences, facts))
+    details = _details(unigram_loss, [*runs, without_ng], sentences, facts)
+    write_json(out / "details.json", details | {"scores": scores.documents})
     return page.write(out / "report.html")
 
 
@@ -108,6 +125,23 @@ def _add_losses(page: Page, out: Path, unigram_loss: float, runs: list[RunResult
     page.table(*table_rows(runs))
     png = plots.save(plots.training_loss(runs, unigram_loss), out / "training_loss")
     page.figure(png, "Training loss of each step (faint) and its running mean.")
+
+
+def _add_scores(page: Page, scores: Scores) -> None:
+    page.heading("Scores")
+    if not scores.documents:
+        page.paragraph(
+            "Not scored: the package lm-eval is not installed. pip install 'megatron-mone[eval]', "
+            "then the same command adds the scores and repeats nothing else."
+        )
+        return
+    page.paragraph(
+        "The three last checkpoints on the quick tasks: sentences, questions, paragraphs and "
+        "sequences of our own, a few of each. They show that a model has learnt something and rank "
+        "no models: a difference of the size of these standard errors says nothing."
+    )
+    named = {plots.NAMES.get(name, name): [one] for name, one in scores.documents.items()}
+    add_scores(page, columns_of(named))
 
 
 def _add_costs(page: Page, out: Path, runs: list[RunResult]) -> None:
@@ -155,12 +189,17 @@ def _add_neurons(page: Page, out: Path, loads: NeuronLoads | None, without_ng: R
     )
 
 
-def _add_commands(page: Page, preparation: tuple[str, ...], runs: list[RunResult]) -> None:
+def _add_commands(
+    page: Page, preparation: tuple[str, ...], runs: list[RunResult],
+    scoring: tuple[tuple[str, ...], ...],
+) -> None:  # fmt: skip
     page.heading("The exact commands")
     page.paragraph("Run in the repository, after make setup.")
     page.code(shlex.join(preparation))
     for run in runs:
         page.code(f"# {run.name}\n{shlex.join(run.command)}")
+    if scoring:
+        page.code("\n".join(["# scores", *map(shlex.join, scoring)]))
 
 
 def _details(

@@ -4,10 +4,10 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from megatron_mone.reporting.demo.report import write_report
+from megatron_mone.reporting.demo.report import Scores, write_report
 from megatron_mone.reporting.page import plots
 from megatron_mone.reporting.page.html import Page
-from tests.unit.reporting.conftest import make_result
+from tests.unit.reporting.conftest import make_evaluation, make_result
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror='x'>\"&"
 
@@ -57,7 +57,8 @@ def test_the_report_is_self_contained_even_with_hostile_names(tmp_path, three_ru
     command = ("python", "--out", HOSTILE)
     runs = [replace(run, command=command) for run in three_runs]
     without = make_result(HOSTILE, command=command)
-    text = write_report(tmp_path, 5.0, runs, without, ("python", HOSTILE)).read_text()
+    scores = Scores({HOSTILE: make_evaluation(1, {HOSTILE: 0.5})}, ((HOSTILE,),))
+    text = write_report(tmp_path, 5.0, runs, without, ("python", HOSTILE), scores).read_text()
     assert_self_contained(text)
     assert "logged no common step" in text
     assert not re.search(r"https?://", text.replace("http://evil.example", ""))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mone.reporting.demo.report import common_loads, write_report
+from megatron_mone.reporting.demo.report import Scores, common_loads, write_report
 from megatron_mone.reporting.demo.statement import (
     TIE_NATS,
     loss_at_flops,
@@ -18,7 +18,7 @@ from megatron_mone.reporting.demo.statement import (
     verdict,
 )
 from megatron_mone.reporting.page.results import summary
-from tests.unit.reporting.conftest import make_load, make_result
+from tests.unit.reporting.conftest import make_evaluation, make_load, make_result
 
 UNIGRAM = 5.0
 
@@ -140,7 +140,8 @@ def test_loads_are_compared_at_the_last_common_step(three_runs):
 def test_the_report_writes_every_file(tmp_path, three_runs):
     layers = {"1": [make_load(20, 5.0)], "2": [make_load(20, 6.0)]}
     without = make_result("mone_without_ng", neuron_load=layers)
-    page = write_report(tmp_path, UNIGRAM, three_runs, without, ("python", "-m", "x"))
+    scores = Scores({"mone": make_evaluation(40, {"t": 0.75})}, (("score", "it"),))
+    page = write_report(tmp_path, UNIGRAM, three_runs, without, ("python", "-m", "x"), scores)
     plots = ("demo", "training_loss", "step_time", "cost", "neuron_load")
     names = {f"{plot}.{kind}" for plot in plots for kind in ("png", "svg")}
     names |= {"summary.json", "details.json", "report.html"}
@@ -154,6 +155,17 @@ def test_the_report_writes_every_file(tmp_path, three_runs):
     assert all(sentence in text for sentence in details["statement"])
     assert "0 with it, 11 without." in text
     assert text.count("data:image/png;base64,") == len(plots)
+    assert "<td>0.7500 ± 0.0500</td>" in text
+    assert "MoNE, r = 1/4, iteration 40" in text
+    assert "score it" in text
+    assert details["scores"]["mone"]["tasks"]["t"]["metrics"]["acc"]["value"] == 0.75
+
+
+def test_without_lm_eval_the_report_says_how_to_get_scores(tmp_path, three_runs):
+    without = make_result("mone_without_ng")
+    page = write_report(tmp_path, UNIGRAM, three_runs, without, ("python",), Scores({}))
+    text = html.unescape(page.read_text())
+    assert "lm-eval is not installed. pip install 'megatron-mone[eval]', then the same" in text
 
 
 def test_a_busy_machine_is_named(three_runs):
