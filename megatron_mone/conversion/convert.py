@@ -23,10 +23,11 @@ from megatron_mone.common.files import atomic_write, write_json
 from megatron_mone.conversion import mone_folder
 from megatron_mone.conversion.dist_checkpoint import Reader, Writer
 from megatron_mone.conversion.families import Family, family_of
+from megatron_mone.conversion.families.mone import FAMILY as MONE
 from megatron_mone.conversion.hf_config import CONFIG, HFConfig
 from megatron_mone.conversion.hf_folder import SHARD_BYTES, Planned, Stored, Weights, write_weights
-from megatron_mone.conversion.inspect import model_file
-from megatron_mone.conversion.megatron_model import BareModel, Slot, bare_model
+from megatron_mone.conversion.inspect import chooses_neurons, model_file
+from megatron_mone.conversion.megatron_model import TRAINING_STATE, BareModel, Slot, bare_model
 from megatron_mone.conversion.pairs import Pair, Sizes, View
 from megatron_mone.model.saved_model import model_values, saved_arguments
 
@@ -127,10 +128,10 @@ def words_of(
 
     config = HFConfig.read(path)
     shape = family_of(config).shape(config)
-    if "num_experts" in shape and mone is None:
-        shape["mone_neuron_ratio"] = 1.0  # our experts, which keep every neuron
-    elif mone is not None:
+    if mone is not None:
         shape["mone"] = mone
+    elif "num_experts" in shape and not chooses_neurons(shape):
+        shape["mone_neuron_ratio"] = 1.0  # our experts, which keep every neuron
     shape = {name: value for name, value in shape.items() if name not in without}
     values = read_part(config.path, "model", shape)
     length = ["--seq-length", str(shape["max_position_embeddings"])]
@@ -264,9 +265,14 @@ def export_model(
     rows = getattr(reader.keys.get("embedding.word_embeddings.weight"), "size", (None,))[0]
     if like is None and not mone and (iteration.parent / SOURCE / CONFIG).is_file():
         like = iteration.parent / SOURCE
-    if like is not None:
+        mone = family_of(HFConfig.read(like)) is MONE
+    if like is not None and not mone:
         source = like if like.is_dir() else like.parent
         family = family_of(HFConfig.read(like))
+        if family is MONE:
+            raise ValueError(
+                f"--like {like}: a MoNE model is written by the checkpoint's own arguments: --mone"
+            )
         heads = any(key.startswith("mtp.") for key in reader.keys)
         words = words_of(like, None, () if heads else (MORE_TOKENS,))
         with bare_model(words, rows) as model:
@@ -281,12 +287,11 @@ def export_model(
     if not source.is_dir():
         source = Path(str(saved.get("tokenizer_model")))
     with bare_model(words_of_saved(saved, iteration, length), rows) as model:
-        family = mone_folder.family_of(model.args)
         made = mone_folder.config_of(
             model.args, model.config, "float32"
         )  # refuses before it writes
         return _export(
-            reader, model, family, out, step, shard_bytes,
+            reader, model, MONE, out, step, shard_bytes,
             lambda folder, dtype: _write_mone(folder, made | {"dtype": dtype}, source),
         )  # fmt: skip
 
@@ -310,7 +315,8 @@ def words_of_saved(saved: dict[str, Any], source: Path, length: Any) -> list[str
         for name, value in model_values(saved).items()
         if not any(fnmatchcase(name, pattern) for pattern in left_out)
     }
-    values.setdefault("vocab_size", saved.get("padded_vocab_size"))
+    if saved.get("padded_vocab_size"):
+        values["vocab_size"] = saved["padded_vocab_size"]  # rows of padding are exported
     return [*_FLAGS, "--seq-length", str(length), *to_flags(values, flag_parser(), source)]
 
 
@@ -319,7 +325,7 @@ def _export(
     write_beside: Callable[[Path, str], None],
 ) -> dict[str, str]:  # fmt: skip
     """Write the tensors of a model, then what stands beside them, told their dtype."""
-    found = placed(model, family, mone_folder.TRAINING_STATE)
+    found = placed(model, family, TRAINING_STATE)
     planned = []
     for one in found:
         stored = reader.keys.get(one.slot.pieces(one.slot.fake)[0].key)
@@ -512,7 +518,7 @@ def _whole(reader: Reader, slot: Slot) -> Tensor:
 def _refuse_left_over(reader: Reader, model: BareModel, found: Sequence[Placed]) -> None:
     """Every tensor of the model's is exported; an optimizer's are known not to be."""
     slots = [one.slot for one in found]
-    slots += [slot for slot in model.slots if slot.within in mone_folder.TRAINING_STATE]
+    slots += [slot for slot in model.slots if slot.within in TRAINING_STATE]
     known = {piece.key for slot in slots for piece in slot.pieces(slot.fake)}
     for key, stored in reader.keys.items():
         if hasattr(stored, "size") and key not in known and not key.startswith("optimizer."):

@@ -101,6 +101,18 @@ class HFConfig:
             self._refuse(name, value, "a text")
         return value
 
+    def null(self, name: str) -> bool:
+        """Whether a field is there and says nothing, where one that is not there has a default."""
+        self._asked.add(name)
+        return name in self._values and self._values[name] is None
+
+    def words(self, name: str, default: list[str]) -> list[str]:
+        """A list of texts."""
+        value = self._value(name, default)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            self._refuse(name, value, "a list of texts")
+        return value
+
     def layers(self, name: str, most: int) -> list[int]:
         """Numbers of layers, below `most`; none where the field is not there."""
         value = self._value(name, [])

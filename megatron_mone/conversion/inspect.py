@@ -28,12 +28,19 @@ def model_file(path: Path, mone: str | None = None, without: Container[str] = ()
     if mone is not None:
         if "num_experts" not in shape:
             raise ValueError(f"--mone {mone}: {config.path} is a dense model, which has no experts")
+        if chooses_neurons(shape):
+            raise ValueError(f"--mone {mone}: {config.path} says itself which neurons are kept")
         shape["mone"] = mone
     shape = {name: value for name, value in shape.items() if name not in without}
     notes = [*config.notes, *config.left()]
     header = [f"The shape of a {family.name} model, from its config.json.", *notes]
     lines = [f"# {' '.join(line.split())}" for line in header]
     return "\n".join([*lines, yaml.safe_dump(shape, sort_keys=False, width=1000)])
+
+
+def chooses_neurons(shape: Container[str]) -> bool:
+    """Whether a shape is a MoNE model's."""
+    return "mone_neuron_ratio" in shape or "mone_neurons_per_token" in shape
 
 
 def write_model_file(path: Path, out: Path, mone: str | None = None) -> None:

@@ -12,7 +12,7 @@ import io
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,8 +21,13 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common.patch import Replaced
+from megatron_mone.config_checks import layer_pattern
 from megatron_mone.conversion.pairs import Sizes
 
+TRAINING_STATE = frozenset({"mlp.experts.ng_weights"})
+"""Tensors of a checkpoint that no output depends on."""
+OF_CHOICE = TRAINING_STATE | {"mlp.experts.neuron_bias"}
+"""Of layers that choose neurons."""
 LAYER_NAME = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(.+)")
 _MTP_LAYER = re.compile(r"(transformer_layer|mtp_model_layer)\.")
 
@@ -93,7 +98,8 @@ class BareModel:
         """What the table of pairs asks for."""
         args = self.args
         groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
-        return Sizes(args.num_attention_heads, groups, args.vocab_size)
+        latent = bool(args.multi_latent_attention)
+        return Sizes(args.num_attention_heads, groups, args.vocab_size, latent)
 
 
 @contextmanager
@@ -137,7 +143,8 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
         builder = config.get_builder_cls()(config)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         alone = Replaced(torch.distributed, "all_gather_object", _of_one_rank)
-        with alone, FakeTensorMode(allow_non_fake_inputs=True):
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with alone, fake, _all_chosen(config.transformer) as choosing:
             model = builder.build_model(groups, pre_process=True, post_process=True)
             state = model.sharded_state_dict()
         objects = [leaf for leaf in state.values() if isinstance(leaf, ShardedObject)]
@@ -146,12 +153,34 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
             for name, leaf in state.items()
             if not isinstance(leaf, ShardedObject)
         ]
+        slots = [one for one in slots if one.within not in OF_CHOICE or choosing(one.layer)]
         yield BareModel(args, config.transformer, slots, objects)
     finally:
         parallel_state.destroy_model_parallel()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         destroy_global_state()
+
+
+@contextmanager
+def _all_chosen(config: Any) -> Iterator[Callable[[int | None], bool]]:
+    """Build experts that choose in every layer with experts: a stock layer's are stored alike.
+
+    Args:
+        config: the TransformerConfig; mone_layer_freq is as it was at the end.
+
+    Yields:
+        Whether a layer, by its number, chooses.
+    """
+    if not hasattr(config, "mone_layer_freq"):
+        yield lambda layer: False
+        return
+    kinds, freq = layer_pattern(config), config.mone_layer_freq
+    config.mone_layer_freq = 1
+    try:
+        yield lambda layer: layer is not None and kinds[min(layer, len(kinds) - 1)] == 2
+    finally:
+        config.mone_layer_freq = freq
 
 
 def _of_one_rank(found: list[Any], own: Any, group: Any = None) -> None:

@@ -10,32 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.files import write_json
-from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_config import CONFIG
 from megatron_mone.conversion.hf_model.folder import AUTO_MAP, copy_code
-from megatron_mone.conversion.pairs import (
-    ATTENTION,
-    BIASED_ROUTER,
-    ENDS,
-    LATENT_ATTENTION,
-    LAYER,
-    NORMS,
-    SHARED_EXPERTS,
-    FusedExperts,
-    Pair,
-    mlp,
-)
 
-_EXPERTS = (
-    Pair("mlp.router.weight", LAYER + "mlp.gate.weight"),
-    FusedExperts("mlp.experts.linear_fc1", LAYER + "mlp.experts.gate_up_proj"),
-    FusedExperts("mlp.experts.linear_fc2", LAYER + "mlp.experts.down_proj"),
-    Pair("mlp.experts.neuron_bias", LAYER + "mlp.experts.neuron_bias"),
-    Pair("mlp.shared_experts.gate_weight", LAYER + "mlp.shared_expert_gate.weight"),
-)
-_PAIRS = (*ENDS, *NORMS, *mlp(), *_EXPERTS, *BIASED_ROUTER, *SHARED_EXPERTS)
-TRAINING_STATE = frozenset({"mlp.experts.ng_weights"})
-"""Tensors of a checkpoint that no output depends on."""
 _ONLY: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "position_embedding_type": ("rope",), "swiglu": (True,),
     "add_bias_linear": (False,), "apply_layernorm_1p": (False, None), "mtp_num_layers": (None, 0),
@@ -53,12 +30,6 @@ _SAME = (
     "mone_neuron_block", "max_position_embeddings",
 )  # fmt: skip
 _RENAMED = {"moe_router_topk": "num_experts_per_tok"}
-
-
-def family_of(args: Namespace) -> Family:
-    """The table of a model's tensors."""
-    attention = LATENT_ATTENTION if args.multi_latent_attention else ATTENTION
-    return Family("MoNE", ("mone",), config_of, (*_PAIRS, *attention))  # type: ignore[arg-type]
 
 
 def config_of(args: Namespace, config: Any, dtype: str) -> dict[str, Any]:

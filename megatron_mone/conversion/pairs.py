@@ -26,11 +26,13 @@ type View = tuple[str, Tensor, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What some pairs need to know of a model: query heads, groups of them, vocabulary rows."""
+    """What some pairs need to know of a model: query heads, groups of them, vocabulary rows, and
+    whether its attention is latent."""
 
     heads: int
     groups: int
     vocabulary: int
+    latent: bool
 
 
 @dataclass(frozen=True)

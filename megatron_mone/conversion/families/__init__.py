@@ -12,7 +12,7 @@ from megatron_mone.conversion.pairs import Pair
 from megatron_mone.conversion.shape import Shape
 
 MODULES = ("llama", "qwen_dense", "mixtral", "olmoe", "qwen_moe", "granite_moe", "deepseek",
-           "glm_moe", "gpt_oss")  # fmt: skip
+           "glm_moe", "gpt_oss", "mone")  # fmt: skip
 
 
 @dataclass(frozen=True)

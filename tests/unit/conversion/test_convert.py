@@ -11,8 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_mone.conversion.convert import words_of_saved
 from megatron_mone.conversion.hf_folder import Weights
+from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
+from megatron_mone.conversion.hf_model.folder import has_own_code
 from megatron_mone.conversion.hf_model.loading import load_model
+from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
 from tests import forked_ranks
 from tests.forked_ranks import ROOT
 from tests.unit.conversion import conversion_cases
@@ -54,6 +58,26 @@ FAMILIES = {
         topk_method="group_limited_greedy",
     ),
     "deepseek_v3": dict(_GLM, **_LATENT),
+    # num_hidden_layers: the first dense, the second without choice, the last with all there is
+    "mone": dict(
+        _EXPERTS, num_hidden_layers=3, mlp_layer_types=["dense", "sparse", "sparse"],
+        moe_intermediate_size=24, mone_layers=[2], mone_neurons_per_token=12, mone_neuron_groups=2,
+        mone_neuron_block=3, mone_selection_bias=True, shared_expert_intermediate_size=20,
+        shared_expert_gate=True, attention_bias=True, qk_norm=True, qk_norm_all_heads=True,
+        router_pre_softmax=True, router_dtype=None, routed_scaling_factor=1.5,
+        rope_parameters={"rope_theta": 500, "partial_rotary_factor": 0.5},
+    ),
+    "mone latent": dict(
+        _LATENT, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=24, qk_norm=True,
+        router_score_function="sigmoid", router_expert_bias=True, n_group=4, topk_group=2,
+        mone_selection="threshold", mone_threshold=0.3, mone_min_neurons_per_token=4,
+        mone_max_neurons_per_token=12, mone_neuron_groups=2, mone_activation="sigmoid",
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 10000, "factor": 40.0, "mscale": 1.0,
+            "mscale_all_dim": 0.7, "original_max_position_embeddings": 4096, "beta_fast": 32.0,
+            "beta_slow": 1.0,
+        },
+    ),
     "glm4_moe": dict(_GLM, head_dim=8),
     # of docs/CONVERSION.md
     "dots1": dict(_GLM, head_dim=8, sliding_window=None, norm_topk_prob=True),
@@ -66,10 +90,14 @@ AS_MONE = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v
 def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:
     """A Hugging Face folder with a tokenizer's file, and its logits beside it."""
     kind = name.partition(" ")[0]
-    values = {**TINY, **FAMILIES[kind]}
+    values = {**TINY, **FAMILIES.get(name, FAMILIES[kind])}
     dtype = torch.bfloat16 if name == HALF else torch.float32
-    config = AutoConfig.for_model(kind, **values)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype).eval()
+    if kind == "mone":
+        model = MoNEForCausalLM(MoNEConfig(**values)).eval()
+    else:
+        config = AutoConfig.for_model(kind, **values)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = model.to(dtype).eval()
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for tensor_name, tensor in model.state_dict().items():
@@ -137,9 +165,16 @@ def test_the_round_trip_is_bit_equal(folder, name):
         assert stored.dtype == before.tensors[tensor].dtype
         assert torch.equal(after.read(tensor), before.read(tensor)), tensor
     for travels in ("config.json", "tokenizer.json", "generation_config.json"):
-        source = folder / name / "source" / travels
-        if source.exists():
-            assert (folder / name / "export" / travels).read_bytes() == source.read_bytes()
+        source, export = (folder / name / where / travels for where in ("source", "export"))
+        if name.startswith("mone") and travels == "config.json":
+            was, now = map(MoNEConfig.from_pretrained, (source, export))
+            was.mone_layers = was.choosing_layers
+            was, now = was.to_dict(), now.to_dict()
+            changed = {field for field in {**was, **now} if was.get(field) != now.get(field)}
+            assert changed <= {"architectures", "auto_map", "dtype", "use_cache"}
+            assert has_own_code(export.parent)
+        elif source.exists():
+            assert export.read_bytes() == source.read_bytes()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -165,6 +200,13 @@ def test_a_mone_model_of_ours_has_megatrons_logits(folder, name):
     assert (logits - wanted).abs().max() <= TOLERANCE
     assert (wanted - torch.load(folder / name / "theirs.pt")).abs().max() > 0.01
     assert (folder / name / "mone" / "tokenizer.json").exists()
+
+
+def test_rows_of_padding_are_exported():
+    """A model of 127 tokens that was trained with 128 rows: its config.json says 128."""
+    saved = dict(num_layers=2, vocab_size=127, padded_vocab_size=128)
+    words = words_of_saved(saved, Path("checkpoint"), 32)
+    assert words[words.index("--vocab-size") + 1] == "128"
 
 
 def test_transformers_loads_what_was_exported(folder):
@@ -253,6 +295,13 @@ def wrong_commands(folder: Path) -> dict[str, list[str]]:
     found["mone of a dense model"] = [
         "convert", "import", str(good), "--out", out, "--mone", "quarter",
     ]  # fmt: skip
+    found["mone of a mone model"] = [
+        "convert", "import", str(folder / "mone" / "source"), "--out", out, "--mone", "quarter",
+    ]  # fmt: skip
+    checkpoint = str(folder / "mone" / "checkpoint")
+    found["like a mone model"] = [
+        "convert", "export", checkpoint, "--out", out, "--like", str(folder / "mone" / "source"),
+    ]  # fmt: skip
     found["no checkpoint"] = ["convert", "export", str(good), "--out", out]
     checkpoint = str(folder / "qwen3" / "checkpoint")
     found["another shape"] = [
@@ -276,6 +325,8 @@ SAID = {
     "no folder": "nowhere",
     "out is there": "is there: choose another folder",
     "mone of a dense model": "is a dense model",
+    "mone of a mone model": "says itself which neurons are kept",
+    "like a mone model": "a MoNE model is written by the checkpoint's own arguments",
     "no checkpoint": "holds no checkpoint",
     "another shape": "kv_channels = 16",
 }
