@@ -9,7 +9,7 @@ again. May touch: the output folder.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,6 +29,7 @@ from megatron_mone.conversion.hf_folder import SHARD_BYTES, Planned, Stored, Wei
 from megatron_mone.conversion.inspect import chooses_neurons, model_file
 from megatron_mone.conversion.megatron_model import TRAINING_STATE, BareModel, Slot, bare_model
 from megatron_mone.conversion.pairs import Pair, Sizes, View
+from megatron_mone.conversion.shape import Shape
 from megatron_mone.model.saved_model import model_values, saved_arguments
 
 RELEASE = "release"
@@ -123,19 +124,24 @@ def words_of(
     Raises:
         ValueError: one line, as inspect.model_file.
     """
+    config = HFConfig.read(path)
+    shape = family_of(config).shape(config)
+    shape |= {} if mone is None else {"mone": mone}
+    return words_of_shape(
+        {name: value for name, value in shape.items() if name not in without}, config.path
+    )
+
+
+def words_of_shape(shape: Shape, source: Path) -> list[str]:
+    """Megatron's flags of one rank for what a model file says; `source` is named in messages."""
     from megatron_mone.model.arguments import flag_parser
     from megatron_mone.model.run_config import read_part, to_flags
 
-    config = HFConfig.read(path)
-    shape = family_of(config).shape(config)
-    if mone is not None:
-        shape["mone"] = mone
-    elif "num_experts" in shape and not chooses_neurons(shape):
-        shape["mone_neuron_ratio"] = 1.0  # our experts, which keep every neuron
-    shape = {name: value for name, value in shape.items() if name not in without}
-    values = read_part(config.path, "model", shape)
+    if "num_experts" in shape and "mone" not in shape and not chooses_neurons(shape):
+        shape = shape | {"mone_neuron_ratio": 1.0}  # our experts, which keep every neuron
+    values = read_part(source, "model", shape)
     length = ["--seq-length", str(shape["max_position_embeddings"])]
-    return [*_FLAGS, *length, *to_flags(values, flag_parser(), config.path)]
+    return [*_FLAGS, *length, *to_flags(values, flag_parser(), source)]
 
 
 def check_folder(
@@ -177,6 +183,29 @@ def check_folder(
     return left_out
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint is made of.
+
+    Attributes:
+        weights: its tensors, by their names elsewhere.
+        family: the table of those names.
+        words: Megatron's flags of one rank.
+        text: the model file.
+        identity: tells one import from another, for one that is started again.
+        beside: folder whose tokenizer, and config.json where `is_copy`, travel along.
+        is_copy: it can be exported to a folder like `beside`.
+    """
+
+    weights: Weights
+    family: Family
+    words: list[str]
+    text: str
+    identity: str
+    beside: Path
+    is_copy: bool = True
+
+
 def import_model(
     source: Path, out: Path, step: Step, *, mone: str | None = None, differs: bool = False
 ) -> list[str]:  # fmt: skip
@@ -195,27 +224,59 @@ def import_model(
     Raises:
         ValueError: one line; `out` is not made.
     """
-    from megatron_mone.checkpoint.model_file import write_model_file
-    from megatron_mone.checkpoint.tracker import TRACKER_NAME
-
     refuse_existing(out)
     config = HFConfig.read(source)
     family = family_of(config)
     shape = family.shape(config)
+    refuse_notes(config, differs)
+    weights = Weights(config.path.parent)
+    without = _heads_that_are_not_there(config, weights) if MORE_TOKENS in shape else ()
+    origin = Origin(
+        weights, family, words_of(source, mone, without), model_file(source, mone, without),
+        f"import of {mone} {fingerprint(weights)}", config.path.parent,
+    )  # fmt: skip
+    said = write_checkpoint(origin, out, step)
+    if without:
+        said.append(f"{MORE_TOKENS} is left out: the folder has no layer of multi-token prediction")
+    return said
+
+
+def refuse_notes(config: HFConfig, differs: bool) -> None:
+    """Raises ValueError where Megatron computes something else and `differs` is not given."""
     if config.notes and not differs:
         raise ValueError(
             f"{config.notes[0]} ({config.path}): the outputs would differ; --differs to import "
             "the weights all the same"
         )
-    weights = Weights(config.path.parent)
-    without = _heads_that_are_not_there(config, weights) if MORE_TOKENS in shape else ()
-    text = model_file(source, mone, without)
-    with bare_model(words_of(source, mone, without)) as model:
-        found = placed(model, family)
+
+
+def write_checkpoint(
+    origin: Origin, out: Path, step: Step, beside: Mapping[str, bytes] | None = None
+) -> list[str]:
+    """Write a torch_dist checkpoint, a layer in memory at a time.
+
+    Args:
+        origin: of its tensors.
+        out: the checkpoint folder; must not be there.
+        step: told of the progress.
+        beside: more files of the folder, by name.
+
+    Returns:
+        Tensors that are not in the checkpoint, a line each.
+
+    Raises:
+        ValueError: one line; `out` is not made.
+    """
+    from megatron_mone.checkpoint.model_file import write_model_file
+    from megatron_mone.checkpoint.tracker import TRACKER_NAME
+
+    weights = origin.weights
+    with bare_model(origin.words) as model:
+        found = placed(model, origin.family)
         tied = not model.args.untie_embeddings_and_output_weights
-        left_out = check_folder(weights, found, family, tied)
+        left_out = check_folder(weights, found, origin.family, tied)
         total = sum(weights.tensors[name].size for one in found for name, _, _ in one.views)
-        with unfinished(out, total, _fingerprint(weights, mone)) as folder:
+        with unfinished(out, total, origin.identity) as folder:
             writer = Writer(folder / RELEASE)
             writer.folder.mkdir(exist_ok=True)
             sums = _read_sums(folder)
@@ -230,13 +291,13 @@ def import_model(
             writer.write(part + 1, [*model.objects, _common_state(model.args)])
             writer.finish()
             write_model_file(folder, model.args)
-            atomic_write(folder / "model.yaml", text.encode())
+            for name, content in {"model.yaml": origin.text.encode(), **(beside or {})}.items():
+                atomic_write(folder / name, content)
             atomic_write(folder / TRACKER_NAME, RELEASE.encode())
-            _copy_beside(config.path.parent, folder / SOURCE)
-    said = [f"{name} is left out: a copy of the model's own" for name in left_out]
-    if without:
-        said.append(f"{MORE_TOKENS} is left out: the folder has no layer of multi-token prediction")
-    return said
+            _copy_beside(origin.beside, folder / SOURCE)
+            if not origin.is_copy:
+                (folder / SOURCE / CONFIG).unlink(missing_ok=True)
+    return [f"{name} is left out: a copy of the model's own" for name in left_out]
 
 
 def export_model(
@@ -427,13 +488,13 @@ def _says(path: Path, text: str) -> bool:
     return path.is_file() and path.read_text(encoding="utf-8") == text
 
 
-def _fingerprint(weights: Weights, mone: str | None) -> str:
+def fingerprint(weights: Weights) -> str:
+    """Tells the tensors of a folder, and when its files were written, from any other."""
     facts = [
         (name, str(one.dtype), one.shape, one.start, one.path.stat().st_mtime_ns)
         for name, one in sorted(weights.tensors.items())
     ]
-    sum_ = hashlib.sha256(repr(facts).encode()).hexdigest()
-    return f"import of {weights.folder.resolve()} {mone} {sum_}"
+    return f"{weights.folder.resolve()} {hashlib.sha256(repr(facts).encode()).hexdigest()}"
 
 
 def _by_layer(found: Sequence[Placed]) -> list[list[Placed]]:

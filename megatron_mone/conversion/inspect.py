@@ -8,6 +8,7 @@ import yaml
 from megatron_mone.common.files import atomic_write
 from megatron_mone.conversion.families import family_of
 from megatron_mone.conversion.hf_config import HFConfig
+from megatron_mone.conversion.shape import Shape
 
 
 def model_file(path: Path, mone: str | None = None, without: Container[str] = ()) -> str:
@@ -33,7 +34,11 @@ def model_file(path: Path, mone: str | None = None, without: Container[str] = ()
         shape["mone"] = mone
     shape = {name: value for name, value in shape.items() if name not in without}
     notes = [*config.notes, *config.left()]
-    header = [f"The shape of a {family.name} model, from its config.json.", *notes]
+    return shape_file(shape, f"The shape of a {family.name} model, from its config.json.", *notes)
+
+
+def shape_file(shape: Shape, *header: str) -> str:
+    """The YAML text of a model file, under a comment for each line of `header`."""
     lines = [f"# {' '.join(line.split())}" for line in header]
     return "\n".join([*lines, yaml.safe_dump(shape, sort_keys=False, width=1000)])
 

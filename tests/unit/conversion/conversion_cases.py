@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 LAYOUTS = {
     "TP2": ("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     "EP2": ("--expert-model-parallel-size", "2"),
@@ -40,7 +42,7 @@ def convert_all(
         here = Path(folder) / name
         convert.import_model(here / "source", here / "mone checkpoint", quiet, mone=QUARTER)
         convert.export_model(here / "mone checkpoint", here / "mone", quiet, mone=True)
-        save_logits(here, "mone", (), "mone checkpoint", QUARTER)
+        save_logits(here, "mone", (), "mone checkpoint")
         torch.distributed.destroy_process_group()
     _stop_and_go_on(Path(folder) / names[0])
     _wrong(Path(folder), wrong)
@@ -54,6 +56,27 @@ def _add(family: str) -> None:
     exec(family, module)  # noqa: S102  # of our own docs
     added, known = module["FAMILY"], families.families()
     families.families = lambda: {**known, **{kind: added for kind in added.model_types}}
+
+
+def make_all(folder: str, made: dict[str, list[str]], wrong: dict[str, list[str]]) -> None:
+    """Of each made, name -> words of `convert`: a checkpoint, its export, its logits, what was
+    said. Then `wrong` as convert_all's."""
+    import torch
+
+    from megatron_mone.commands.app import main
+    from megatron_mone.conversion import convert
+
+    for name, words in made.items():
+        here = Path(folder) / name
+        here.mkdir()
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main([*words, "--out", str(here / "checkpoint")]) == 0
+        (here / "said.txt").write_text(out.getvalue())
+        convert.export_model(here / "checkpoint", here / "export", quiet)
+        save_logits(here, "one", ())
+        torch.distributed.destroy_process_group()  # the next one makes its own
+    _wrong(Path(folder), wrong)
 
 
 def _stop_and_go_on(here: Path) -> None:
@@ -95,25 +118,19 @@ def laid_out(folder: str, names: list[str], family: str) -> None:
                 save_logits(here, layout, flags)
 
 
-def save_logits(
-    here: Path,
-    layout: str,
-    flags: tuple[str, ...],
-    name: str = "checkpoint",
-    mone: str | None = None,
-) -> None:
+def save_logits(here: Path, layout: str, flags: tuple[str, ...], name: str = "checkpoint") -> None:
     """Load a checkpoint as a run does and write its logits of `tokens.pt` [B, T] to LAYOUT.pt."""
     import torch
     from megatron.training.training import destroy_global_state
 
-    logits = logits_of(here / name, torch.load(here.parent / "tokens.pt"), flags, mone)
+    logits = logits_of(here / name, torch.load(here.parent / "tokens.pt"), flags)
     if torch.distributed.get_rank() == 0:
         torch.save(logits, here / f"{layout}.pt")
     destroy_global_state()
 
 
-def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...], mone: str | None = None):
-    """[B, T, V] on every rank."""
+def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...]):
+    """[B, T, V] on every rank, of the model that the checkpoint's model file says."""
     import torch
 
     from megatron_mone import cpu_emulation
@@ -124,14 +141,14 @@ def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...], mone: str | None
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_mone.conversion.convert import MORE_TOKENS, SOURCE, words_of
+    from megatron_mone.conversion.convert import words_of_shape
     from megatron_mone.model import patches
     from megatron_mone.model.arguments import parse_arguments
     from megatron_mone.model.config_builder import build_model_config
 
     patches.install()
     words = [
-        *words_of(checkpoint / SOURCE, mone, without=(MORE_TOKENS,)),
+        *words_of_shape(yaml.safe_load((checkpoint / "model.yaml").read_text()), checkpoint),
         *("--global-batch-size", os.environ["WORLD_SIZE"], "--exit-on-missing-checkpoint"),
         *("--load", str(checkpoint), "--no-load-optim", "--no-load-rng", *flags),
     ]
