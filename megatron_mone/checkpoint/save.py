@@ -2,35 +2,35 @@
 
 Wraps Megatron's `save_checkpoint` and, in its torch_dist save, these places, in this order:
 
-1. before: what a killed save left in the folder is removed, and a tracker that names this very
-   folder goes back to the iteration the run came from;
+1. before: rank 0 makes the save a folder of its own (aside.py) and removes what earlier saves left
+   and what this one replaces; a tracker that names it goes back to the iteration the run came from;
 2. while: an OSError on one rank (a full disk) is kept, not raised, where Megatron would raise it
    on that rank alone and leave the others waiting in a collective;
-3. after: every rank sums the shards it wrote, rank 0 writes integrity.json and stages the tracker;
-   an error of any rank is raised on all of them;
+3. after: every rank sums the shards it wrote, rank 0 writes integrity.json, stages the tracker and
+   gives the folder its final name; an error of any rank is raised on all of them;
 4. only then does Megatron advance the tracker, in one rename.
 
 With async save, 3 is one of the request's finalize functions. Before 1, with the others' results in
-each exchange of 2 and 3, and before 4, rank 0 looks whether this run still holds the folder
-(lease.py): if not, LeaseLostError on all ranks, and nothing more is written or removed. May touch:
-Megatron's modules, the folder being saved.
+each exchange of 2 and 3, and before each of its own writes to what outlives the save, rank 0 looks
+whether this run still holds the folder (lease.py): if not, LeaseLostError on all ranks, and nothing
+more is written or removed. May touch: Megatron's modules, the folder of the checkpoints.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.core import CONFIG_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training import checkpointing, get_args
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_mone.checkpoint import ownership
-from megatron_mone.checkpoint.integrity import SUMS_NAME, Entry, own_files, sum_files, write_sums
+from megatron_mone.checkpoint import aside, ownership
+from megatron_mone.checkpoint.integrity import Entry, own_files, sum_files, write_sums
 from megatron_mone.checkpoint.lease.lease import LeaseLostError
 from megatron_mone.checkpoint.tracker import (
     ITERATION_FORMAT,
@@ -47,6 +47,8 @@ from megatron_mone.common.patch import Patch, in_source, wrap, wrapping
 
 _errors: list[str] = []
 """What went wrong on this rank during the save under way."""
+_under_way: dict[Path, Path] = {}
+"""Where a checkpoint will be -> the folder its save is written into; several with async save."""
 
 
 class SaveFailedError(Exception):
@@ -60,10 +62,11 @@ class _HeldTracker(TrackerFile):
     took the folder while the ranks went from their last agreement to here.
     """
 
+    last_look = staticmethod(ownership.check)
+
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
-        if kind is None:
-            ownership.check()
-        super().__exit__(kind, value, trace)
+        with _lost_rather():
+            super().__exit__(kind, value, trace)
         if get_args().async_save:
             ownership.end_save()
 
@@ -103,10 +106,12 @@ def _sealed(save: Callable[..., Any]) -> Callable[..., Any]:
         if MultiStorageClientFeature.is_enabled():
             return save(state_dict, checkpoint_dir, *args, **kwargs)
         folder = Path(checkpoint_dir)
+        _under_way[folder] = _agree(folder, share=aside.beside(folder))[0]
         _on_rank_0(_prepare, folder)
         _agree(folder)
         try:
-            request = save(state_dict, checkpoint_dir, *args, **kwargs)
+            with _lost_rather():
+                request = save(state_dict, str(_under_way[folder]), *args, **kwargs)
         except CheckpointException as error:  # on all ranks; the cause only on rank 0
             causes = [str(cause) for cause, _ in error.failures.values()]
             _agree(folder, causes[0] if causes else "the writer failed")
@@ -121,19 +126,56 @@ def _sealed(save: Callable[..., Any]) -> Callable[..., Any]:
     return sealed
 
 
+@contextlib.contextmanager
+def _lost_rather() -> Iterator[None]:
+    """An OSError of this rank, where it cannot be kept, is that of a folder it holds no more."""
+    try:
+        yield
+    except OSError:
+        ownership.check()
+        raise
+
+
 def _kept(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep an OSError for `_agree` instead of leaving the other ranks alone in a collective."""
+    """Keep an OSError for `_agree` instead of leaving the other ranks alone in a collective.
+
+    In a folder that is lost nothing is done.
+    """
 
     @functools.wraps(function)
     def kept(*args: Any, **kwargs: Any) -> Any:
         if get_args().ckpt_format != "torch_dist":
             return function(*args, **kwargs)
         try:
-            return function(*args, **kwargs)
+            if ownership.look() is None:
+                return function(*args, **kwargs)
         except OSError as error:
             _errors.append(_reason(error))
 
     return kept
+
+
+def _not_yet(ensure_directory_exists: Callable[..., Any]) -> Callable[..., Any]:
+    """A torch_dist checkpoint has no folder of its name before it is whole."""
+
+    @functools.wraps(ensure_directory_exists)
+    def not_yet(filename: Any, check_parent: bool = True) -> Any:
+        other_format = get_args().ckpt_format != "torch_dist"
+        if check_parent or other_format or MultiStorageClientFeature.is_enabled():
+            ensure_directory_exists(filename, check_parent)
+
+    return not_yet
+
+
+def _beside_too(save_sharded_modelopt_state: Callable[..., Any]) -> Callable[..., Any]:
+    """What goes into a checkpoint after its shards goes where they are."""
+
+    @functools.wraps(save_sharded_modelopt_state)
+    def beside_too(model: Any, checkpoint_name: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = _under_way.get(Path(checkpoint_name), checkpoint_name)
+        return save_sharded_modelopt_state(model, str(folder), *args, **kwargs)
+
+    return beside_too
 
 
 def _noted(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,21 +206,26 @@ def _reason(error: BaseException) -> str:
 
 
 def _prepare(folder: Path) -> None:
-    """Empty the folder of what an earlier save left, the marks of a whole checkpoint first."""
+    """Remove what earlier saves left and what this one replaces, and make its own folder."""
+    for path in aside.left_in(folder.parent):
+        if path not in _under_way.values():
+            aside.remove(path)
     _retreat(folder)
-    if folder.is_dir():
-        for name in (SUMS_NAME, CONFIG_FNAME):
-            (folder / name).unlink(missing_ok=True)
-        for path in folder.iterdir():
-            if path.is_file():
+    replaced = aside.take_away(folder)
+    if replaced is None:
+        _under_way[folder].mkdir(parents=True)
+    else:
+        for path in replaced.iterdir():
+            if path.is_file():  # Megatron has put a dataloader's state into a folder there
                 path.unlink()
+        replaced.rename(_under_way[folder])
 
 
 def _retreat(folder: Path) -> None:
     """Before the checkpoint that the tracker names is overwritten, name the one before it.
 
     Happens after --ckpt-step took the run back, or in a new run over an old folder. A kill during
-    the save would otherwise leave a tracker that names a half-written folder.
+    the save would otherwise leave a tracker that names a folder that is not there.
     """
     iteration, text = iteration_of(folder), read_tracker(folder.parent)
     if iteration is None or text is None or not text.isdigit() or int(text) != iteration:
@@ -187,9 +234,9 @@ def _retreat(folder: Path) -> None:
     if came_from is not None and came_from >= iteration:
         came_from = next((i for i in iterations(folder.parent) if i < iteration), None)
     if came_from is None:
-        (folder.parent / TRACKER_NAME).unlink()
+        aside.remove(folder.parent / TRACKER_NAME)
     else:
-        commit(folder.parent / TRACKER_NAME, str(came_from))
+        commit(folder.parent / TRACKER_NAME, str(came_from), ownership.check)
 
 
 def _loaded_iteration(folder: Path) -> int | None:
@@ -201,32 +248,41 @@ def _loaded_iteration(folder: Path) -> int | None:
 
 
 def _seal(folder: Path) -> None:
-    """Sum the files, write the sums, stage the tracker. Collective; raises SaveFailedError."""
-    rank = torch.distributed.get_rank()
+    """Sum the files, write the sums, stage the tracker, give the folder its name. Collective.
+
+    Raises SaveFailedError, LeaseLostError.
+    """
+    mine, rank = _under_way[folder], torch.distributed.get_rank()
     entries: dict[str, Entry] = {}
     try:
         if not _errors:
-            entries = sum_files(folder, own_files(folder, rank))
+            entries = sum_files(mine, own_files(mine, rank))
     except OSError as error:
         _errors.append(_reason(error))
     shares = _agree(folder, share=entries)
 
     def finish(folder: Path) -> None:
-        write_sums(folder, {name: entry for share in shares for name, entry in share.items()})
+        write_sums(mine, {name: entry for share in shares for name, entry in share.items()})
         iteration = iteration_of(folder)
         if iteration is not None:
+            ownership.check()
             stage(folder.parent / TRACKER_NAME, str(iteration))
+        aside.publish(mine, folder)
 
     _on_rank_0(finish, folder)
     _agree(folder)
+    del _under_way[folder]
 
 
 def _on_rank_0(function: Callable[[Path], None], folder: Path) -> None:
+    """Call it there; the `_agree` that follows tells all ranks of an error or a lost lease."""
     if torch.distributed.get_rank() == 0:
         try:
             function(folder)
         except OSError as error:
             _errors.append(_reason(error))
+        except LeaseLostError:
+            pass
 
 
 def _agree(folder: Path, error: str | None = None, share: Any = None) -> list[Any]:
@@ -267,11 +323,10 @@ def _agree(folder: Path, error: str | None = None, share: Any = None) -> list[An
 
 def _give_up(folder: Path, cause: str) -> NoReturn:
     """Free the space that the failed save took, and raise."""
-    text = read_tracker(folder.parent)
-    if torch.distributed.get_rank() == 0 and _still_ours():
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.is_file():
-                path.unlink(missing_ok=True)
+    text, mine = read_tracker(folder.parent), _under_way.pop(folder, None)
+    if torch.distributed.get_rank() == 0 and mine is not None:
+        with contextlib.suppress(OSError, LeaseLostError):  # then the next save removes it
+            aside.remove(mine)
     fix = "make room there or give another --save, then start the same command again"
     before = "there is no earlier checkpoint"
     if text is not None:
@@ -280,16 +335,10 @@ def _give_up(folder: Path, cause: str) -> NoReturn:
     raise SaveFailedError(f"checkpoint {folder} could not be written ({cause}): {fix}; {before}")
 
 
-def _still_ours() -> bool:
-    """Whether what is in the folder is this run's to remove."""
-    try:
-        return ownership.look() is None
-    except OSError:
-        return False
-
-
 def _keep_errors() -> None:
-    wrap(checkpointing, "ensure_directory_exists", _kept)
+    wrap(checkpointing, "ensure_directory_exists", lambda ensure: _kept(_not_yet(ensure)))
+    if checkpointing.has_nvidia_modelopt:
+        wrap(checkpointing, "save_sharded_modelopt_state", _beside_too)
     wrap(serialization, "save_config", _kept)
     wrap(serialization, "save_integrity_manifest", _kept)
     wrap(FileSystemWriterAsync, "finish", _kept)
@@ -315,7 +364,8 @@ PATCHES = (
         "sealed-save",
         "megatron.training.checkpointing: dist_checkpointing.save",
         _sealed,
-        why="what a killed save left stays among the new, and no sums tell whether it is whole",
+        why="it writes where readers look, and where a newer attempt may write by then; what a "
+        "killed save left stays among the new, and no sums tell whether it is whole",
         needed_while="async_save_request = dist_checkpointing.save(",
     ),
     Patch(

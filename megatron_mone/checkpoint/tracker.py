@@ -9,6 +9,7 @@ touch: the checkpoint folder.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def iteration_of(folder: Path) -> int | None:
 
 
 def iterations(folder: Path) -> list[int]:
-    """The iterations that have a folder in `folder`, whole or not, newest first."""
+    """The iterations that have a folder in `folder`, newest first; a save under way is none."""
     found = (iteration_of(path) for path in folder.glob("iter_*") if path.is_dir())
     return sorted((number for number in found if number is not None), reverse=True)
 
@@ -50,11 +51,21 @@ def stage(path: Path, text: str) -> None:
     sync_file(beside)
 
 
-def commit(path: Path, text: str) -> None:
-    """Let the tracker say `text`: a reader, or the next run, sees the old text or the new one."""
+def commit(path: Path, text: str, last_look: Callable[[], None] = lambda: None) -> None:
+    """Let the tracker say `text`: a reader, or the next run, sees the old text or the new one.
+
+    Args:
+        path: of the tracker.
+        text: it is staged first, where it is not yet.
+        last_look: called when only the rename is left; it may raise. The rename fails where another
+            process has committed since, for that took the staged file, whose name is fixed.
+
+    Raises OSError.
+    """
     beside = _staged(path)
     if not beside.is_file() or beside.read_text(encoding="utf-8", errors="replace") != text:
         stage(path, text)
+    last_look()
     beside.replace(path)
     sync_folder(path.parent)
 
@@ -66,6 +77,9 @@ def _staged(path: Path) -> Path:
 
 class TrackerFile:
     """What Megatron gets instead of `open(tracker, "w")`; leaving the `with` block commits."""
+
+    last_look: Callable[[], None] = staticmethod(lambda: None)
+    """Of `commit`."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self._path = Path(path)
@@ -80,7 +94,7 @@ class TrackerFile:
 
     def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
         if kind is None:
-            commit(self._path, self._text)
+            commit(self._path, self._text, self.last_look)
 
 
 class TrackerStorage:

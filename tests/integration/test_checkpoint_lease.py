@@ -7,12 +7,14 @@ events, also of Megatron and torch, and of their children.
 
 import contextlib
 import functools
+import importlib
 import os
 import re
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -43,12 +45,11 @@ def train(argv: list[str], save: str, journal: str, freezes: str) -> None:
         argv: flags of megatron_mone.pretrain.
         save: the folder whose writes are noted.
         journal: file for the notes: a line of `monotonic seconds, event, path`.
-        freezes: name of a function of safe_save before which the process stops itself once.
+        freezes: "MODULE: ATTRIBUTE" of a function before which the process stops itself once.
     """
     from megatron.training import training
 
     from megatron_mone import pretrain
-    from megatron_mone.checkpoint import save as safe_save
 
     notes = os.open(journal, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
 
@@ -70,14 +71,19 @@ def train(argv: list[str], save: str, journal: str, freezes: str) -> None:
 
     training.train_step = paced
     if freezes:
-        original = getattr(safe_save, freezes)
+        module, _, path = freezes.partition(": ")
+        owner: Any = importlib.import_module(module)
+        *owners, name = path.split(".")
+        for outer in owners:
+            owner = getattr(owner, outer)
+        original = getattr(owner, name)
 
         def frozen(*args):
-            setattr(safe_save, freezes, original)
+            setattr(owner, name, original)
             os.kill(os.getpid(), signal.SIGSTOP)
             return original(*args)
 
-        setattr(safe_save, freezes, frozen)
+        setattr(owner, name, frozen)
     pretrain.main(argv)
 
 
@@ -170,6 +176,12 @@ def check_whole(save: Path) -> None:
         assert entries, folder
         assert find_damage(folder, entries) is None
         assert {path.name for path in folder.iterdir()} == {*entries, "integrity.json"}
+    assert not list(save.glob(".saving-*"))
+
+
+def written(save: Path) -> dict[Path, int]:
+    """When each file of the folder was last written."""
+    return {path: path.stat().st_mtime_ns for path in save.rglob("*") if path.is_file()}
 
 
 def saved_by(run: Run) -> set[str]:
@@ -227,19 +239,34 @@ def test_a_frozen_run_that_wakes_writes_nothing(start):
     assert not saved_by(old) & saved_by(new)
 
 
-def test_a_run_frozen_in_a_save_leaves_it_unnamed(start):
-    """Its shards are written, not summed, when the next attempt saves the same iteration."""
-    old = start("42.0", freezes="sum_files")
+@pytest.mark.parametrize(
+    ("where", "tries"),
+    [
+        ("torch.distributed.checkpoint.filesystem: FileSystem.rename", ["/.metadata"]),
+        ("megatron_mone.checkpoint.save: sum_files", []),
+        ("megatron_mone.checkpoint.aside: publish", []),
+    ],
+)
+def test_a_run_frozen_in_a_save_leaves_it_unnamed(start, where, tries):
+    """Its shards are written, not whole, when the next attempt saves the same iteration.
+
+    All that it tries when it wakes is what it was about to do, in a folder that is gone.
+    """
+    old = start("42.0", freezes=where)
     old.waits_for(lambda: old.rank().status() == psutil.STATUS_STOPPED)
     assert read_tracker(old.save) is None
+    (own,) = old.save.glob(".saving-*")
     new = start("42.1", "--exit-interval", "5")
     assert new.status() == 0, new.text()[-3000:]
     assert saved_by(old) == saved_by(new) == {"iter_0000005"}
+    before = written(old.save)
     old.rank().resume()
     assert old.status() == 76
     (line,) = ERROR.findall(old.text())
     assert "was taken over by attempt 42.1" in line
-    assert old.writes(new.took_over_at(2)) == []
+    tried = old.writes(new.took_over_at(2))
+    assert tried == [f"os.rename {own.name}{path}" for path in tries]
+    assert written(old.save) == before
     check_whole(new.save)
 
 

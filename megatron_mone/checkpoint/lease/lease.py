@@ -17,10 +17,14 @@ newcomer gives up.
 
 What holds: at most one process holds the highest number; a holder looks at the numbers before a
 save touches the folder, at every stage of it and before the tracker moves; a frozen one looks when
-it wakes. What does not: storage knows no tokens, so between a look and the write that follows it a
-process may freeze for longer than the term, and ranks that outlive rank 0, or are inside a shard,
-go on writing it. Such a shard is found by its checksum when it is loaded, not prevented. May touch:
-`.lease-*` files of a checkpoint folder, read-only.
+it wakes. Storage knows no tokens: between a look and the write that follows it a process may freeze
+for longer than the term, and ranks that outlive rank 0, or are inside a shard, go on writing it. So
+a torch_dist save writes under a name that no other process has (aside.py), and what it does to
+names that others have is a rename that fails after a newer attempt's, or is undone when the look
+that follows tells of one. What does not hold: until it is undone, a moment, the newer checkpoint of
+that iteration is under another name, and a process killed in that moment leaves it there; between
+the staging of the tracker and its rename a newer attempt's may get the older text; other formats
+than torch_dist write in place. May touch: `.lease-*` files of a checkpoint folder, read-only.
 """
 
 import errno
