@@ -128,6 +128,11 @@ class MoNEFields:
     Megatron's are head by head, those of the stock models that a profile or plan compares with
     too."""
 
+    mone_residual_multiplier: float = 1.0
+    """What attention and MLP of every layer are multiplied by before they are added to the residual
+    stream, as in Granite, > 0. Its other multipliers are Megatron's of MuP. The stock models that a
+    profile or plan compares with have none."""
+
     @property
     def mone_enabled(self) -> bool:
         """Whether this model selects neurons at all."""

@@ -129,6 +129,8 @@ def check_ranges(config: Any) -> None:
     coeff, rate = config.mone_ng_loss_coeff, config.mone_ng_bias_update_rate
     check(coeff >= 0, "mone_ng_loss_coeff", coeff, ">= 0")
     check(rate > 0, "mone_ng_bias_update_rate", rate, "> 0")
+    scale = config.mone_residual_multiplier
+    check(scale > 0, "mone_residual_multiplier", scale, "> 0")
     threshold = config.mone_threshold
     check(0.0 < threshold <= 1.0, "mone_threshold", threshold, "0 < threshold <= 1")
     for name in ("mone_neurons_per_token", "mone_min_neurons_per_token",

@@ -224,6 +224,38 @@ def more_tokens(config: HFConfig) -> Shape:
     return {"mtp_num_layers": depth, "mtp_loss_scaling_factor": 0.1} if depth else {}
 
 
+def multipliers(config: HFConfig, attention: float) -> Shape:
+    """Granite's four numbers: Megatron's MuP at the model's own width, where it changes nothing
+    else, and ours of the residual stream.
+
+    Args:
+        config: of the model.
+        attention: what scores are multiplied by where the config does not say.
+    """
+    embedding, logits = (
+        config.number(name, 1.0) for name in ("embedding_multiplier", "logits_scaling")
+    )
+    scores = config.number("attention_multiplier", attention)
+    residual = config.number("residual_multiplier", 1.0)
+    for name, value in (("logits_scaling", logits), ("attention_multiplier", scores)):
+        if value <= 0:
+            raise ValueError(f"{config.path}: {name} = {value} must be above 0")
+    found: Shape = {}
+    heads = config.size("num_attention_heads")
+    plain = config.size("head_dim", config.size("hidden_size") // heads) ** -0.5
+    if (embedding, logits, scores) != (1.0, 1.0, plain):
+        found |= {
+            "use_mup": True,
+            "mup_embedding_mult": embedding,
+            "mup_output_mult": 1 / logits,
+            "mup_base_head_dim": scores**2,  # Megatron multiplies by its root
+            "mup_attn_scale_power": 0.0,
+        }
+    if residual != 1.0:
+        found["mone_residual_multiplier"] = residual
+    return found
+
+
 def layer_pattern(has_experts: list[int]) -> str:
     """Megatron's moe_layer_freq: runs of layers with and without experts, "([0]*3+[1]*58)"."""
     runs: list[list[int]] = []

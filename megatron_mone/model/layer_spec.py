@@ -30,6 +30,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron_mone.common.patch import install, wrapping
 from megatron_mone.config import attach_fields_from_env, layer_pattern, neurons_per_token
 from megatron_mone.model.qk_norm import with_all_heads_norms
+from megatron_mone.model.residual import with_scaled_parts
 from megatron_mone.model.step_flops import follow_training
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of
@@ -171,6 +172,8 @@ def _layer(config: Any, spec: Any, kind: int) -> ModuleSpec:
     """A stock layer's spec made ours, of a kind of `layer_pattern`."""
     if config.mone_qk_norm_all_heads:
         spec = with_all_heads_norms(spec)
+    if config.mone_residual_multiplier != 1:
+        spec = with_scaled_parts(spec, config.mone_residual_multiplier)
     if kind == 2:
         assert is_moe(spec), spec.submodules.mlp
         spec = with_experts(spec, MoNELayer, MoNEExperts)

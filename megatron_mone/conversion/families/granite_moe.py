@@ -1,20 +1,14 @@
-"""Granite-MoE: as Mixtral, with four multipliers that Megatron has not."""
+"""Granite-MoE: as Mixtral, with four multipliers."""
 
 from megatron_mone.conversion.families import Family, mixtral
 from megatron_mone.conversion.hf_config import HFConfig
 from megatron_mone.conversion.pairs import ATTENTION, ENDS, LAYER, NORMS, FusedExperts, Pair
-from megatron_mone.conversion.shape import Shape
+from megatron_mone.conversion.shape import Shape, multipliers
 
 
 def shape(config: HFConfig) -> Shape:
-    """The multipliers are told of: they change values, no size."""
-    for name in ("embedding_multiplier", "logits_scaling", "residual_multiplier"):
-        config.unless(name, 1.0, "not multiplied here")
-    size = config.size("hidden_size") // config.size("num_attention_heads")
-    config.unless(
-        "attention_multiplier", size**-0.5, "scores are divided by the root of a head's size"
-    )
-    return mixtral.shape(config)
+    """Scores are multiplied by 1 where the config does not say."""
+    return mixtral.shape(config) | multipliers(config, attention=1.0)
 
 
 PAIRS = (

@@ -27,6 +27,7 @@ from megatron_mone.conversion.shape import (
     grouped_attention,
     latent_attention,
     layer_pattern,
+    multipliers,
     softmax_router,
     topk_scale,
 )
@@ -56,7 +57,9 @@ def shape(config: HFConfig) -> Shape:
     if config.truth("shared_expert_gate", False):
         routed["moe_shared_expert_gate"] = True
     found = decoder(config) | _attention(config) | routed | _router(config)
-    return found | _choice(config, layers, dense) | embeddings(config)
+    size = config.size("head_dim", config.size("hidden_size") // config.size("num_attention_heads"))
+    found |= _choice(config, layers, dense) | multipliers(config, attention=size**-0.5)
+    return found | embeddings(config)
 
 
 def _dense(config: HFConfig, layers: int) -> list[int]:

@@ -32,7 +32,10 @@ _FLAGS = (
     *("shared_expert_gate", "router_pre_softmax", "router_expert_bias", "mone_selection_bias"),
     "tie_word_embeddings",
 )
-_NUMBERS = ("rms_norm_eps", "routed_scaling_factor", "mone_threshold", "initializer_range")
+_NUMBERS = (
+    *("rms_norm_eps", "routed_scaling_factor", "mone_threshold", "initializer_range"),
+    *("embedding_multiplier", "residual_multiplier", "logits_scaling"),
+)
 # What rope_parameters hold of each kind that scales.
 _SCALES = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -42,8 +45,7 @@ _SCALES = {
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"), "sliding_window": (None,), "use_sliding_window": (None, False),
     "layer_types": (None,), "mlp_bias": (None, False), "clip_qkv": (None,),
-    "embedding_multiplier": (None, 1), "residual_multiplier": (None, 1),
-    "attention_multiplier": (None,), "logits_scaling": (None, 1), "attn_logit_softcapping": (None,),
+    "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,), "num_nextn_predict_layers": (None, 0),
     "norm_topk_prob": (None,), "first_k_dense_replace": (None,), "n_shared_experts": (None,),
     "decoder_sparse_step": (None,), "mlp_only_layers": (None,), "swiglu_limit": (None,),
@@ -65,6 +67,10 @@ class MoNEConfig(PreTrainedConfig):
         attention_bias, attention_output_bias: of q, k and v; of the output.
         qk_norm, qk_norm_all_heads: q and k are normalised, by head or over all heads at once; with
             latent attention, the latents are.
+        embedding_multiplier, residual_multiplier: of embeddings, and of what attention and MLP add
+            to the residual stream, as in Granite.
+        attention_multiplier: of the scores (None: one over the root of head_dim).
+        logits_scaling: what logits are divided by.
         kv_lora_rank: turns on DeepSeek's latent attention, with qk_nope_head_dim, qk_rope_head_dim,
             v_head_dim and q_lora_rank (None: q is projected at once).
         mlp_layer_types: "dense" or "sparse" (experts) for each layer; None: all sparse.
@@ -113,6 +119,10 @@ class MoNEConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     qk_norm: bool = False
     qk_norm_all_heads: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    logits_scaling: float = 1.0
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int | None = None
@@ -239,6 +249,11 @@ class MoNEConfig(PreTrainedConfig):
                 (value is not None) == latent, name, "given with kv_lora_rank, and only then"
             )
         self._need(latent or self.q_lora_rank is None, "q_lora_rank", "null without kv_lora_rank")
+        scale = self.attention_multiplier
+        self._need(
+            scale is None or (_is_number(scale) and not latent), "attention_multiplier",
+            "null with kv_lora_rank, or a number above 0",
+        )  # fmt: skip
         self._need(
             not self.qk_norm_all_heads or (self.qk_norm and not latent), "qk_norm_all_heads",
             "false without qk_norm, and with kv_lora_rank",

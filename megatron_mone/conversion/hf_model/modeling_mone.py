@@ -448,7 +448,7 @@ class MoNEAttention(_Attention):
         assert size is not None
         assert config.num_key_value_heads is not None
         shared = config.num_key_value_heads * size
-        self.scaling = size**-0.5
+        self.scaling = config.attention_multiplier or size**-0.5
         self.q_proj = nn.Linear(hidden, self.num_heads * size, bias=bias)
         self.k_proj = nn.Linear(hidden, shared, bias=bias)
         self.v_proj = nn.Linear(hidden, shared, bias=bias)
@@ -551,12 +551,14 @@ class MoNEDecoderLayer(GradientCheckpointingLayer):
             self.mlp = MoNEMLP(config, config.intermediate_size)
         self.input_layernorm = MoNERMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MoNERMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.residual_multiplier = config.residual_multiplier
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         """[batch, sequence, H] of the same."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states = hidden_states + attended * self.residual_multiplier
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + output * self.residual_multiplier
 
 
 class MoNEPreTrainedModel(PreTrainedModel):
@@ -652,7 +654,8 @@ class MoNEModel(MoNEPreTrainedModel):
             config=self.config, inputs_embeds=inputs_embeds, attention_mask=attention_mask,
             past_key_values=past_key_values, position_ids=position_ids,
         )  # fmt: skip
-        hidden_states, rotary = inputs_embeds, self.rotary_emb(inputs_embeds, position_ids)
+        hidden_states = inputs_embeds * self.config.embedding_multiplier
+        rotary = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states, position_embeddings=rotary, attention_mask=mask,
@@ -698,6 +701,7 @@ class MoNEForCausalLM(MoNEPreTrainedModel, GenerationMixin):
             **kwargs,
         )  # fmt: skip
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)

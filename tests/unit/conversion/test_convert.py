@@ -50,8 +50,9 @@ FAMILIES = {
     "qwen2_moe": dict(_EXPERTS, moe_intermediate_size=24, shared_expert_intermediate_size=40),
     "qwen3_moe": dict(_EXPERTS, moe_intermediate_size=24, head_dim=8, mlp_only_layers=[0]),
     "granitemoe": dict(
-        num_local_experts=4, num_experts_per_tok=2, attention_multiplier=8**-0.5,
-        embedding_multiplier=1.0, residual_multiplier=1.0, logits_scaling=1.0,
+        num_local_experts=4, num_experts_per_tok=2, attention_multiplier=0.015625 * 8,
+        embedding_multiplier=12.0, residual_multiplier=0.22, logits_scaling=6.0,
+        tie_word_embeddings=True,
     ),
     "deepseek_v2": dict(
         {**_GLM, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}, **_LATENT,
@@ -66,6 +67,8 @@ FAMILIES = {
         shared_expert_gate=True, attention_bias=True, qk_norm=True, qk_norm_all_heads=True,
         router_pre_softmax=True, router_dtype=None, routed_scaling_factor=1.5,
         rope_parameters={"rope_theta": 500, "partial_rotary_factor": 0.5},
+        embedding_multiplier=2.5, residual_multiplier=0.7, logits_scaling=3.0,
+        attention_multiplier=0.3,
     ),
     "mone latent": dict(
         _LATENT, num_experts=8, num_experts_per_tok=4, moe_intermediate_size=24, qk_norm=True,
@@ -84,7 +87,16 @@ FAMILIES = {
 }  # fmt: skip
 WITH_MTP = f"deepseek_v3 {MTP}"
 HALF = "qwen3_moe in bfloat16"
-AS_MONE = ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "glm4_moe", "deepseek_v2", "deepseek_v3"]
+AS_MONE = [
+    "mixtral",
+    "granitemoe",
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "glm4_moe",
+    "deepseek_v2",
+    "deepseek_v3",
+]
 
 
 def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:

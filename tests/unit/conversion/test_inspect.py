@@ -132,6 +132,30 @@ def test_what_a_shape_does_not_say_is_told(folder):
     assert "# new_trick = [1, 2]: not translated\n" in text
 
 
+GRANITE = {
+    "model_type": "granitemoe", "hidden_size": 1024, "intermediate_size": 512, "vocab_size": 49155,
+    "num_hidden_layers": 24, "num_attention_heads": 16, "num_local_experts": 32,
+    "num_experts_per_tok": 8, "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+def test_granites_multipliers_are_megatrons_and_ours(folder):
+    """Where they multiply by 1 nothing is said of them; scores are multiplied by 1 by default."""
+    plain = yaml.safe_load(model_file(folder(GRANITE | {"attention_multiplier": 0.125})))
+    assert not [name for name in plain if "mup" in name or "multiplier" in name]
+    text = model_file(folder(GRANITE | {
+        "embedding_multiplier": 12.0, "logits_scaling": 6.0, "residual_multiplier": 0.22,
+    }))  # fmt: skip
+    added = {name: value for name, value in yaml.safe_load(text).items() if name not in plain}
+    assert added == {
+        "use_mup": True, "mup_embedding_mult": 12.0, "mup_output_mult": 1 / 6,
+        "mup_base_head_dim": 1.0, "mup_attn_scale_power": 0.0, "mone_residual_multiplier": 0.22,
+    }  # fmt: skip
+    assert text.count("#") == 1
+    with pytest.raises(ValueError, match="logits_scaling = 0 must be above 0"):
+        model_file(folder(GRANITE | {"logits_scaling": 0}))
+
+
 def test_a_file_is_written_once_and_a_run_takes_it(folder, tmp_path, capsys):
     out = tmp_path / "models" / "mine.yaml"
     words = ["inspect", str(folder(QWEN3_235B)), "--out", str(out), "--mone", "quarter"]
