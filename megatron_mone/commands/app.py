@@ -18,6 +18,7 @@ from megatron_mone.commands import (
     generate,
     gpu_answer,
     inspect,
+    losses,
     merge_profile,
     plan,
     prepare,
@@ -35,7 +36,7 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, inspect, generate, evaluate, gpu_answer, doctor),
+    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, gpu_answer, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")

@@ -56,6 +56,7 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     values, config, load, step, rest = _read(words)
     if config is None:
         values = model_values(saved_arguments(_iteration(load, step)))
+        values |= _converted_tokenizer(load, values)
     values = {k: v for k, v in values.items() if not is_training(k) and k != "load"}
     source = config or load
     flags = to_flags(values, parser, source)
@@ -63,6 +64,16 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
     waits = [] if _gives("--distributed-timeout-minutes", rest) else [
         "--distributed-timeout-minutes", _MINUTES]  # fmt: skip
     return [*flags, *_FIXED, *waits, *chosen, *rest]
+
+
+def _converted_tokenizer(load: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint that `convert` wrote: the tokenizer that travelled with it."""
+    from megatron_mone.conversion.convert import SOURCE
+
+    folder = load / SOURCE
+    if values.get("tokenizer_type") != "NullTokenizer" or not any(folder.glob("tokenizer*")):
+        return {}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(folder)}
 
 
 def checkpoint_of(words: Sequence[str]) -> Path:

@@ -58,9 +58,12 @@ def _add(family: str) -> None:
     families.families = lambda: {**known, **{kind: added for kind in added.model_types}}
 
 
-def make_all(folder: str, made: dict[str, list[str]], wrong: dict[str, list[str]]) -> None:
+def make_all(
+    folder: str, made: dict[str, list[str]], losses: list[str], wrong: dict[str, list[str]]
+) -> None:
     """Of each made, name -> words of `convert`: a checkpoint, its export, its logits, what was
-    said. Then `wrong` as convert_all's."""
+    said. Then the command `losses`, twice, its file changed in between: said-1.txt, said-2.txt; and
+    `wrong` as convert_all's."""
     import torch
 
     from megatron_mone.commands.app import main
@@ -76,6 +79,18 @@ def make_all(folder: str, made: dict[str, list[str]], wrong: dict[str, list[str]
         convert.export_model(here / "checkpoint", here / "export", quiet)
         save_logits(here, "one", ())
         torch.distributed.destroy_process_group()  # the next one makes its own
+    for time in (1, 2):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            assert main(losses) == 0
+        (Path(folder) / f"said-{time}.txt").write_text(out.getvalue())
+        if time == 1:
+            path = Path(folder) / "losses" / "losses.json"
+            (path.parent / "first.json").write_bytes(path.read_bytes())
+            document = json.loads(path.read_text())
+            del document["losses"]["1/2 in layer 1"]
+            document["losses"]["1/4 in layer 1"] = 100.0
+            path.write_text(json.dumps(document))
     _wrong(Path(folder), wrong)
 
 

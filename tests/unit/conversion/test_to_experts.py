@@ -3,6 +3,7 @@ told where it is not, and what is wrong is one line."""
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from megatron_mone.conversion.calibration import _LENGTH
@@ -57,12 +59,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items()):  # fmt: skip
         write_dense(found / name, {**TINY, "max_position_embeddings": 512, **more}, seed, tokens)
     drawn = torch.randint(0, VOCABULARY, (ROWS * _LENGTH + 5,))
-    (found / "text.txt").write_text(" ".join(f"w{n}" for n in drawn.tolist()))
-    (found / "short.txt").write_text("w1 w2 w3")
+    (found / "text.txt").write_text(" ".join(f"w{n:02}" for n in drawn.tolist()))
+    (found / "short.txt").write_text("w01 w02 w03")
     (found / "bytes.txt").write_bytes(b"\xff\xfe\xff")
     log = found / "log"
     made = {name: in_folder(found, words) for name, words in (SAME | OTHER).items()}
-    job = forked_ranks.start(1, conversion_cases.make_all, (str(found), made, wrong(found)), log)
+    job = forked_ranks.start(
+        1, conversion_cases.make_all, (str(found), made, measured(found), wrong(found)), log
+    )
     assert job.wait(600) == 0, log.read_text(errors="replace")[-4000:]
     return found
 
@@ -76,9 +80,11 @@ def write_dense(folder: Path, values: dict, seed: int, tokens: torch.Tensor) -> 
             tensor.copy_(torch.randn(tensor.shape) * 0.2 + ("norm" in name))
         model.save_pretrained(folder)
         torch.save(model(tokens).logits.float(), folder / "theirs.pt")
-    words = Tokenizer(WordLevel({f"w{n}": n for n in range(VOCABULARY)}, unk_token="w0"))
+    words = Tokenizer(WordLevel({f"w{n:02}": n for n in range(VOCABULARY)}, unk_token="w00"))
     words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="w00", eos_token="w01"
+    ).save_pretrained(folder)
 
 
 def in_folder(folder: Path, words: list[str]) -> list[str]:
@@ -141,14 +147,56 @@ def test_the_loss_that_was_told_is_the_checkpoints(folder):
     ):
         with torch.no_grad():
             logits = model(last).logits[..., :VOCABULARY]
-        loss = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), last[:, 1:].flatten()
-        )
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), last[:, 1:].flatten())
         assert told[key] == pytest.approx(loss.item(), abs=1e-4)
     assert abs(told["loss_after"] - told["loss_before"]) > 1e-3
     assert all(0 < error < 1 for error in told["error_by_layer"])
     said = (folder / "fewer" / "said.txt").read_text()
     assert f"{told['loss_after']:.4f} with 2 of 4 experts" in said
+
+
+def measured(folder: Path) -> list[str]:
+    """The words of `losses`."""
+    return [
+        "losses", str(folder / "fewer" / "checkpoint"), "--text", str(folder / "text.txt"),
+        "--ratios", "1/2,1/4", "--tokens", "700", "--length", "96", "--out", str(folder / "losses"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "layers"),
+    [("as it is", 8, []), ("1/2 in all layers", 4, [0, 1]), ("1/2 in layer 1", 4, [1])],
+)
+def test_losses_are_those_of_the_model_that_keeps_fewer(folder, name, kept, layers):
+    export = folder / "fewer" / "export"
+    config = json.loads((export / "config.json").read_text())
+    config |= {"mone_neuron_ratio": kept / 8, "mone_layers": layers}
+    changed = folder / name.replace("/", "-")
+    shutil.copytree(export, changed)
+    (changed / "config.json").write_text(json.dumps(config))
+    words = (folder / "text.txt").read_text().split()
+    ids = [1, *(int(word[1:]) for word in words)][: 7 * 96 + 1]
+    rows = torch.tensor(ids).unfold(0, 97, 96)
+    with torch.no_grad():
+        logits = load_model(changed).model(rows[:, :-1]).logits
+    loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    document = json.loads((folder / "losses" / "losses.json").read_text())
+    assert document["losses"][name] == pytest.approx(loss.item(), abs=1e-4)
+    assert document["measured"]["tokens"] == 7 * 96
+
+
+def test_what_was_measured_is_not_measured_again(folder):
+    first = json.loads((folder / "losses" / "first.json").read_text())["losses"]
+    second = json.loads((folder / "losses" / "losses.json").read_text())["losses"]
+    assert first.keys() == second.keys()
+    assert len(first) == 1 + 2 * 3
+    assert {name for name in first if first[name] != second[name]} == {"1/4 in layer 1"}
+    assert second["1/4 in layer 1"] == 100.0
+    said = (folder / "said-1.txt").read_text().splitlines()
+    assert said[1].split() == ["grows", "by", "r", "=", "1/2", "r", "=", "1/4"]
+    grown = first["1/4 in all layers"] - first["as it is"]
+    assert said[4].split() == ["all", "layers", said[4].split()[2], f"{grown:.4f}"]
+    assert (folder / "losses" / "losses.png").stat().st_size > 1000
 
 
 def test_a_share_of_each_copy_is_redrawn(folder):
@@ -220,14 +268,19 @@ def wrong(folder: Path) -> dict[str, list[str]]:
         "mone": ["upcycle", "llama", "--experts", "4", "--topk", "2", "--mone", "hlaf"],
         "there": ["upcycle", "llama", "--experts", "4", "--topk", "2"],
     }  # fmt: skip
+    checkpoint, text = str(folder / "fewer" / "checkpoint"), str(folder / "text.txt")
+    losses = {
+        "ratio": ["--text", text, "--ratios", "1/5"],
+        "no ratio": ["--text", text, "--ratios", "half"],
+        "few tokens": ["--text", str(folder / "short.txt")],
+        "nowhere": ["--text", str(folder / "nowhere")],
+    }
     out = {"there": "text.txt"}
+    refused = {name: in_folder(folder, words) for name, words in commands.items()}
+    refused |= {name: ["losses", checkpoint, *words] for name, words in losses.items()}
     return {
-        name: [
-            *in_folder(folder, words),
-            "--out",
-            str(folder / out.get(name, "refused")),
-        ]
-        for name, words in commands.items()
+        name: [*words, "--out", str(folder / out.get(name, "refused"))]
+        for name, words in refused.items()
     }
 
 
@@ -248,6 +301,10 @@ SAID = {
     "third of two": "--attention 3 must be average or a number from 1 to 2",
     "mone": "hlaf",
     "there": "is there: choose another folder",
+    "ratio": "--ratios 1/5: 1/5 of 8 neurons is no multiple of 1 from 1 to all",
+    "no ratio": "--ratios half: give shares such as",
+    "few tokens": "short.txt has 3 tokens: give 256 or more",
+    "nowhere": "nowhere: No such file",
 }
 
 
