@@ -109,8 +109,12 @@ def _moe_layers(config: Any) -> list[int]:
     return list(freq)
 
 
-def mask_steps(text: str) -> tuple[int, int]:
-    """(first, last) of mone_record_mask_steps, "5" or "5-8".
+def mask_steps(text: str, name: str = "mone_record_mask_steps") -> tuple[int, int]:
+    """(first, last) of steps to record masks of, "5" or "5-8".
+
+    Args:
+        text: of a field or an option.
+        name: of it.
 
     Raises:
         ValueError: anything else.
@@ -118,7 +122,7 @@ def mask_steps(text: str) -> tuple[int, int]:
     first, _, last = str(text).partition("-")
     last = last or first
     valid = first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)
-    check(valid, "mone_record_mask_steps", text, "a step or a range of steps, e.g. 5 or 5-8")
+    check(valid, name, text, "a step or a range of steps, e.g. 5 or 5-8")
     return int(first), int(last)
 
 

@@ -14,6 +14,7 @@ from megatron_mone.commands import (
     convert,
     doctor,
     evaluate,
+    export_load,
     gather_profiles,
     generate,
     gpu_answer,
@@ -36,7 +37,8 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, gpu_answer, doctor),
+    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, export_load),
+    *(gpu_answer, doctor),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")

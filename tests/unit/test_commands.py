@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "--ranks", "prepare": "--json-key", "profile": "--warm-up", "compare": "--threshold",
     "plan": "--sweep", "merge-profile": "--skip-unreadable", "gather-profiles": "--nodes",
     "report-plan": "--out", "inspect": "--mone", "generate": "--top-p", "eval": "--tasks",
+    "export-load": "--steps",
     "run": "--hang-seconds", "submit": "--test-only", "sweep": "--grid", "status": "--runs",
     "cancel": "--runs", "logs": "--follow", "resume": "--runs",
 }  # fmt: skip

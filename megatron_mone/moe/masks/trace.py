@@ -10,7 +10,7 @@ neurons of a whole expert.
 import hashlib
 import io
 import pickle
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,9 @@ class TraceModel:
     num_experts: int
     moe_ffn_hidden_size: int
     seq_length: int
+
+
+_SIZES = tuple(one.name for one in fields(TraceModel))
 
 
 @dataclass
@@ -158,8 +161,20 @@ def mask_file(folder: Path, step: int, layer: int) -> Path:
     return folder / f"step-{step:07d}" / f"layer-{layer:03d}.pt"
 
 
-def recorded_steps(folder: Path) -> tuple[int, int]:
+def recorded_layers(folder: Path, step: int) -> list[int]:
+    """Numbers of the layers with masks of a step, ascending."""
+    names = [
+        path.stem.removeprefix("layer-") for path in mask_file(folder, step, 0).parent.iterdir()
+    ]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def recorded_steps(folder: Path, asked: str = "mone_replay_masks") -> tuple[int, int]:
     """First and last step with masks in `folder`.
+
+    Args:
+        folder: of the masks.
+        asked: what named it.
 
     Raises:
         MaskTraceError: there is none, or one between them is missing.
@@ -168,16 +183,30 @@ def recorded_steps(folder: Path) -> tuple[int, int]:
     steps = sorted(int(name) for name in names if name.isdigit())
     if not steps:
         raise MaskTraceError(
-            f"mone_replay_masks = {str(folder)!r} holds no recorded steps: name the folder that "
+            f"{asked} = {str(folder)!r} holds no recorded steps: name the folder that "
             "mone_record_masks named in the recorded run"
         )
     missing = sorted(set(range(steps[0], steps[-1] + 1)) - set(steps))
     if missing:
         raise MaskTraceError(
-            f"mone_replay_masks = {str(folder)!r} lacks step {missing[0]} between {steps[0]} and "
+            f"{asked} = {str(folder)!r} lacks step {missing[0]} between {steps[0]} and "
             f"{steps[-1]}: record it again"
         )
     return steps[0], steps[-1]
+
+
+def trace_model(folder: Path, step: int, layer: int) -> TraceModel:
+    """The model that recorded the masks of a layer in a step.
+
+    Raises:
+        MaskTraceError: names the file, what is wrong with it and the fix.
+    """
+    path = mask_file(folder, step, layer)
+    saved, _, _ = _read(path, step, layer)
+    sizes = {name: saved[name] for name in _SIZES}
+    if not all(type(size) is int and size > 0 for size in sizes.values()):
+        raise MaskTraceError(f"{path} is damaged (sizes {sizes}): record it again")
+    return TraceModel(**sizes)
 
 
 def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMasks:
@@ -186,19 +215,7 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
     Raises:
         MaskTraceError: names the file, what is wrong with it and the fix.
     """
-    try:
-        content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
-        manifest, keys, bits = content["manifest"], content["keys_P"], content["bits_PB"]
-        saved = {name: manifest[name] for name in (*asdict(model), "schema", "step", "layer")}
-        digest = manifest["digest"]
-    except FileNotFoundError as error:
-        raise MaskTraceError(
-            f"{path} is missing: no masks were recorded there for step {step}, layer {layer}"
-        ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        raise MaskTraceError(
-            f"{path} is not a mask file, or is damaged ({_first_line(error)}): record it again"
-        ) from error
+    saved, keys, bits = _read(path, step, layer)
     for name, value in {**asdict(model), "schema": SCHEMA, "step": step, "layer": layer}.items():
         if saved[name] != value:
             raise MaskTraceError(
@@ -212,7 +229,7 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
         and tuple(bits.shape) == (keys.numel(), width)
         and _ascending(keys)
     )
-    if not whole or _digest(keys, bits) != digest:
+    if not whole or _digest(keys, bits) != saved["digest"]:
         raise MaskTraceError(f"{path} is damaged (its masks do not match their digest): record it "
                          "again")  # fmt: skip
     used = model.moe_ffn_hidden_size % 8
@@ -222,6 +239,23 @@ def read_masks(path: Path, step: int, layer: int, model: TraceModel) -> LayerMas
             "record it again"
         )
     return LayerMasks([keys], [bits])
+
+
+def _read(path: Path, step: int, layer: int) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """(manifest, keys_P, bits_PB) of a file, unchecked but for what the manifest names."""
+    try:
+        content = torch.load(io.BytesIO(path.read_bytes()), weights_only=True, map_location="cpu")
+        manifest, keys, bits = content["manifest"], content["keys_P"], content["bits_PB"]
+        named = (*_SIZES, "schema", "step", "layer", "digest")
+        return {name: manifest[name] for name in named}, keys, bits
+    except FileNotFoundError as error:
+        raise MaskTraceError(
+            f"{path} is missing: no masks were recorded there for step {step}, layer {layer}"
+        ) from error
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise MaskTraceError(
+            f"{path} is not a mask file, or is damaged ({_first_line(error)}): record it again"
+        ) from error
 
 
 def _to_bytes(masks: LayerMasks, model: TraceModel, step: int, layer: int) -> bytes:
