@@ -351,16 +351,19 @@ def export_model(
         made = mone_folder.config_of(
             model.args, model.config, "float32"
         )  # refuses before it writes
+        generation = mone_folder.generation_of(source, made["vocab_size"])
         return _export(
             reader, model, MONE, out, step, shard_bytes,
-            lambda folder, dtype: _write_mone(folder, made | {"dtype": dtype}, source),
+            lambda folder, dtype: _write_mone(folder, made | {"dtype": dtype}, generation, source),
         )  # fmt: skip
 
 
-def _write_mone(folder: Path, config: dict[str, Any], tokenizer: Path) -> None:
+def _write_mone(
+    folder: Path, config: dict[str, Any], generation: dict[str, Any], tokenizer: Path
+) -> None:
     if tokenizer.is_dir():
         _copy_beside(tokenizer, folder)
-    mone_folder.write_beside(folder, config)
+    mone_folder.write_beside(folder, config, generation)
 
 
 def words_of_saved(saved: dict[str, Any], source: Path, length: Any) -> list[str]:

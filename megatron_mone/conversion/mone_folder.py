@@ -9,10 +9,15 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
+
+from megatron_mone.common.checked_json import load
 from megatron_mone.common.files import write_json
 from megatron_mone.conversion.hf_config import CONFIG
 from megatron_mone.conversion.hf_model.folder import AUTO_MAP, copy_code
 
+GENERATION = "generation_config.json"
+_FIX = "copy the file again"
 _ONLY: dict[str, tuple[Any, ...]] = {
     "normalization": ("RMSNorm",), "position_embedding_type": ("rope",), "swiglu": (True,),
     "add_bias_linear": (False,), "apply_layernorm_1p": (False, None), "mtp_num_layers": (None, 0),
@@ -137,8 +142,39 @@ def _rope(args: Namespace, config: Any) -> dict[str, Any]:
     return found
 
 
-def write_beside(folder: Path, config: dict[str, Any]) -> None:
-    """config.json and the code that it names.
+def generation_of(source: Path, rows: int) -> dict[str, Any]:
+    """The generation_config.json of a model with the tokenizer of `source`; empty without one, and
+    where `source` has its own, which travels as it is.
+
+    It names the token that ends a text and rules out ids that stand for no text: rows of padding
+    take part in the softmax that was trained, but are never to be generated.
+
+    Args:
+        source: folder of a tokenizer, or of the model that was imported.
+        rows: of the embedding.
+
+    Raises:
+        ValueError: a file there that cannot be read; one line.
+    """
+    tokenizer, settings = source / "tokenizer.json", source / "tokenizer_config.json"
+    if not tokenizer.is_file() or (source / GENERATION).is_file():
+        return {}
+    try:
+        tokens = Tokenizer.from_file(str(tokenizer)).get_vocab()
+    except Exception as error:  # the library has no narrower one
+        raise ValueError(f"{tokenizer} is no tokenizer ({error}): {_FIX}") from error
+    found: dict[str, Any] = {}
+    end = load(settings, _FIX).get("eos_token") if settings.is_file() else None
+    end = end.get("content") if isinstance(end, dict) else end
+    if end in tokens:
+        found["eos_token_id"] = tokens[end]
+    if padding := list(range(max(tokens.values(), default=-1) + 1, rows)):
+        found["suppress_tokens"] = padding
+    return found
+
+
+def write_beside(folder: Path, config: dict[str, Any], generation: dict[str, Any]) -> None:
+    """config.json, the code that it names, and generation_config.json where it says anything.
 
     Raises:
         ValueError: a field that MoNEConfig refuses.
@@ -147,4 +183,6 @@ def write_beside(folder: Path, config: dict[str, Any]) -> None:
 
     MoNEConfig(**json.loads(json.dumps(config)))
     write_json(folder / CONFIG, config)
+    if generation:
+        write_json(folder / GENERATION, generation)
     copy_code(folder)

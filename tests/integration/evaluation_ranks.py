@@ -45,6 +45,13 @@ def evaluate(todo: str, folder: str) -> None:
     groups.end()
 
 
+def export(checkpoint: str, folder: str) -> None:
+    """Write a checkpoint as a MoNE model of transformers."""
+    from megatron_mone.conversion.convert import export_model
+
+    export_model(Path(checkpoint), Path(folder), lambda *told: None, mone=True)
+
+
 def _direct(words: list[str], texts: list[str], out: Path) -> None:
     """Each text's log-likelihood from Megatron's own loss, alone in a batch, and the token that is
     most likely after it."""

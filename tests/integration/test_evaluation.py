@@ -12,7 +12,8 @@ from launch.runs.run_manifest import record_start
 from megatron_mone.commands.app import main
 from megatron_mone.common.machine import version
 from megatron_mone.data.tokenizers import parse_spec, write_tokenizer
-from megatron_mone.evaluation.suites import OWN_TASKS
+from megatron_mone.evaluation.harness import prepare
+from megatron_mone.evaluation.suites import OWN_TASKS, task_manager
 from tests import forked_ranks
 from tests.integration import evaluation_ranks
 from tests.parity.layouts import EP2, PP2, TP2
@@ -23,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not version("lm-eval"), reason="needs lm-eval: megatron-mone[eval]"),
 ]
 
-QUICK = ["mone_cloze", "mone_choice", "mone_prose", "mone_recall"]
+TASKS = ["mone_cloze", "mone_choice", "mone_prose", "mone_recall", "texts"]
 LENGTH = ("--seq-length", "64")
 TEXTS = ["A short text.", "Another one, of more words than the first."]
 ONE_RANK = {"one row": 1, "eight rows": 8}
@@ -66,14 +67,17 @@ def runs(tmp_path_factory):
     record_start(folder / "run", "run", {"values": {}, "arguments": []}, (), {"ranks": 1})
 
     words = ["--load", str(saved), *LENGTH]
-    tasks = [*QUICK, "texts"]
-    one = [[name, words, tasks, batch] for name, batch in ONE_RANK.items()]
+    one = [[name, words, TASKS, batch] for name, batch in ONE_RANK.items()]
     one.append(["direct", words, TEXTS, 0])
+    log = folder / "export.log"
+    places = (str(saved), str(folder / "exported"))
+    export = forked_ranks.start(1, evaluation_ranks.export, places, log)
     one.append(["wrong tokenizer", [*words, "--tokenizer-model", str(folder / "wide")],
                 ["mone_cloze"], 8])  # fmt: skip
     _run(one, 1, folder)
-    two = [[name, [*words, *flags], tasks, 8] for name, flags in LAYOUTS.items()]
+    two = [[name, [*words, *flags], TASKS, 8] for name, flags in LAYOUTS.items()]
     _run([*two, ["registered", [*words, *EP2], ["mone_cloze"], 0]], 2, folder)
+    assert export.wait(timeout=600) == 0, log.read_text(errors="replace")[-5000:]
     return folder
 
 
@@ -89,10 +93,20 @@ def samples(folder: Path, task: str) -> list[dict]:
     return [json.loads(line) for line in lines]
 
 
-@pytest.mark.parametrize("name", ["one row", *LAYOUTS])
-def test_every_layout_scores_the_same(runs, name):
+@pytest.fixture(scope="module")
+def exported(runs):
+    """The checkpoint as a Hugging Face folder, and what `eval --model` finds of it."""
+    folder = runs / "exported"
+    words = ["--model", str(folder), "--out", str(runs / "export"), "--limit", "4"]
+    tasks = ["--tasks", ",".join(TASKS), "--include-path", str(runs / "tasks")]
+    assert main(["eval", *words, *tasks]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("name", ["one row", *LAYOUTS, "export"])
+def test_every_layout_and_the_export_score_the_same(runs, exported, name):
     """Of each sample: log-likelihoods, whether they are greedy, greedy continuations."""
-    for task in (*QUICK, "texts"):
+    for task in TASKS:
         wanted, got = samples(runs / "eight rows", task), samples(runs / name, task)
         assert [one["hash"] for one in got] == [one["hash"] for one in wanted]
         for a, b in zip(wanted, got, strict=True):
@@ -100,6 +114,24 @@ def test_every_layout_scores_the_same(runs, name):
             assert b.get("greedy") == a.get("greedy")
             assert b.get("log_likelihoods") == pytest.approx(a.get("log_likelihoods"), abs=1e-4)
     assert any(one["text"][0] for one in samples(runs / name, "mone_recall"))
+
+
+def test_lm_evals_own_model_scores_the_export_the_same(runs, exported, tmp_path, monkeypatch):
+    """Given the folder's name alone, with the code that came with it."""
+    from lm_eval import simple_evaluate
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    prepared = prepare(["mone_cloze"], None)
+    model = {"pretrained": str(exported), "trust_remote_code": True, "device": "cpu"}
+    found = simple_evaluate(
+        model="hf", model_args=model, tasks=list(prepared.tasks.values()), limit=4, batch_size=8,
+        bootstrap_iters=0, task_manager=task_manager(prepared.names, None),
+    )  # fmt: skip
+    got = [one["resps"][0][0][0] for one in found["samples"]["mone_cloze"]]
+    wanted = [one["log_likelihoods"][0] for one in samples(runs / "eight rows", "mone_cloze")]
+    assert got == pytest.approx(wanted, abs=1e-4)
 
 
 def test_a_text_scores_as_megatrons_loss_says(runs):

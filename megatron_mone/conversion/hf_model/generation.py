@@ -47,15 +47,16 @@ class Sampling:
                 value = getattr(self, name.replace("-", "_"))
                 raise ValueError(f"--{name} {value} is not allowed: it must be {allowed}")
 
-    def config(self, ends: list[int]) -> GenerationConfig:
+    def config(self, ends: list[int], never: list[int] | None = None) -> GenerationConfig:
         """transformers' form of it.
 
         Args:
             ends: tokens that end a text.
+            never: tokens that are not chosen.
         """
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"suppress_tokens": never} if never else {}
         if self.temperature > 0:
-            options = dict(temperature=self.temperature, top_p=self.top_p, top_k=0)
+            options |= dict(temperature=self.temperature, top_p=self.top_p, top_k=0)
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens, do_sample=self.temperature > 0,
             eos_token_id=ends or None, pad_token_id=ends[0] if ends else 0, **options,
@@ -85,11 +86,12 @@ def stream_text(
     ids = torch.tensor([tokenizer(prompt)["input_ids"]], dtype=torch.long)
     _check_prompt(folder, prompt, ids, model.config, sampling.max_new_tokens)
     ends = _ends(folder, model)
+    settings = sampling.config(ends, model.generation_config.suppress_tokens)
     model.generation_config = GenerationConfig()  # no other settings of the folder's
     if sampling.temperature > 0:
         torch.manual_seed(sampling.seed or 0)
     model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=sampling.config(ends),
+        ids, attention_mask=torch.ones_like(ids), generation_config=settings,
         streamer=TextStreamer(tokenizer, skip_special_tokens=True),
         logits_processor=LogitsProcessorList([_Finite(folder)]),
     )  # fmt: skip

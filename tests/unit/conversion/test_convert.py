@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -118,7 +119,8 @@ def write_source(folder: Path, name: str, tokens: torch.Tensor) -> None:
                 tensor.copy_(noise + ("norm" in tensor_name))
         torch.save(model(tokens).logits.float(), folder / "theirs.pt")
     model.save_pretrained(folder / "source")
-    (folder / "source" / "tokenizer.json").write_text("{}")
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    own.save(str(folder / "source" / "tokenizer.json"))
     if name == WITH_MTP:
         _add_mtp(folder / "source" / "model.safetensors")
 

@@ -14,6 +14,7 @@ from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
 from megatron_mone.conversion.hf_model.folder import AUTO_MAP, copy_code
 from megatron_mone.conversion.hf_model.loading import load_model
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
+from megatron_mone.conversion.mone_folder import generation_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,6 +78,32 @@ def test_the_likeliest_tokens_are_printed(folder, capsys):
     if len(words) < 8:  # it ended
         assert logits[-1].argmax() == 9
     assert [WORDS[n] for n in logits.argmax(dim=-1)][1:-1] == words[2:]
+
+
+def test_tokens_that_the_folder_rules_out_are_not_printed(folder, capsys):
+    assert generate(folder, "--max-new-tokens", "1") == 0
+    likeliest = capsys.readouterr().out.split()[2:]
+    never = [n for n, word in enumerate(WORDS) if word in likeliest or word == "<end>"]
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": never}))
+    assert generate(folder, "--max-new-tokens", "9") == 0
+    words = capsys.readouterr().out.split()
+    assert len(words) == 11
+    assert not set(words[2:]) & {WORDS[n] for n in never}
+
+
+def test_an_export_says_which_ids_end_a_text_and_which_stand_for_none(folder):
+    own = folder / "generation_config.json"
+    own.unlink()
+    rows = len(WORDS) + 3
+    assert generation_of(folder, rows) == {"eos_token_id": 9, "suppress_tokens": [10, 11, 12]}
+    assert generation_of(folder, len(WORDS)) == {"eos_token_id": 9}
+    own.write_text("{}")
+    assert generation_of(folder, rows) == {}  # it travels as it is
+    own.unlink()
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        generation_of(folder, rows)
+    assert generation_of(folder / "none", rows) == {}
 
 
 def test_draws_are_those_of_the_seed(folder, capsys):
