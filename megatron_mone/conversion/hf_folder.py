@@ -25,7 +25,9 @@ SHARD_BYTES = 5 * 10**9
 _HEADER_LIMIT = 10**8
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -64,7 +66,10 @@ class Weights:
             files, named = [SINGLE], None
         found: dict[str, Stored] = {}
         for name in files:
-            found |= _header(self.folder / name)
+            path = self.folder / name
+            if named is not None and not path.is_file():
+                raise ValueError(f"{path} is missing, which {INDEX} names: give the whole folder")
+            found |= _header(path)
         if named is not None and set(named) != set(found):
             wrong = sorted(set(named) ^ set(found))[0]
             where = (

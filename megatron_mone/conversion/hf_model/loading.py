@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from megatron_mone.common.checked_json import load
 from megatron_mone.conversion.hf_config import CONFIG, HFConfig
+from megatron_mone.conversion.hf_folder import Weights
 from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
 from megatron_mone.conversion.hf_model.folder import AUTO_MAP, CODE, has_own_code
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
 
-INDEX = "model.safetensors.index.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _LONGEST = 300  # characters of a library's message
@@ -61,7 +60,7 @@ def load_model(folder: Path, *, dtype: str = "auto", trust_code: bool = False) -
                 f"{folder / CONFIG}: {name} = {config.word(name)[:80]!r} names code elsewhere, "
                 "which is not fetched; take the field out"
             )
-    _check_weights(folder)
+    _ = Weights(folder).tensors  # every file is there and whole
     notes: list[str] = []
     ours = kind == MoNEConfig.model_type and (not has_code or _is_ours(folder))
     auto: Any = MoNEForCausalLM if ours else AutoModelForCausalLM
@@ -127,27 +126,6 @@ def _folder(folder: Path) -> Path:
 
 def _is_ours(folder: Path) -> bool:
     return load(folder / CONFIG, _FIX)["auto_map"] == AUTO_MAP and has_own_code(folder)
-
-
-def _check_weights(folder: Path) -> None:
-    """Every file of weights is there and whole."""
-    index, files = folder / INDEX, sorted(folder.glob("*.safetensors"))
-    if index.is_file():
-        named = load(index, _FIX)
-        named = named.get("weight_map") if isinstance(named, dict) else None
-        if not isinstance(named, dict) or not all(isinstance(one, str) for one in named.values()):
-            raise ValueError(f"{index}: has no weight_map of tensors' files; {_FIX}")
-        files = sorted({folder / Path(name).name for name in named.values()})
-    if not files:
-        raise ValueError(f"{folder} has no *.safetensors, and other kinds of weights are not read")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing, which {INDEX} names; {_FIX}") from None
-        except SafetensorError as error:
-            raise ValueError(f"{file}: cut short or damaged ({error}); {_FIX}") from None
 
 
 @contextmanager
