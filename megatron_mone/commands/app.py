@@ -26,6 +26,7 @@ from megatron_mone.commands import (
     profile,
     report_plan,
     report_profile,
+    study,
     train,
 )
 from megatron_mone.common.installed import NAME, own
@@ -36,9 +37,9 @@ _NAMED = Path(sys.argv[0]).name != "__main__.py"
 app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
-    *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles),
-    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, export_load),
-    *(gpu_answer, doctor),
+    *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles, doctor),
+    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, study),
+    *(export_load, gpu_answer),
 ):
     app.add_typer(_room.program)
 app.add_typer(bench.program, name="bench")

@@ -29,13 +29,13 @@ ROOMS = (
         "evaluation",
     ),
     *("profiling", "planning", "reporting"),
-    *("benchmarking", "demo", "commands"),
+    *("benchmarking", "demo", "studies", "commands"),
     *("pretrain", "layer_spec", "__main__"),
 )
 COPIED = (
     "megatron_mone.conversion.hf_model"  # its files name each other as in the folders they go to
 )
-LAUNCHES = ("demo", "commands")  # alone may import `launch`
+LAUNCHES = ("demo", "studies", "commands")  # alone may import `launch`
 NEITHER = {name: ("kernels",) for name in ("config_checks", "config")}  # though it stands above
 TOP = ("megatron_mone", "launch", "tools")
 

@@ -1,0 +1,66 @@
+"""`study`: a question about MoNE, answered by runs of the trainer."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from megatron_mone.common.exit_status import INTERRUPTED
+from megatron_mone.common.program import Program
+
+program = Program()
+main = program.main
+TOKENIZER = "bpe:1024"
+
+
+@program.command("study")
+def study(
+    name: Annotated[str, Argument(metavar="NAME", help="ratio, balance, activation, block")],
+    preset: Annotated[str, Option(metavar="NAME", help="size of its runs: tiny, cpu")] = "cpu",
+    seeds: Annotated[
+        int | None, Option(metavar="N", min=1, help="of each cell (the preset's)")
+    ] = None,
+    out: Annotated[Path, Option(metavar="FOLDER", help="of all studies")] = Path("out/studies"),
+) -> int:
+    """Train the cells of a study and write what they say, with 95% intervals over seeds.
+
+        megatron-mone study ratio
+        megatron-mone study block --preset tiny --out out/studies
+
+    Runs that are there are not trained again, also those of another study; stopped, the same
+    command goes on. Writes OUT/NAME-PRESET/results.json and report.html. Exit status: 0; 1 a run
+    failed; 2 wrong input; 130 stopped.
+    """
+    from megatron_mone.common.places import ROOT
+    from megatron_mone.common.progress import progress_bar
+    from megatron_mone.demo.runs import TrainingError
+    from megatron_mone.studies.catalogue import preset_of, study_of
+    from megatron_mone.studies.command import PAGE, run_study
+
+    chosen = study_of(name)
+    size = preset_of(chosen, preset)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    data = out / "data" / "shakespeare"
+    prepare = ["-m", "tools.prepare_data", "--corpus", "shakespeare", "--output-prefix", str(data),
+               "--tokenizer", TOKENIZER]  # fmt: skip
+    number = seeds or size.seeds
+    again = f"megatron-mone study {name} --preset {preset} --seeds {number} --out {out}"
+    if subprocess.run([sys.executable, *prepare], cwd=ROOT, check=False).returncode:
+        print("megatron-mone: error: the data could not be prepared", file=sys.stderr)
+        return 1
+    try:
+        with progress_bar() as bar:
+            results = run_study(chosen, preset, number, data, out, [again], bar)
+    except TrainingError as error:
+        print(f"megatron-mone: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"megatron-mone: stopped; the same command goes on: {again}", file=sys.stderr)
+        return INTERRUPTED
+    print(*chosen.findings(results), sep="\n")
+    print(f"wrote {os.path.relpath(out / f'{name}-{preset}' / PAGE)}")
+    return 0

@@ -1,0 +1,77 @@
+"""results.json of a study: the numbers of every run, and nothing that is derived of them."""
+
+from megatron_mone.common.documents import Document, Number, Part, Text, Whole
+from megatron_mone.studies.statistics import Estimate, difference, estimate
+
+
+class Point(Part):
+    """A validation loss, nats a token, after a step."""
+
+    step: Whole
+    loss: Number
+
+
+class StudyRun(Part):
+    """One training run of a cell.
+
+    The run's name is that of its folder: of what it is made from.
+    """
+
+    seed: Whole
+    run: Text
+    steps: Whole
+    tokens_per_step: Whole
+    active_flops_per_step: Number
+    """Of all ranks: operations that kept neurons needed."""
+    executed_flops_per_step: Number
+    validation: list[Point]
+    chooses: bool
+    """Whether it chooses among neurons."""
+    dead_share: Number
+    """Neurons never kept in the last logging window, of all that are chosen among; 0 without."""
+
+
+class StudyCell(Part):
+    """A model of the grid."""
+
+    name: Text
+    meaning: Text
+    values: dict[str, Text]
+    """What it has otherwise than the preset, as JSON."""
+    runs: list[StudyRun]
+
+    def losses(self) -> dict[int, float]:
+        """Seed -> nats a token after the last step."""
+        return {run.seed: run.validation[-1].loss for run in self.runs}
+
+    @property
+    def loss(self) -> Estimate:
+        """Nats a token after the last step."""
+        return estimate(list(self.losses().values()))
+
+
+class StudyResults(Document, schema="megatron-mone/study/1", again="run the study again", indent=1):
+    """A study's results."""
+
+    study: Text
+    preset: Text
+    reference: Text
+    """Name of the cell that all are compared with."""
+    commands: list[Text]
+    """That give these results."""
+    machine: Text
+    seconds: Number
+    """That the steps of all runs took, one run after another."""
+    cells: list[StudyCell]
+
+    def cell(self, name: str) -> StudyCell:
+        """The cell of a name."""
+        return next(cell for cell in self.cells if cell.name == name)
+
+    def has(self, *names: str) -> bool:
+        """Whether all these cells were trained."""
+        return {*names} <= {cell.name for cell in self.cells}
+
+    def difference(self, name: str, against: str) -> Estimate:
+        """Nats a token that one cell ends above another, seed by seed."""
+        return difference(self.cell(name).losses(), self.cell(against).losses())
