@@ -27,3 +27,17 @@ def atomic_write(path: Path, data: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`atomic_write` of indented JSON with a final newline."""
     atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_text(path: Path, flag: str) -> str:
+    """The text of a file that a flag names.
+
+    Raises:
+        ValueError: it cannot be read, or is no UTF-8; one line.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{flag} {path} is not UTF-8 text") from None

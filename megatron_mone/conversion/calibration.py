@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.common.files import read_text
 from megatron_mone.conversion.made_experts import LayerPlan
 from megatron_mone.conversion.neuron_groups import fitted_router, random_split, split_by_firing
 
@@ -89,7 +90,7 @@ def calibrate(
     """
     from megatron_mone.conversion.hf_model.loading import load_model, load_tokenizer
 
-    words = _read(text)
+    words = read_text(text, "--text")
     model = load_model(folder, dtype="float32").model
     tokenizer = load_tokenizer(folder, model)
     ids = tokenizer(words[: 16 * tokens], return_tensors="pt", verbose=False).input_ids[0][:tokens]
@@ -125,15 +126,6 @@ def calibrate(
         )
     chose = (rows - measured) * _LENGTH
     return Calibrated(plans, errors, before, after, (chose, measured * (_LENGTH - 1)))
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--text {text}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--text {text} is not UTF-8 text") from None
 
 
 @contextmanager

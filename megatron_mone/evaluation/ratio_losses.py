@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.common.files import write_json
+from megatron_mone.common.files import read_text, write_json
 from megatron_mone.evaluation.forward import Forward, log_probabilities
 from megatron_mone.evaluation.loading import Loaded, load
 
@@ -62,7 +62,7 @@ def measure(
     Raises:
         ValueError: one line: a wrong text, ratio or checkpoint.
     """
-    words = _read(text)
+    words = read_text(text, "--text")
     with _loaded(checkpoint) as loaded:
         layers = dict(_experts(loaded)) if ratios else {}
         for ratio in ratios if layers else ():
@@ -106,15 +106,6 @@ def _loaded(checkpoint: Path) -> Iterator[Loaded]:
         destroy_global_state()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"--text {text}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"--text {text} is not UTF-8 text") from None
 
 
 def _every_neuron(checkpoint: Path) -> list[str]:

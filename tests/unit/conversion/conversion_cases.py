@@ -122,6 +122,16 @@ def _wrong(folder: Path, wrong: dict[str, list[str]]) -> None:
     (folder / "wrong.json").write_text(json.dumps(answers))
 
 
+def check_refused(folder: Path, name: str, said: str) -> None:
+    """A command of wrong.json ended with status 2 and one line, and left nothing."""
+    status, error = json.loads((folder / "wrong.json").read_text())[name]
+    lines = [line for line in error.splitlines() if "error:" in line]
+    assert status == 2
+    assert len(lines) == 1, error
+    assert said in lines[0]
+    assert not list(folder.glob("refused*"))
+
+
 def laid_out(folder: str, names: list[str], family: str) -> None:
     """Logits of each checkpoint in every layout of two ranks."""
     _add(family)

@@ -348,9 +348,4 @@ SAID = {
 
 @pytest.mark.parametrize("name", SAID)
 def test_what_is_wrong_is_one_line(folder, name):
-    status, error = json.loads((folder / "wrong.json").read_text())[name]
-    lines = [line for line in error.splitlines() if "error:" in line]
-    assert status == 2
-    assert len(lines) == 1, error
-    assert SAID[name] in lines[0]
-    assert not (folder / "refused").exists()
+    conversion_cases.check_refused(folder, name, SAID[name])
