@@ -12,7 +12,7 @@ from typer import Argument, Option
 from megatron_mone.common.program import Program
 
 if TYPE_CHECKING:
-    from megatron_mone.conversion.convert import Step
+    from megatron_mone.conversion.folders import Step
 
 
 class Split(StrEnum):
@@ -53,7 +53,7 @@ def import_(
     One tensor is in memory at a time, of experts a layer's. Stopped, it goes on where it was.
     model.yaml in the new folder is the model of a run file. Exit status 2 for wrong input.
     """
-    from megatron_mone.conversion.convert import import_model
+    from megatron_mone.conversion.importing import import_model
 
     with _bar() as step:
         said = import_model(source, out, step, mone=mone, differs=differs)
@@ -88,7 +88,7 @@ def export(
         raise ValueError(
             f"--like {like}: a MoNE model is written by the checkpoint's own arguments"
         )
-    from megatron_mone.conversion.convert import export_model
+    from megatron_mone.conversion.exporting import export_model
 
     with _bar() as step:
         written = export_model(checkpoint, out, step, like=like, mone=mone)
@@ -103,7 +103,7 @@ def roundtrip(source: _Source) -> None:
 
     Needs twice the folder's size in the folder for temporary files. Exit status 2 for a difference.
     """
-    from megatron_mone.conversion.convert import round_trip
+    from megatron_mone.conversion.exporting import round_trip
 
     with tempfile.TemporaryDirectory() as scratch, _bar() as step:
         equal = round_trip(source, Path(scratch), step)

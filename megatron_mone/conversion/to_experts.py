@@ -9,18 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.conversion.convert import (
-    Origin,
-    Step,
-    fingerprint,
-    refuse_existing,
-    refuse_notes,
-    words_of_shape,
-    write_checkpoint,
-)
 from megatron_mone.conversion.families import Family, family_of
+from megatron_mone.conversion.folders import Step, refuse_existing
 from megatron_mone.conversion.hf_config import HFConfig
 from megatron_mone.conversion.hf_folder import Weights
+from megatron_mone.conversion.importing import Origin, fingerprint, refuse_notes, write_checkpoint
 from megatron_mone.conversion.inspect import shape_file
 from megatron_mone.conversion.made_experts import (
     MadeWeights,
@@ -30,6 +23,7 @@ from megatron_mone.conversion.made_experts import (
     merged,
     upcycled,
 )
+from megatron_mone.conversion.placing import words_of_shape
 from megatron_mone.conversion.shape import Shape
 
 SUMMARY = "experts.json"

@@ -68,7 +68,7 @@ def evaluation_words(words: Sequence[str]) -> list[str]:
 
 def _converted_tokenizer(load: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint that `convert` wrote: the tokenizer that travelled with it."""
-    from megatron_mone.conversion.convert import SOURCE
+    from megatron_mone.conversion.folders import SOURCE
 
     folder = load / SOURCE
     if values.get("tokenizer_type") != "NullTokenizer" or not any(folder.glob("tokenizer*")):

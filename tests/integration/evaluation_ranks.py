@@ -47,7 +47,7 @@ def evaluate(todo: str, folder: str) -> None:
 
 def export(checkpoint: str, folder: str) -> None:
     """Write a checkpoint as a MoNE model of transformers."""
-    from megatron_mone.conversion.convert import export_model
+    from megatron_mone.conversion.exporting import export_model
 
     export_model(Path(checkpoint), Path(folder), lambda *told: None, mone=True)
 

@@ -27,21 +27,22 @@ def convert_all(
     """
     import torch
 
-    from megatron_mone.conversion import convert
+    from megatron_mone.conversion.exporting import export_model
+    from megatron_mone.conversion.importing import import_model
 
     _add(family)
     for name in names:
         here = Path(folder) / name
-        said = convert.import_model(here / "source", here / "checkpoint", quiet)
+        said = import_model(here / "source", here / "checkpoint", quiet)
         (here / "said.json").write_text(json.dumps(said))
-        convert.export_model(here / "checkpoint", here / "export", quiet, shard_bytes=30_000)
+        export_model(here / "checkpoint", here / "export", quiet, shard_bytes=30_000)
         if not name.endswith(MTP):
             save_logits(here, "one", ())
             torch.distributed.destroy_process_group()  # the next import makes its own
     for name in as_mone:
         here = Path(folder) / name
-        convert.import_model(here / "source", here / "mone checkpoint", quiet, mone=QUARTER)
-        convert.export_model(here / "mone checkpoint", here / "mone", quiet, mone=True)
+        import_model(here / "source", here / "mone checkpoint", quiet, mone=QUARTER)
+        export_model(here / "mone checkpoint", here / "mone", quiet, mone=True)
         save_logits(here, "mone", (), "mone checkpoint")
         torch.distributed.destroy_process_group()
     _stop_and_go_on(Path(folder) / names[0])
@@ -67,7 +68,7 @@ def make_all(
     import torch
 
     from megatron_mone.commands.app import main
-    from megatron_mone.conversion import convert
+    from megatron_mone.conversion.exporting import export_model
 
     for name, words in made.items():
         here = Path(folder) / name
@@ -76,7 +77,7 @@ def make_all(
         with contextlib.redirect_stdout(out):
             assert main([*words, "--out", str(here / "checkpoint")]) == 0
         (here / "said.txt").write_text(out.getvalue())
-        convert.export_model(here / "checkpoint", here / "export", quiet)
+        export_model(here / "checkpoint", here / "export", quiet)
         save_logits(here, "one", ())
         torch.distributed.destroy_process_group()  # the next one makes its own
     for time in (1, 2):
@@ -96,17 +97,17 @@ def make_all(
 
 def _stop_and_go_on(here: Path) -> None:
     """An import that is stopped after its first part; resumed.json: that part's file, twice."""
-    from megatron_mone.conversion import convert
+    from megatron_mone.conversion.importing import import_model
 
     def stop(done: int, total: int, what: str) -> None:
         raise KeyboardInterrupt
 
     out, seen = here / "resumed", []
     with contextlib.suppress(KeyboardInterrupt):
-        convert.import_model(here / "source", out, stop)
+        import_model(here / "source", out, stop)
     part = here / "resumed.partial" / "release" / "__0_0.distcp"
     seen.append((part.stat().st_ino, out.exists()))
-    convert.import_model(here / "source", out, quiet)
+    import_model(here / "source", out, quiet)
     seen.append(((out / "release" / part.name).stat().st_ino, out.exists()))
     (here / "resumed.json").write_text(json.dumps(seen))
 
@@ -166,7 +167,7 @@ def logits_of(checkpoint: Path, tokens, flags: tuple[str, ...]):
     from megatron.training.checkpointing import load_checkpoint
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_mone.conversion.convert import words_of_shape
+    from megatron_mone.conversion.placing import words_of_shape
     from megatron_mone.model import patches
     from megatron_mone.model.arguments import parse_arguments
     from megatron_mone.model.config_builder import build_model_config

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_mone.conversion.convert import words_of_saved
 from megatron_mone.conversion.hf_folder import Weights
 from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
 from megatron_mone.conversion.hf_model.folder import has_own_code
 from megatron_mone.conversion.hf_model.loading import load_model
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
+from megatron_mone.conversion.placing import words_of_saved
 from tests import forked_ranks
 from tests.forked_ranks import ROOT
 from tests.unit.conversion import conversion_cases
