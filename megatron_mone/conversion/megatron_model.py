@@ -2,7 +2,7 @@
 
 The model is built by the trainer's own builder on one rank under torch's FakeTensorMode, and asked
 for its sharded state dict: keys, stacked layers, experts and vocabulary are Megatron's, not ours.
-May touch: Megatron's globals and parallel state, which are torn down at the end.
+May touch: Megatron's globals, parallel state and the ranks' environment, as they were at the end.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ TRAINING_STATE = frozenset({"mlp.experts.ng_weights"})
 OF_CHOICE = TRAINING_STATE | {"mlp.experts.neuron_bias"}
 """Of layers that choose neurons."""
 LAYER_NAME = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(.+)")
+_ALONE = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
+"""What a rank on its own has in its environment while the model is built."""
 _MTP_LAYER = re.compile(r"(transformer_layer|mtp_model_layer)\.")
 
 
@@ -117,7 +119,6 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
 
     from megatron_mone import cpu_emulation
 
-    os.environ.update(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
     if not torch.cuda.is_available():
         cpu_emulation.install()
     from megatron.core import parallel_state, tensor_parallel
@@ -130,6 +131,8 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
     from megatron_mone.model.config_builder import build_model_config
 
     patches.install()
+    before = {name: os.environ.get(name) for name in _ALONE}
+    os.environ.update(_ALONE)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron's table of all arguments
             args = parse_arguments(words, elsewhere=True)
@@ -160,6 +163,11 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         destroy_global_state()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

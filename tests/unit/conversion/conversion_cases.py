@@ -70,6 +70,7 @@ def make_all(
     from megatron_mone.commands.app import main
     from megatron_mone.conversion.exporting import export_model
 
+    del os.environ["LOCAL_RANK"]  # building a model gives one, and takes it back
     for name, words in made.items():
         here = Path(folder) / name
         here.mkdir()
@@ -78,6 +79,7 @@ def make_all(
             assert main([*words, "--out", str(here / "checkpoint")]) == 0
         (here / "said.txt").write_text(out.getvalue())
         export_model(here / "checkpoint", here / "export", quiet)
+        assert "LOCAL_RANK" not in os.environ
         save_logits(here, "one", ())
         torch.distributed.destroy_process_group()  # the next one makes its own
     for time in (1, 2):
