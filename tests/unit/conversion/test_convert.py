@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_mone.conversion.folders import unfinished
 from megatron_mone.conversion.hf_folder import Weights
 from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
 from megatron_mone.conversion.hf_model.folder import has_own_code
@@ -203,6 +205,35 @@ def test_logits_are_those_of_transformers(folder, name):
     assert wanted.std() > 0.1
 
 
+def test_the_documents_table_is_what_was_found(folder):
+    """A row a model: made anew of these tests' files, and compared with docs/CONVERSION.md."""
+    rows = [row_of(folder, name) for name in [*FAMILIES, WITH_MTP, HALF]]
+    table = "\n".join(
+        ["| model | round trip | logits as there | as MoNE |", "| --- " * 4 + "|", *rows]
+    )
+    assert table in (ROOT / "docs" / "CONVERSION.md").read_text(encoding="utf-8"), f"\n{table}\n"
+
+
+def row_of(folder: Path, name: str) -> str:
+    """What the files of one model say of it."""
+    here = folder / name
+    before, after = Weights(here / "source"), Weights(here / "export")
+    equal = all(torch.equal(after.read(tensor), before.read(tensor)) for tensor in after.tensors)
+    copies = len(before.tensors) - len(after.tensors)
+    bits = f"bit for bit{f', {copies} copies left out' if copies else ''}" if equal else "differs"
+    wanted = torch.load(here / "theirs.pt")
+    near = [
+        words
+        for layout, words in (("one", "1 rank"), ("TP2", "TP 2"), ("EP2", "EP 2"))
+        if (here / f"{layout}.pt").exists()
+        and (torch.load(here / f"{layout}.pt") - wanted).abs().max() <= TOLERANCE
+    ]
+    if name == HALF:
+        near = []  # the same model in float32 is compared
+    kept = "a quarter" if (here / "mone.pt").exists() else ""
+    return f"| {name} | {bits} | {', '.join(near)} | {kept} |"
+
+
 @pytest.mark.parametrize("name", AS_MONE)
 def test_a_mone_model_of_ours_has_megatrons_logits(folder, name):
     """Imported, made a MoNE model that keeps a quarter, exported as our own class."""
@@ -237,6 +268,16 @@ def test_what_is_left_out_is_told(folder):
     assert json.loads((folder / "qwen3_moe" / "said.json").read_text()) == []
     (line,) = json.loads((folder / "glm4_moe" / "said.json").read_text())
     assert "mtp_num_layers" in line
+
+
+def test_no_space_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with (
+        pytest.raises(ValueError, match="bytes are to be written, 1,000 are free there"),
+        unfinished(tmp_path / "out", 1500, "a model"),
+    ):
+        pytest.fail("nothing is written")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stopped_import_goes_on(folder):
