@@ -38,6 +38,7 @@ def study(
     from megatron_mone.common.places import ROOT
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.demo.runs import TrainingError
+    from megatron_mone.reporting.page.results import ResultError
     from megatron_mone.studies.catalogue import preset_of, study_of
     from megatron_mone.studies.command import PAGE, run_study
 
@@ -55,7 +56,7 @@ def study(
     try:
         with progress_bar() as bar:
             results = run_study(chosen, preset, number, data, out, [again], bar)
-    except TrainingError as error:
+    except (TrainingError, ResultError) as error:
         print(f"megatron-mone: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

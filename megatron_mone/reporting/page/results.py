@@ -47,7 +47,8 @@ class RunResult:
             about `world_size` on a quiet machine.
         step_seconds: mean seconds of a step in each logging window, evaluation left out.
         peak_bytes: peak memory of rank 0; on CPU ranks its whole resident memory.
-        executed_tflops, active_tflops: 1e12 operations a second and rank, by logging window.
+        executed_tflops, active_tflops: 1e12 operations a second and rank, by logging window; none
+            of a model without experts.
         neuron_load: 1-based layer number, as text -> one entry a logging window.
     """
 
@@ -146,8 +147,8 @@ def collect(
             training_loss=events.scalars["lm loss"],
             validation_loss=events.scalars["lm loss validation"],
             step_seconds=events.scalars["iteration-time"],
-            executed_tflops=events.scalars["mone/executed_tflops_per_rank"],
-            active_tflops=events.scalars["mone/active_tflops_per_rank"],
+            executed_tflops=events.scalars.get("mone/executed_tflops_per_rank", []),
+            active_tflops=events.scalars.get("mone/active_tflops_per_rank", []),
             peak_bytes=int(max(v for _, v in events.scalars["mem-max-allocated-bytes"])),
             neuron_load=_neuron_load(events),
         )
