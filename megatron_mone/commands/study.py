@@ -14,7 +14,6 @@ from megatron_mone.common.program import Program
 
 program = Program()
 main = program.main
-TOKENIZER = "bpe:1024"
 
 
 @program.command("study")
@@ -35,8 +34,9 @@ def study(
     command goes on. Writes OUT/NAME-PRESET/results.json and report.html. Exit status: 0; 1 a run
     failed; 2 wrong input; 130 stopped.
     """
-    from megatron_mone.common.places import ROOT
+    from megatron_mone.common.child_processes import tied
     from megatron_mone.common.progress import progress_bar
+    from megatron_mone.demo.command import TOKENIZER
     from megatron_mone.demo.runs import TrainingError
     from megatron_mone.reporting.page.results import ResultError
     from megatron_mone.studies.catalogue import preset_of, study_of
@@ -46,11 +46,11 @@ def study(
     size = preset_of(chosen, preset)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = out / "data" / "shakespeare"
-    prepare = ["-m", "tools.prepare_data", "--corpus", "shakespeare", "--output-prefix", str(data),
-               "--tokenizer", TOKENIZER]  # fmt: skip
+    prepare = [sys.executable, "-m", "megatron_mone", "prepare", "--corpus", "shakespeare",
+               "--output-prefix", str(data), "--tokenizer", TOKENIZER]  # fmt: skip
     number = seeds or size.seeds
     again = f"megatron-mone study {name} --preset {preset} --seeds {number} --out {out}"
-    if subprocess.run([sys.executable, *prepare], cwd=ROOT, check=False).returncode:
+    if subprocess.run(prepare, check=False, preexec_fn=tied()).returncode:
         print("megatron-mone: error: the data could not be prepared", file=sys.stderr)
         return 1
     try:
