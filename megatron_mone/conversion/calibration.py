@@ -116,7 +116,8 @@ def calibrate(
 
     def replaced(layer: int) -> Callable[..., Tensor]:
         def output(mlp: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-            return _output(mlp, args[0].flatten(0, 1), plans[layer], topk)[0].view_as(output)
+            x_TH = args[0].flatten(0, 1)
+            return _output(mlp, x_TH, _hidden(mlp, x_TH), plans[layer], topk).view_as(output)
 
         return output
 
@@ -148,20 +149,19 @@ def _loss(model: Any, rows_RS: Tensor, told: Callable[[int], None]) -> float:
 
 def _carve(mlp: Any, x_TH: Tensor, cut: _Cut, layer: int) -> tuple[LayerPlan, float]:
     """A layer's plan, and what its output is off by on these tokens."""
-    neurons = mlp.gate_proj.weight.shape[0]
+    hidden_TF = _hidden(mlp, x_TH)
     if cut.by_firing:
-        strength_TF = _hidden(mlp, x_TH).abs() * mlp.down_proj.weight.norm(dim=0)
+        strength_TF = hidden_TF.abs() * mlp.down_proj.weight.norm(dim=0)
         groups, shared = split_by_firing(strength_TF, cut.experts, cut.shared, cut.seed + layer)
     else:
-        groups, shared = random_split(neurons, cut.experts, cut.shared, cut.seed + layer)
+        groups, shared = random_split(hidden_TF.shape[1], cut.experts, cut.shared, cut.seed + layer)
     parts = [(0, group) for group in groups]
     router = torch.zeros(cut.experts, x_TH.shape[1])
     if cut.topk < cut.experts:
-        hidden_TF = _hidden(mlp, x_TH)
         size_TE = torch.stack([_part(mlp, hidden_TF, one).norm(dim=1) for one in groups], dim=1)
         router = fitted_router(x_TH, size_TE)
     plan = LayerPlan(parts, router, shared)
-    carved_TH, dense_TH = _output(mlp, x_TH, plan, cut.topk)
+    carved_TH, dense_TH = _output(mlp, x_TH, hidden_TF, plan, cut.topk), mlp.down_proj(hidden_TF)
     return plan, ((carved_TH - dense_TH).norm() / dense_TH.norm()).item()
 
 
@@ -174,9 +174,8 @@ def _part(mlp: Any, hidden_TF: Tensor, neurons: Tensor) -> Tensor:
     return hidden_TF[:, neurons] @ mlp.down_proj.weight[:, neurons].t()
 
 
-def _output(mlp: Any, x_TH: Tensor, plan: LayerPlan, topk: int) -> tuple[Tensor, Tensor]:
-    """[T, H] of the carved layer and of the dense one."""
-    hidden_TF = _hidden(mlp, x_TH)
+def _output(mlp: Any, x_TH: Tensor, hidden_TF: Tensor, plan: LayerPlan, topk: int) -> Tensor:
+    """[T, H] of the carved layer."""
     logits_TK, chosen_TK = (x_TH @ plan.router.t()).topk(topk, dim=1)
     weights_TE = torch.zeros(len(x_TH), len(plan.experts))
     weights_TE.scatter_(1, chosen_TK, logits_TK.softmax(dim=1) * topk)
@@ -184,4 +183,4 @@ def _output(mlp: Any, x_TH: Tensor, plan: LayerPlan, topk: int) -> tuple[Tensor,
     weights_TF[:, plan.shared] = 1.0
     for expert, (_, neurons) in enumerate(plan.experts):
         weights_TF[:, neurons] = weights_TE[:, expert, None]
-    return mlp.down_proj(hidden_TF * weights_TF), mlp.down_proj(hidden_TF)
+    return mlp.down_proj(hidden_TF * weights_TF)

@@ -77,18 +77,19 @@ def measure(
         cells = [_Cell(None, None)]
         cells += [_Cell(layer, name) for name in names for layer in (None, *layers)]
         losses, forward = _known(out, asked), Forward(loaded)
+        document = {
+            "schema": SCHEMA, "measured": asked, "ratios": names, "layers": list(layers),
+            "losses": losses,
+        }  # fmt: skip
         out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, document)
         for done, cell in enumerate(cells):
             say(done, len(cells), cell.name)
             if cell.name not in losses:
                 chosen = layers if cell.layer is None else {cell.layer: layers[cell.layer]}
                 with _keeping(list(chosen.values()) if cell.ratio else [], cell.ratio):
                     losses[cell.name] = _loss(forward, rows)
-            document = {
-                "schema": SCHEMA, "measured": asked, "ratios": names, "layers": list(layers),
-                "losses": losses,
-            }  # fmt: skip
-            write_json(out, document)
+                write_json(out, document)
         say(len(cells), len(cells), "measured")
     return document
 

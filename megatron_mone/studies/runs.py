@@ -11,9 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,25 +117,23 @@ def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) 
     results = {name: finished(one.run) for name, one in by_name.items()}
     missing = [by_name[name] for name, result in results.items() if result is None]
     say(len(by_name) - len(missing), len(by_name), "trained before")
-    with _children() as started:
-        trainer = train or started.train
-        with ThreadPoolExecutor(max(1, cores() // RANKS)) as pool:
-            todo = {
-                pool.submit(ensure_run, one.run, _apart(trainer), _quiet): one for one in missing
-            }
-            try:
-                while todo:
-                    done, _ = wait(todo, timeout=0.5, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        one = todo.pop(future)
-                        results[one.run.name] = future.result()
-                        what = f"{one.cell.name}, seed {one.seed}"
-                        say(len(by_name) - len(todo), len(by_name), what)
-            except BaseException:
-                for future in todo:
-                    future.cancel()
-                started.stop()
-                raise
+    started = _Children()
+    train_one = _apart(train or started.train)
+    with ThreadPoolExecutor(max(1, cores() // RANKS)) as pool:
+        todo = {pool.submit(ensure_run, one.run, train_one, _quiet): one for one in missing}
+        try:
+            while todo:
+                done, _ = wait(todo, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    one = todo.pop(future)
+                    results[one.run.name] = future.result()
+                    what = f"{one.cell.name}, seed {one.seed}"
+                    say(len(by_name) - len(todo), len(by_name), what)
+        except BaseException:  # before the pool waits for its threads, and they for the children
+            for future in todo:
+                future.cancel()
+            started.stop()
+            raise
     found = [results[one.run.name] for one in runs]
     return [result for result in found if result is not None]
 
@@ -188,15 +185,6 @@ class _Children:
             child.send_signal(signal.SIGTERM)
         for child in running:
             child.wait()
-
-
-@contextmanager
-def _children() -> Iterator[_Children]:
-    children = _Children()
-    try:
-        yield children
-    finally:
-        children.stop()
 
 
 def values_shown(cell: Cell) -> dict[str, str]:
