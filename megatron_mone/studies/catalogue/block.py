@@ -13,7 +13,7 @@ SINGLE = "B = 1"
 def cells(values: Values) -> Sequence[Cell]:
     """A cell a block size, from single neurons to one block of all that are kept."""
     kept = int(values["moe_ffn_hidden_size"] * values["mone_neuron_ratio"])
-    sizes = [size for size in (1, 2, 8, 32, kept // 2, kept) if kept % size == 0]
+    sizes = sorted({size for size in (1, 2, 8, kept // 4, kept // 2, kept) if kept % size == 0})
     return [
         Cell(f"B = {size}", f"{kept // size} blocks of {size} adjacent neurons a row",
              {"mone_neuron_block": size})

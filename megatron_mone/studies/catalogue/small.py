@@ -3,7 +3,7 @@
 from typing import Any
 
 CPU_STEPS, TINY_STEPS = 240, 4
-WIDTH, EXPERTS, TOPK = 384, 8, 2
+WIDTH, EXPERTS, TOPK = 256, 8, 2
 
 MONE: dict[str, Any] = {
     "mone_neuron_ratio": 0.25,
@@ -16,7 +16,7 @@ MONE: dict[str, Any] = {
 }
 """What studies vary stands here with its default: then a run is the same in two of them."""
 MODEL: dict[str, Any] = {
-    "num_layers": 2, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": WIDTH,
+    "num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": WIDTH,
     "num_experts": EXPERTS, "moe_router_topk": TOPK, "moe_ffn_hidden_size": WIDTH,
     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.01,
     "moe_token_dispatcher_type": "alltoall", "moe_router_dtype": "fp32",
@@ -42,7 +42,7 @@ def training(steps: int) -> dict[str, Any]:
         "micro_batch_size": 16, "global_batch_size": 16, "train_iters": steps,
         "lr": 3.0e-3, "min_lr": 3.0e-4, "lr_decay_style": "cosine",
         "lr_warmup_iters": max(1, steps // 10), "weight_decay": 0.1, "adam_beta2": 0.95,
-        "clip_grad": 1.0, "split": "950,50,0", "eval_interval": max(1, steps // 4),
+        "clip_grad": 1.0, "split": "950,50,0", "eval_interval": max(1, steps // 3),
         "eval_iters": min(16, steps), "log_interval": max(1, steps // 12),
         "tensorboard_log_interval": 1, "log_timers_to_tensorboard": True,
         "log_memory_to_tensorboard": True, "log_throughput": True, "ckpt_format": "torch_dist",
