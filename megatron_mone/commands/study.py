@@ -24,6 +24,10 @@ def study(
         int | None, Option(metavar="N", min=1, help="of each cell (the preset's)")
     ] = None,
     out: Annotated[Path, Option(metavar="FOLDER", help="of all studies")] = Path("out/studies"),
+    model: Annotated[
+        list[str] | None,
+        Option(metavar="[NAME=]FOLDER", help="measured too; may be given more than once"),
+    ] = None,
 ) -> int:
     """Train the cells of a study and write what they say, with 95% intervals over seeds.
 
@@ -39,23 +43,25 @@ def study(
     from megatron_mone.demo.command import TOKENIZER
     from megatron_mone.demo.runs import TrainingError
     from megatron_mone.reporting.page.results import ResultError
-    from megatron_mone.studies.catalogue import preset_of, study_of
+    from megatron_mone.studies.catalogue import models_of, preset_of, study_of
     from megatron_mone.studies.command import PAGE, run_study
 
     chosen = study_of(name)
     size = preset_of(chosen, preset)
+    models = models_of(chosen, model or [])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = out / "data" / "shakespeare"
     prepare = [sys.executable, "-m", "megatron_mone", "prepare", "--corpus", "shakespeare",
                "--output-prefix", str(data), "--tokenizer", TOKENIZER]  # fmt: skip
     number = seeds or size.seeds
     again = f"megatron-mone study {name} --preset {preset} --seeds {number} --out {out}"
+    again += "".join(f" --model {one}" for one in model or [])
     if subprocess.run(prepare, check=False, preexec_fn=tied()).returncode:
         print("megatron-mone: error: the data could not be prepared", file=sys.stderr)
         return 1
     try:
         with progress_bar() as bar:
-            results = run_study(chosen, preset, number, data, out, [again], bar)
+            results = run_study(chosen, preset, number, data, out, [again], bar, models=models)
     except (TrainingError, ResultError) as error:
         print(f"megatron-mone: error: {error}", file=sys.stderr)
         return 1

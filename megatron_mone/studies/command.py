@@ -2,24 +2,26 @@
 
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mone.common.machine import cores
 from megatron_mone.reporting.page.results import RunResult, write_atomically
-from megatron_mone.studies.document import Point, StudyCell, StudyResults, StudyRun
+from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
 from megatron_mone.studies.page import study_page
 from megatron_mone.studies.runs import Say, Train, Wanted, train_missing, values_shown, wanted
-from megatron_mone.studies.study import Study
+from megatron_mone.studies.study import Study, Trained
+from megatron_mone.studies.tasks import Perform, measure_missing
 
 RESULTS, PAGE = "results.json", "report.html"
 
 
 def run_study(
     study: Study, preset: str, seeds: int, data: Path, out: Path, commands: Sequence[str], say: Say,
-    train: Train | None = None,
+    train: Train | None = None, perform: Perform | None = None,
+    models: Mapping[str, Path] | None = None,
 ) -> StudyResults:  # fmt: skip
-    """Train what is missing of a study and write results.json and report.html.
+    """Train and measure what is missing of a study and write results.json and report.html.
 
     Args:
         study: which.
@@ -30,6 +32,8 @@ def run_study(
         commands: that are run for this, for the page.
         say: told runs done, of how many, and of what.
         train: trains one run; by `launch run` when None.
+        perform: makes one measurement; by a child process when None.
+        models: name -> folder, measured beside the runs.
 
     Raises:
         ValueError: a cell is refused.
@@ -40,11 +44,18 @@ def run_study(
     runs = wanted(study.grid(chosen), chosen, seeds, data, out)
     folder = out / f"{study.name}-{preset}"
     results = train_missing(runs, say, train)
+    trained = [
+        Trained(one.cell, one.seed, one.run.folder, result)
+        for one, result in zip(runs, results, strict=True)
+    ]
+    measures = [measure for one in trained for measure in _read(study, one)]
+    tasks = study.tasks(trained, models or {}, chosen)
+    measures += measure_missing(tasks, out, say, perform) if tasks else []
     seconds = sum(one.steps * statistics.fmean(s for _, s in one.step_seconds) for one in results)
     document = StudyResults(
         study=study.name, preset=preset, reference=study.reference, commands=list(commands),
         machine=f"{cores()} cores of {platform.machine()}", seconds=seconds,
-        cells=_cells(runs, results),
+        cells=_cells(runs, results), measures=measures,
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     document.write(folder / RESULTS)
@@ -55,6 +66,13 @@ def run_study(
 def write_page(study: Study, document: StudyResults, folder: Path) -> None:
     """The page of results that are there already."""
     write_atomically(folder / PAGE, study_page(study, document, folder).encode())
+
+
+def _read(study: Study, one: Trained) -> list[Measure]:
+    return [
+        Measure(of=of, cell=one.cell.name, seed=one.seed, x=[*map(float, x)], y=[*map(float, y)])
+        for of, x, y in study.read(one)
+    ]
 
 
 def _cells(runs: Sequence[Wanted], results: Sequence[RunResult]) -> list[StudyCell]:

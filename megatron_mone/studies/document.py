@@ -1,6 +1,6 @@
 """results.json of a study: the numbers of every run, and nothing that is derived of them."""
 
-from megatron_mone.common.documents import Document, Number, Part, Text, Whole
+from megatron_mone.common.documents import Difference, Document, Number, Part, Text, Whole
 from megatron_mone.studies.statistics import Estimate, difference, estimate
 
 
@@ -50,6 +50,21 @@ class StudyCell(Part):
         return estimate(list(self.losses().values()))
 
 
+class Measure(Part):
+    """What was measured of one run, or of a model that was given."""
+
+    of: Text
+    """What the values are, with their unit where they have one."""
+    cell: Text
+    """Whose: a cell's name, or a model's."""
+    seed: Whole
+    """Of the run; 0 of a given model."""
+    x: list[Difference]
+    """Where: shares, steps, layers."""
+    y: list[Difference]
+    """The values, as many as x."""
+
+
 class StudyResults(Document, schema="megatron-mone/study/1", again="run the study again", indent=1):
     """A study's results."""
 
@@ -63,6 +78,22 @@ class StudyResults(Document, schema="megatron-mone/study/1", again="run the stud
     seconds: Number
     """That the steps of all runs took, one run after another."""
     cells: list[StudyCell]
+    measures: list[Measure]
+    """In the order in which they were asked for."""
+
+    def measured(self, of: str, cell: str) -> dict[int, Measure]:
+        """Seed -> what was measured of a cell's runs."""
+        return {one.seed: one for one in self.measures if (one.of, one.cell) == (of, cell)}
+
+    def curve(self, of: str, cell: str) -> list[tuple[float, Estimate]]:
+        """(x, mean over seeds) of what was measured of a cell, at each x that all seeds have."""
+        values = [dict(zip(one.x, one.y, strict=True)) for one in self.measured(of, cell).values()]
+        shared = [x for x in values[0] if all(x in one for one in values)] if values else []
+        return [(x, estimate([one[x] for one in values])) for x in shared]
+
+    def who(self, of: str) -> list[str]:
+        """Cells and models of which this was measured, in order."""
+        return list(dict.fromkeys(one.cell for one in self.measures if one.of == of))
 
     def cell(self, name: str) -> StudyCell:
         """The cell of a name."""

@@ -11,7 +11,7 @@ from megatron_mone.reporting.page.plots import SETTINGS, save
 from megatron_mone.studies.document import StudyCell, StudyResults
 from megatron_mone.studies.findings import share
 from megatron_mone.studies.statistics import Estimate
-from megatron_mone.studies.study import Study
+from megatron_mone.studies.study import Section, Study
 
 _HEADER = ("cell", "loss", "over the reference", "active GFLOP", "executed GFLOP", "never kept")
 
@@ -30,6 +30,18 @@ def study_page(study: Study, results: StudyResults, plots: Path) -> str:
     page.bullets(study.findings(results))
     page.heading("What they do not say")
     page.bullets(study.limits)
+    if results.cells:
+        _cells(page, results, plots)
+    for number, section in enumerate(study.sections(results)):
+        _section(page, section, plots / f"section-{number + 1}")
+    page.heading("How")
+    page.paragraph(_size(results))
+    for command in results.commands:
+        page.code(command)
+    return page.render()
+
+
+def _cells(page: Page, results: StudyResults, plots: Path) -> None:
     page.heading("The cells")
     page.table(_HEADER, rows(results))
     seeds = max(len(cell.runs) for cell in results.cells)
@@ -41,15 +53,29 @@ def study_page(study: Study, results: StudyResults, plots: Path) -> str:
     page.figure(save(_ends(results), plots / "ends"), "Loss over the reference, seed by seed.")
     page.figure(save(_curves(results), plots / "curves"), "Validation loss by step, mean of seeds.")
     page.bullets([f"{cell.name}: {cell.meaning}" for cell in results.cells])
-    page.heading("How")
-    run = results.cells[0].runs[0]
-    page.paragraph(
-        f"Preset {results.preset}: {run.steps:,} steps of {run.tokens_per_step:,} tokens a run. "
-        f"All steps took {results.seconds:,.0f} s, one run after another, on {results.machine}."
+
+
+def _section(page: Page, section: Section, plot: Path) -> None:
+    page.heading(section.heading)
+    for text in section.paragraphs:
+        page.paragraph(text)
+    if section.figure:
+        draw, caption = section.figure
+        with plt.rc_context(SETTINGS):
+            page.figure(save(draw(), plot), caption)
+    if section.table:
+        page.table(*section.table)
+
+
+def _size(results: StudyResults) -> str:
+    """How large the runs were, and how long they took."""
+    sizes = {(run.steps, run.tokens_per_step) for cell in results.cells for run in cell.runs}
+    each = "; ".join(f"{steps:,} steps of {tokens:,} tokens" for steps, tokens in sorted(sizes))
+    runs = f"{each} a run. " if each else ""
+    return (
+        f"Preset {results.preset}: {runs}All steps took {results.seconds:,.0f} s, one run after "
+        f"another, on {results.machine}."
     )
-    for command in results.commands:
-        page.code(command)
-    return page.render()
 
 
 def rows(results: StudyResults) -> list[list[str]]:

@@ -1,10 +1,16 @@
-"""What a study declares: cells of a grid, presets of a size, and what it says of the results."""
+"""What a study declares: cells of a grid, presets of a size, what is measured of the runs, and what
+it says of the results."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+from megatron_mone.reporting.page.results import RunResult
 from megatron_mone.studies.document import StudyResults
+from megatron_mone.studies.tasks import Found, Task
 
 Values = Mapping[str, Any]
 
@@ -32,11 +38,47 @@ class Preset:
         values: Megatron's arguments of every run, but those of the cells.
         seeds: of each cell.
         only: names of the cells; all when empty.
+        measuring: sizes of the measurements, by names that the study's tasks know.
     """
 
     values: Values
     seeds: int = 3
     only: tuple[str, ...] = ()
+    measuring: Values = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run of a study.
+
+    Attributes:
+        cell: whose it is.
+        seed: of its draws and the order of its data.
+        folder: of the run; its checkpoints are in `checkpoints`.
+        result: what its log says.
+    """
+
+    cell: Cell
+    seed: int
+    folder: Path
+    result: RunResult
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a page; all its numbers are of the results.
+
+    Attributes:
+        heading: of the part.
+        paragraphs: what is shown.
+        figure: drawn, and its caption.
+        table: header and rows.
+    """
+
+    heading: str
+    paragraphs: Sequence[str] = ()
+    figure: tuple[Callable[[], Figure], str] | None = None
+    table: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +93,10 @@ class Study:
         reference: name of the cell that all are compared with.
         findings: sentences, of the numbers alone.
         limits: what the results do not say, a sentence each.
+        read: what is taken from a run's own record, beside its losses.
+        tasks: what is measured of the runs, and of models that were given (name -> folder).
+        takes_models: whether models can be given.
+        sections: of the page, after the cells.
     """
 
     name: str
@@ -60,6 +106,12 @@ class Study:
     reference: str
     findings: Callable[[StudyResults], list[str]]
     limits: tuple[str, ...]
+    read: Callable[[Trained], Sequence[Found]] = lambda run: ()
+    tasks: Callable[[Sequence[Trained], Mapping[str, Path], Preset], Sequence[Task]] = (
+        lambda runs, models, preset: ()
+    )
+    takes_models: bool = False
+    sections: Callable[[StudyResults], Sequence[Section]] = lambda results: ()
 
     def grid(self, preset: Preset) -> list[Cell]:
         """The cells that a preset trains."""

@@ -1,6 +1,8 @@
 """The studies, a file each. To add one: a module here with a STUDY, named in MODULES."""
 
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.studies.study import Preset, Study
@@ -33,3 +35,28 @@ def preset_of(study: Study, name: str) -> Preset:
             f"{nearest_name(name, list(study.presets))}"
         )
     return study.presets[name]
+
+
+def models_of(study: Study, words: Sequence[str]) -> dict[str, Path]:
+    """The models that a study is given, by name.
+
+    Args:
+        study: which.
+        words: "folder", named as the folder is, or "name=folder".
+
+    Raises:
+        ValueError: it takes none, one is missing, or two have one name.
+    """
+    found: dict[str, Path] = {}
+    for word in words:
+        name, _, folder = word.rpartition("=")
+        path = Path(folder)
+        name = name or path.resolve().name
+        if not study.takes_models:
+            raise ValueError(f"--model {word}: {study.name} measures only what it trains")
+        if not path.is_dir():
+            raise ValueError(f"--model {word}: {folder} is no folder")
+        if name in found:
+            raise ValueError(f"--model {word}: two models are called {name}: give NAME=FOLDER")
+        found[name] = path
+    return found

@@ -3,6 +3,7 @@ from."""
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from megatron_mone.demo import runs as demo_runs
 from megatron_mone.demo.runs import TrainingError
 from megatron_mone.reporting.page.events import Histogram
 from megatron_mone.reporting.page.results import LayerLoad, RunResult
-from megatron_mone.studies.catalogue import MODULES, study_of
+from megatron_mone.studies.catalogue import MODULES, models_of, study_of
 from megatron_mone.studies.catalogue.ratio import ACTIVE, DENSE, ONE, TOTAL
 from megatron_mone.studies.command import PAGE, RESULTS, run_study, write_page
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.runs import RANKS, values_of
 from megatron_mone.studies.statistics import difference, estimate
+from megatron_mone.studies.study import Section
+from megatron_mone.studies.tasks import Task, measure_missing
 
 
 @pytest.fixture
@@ -164,6 +167,7 @@ def test_the_pages_numbers_are_those_of_the_results(tmp_path, trained):
         (["ratoi"], "study 'ratoi' is none (did you mean 'ratio'?)"),
         (["ratio", "--preset", "gpu"], "--preset gpu: ratio has tiny, cpu"),
         (["ratio", "--seeds", "0"], "--seeds"),
+        (["ratio", "--model", "."], "--model .: ratio measures only what it trains"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, words, said):
@@ -175,3 +179,69 @@ def test_what_is_wrong_is_one_line(capsys, words, said):
     assert status == 2
     assert len(lines) == 1
     assert said in lines[0]
+
+
+def test_what_is_measured_is_measured_once_and_shared(tmp_path):
+    """Also by another name: what is asked decides, not whose it is."""
+    asked: list[str] = []
+
+    def perform(task):
+        asked.append(task.cell)
+        return [("loss", [1, 2], [len(asked), 0.5])]
+
+    said = []
+    one, other = Task("a", 1, "f:g", {"run": "r1"}), Task("b", 2, "f:g", {"run": "r2"})
+    first = measure_missing([one, other], tmp_path, lambda *words: said.append(words), perform)
+    assert sorted(asked) == ["a", "b"]
+    assert [(each.of, each.cell, each.seed, each.x) for each in first] == [
+        ("loss", "a", 1, [1, 2]), ("loss", "b", 2, [1, 2])
+    ]  # fmt: skip
+    assert said[-1][:2] == (2, 2)
+    again = measure_missing(
+        [replace(one, cell="c", seed=7)], tmp_path, lambda *words: None, perform
+    )
+    assert len(asked) == 2
+    assert [(each.cell, each.seed, each.y) for each in again] == [("c", 7, first[0].y)]
+
+
+def test_a_measurement_that_fails_is_told_in_one_line(tmp_path):
+    task = Task("a", 1, "statistics:estimate", {"values": []})
+    with pytest.raises(TrainingError, match="IndexError"):
+        measure_missing([task], tmp_path, lambda *words: None)
+    assert not list((tmp_path / "measurements").glob("*.json"))
+
+
+def test_a_study_reads_measures_and_shows_its_own_sections(tmp_path, trained, monkeypatch):
+    study = replace(
+        study_of("ratio"),
+        read=lambda one: [("steps", [one.seed], [one.result.steps])],
+        tasks=lambda runs, models, preset: [
+            Task(one.cell.name, one.seed, "f:g", {"run": one.folder.name}) for one in runs
+        ],
+        sections=lambda results: [
+            Section("Twice", [f"{results.curve('twice', TOTAL)[0][1].mean}"])
+        ],
+    )
+    results = run_study(
+        study, "cpu", 3, tmp_path / "data", tmp_path, [], lambda *said: None,
+        lambda one: trained.append(one.name), lambda task: [("twice", [0.0], [2.0 * task.seed])],
+    )  # fmt: skip
+    assert [one.y for one in results.measured("steps", TOTAL).values()] == [[240.0]] * 3
+    ((x, found),) = results.curve("twice", TOTAL)
+    assert (x, found.mean, found.count) == (0, 4, 3)
+    assert found.half_width == pytest.approx(4.303 * 2 / 3**0.5, rel=1e-3)
+    assert results.who("twice") == [cell.name for cell in results.cells]
+    page = (tmp_path / "ratio-cpu" / PAGE).read_text()
+    assert "Twice" in page
+    assert "4.0" in page
+
+
+def test_given_models_have_names_of_their_own(tmp_path):
+    (tmp_path / "one").mkdir()
+    study = replace(study_of("ratio"), takes_models=True)
+    folder = str(tmp_path / "one")
+    assert models_of(study, [folder, f"two={folder}"]) == {"one": Path(folder), "two": Path(folder)}
+    for words, said in [([folder, folder], "two models are called one"),
+                        ([f"{folder}-no"], "is no folder")]:  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            models_of(study, words)
