@@ -17,13 +17,13 @@ class Claim:
         study: that answers it.
         words: the claim, and whose it is.
         found: of the results, a few words with numbers.
-        clear: whether the results tell a difference from none, at their size.
+        differences: that it rests on.
     """
 
     study: str
     words: str
     found: Callable[[StudyResults], str]
-    clear: Callable[[StudyResults], bool]
+    differences: Callable[[StudyResults], list[Estimate]]
 
     def sure(self, results: StudyResults) -> str:
         """How sure: of the sign at the size of the runs; none of them says much of another."""
@@ -34,28 +34,27 @@ class Claim:
             default=0,
         )
         size = f", {tokens / 1e6:.1f} M tokens" if tokens else ""
-        word = "clear at this size" if self.clear(results) else "not to be told at this size"
-        return f"{word} ({count}{size}); low of others"
+        found = self.differences(results)
+        ties = [max(-one.low, one.high) for one in found if not one.is_clear]
+        here = "clear here" if not ties else f"a tie here, within {max(ties):.3f} nats"
+        if 0 < len(ties) < len(found):
+            here = f"clear here but for a tie within {max(ties):.3f} nats"
+        return f"{here} ({count}{size}); low at scale"
 
 
 def _against(*pairs: tuple[str, str]) -> Callable[[StudyResults], str]:
     """Differences of pairs of cells, as text."""
     return lambda results: "; ".join(
-        f"{one} against {other}: {_told(results.difference(one, other))}" for one, other in pairs
+        f"{one} against {other}: {nats(results.difference(one, other))}" for one, other in pairs
     )
 
 
-def _told(found: Estimate) -> str:
-    word = "" if found.is_clear else ", cannot be told from 0"
-    return nats(found) + word
-
-
-def _clear(*pairs: tuple[str, str]) -> Callable[[StudyResults], bool]:
-    return lambda results: all(results.difference(*pair).is_clear for pair in pairs)
+def _differences(*pairs: tuple[str, str]) -> Callable[[StudyResults], list[Estimate]]:
+    return lambda results: [results.difference(*pair) for pair in pairs]
 
 
 def _compared(study: str, words: str, *pairs: tuple[str, str]) -> Claim:
-    return Claim(study, words, _against(*pairs), _clear(*pairs))
+    return Claim(study, words, _against(*pairs), _differences(*pairs))
 
 
 _MAIN = ratio.mone(ratio.MAIN)
@@ -75,7 +74,7 @@ CLAIMS = (
     _compared("ratio", "Reviewer: is it only a dense GLU of that size?",
               (_MAIN, ratio.DENSE), (ratio.ONE, ratio.DENSE)),
     Claim("balance", "Paper: the balance loss keeps neurons in use", _dead,
-          _clear((balance.DEFAULT, balance.NONE))),
+          _differences((balance.DEFAULT, balance.NONE))),
     _compared("block", "Ours: neurons chosen in blocks cost little",
               ("B = 16", block.SINGLE), ("B = 64", block.SINGLE)),
 )  # fmt: skip
