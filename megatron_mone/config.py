@@ -31,7 +31,7 @@ from megatron_mone.config_checks import (
     selection_bounds,
 )
 
-Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu"]
+Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu"]
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
@@ -56,7 +56,7 @@ class MoNEFields:
 
     mone_activation: Activation = "silu"
     """Gate activation sigma; neurons are chosen by |sigma(W_gate x)|. softmax is over the F
-    neurons of the expert, and its gate gradient is dense."""
+    neurons of the expert, and its gate gradient is dense; squared_relu is relu(a)^2."""
 
     mone_selection: Selection = "topk"
     """topk keeps exactly S neurons. threshold keeps neuron j while |g_j| >= mone_threshold times

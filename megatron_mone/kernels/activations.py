@@ -11,11 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+
+def squared_relu(a: Tensor) -> Tensor:
+    """relu(a)^2 (So et al. 2021, arXiv 2109.08668), as Megatron's."""
+    return F.relu(a).square()
+
+
 _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
     "gelu": F.gelu,
     "relu": F.relu,
+    "squared_relu": squared_relu,
 }
 ACTIVATIONS = (*_ELEMENTWISE, "softmax")
 

@@ -47,7 +47,7 @@ def mone_grouped_mlp(
             bound).
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         neurons_per_token: S, kept of the F neurons of each row.
-        activation: silu, sigmoid, softmax, gelu or relu.
+        activation: silu, sigmoid, softmax, gelu, relu or squared_relu.
         neuron_groups: G equal contiguous groups, each keeps S / G.
         neuron_block: B adjacent neurons chosen together by their summed |g|; any B that divides
             F / G and S / G, 1 is the paper's choice.

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers.configuration_utils import PreTrainedConfig
 
-ACTIVATIONS = ("silu", "sigmoid", "softmax", "gelu", "relu")
+ACTIVATIONS = ("silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu")
 SELECTIONS = ("topk", "threshold")
 SCORE_FUNCTIONS = ("softmax", "sigmoid")
 ROUTER_DTYPES = ("float32", "float64", None)
@@ -84,7 +84,7 @@ class MoNEConfig(PreTrainedConfig):
         routed_scaling_factor: what the chosen probabilities are multiplied by.
         n_group, topk_group: groups of experts, and how many of them a token may use.
         mone_neuron_ratio, mone_neurons_per_token: S / F, or S; without either, S / F is 1/4.
-        mone_activation: of the gate: silu, sigmoid, softmax (over F), gelu or relu.
+        mone_activation: of the gate: silu, sigmoid, softmax (over F), gelu, relu or squared_relu.
         mone_selection: topk keeps S; threshold keeps gates of at least mone_threshold times the
             largest, from mone_min_neurons_per_token to mone_max_neurons_per_token.
         mone_neuron_groups, mone_neuron_block: groups that each keep their share; neurons that are

@@ -65,6 +65,7 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda a_NF: torch.softmax(a_NF, dim=-1),
     "gelu": F.gelu,
     "relu": F.relu,
+    "squared_relu": lambda a_NF: F.relu(a_NF).square(),
 }
 
 

@@ -82,7 +82,7 @@ def masked_grouped_mlp(
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         choose: a Selection; a mask; or gate activations [N, F] (detached) -> [N, F] bool, called
             once, for rules that talk to other ranks.
-        activation: silu, sigmoid, gelu (by erf) or relu.
+        activation: silu, sigmoid, gelu (by erf), relu or squared_relu.
 
     Returns:
         y_NH: [N, H] outputs, the router's probability applied.

@@ -19,14 +19,14 @@ from torch import Tensor
 from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 6
+INTERFACE_VERSION = 7
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 # kernels.h: edges of the blocks that the cut tables describe.
 DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
 WIDEST_VECTOR = 16  # floats
-ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3}
+ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3, "squared_relu": 4}
 
 
 class _Shape(ctypes.Structure):

@@ -1,46 +1,79 @@
-"""Which gate activation neurons are chosen by, for MoNE, and top-K against a threshold."""
+"""Which gate activation neurons are chosen by, for MoNE and for the dense MoE, and top-K against a
+threshold."""
 
 from collections.abc import Sequence
 
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
-from megatron_mone.studies.study import Cell, Preset, Study, Values
+from megatron_mone.studies.page import interval
+from megatron_mone.studies.study import Cell, Preset, Section, Study, Values
 
-GATES = ("silu", "sigmoid", "softmax", "gelu", "relu")
+GATES = ("silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu")
 THRESHOLD = "silu, threshold"
 
 
+def dense(gate: str) -> str:
+    """The name of the dense MoE with a gate."""
+    return f"dense, {gate}"
+
+
 def cells(values: Values) -> Sequence[Cell]:
-    """A cell a gate, and a threshold's."""
+    """Two cells a gate, and a threshold's."""
     del values
     return [
         *(Cell(gate, f"neurons by the largest |{gate}(gate)|", {"mone_activation": gate})
           for gate in GATES),
         Cell(THRESHOLD, "as many as reach a tenth of the row's largest, r at most",
              {"mone_selection": "threshold", "mone_threshold": 0.1}),
+        *(Cell(dense(gate), f"every neuron: a dense MoE whose experts have the gate {gate}",
+               {"mone_activation": gate, "mone_neuron_ratio": 1.0, "mone_ng_loss_coeff": 0.0})
+          for gate in GATES),
     ]  # fmt: skip
 
 
 def findings(results: StudyResults) -> list[str]:
-    """Each against silu, then what became of the neurons."""
-    others = [cell.name for cell in results.cells if cell.name != GATES[0]]
-    return [*(compared(results, name, GATES[0]) for name in others), *use(results)]
+    """Each against silu, MoNE against the dense MoE gate by gate, what became of the neurons."""
+    silu = GATES[0]
+    pairs = [(name, silu) for name in (*GATES[1:], THRESHOLD)]
+    pairs += [(dense(gate), dense(silu)) for gate in GATES[1:]]
+    pairs += [(gate, dense(gate)) for gate in GATES]
+    return [*(compared(results, *pair) for pair in pairs if results.has(*pair)), *use(results)]
+
+
+def sections(results: StudyResults) -> list[Section]:
+    """Gate by gate: MoNE beside the dense MoE."""
+    rows = [
+        (gate, *(interval(results.cell(name).loss, ".4f") for name in (gate, dense(gate))),
+         interval(results.difference(gate, dense(gate)), "+.4f"))
+        for gate in GATES if results.has(gate, dense(gate))
+    ]  # fmt: skip
+    return [
+        Section(
+            "MoNE beside the dense MoE of the same gate",
+            ["Nats a token after the last step; the difference is paired by seed."],
+            table=(("gate", "MoNE", "dense MoE", "MoNE over dense"), rows),
+        )
+    ]
 
 
 STUDY = Study(
     name="activation",
-    question="Which gate activation lets the fewest neurons do the most?",
+    question="Which gate activation lets the fewest neurons do the most, and does the dense MoE "
+    "want the same one?",
     presets={
-        "tiny": Preset(small.training(small.TINY_STEPS), seeds=2, only=GATES[:2]),
+        "tiny": Preset(small.training(small.TINY_STEPS), seeds=2, only=(GATES[0], dense(GATES[0]))),
         "cpu": Preset(small.training(small.CPU_STEPS)),
     },
     cells=cells,
     reference=GATES[0],
     findings=findings,
+    sections=sections,
     limits=(
         "Models of 2 layers and under a million tokens.",
         "One learning rate for all cells; a softmax gate's scale is another from the start.",
-        "No dense MoE with these gates: Megatron's own experts have silu here.",
+        "The dense MoE is a MoNE that keeps every neuron and has no neuron balance loss: in the "
+        "reference backend it equals Megatron's own experts with that gate to the bit, in others "
+        "to rounding.",
     ),
 )

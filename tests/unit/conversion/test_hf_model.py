@@ -46,6 +46,8 @@ CASES: dict[str, tuple[dict, dict, dict]] = {
     "softmax-gate": (dict(mone_activation="softmax"), {}, dict(mone_activation="softmax")),
     "relu-gate, some layers choose": (dict(mone_activation="relu", mone_layer_freq=[0, 1]), {},
                                       dict(mone_activation="relu", mone_layers=[1])),
+    "squared-relu-gate": (dict(mone_activation="squared_relu"), {},
+                          dict(mone_activation="squared_relu")),
     "selection-bias": (dict(mone_ng_loss_type="bias"), {}, dict(mone_selection_bias=True)),
     "shared-expert": (dict(moe_shared_expert_intermediate_size=20), {},
                       dict(shared_expert_intermediate_size=20)),

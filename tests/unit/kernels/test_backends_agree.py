@@ -34,7 +34,7 @@ def cases(draw):
         choice=dict(
             neurons_per_token=groups * kept * block, neuron_groups=groups, neuron_block=block
         ),
-        activation=draw(st.sampled_from(["silu", "sigmoid", "gelu", "relu"])),
+        activation=draw(st.sampled_from(["silu", "sigmoid", "gelu", "relu", "squared_relu"])),
         dtype=draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16])),
         strided=draw(st.booleans()),
         ready_mask=draw(st.booleans()),

@@ -33,7 +33,7 @@ WRONG = [
     (dict(mone_neuron_block=16), "a divisor of the 24 neurons of a group"),
     (dict(mone_neuron_block=4), "a divisor of the 6 neurons kept of a group"),
     (dict(mone_neuron_block=2, mone_neuron_groups=2), "a divisor of the 3 neurons kept of a group"),
-    (dict(mone_activation="swish"), "one of silu, sigmoid, softmax, gelu, relu"),
+    (dict(mone_activation="swish"), "one of silu, sigmoid, softmax, gelu, relu, squared_relu"),
     (dict(mone_selection="top"), "one of topk, threshold"),
     (dict(mone_ng_loss_type="kept"), "mone_ng_loss_type = 'kept'"),
     (dict(mone_ng_loss_scope="batch"), "one of micro_batch, global_batch"),

@@ -2,11 +2,14 @@
 stock Megatron where every neuron is kept."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.activations import squared_relu
 
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
@@ -16,7 +19,7 @@ from tests.unit.moe.builders import build_experts, build_layer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-ACTIVATIONS = ["silu", "sigmoid", "softmax", "gelu", "relu"]
+ACTIVATIONS = ["silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu"]
 LOSSES = ["raw", "selected", "normalized", "entropy"]
 
 
@@ -31,6 +34,7 @@ def plain_sigma(name, a):
         "silu": a / (1 + torch.exp(-a)),
         "sigmoid": 1 / (1 + torch.exp(-a)),
         "relu": torch.clamp(a, min=0),
+        "squared_relu": torch.where(a > 0, a * a, 0),
     }[name]
 
 
@@ -214,9 +218,23 @@ def test_only_the_raw_loss_falls_when_all_gates_shrink():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_keep_all_is_stock_megatron_to_the_bit(dispatcher, dtype):
     """S = F, same seed: same weights, outputs and gradients, because the same GEMMs are made."""
-    changes = dict(
+    equals_stock(moe_token_dispatcher_type=dispatcher, dtype=dtype)
+
+
+MEGATRONS = {"silu": F.silu, "sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1),
+             "gelu": F.gelu, "relu": F.relu, "squared_relu": squared_relu}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ACTIVATIONS)
+def test_keep_all_is_a_stock_moe_of_any_gate_to_the_bit(gate):
+    """What stands for a dense MoE with a gate in studies is one: Megatron's own with that gate."""
+    equals_stock(mone_activation=gate, activation_func=MEGATRONS[gate], dtype=torch.float32)
+
+
+def equals_stock(*, dtype, **changes):
+    """A layer that keeps all neurons and stock Megatron's, made and asked alike."""
+    changes |= dict(
         mone_neuron_ratio=1.0, mone_ng_loss_coeff=0.0, mone_backend="reference",
-        moe_token_dispatcher_type=dispatcher,
         hidden_size=32, moe_ffn_hidden_size=48, params_dtype=dtype,
         bf16=dtype == torch.bfloat16, moe_router_dtype="fp32",
     )  # fmt: skip

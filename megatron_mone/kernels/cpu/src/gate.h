@@ -10,6 +10,10 @@ inline void activate(Vec a, Vec& g, Vec& slope) {
         // torch: relu(NaN) is NaN, its gradient is 0 at and below 0
         g = a < 0.0f ? Vec{} : a;
         slope = a <= 0.0f ? Vec{} : splat(1.0f);
+    } else if (A == kSquaredRelu) {
+        Vec r = a < 0.0f ? Vec{} : a;
+        g = r * r;
+        slope = r + r;
     } else if (A == kGelu) {
         float lanes[kLanes], cdf[kLanes];
         store(lanes, a);

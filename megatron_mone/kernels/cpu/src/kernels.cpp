@@ -90,7 +90,8 @@ void gate_any(const MoneShape* s, const MoneMask* m, int64_t activation, const f
     auto run = activation == kSilu      ? gate_rows<kSilu>
                : activation == kSigmoid ? gate_rows<kSigmoid>
                : activation == kGelu    ? gate_rows<kGelu>
-                                        : gate_rows<kRelu>;
+               : activation == kRelu    ? gate_rows<kRelu>
+                                        : gate_rows<kSquaredRelu>;
     run(*s, *m, a, u, probs, dgate, da, du, h, dprobs);
 }
 

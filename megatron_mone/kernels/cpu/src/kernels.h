@@ -77,7 +77,7 @@ struct MoneBlocks {
     MoneBlockEntry* entries;
 };
 
-enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3 };
+enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3, kSquaredRelu = 4 };
 
 extern "C" {
 
