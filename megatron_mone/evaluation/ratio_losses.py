@@ -63,8 +63,8 @@ def measure(
         ValueError: one line: a wrong text, ratio or checkpoint.
     """
     words = read_text(text, "--text")
-    with _loaded(checkpoint) as loaded:
-        layers = dict(_experts(loaded)) if ratios else {}
+    with opened(checkpoint) as loaded:
+        layers = dict(experts_of(loaded)) if ratios else {}
         for ratio in ratios if layers else ():
             _check(ratio, next(iter(layers.values())))
         rows = _rows(loaded, words, text, tokens, length)
@@ -88,15 +88,20 @@ def measure(
             if cell.name not in losses:
                 chosen = layers if cell.layer is None else {cell.layer: layers[cell.layer]}
                 with _keeping(list(chosen.values()) if cell.ratio else [], cell.ratio):
-                    losses[cell.name] = _loss(forward, rows)
+                    losses[cell.name] = loss_of(forward, rows)
                 write_json(out, document)
         say(len(cells), len(cells), "measured")
     return document
 
 
 @contextlib.contextmanager
-def _loaded(checkpoint: Path) -> Iterator[Loaded]:
-    """The model in this process; Megatron's state is taken down at the end."""
+def opened(checkpoint: Path) -> Iterator[Loaded]:
+    """A model in this process, its experts computed by ours; Megatron's state is taken down at the
+    end, and then another may be opened.
+
+    Args:
+        checkpoint: a run's folder of checkpoints, or that of one iteration.
+    """
     from megatron.training.training import destroy_global_state
 
     try:
@@ -119,7 +124,7 @@ def _every_neuron(checkpoint: Path) -> list[str]:
     return ["--mone-neuron-ratio", "1.0"] if saved.get("num_experts") and not chooses else []
 
 
-def _experts(loaded: Loaded) -> Iterator[tuple[int, Any]]:
+def experts_of(loaded: Loaded) -> Iterator[tuple[int, Any]]:
     """Layer, counted from 0, and its experts whose neurons can be chosen."""
     from megatron_mone.moe.experts import MoNEExperts
 
@@ -183,9 +188,16 @@ def _keeping(layers: Sequence[Any], ratio: str | None) -> Iterator[None]:
             experts.select = select
 
 
-def _loss(forward: Forward, rows: Tensor) -> float:
+def loss_of(forward: Forward, rows: Tensor, batch: int = _ROWS) -> float:
+    """Nats a token.
+
+    Args:
+        forward: asks the model.
+        rows: [R, length + 1] ids.
+        batch: rows of a forward pass.
+    """
     total = 0.0
-    for part in rows.split(_ROWS):
+    for part in rows.split(batch):
         wanted = part[:, 1:].cuda()
 
         def read(logits: Tensor, tokens: Tensor, wanted: Tensor = wanted) -> float:

@@ -53,7 +53,7 @@ def run(name: str, folder: Path, names: list[str], *, preset="cpu", seeds=3, sto
 
     return run_study(
         study_of(name), preset, seeds, folder / "data", folder, ["megatron-mone study"],
-        lambda *said: None, train,
+        lambda *said: None, train, lambda task: [],
     )  # fmt: skip
 
 
