@@ -59,14 +59,34 @@ def training_job(
     Raises:
         ValueError: one line naming the file or field, the value and the fix.
     """
+    config = find_run(config)
+    return job_of_values(config, load_run(config), name, runs, words, grid, site)
+
+
+def job_of_values(
+    config: Path, values: Mapping[str, Any], name: str | None, runs: Path, words: Sequence[str],
+    grid: Sequence[str], site: Mapping[str, Any],
+) -> Job:  # fmt: skip
+    """As `training_job`, where what the run file says is known.
+
+    Args:
+        config: run file; not read, and need not be there yet.
+        values: Megatron's arguments that it gives.
+        name: of the run; None takes the file's.
+        runs: folder of all run folders.
+        words: Megatron flags after those of the run file.
+        grid: as `training_job`.
+        site: fields of the launch file and of flags.
+
+    Raises:
+        ValueError: one line naming the field, the value and the fix.
+    """
     for word in words:
         if word.partition("=")[0] in _OWN_FLAGS:
             raise ValueError(
                 f"{word}: checkpoints are in the run folder; give --pretrained-checkpoint to begin "
                 "from another run's"
             )
-    config = find_run(config)
-    values = load_run(config)
     folder = runs.resolve() / (name or config.stem)
     points = read_grid(grid, values, words)
     identity = {"values": values, "arguments": list(words), "sweep": bool(points)}

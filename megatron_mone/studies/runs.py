@@ -15,7 +15,7 @@ import yaml
 
 from launch.runs.run_manifest import digest
 from launch.spec.file import read_fields
-from launch.spec.training_job import training_job
+from launch.spec.training_job import job_of_values
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.machine import cores
 from megatron_mone.demo.runs import PYTHON, DemoRun, ensure_run, finished
@@ -38,11 +38,13 @@ class Wanted:
         cell: whose it is.
         seed: of its draws and the order of its data.
         run: the job; its name is of what it is made from.
+        config: its run file, written when it is trained.
     """
 
     cell: Cell
     seed: int
     run: DemoRun
+    config: Path
 
 
 def wanted(
@@ -61,9 +63,7 @@ def wanted(
         ValueError: arguments that a run refuses; one line.
     """
     return [
-        Wanted(cell, seed, _run(cell, preset, seed, data, out))
-        for seed in range(1, seeds + 1)
-        for cell in cells
+        _wanted(cell, preset, seed, data, out) for seed in range(1, seeds + 1) for cell in cells
     ]
 
 
@@ -73,24 +73,28 @@ def values_of(cell: Cell, preset: Preset, seed: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _run(cell: Cell, preset: Preset, seed: int, data: Path, out: Path) -> DemoRun:
+def _wanted(cell: Cell, preset: Preset, seed: int, data: Path, out: Path) -> Wanted:
     values = values_of(cell, preset, seed)
-    text = yaml.safe_dump({"model": values}, sort_keys=True)
     config = out / "configs" / f"{digest(values)[:_NAME]}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    if not config.is_file():
-        atomic_write(config, text.encode())
     runs = out / "runs"
     words = ["--data-path", f"{data}_text_document", "--tokenizer-model", f"{data}.tokenizer"]
     site = {**read_fields("local"), "tasks_per_node": RANKS}
-    job = training_job(config, "nameless", runs, words, (), site)
+    job = job_of_values(config, values, "nameless", runs, words, (), site)
     name = digest(DemoRun(job).made_from)[:_NAME]
-    job = training_job(config, name, runs, words, (), site)
+    job = job_of_values(config, values, name, runs, words, (), site)
     command = (
         PYTHON, "-m", "launch", "run", "--config", str(config), "--name", name,
         "--runs", str(runs), "--tasks-per-node", str(RANKS), "--", *words,
     )  # fmt: skip
-    return DemoRun(job, command)
+    return Wanted(cell, seed, DemoRun(job, command), config)
+
+
+def write_config(one: Wanted) -> None:
+    """Write the run file of a run, where it is not there yet; its name did not need it."""
+    if not one.config.is_file():
+        text = yaml.safe_dump({"model": one.run.job.config["values"]}, sort_keys=True)
+        one.config.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(one.config, text.encode())
 
 
 def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) -> list[RunResult]:
@@ -114,6 +118,7 @@ def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) 
 
     def ensure(one: Wanted, children: Children) -> None:
         def launched(run: DemoRun) -> None:
+            write_config(one)
             children.run(run.command[1:], run.folder.parent / f"{run.name}.log")
 
         chosen = train or launched

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.spec.file import read_fields
+from launch.spec.training_job import training_job
 from megatron_mone.commands.app import main
 from megatron_mone.demo import runs as demo_runs
 from megatron_mone.demo.runs import TrainingError
@@ -17,7 +19,7 @@ from megatron_mone.studies.catalogue import MODULES, models_of, study_of
 from megatron_mone.studies.catalogue.ratio import ACTIVE, DENSE, ONE, TOTAL
 from megatron_mone.studies.command import PAGE, RESULTS, run_study, write_page
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.runs import RANKS, values_of
+from megatron_mone.studies.runs import RANKS, values_of, wanted, write_config
 from megatron_mone.studies.statistics import difference, estimate
 from megatron_mone.studies.study import Section
 from megatron_mone.studies.tasks import Task, measure_missing
@@ -68,6 +70,22 @@ def test_a_study_trains_each_cell_once_a_seed(tmp_path, trained, name):
     again = run(name, tmp_path, trained)
     assert len(trained) == 3 * len(cells)  # nothing twice
     assert again == results
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_run_is_named_before_its_file_is_written_and_is_what_the_launcher_reads(
+    tmp_path, trained, name
+):
+    study = study_of(name)
+    preset = study.presets["cpu"]
+    cells = study.grid(preset)[:: len(study.grid(preset)) - 1]
+    for one in wanted(cells, preset, 1, tmp_path / "data", tmp_path):
+        assert not one.config.exists()
+        write_config(one)
+        words, spec = one.run.job.config["arguments"], one.run.job.spec
+        site = {**read_fields("local"), "tasks_per_node": RANKS}
+        folder = Path(spec.folder).parent
+        assert training_job(one.config, spec.name, folder, words, (), site) == one.run.job
 
 
 def test_a_stopped_study_goes_on_where_it_was(tmp_path, trained):
