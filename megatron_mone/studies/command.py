@@ -27,7 +27,7 @@ def run_study(
         study: which.
         preset: name of its size.
         seeds: of each cell.
-        data: prefix of the prepared data.
+        data: prefix of the prepared data; other corpora lie beside it, each by its name.
         out: folder of all studies; the study's own folder lies in it.
         commands: that are run for this, for the page.
         say: told runs done, of how many, and of what.
@@ -81,9 +81,10 @@ def _cells(runs: Sequence[Wanted], results: Sequence[RunResult]) -> list[StudyCe
     for one, result in zip(runs, results, strict=True):
         by_cell.setdefault(one.cell.name, []).append(_study_run(one, result))
     return [
-        StudyCell(name=name, meaning=cell.meaning, values=values_shown(cell), runs=by_cell[name])
+        StudyCell(name=name, meaning=cell.meaning, values=values_shown(cell), corpus=cell.corpus,
+                  runs=by_cell[name])
         for name, cell in cells.items()
-    ]
+    ]  # fmt: skip
 
 
 def _study_run(one: Wanted, result: RunResult) -> StudyRun:

@@ -1,6 +1,6 @@
 """results.json of a study: the numbers of every run, and nothing that is derived of them."""
 
-from megatron_mone.common.documents import Difference, Document, Number, Part, Text, Whole
+from megatron_mone.common.documents import AnyText, Difference, Document, Number, Part, Text, Whole
 from megatron_mone.studies.statistics import Estimate, difference, estimate
 
 
@@ -38,6 +38,8 @@ class StudyCell(Part):
     meaning: Text
     values: dict[str, Text]
     """What it has otherwise than the preset, as JSON."""
+    corpus: AnyText = ""
+    """Text that it was trained and validated on; the study's when empty."""
     runs: list[StudyRun]
 
     def losses(self) -> dict[int, float]:
@@ -98,6 +100,11 @@ class StudyResults(Document, schema="megatron-mone/study/1", again="run the stud
     def cell(self, name: str) -> StudyCell:
         """The cell of a name."""
         return next(cell for cell in self.cells if cell.name == name)
+
+    @property
+    def comparable(self) -> list[StudyCell]:
+        """Cells that were validated on the study's text: losses of two texts are not compared."""
+        return [cell for cell in self.cells if not cell.corpus]
 
     def has(self, *names: str) -> bool:
         """Whether all these cells were trained."""

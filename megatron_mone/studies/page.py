@@ -49,8 +49,11 @@ def _cells(page: Page, results: StudyResults, plots: Path) -> None:
         f"Validation loss after the last step in nats a token, mean of up to {seeds} seeds with a "
         f"95% interval (Student's t); over {results.reference}: paired by seed, whose runs read "
         "the same data in the same order. Operations are of a step, of all ranks. Of "
-        f"{len(results.cells) - 1} intervals one in twenty leaves out 0 by chance alone."
+        f"{len(results.comparable) - 1} intervals one in twenty leaves out 0 by chance alone."
     )
+    if others := [cell for cell in results.cells if cell.corpus]:
+        named = "; ".join(f"{cell.name}: {cell.corpus}" for cell in others)
+        page.paragraph(f"Of another text, and compared with none of these losses: {named}.")
     page.figure(save(_ends(results), plots / "ends"), "Loss over the reference, seed by seed.")
     page.figure(save(_curves(results), plots / "curves"), "Validation loss by step, mean of seeds.")
     page.bullets([f"{cell.name}: {cell.meaning}" for cell in results.cells])
@@ -84,7 +87,8 @@ def rows(results: StudyResults) -> list[list[str]]:
     found = []
     for cell in results.cells:
         run, against = cell.runs[0], ""
-        if cell.name != results.reference and results.has(results.reference):
+        compares = cell.name != results.reference and cell in results.comparable
+        if compares and results.has(results.reference):
             against = interval(results.difference(cell.name, results.reference), "+.4f")
         found.append([
             cell.name, interval(cell.loss, ".4f"), against,
@@ -103,7 +107,7 @@ def interval(found: Estimate, form: str) -> str:
 
 def _ends(results: StudyResults) -> Figure:
     """By cell: its loss over the reference's, a point a seed, and the interval of their mean."""
-    cells = list(reversed(results.cells))
+    cells = list(reversed(results.comparable))
     reference = results.cell(results.reference).losses()
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(8, 1.2 + 0.42 * len(cells)))
@@ -127,7 +131,7 @@ def _ends(results: StudyResults) -> Figure:
 def _curves(results: StudyResults) -> Figure:
     with plt.rc_context(SETTINGS):
         figure, axes = plt.subplots(figsize=(8, 4))
-        for cell in results.cells:
+        for cell in results.comparable:
             steps, losses = _mean_curve(cell)
             axes.plot(steps, losses, marker="o", markersize=3, label=cell.name)
         axes.set_xlabel("step")

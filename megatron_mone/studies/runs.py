@@ -15,7 +15,7 @@ import yaml
 
 from launch.runs.run_manifest import digest
 from launch.spec.file import read_fields
-from launch.spec.training_job import job_of_values
+from launch.spec.training_job import CHECKPOINTS, job_of_values
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.machine import cores
 from megatron_mone.demo.runs import PYTHON, DemoRun, ensure_run, finished
@@ -39,12 +39,19 @@ class Wanted:
         seed: of its draws and the order of its data.
         run: the job; its name is of what it is made from.
         config: its run file, written when it is trained.
+        base: the run whose weights it starts from.
     """
 
     cell: Cell
     seed: int
     run: DemoRun
     config: Path
+    base: "Wanted | None" = None
+
+    @property
+    def depth(self) -> int:
+        """Runs that must be trained before it, one after another."""
+        return self.base.depth + 1 if self.base else 0
 
 
 def wanted(
@@ -56,15 +63,25 @@ def wanted(
         cells: of the grid.
         preset: its size.
         seeds: of each cell.
-        data: prefix of the prepared data.
+        data: prefix of the prepared data; other corpora lie beside it, each by its name.
         out: folder of all studies.
 
     Raises:
-        ValueError: arguments that a run refuses; one line.
+        ValueError: one line: a cell whose base does not stand before it, or arguments that a run
+            refuses.
     """
-    return [
-        _wanted(cell, preset, seed, data, out) for seed in range(1, seeds + 1) for cell in cells
-    ]
+    found: list[Wanted] = []
+    for seed in range(1, seeds + 1):
+        runs: dict[str, Wanted] = {}
+        for cell in cells:
+            if cell.after and cell.after not in runs:
+                raise ValueError(
+                    f"cell {cell.name}: after = {cell.after!r} is no cell before it: "
+                    f"{', '.join(runs) or 'it is the first'}"
+                )
+            runs[cell.name] = _wanted(cell, preset, seed, runs.get(cell.after), data, out)
+        found += runs.values()
+    return found
 
 
 def values_of(cell: Cell, preset: Preset, seed: int) -> dict[str, Any]:
@@ -73,11 +90,16 @@ def values_of(cell: Cell, preset: Preset, seed: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _wanted(cell: Cell, preset: Preset, seed: int, data: Path, out: Path) -> Wanted:
+def _wanted(
+    cell: Cell, preset: Preset, seed: int, base: Wanted | None, data: Path, out: Path
+) -> Wanted:
     values = values_of(cell, preset, seed)
     config = out / "configs" / f"{digest(values)[:_NAME]}.yaml"
     runs = out / "runs"
-    words = ["--data-path", f"{data}_text_document", "--tokenizer-model", f"{data}.tokenizer"]
+    text = data.with_name(cell.corpus or data.name)
+    words = ["--data-path", f"{text}_text_document", "--tokenizer-model", f"{text}.tokenizer"]
+    if base:  # its name, of what it was made from, is among what this one is made from
+        words += ["--pretrained-checkpoint", str(runs / base.run.name / CHECKPOINTS)]
     site = {**read_fields("local"), "tasks_per_node": RANKS}
     job = job_of_values(config, values, "nameless", runs, words, (), site)
     name = digest(DemoRun(job).made_from)[:_NAME]
@@ -86,7 +108,7 @@ def _wanted(cell: Cell, preset: Preset, seed: int, data: Path, out: Path) -> Wan
         PYTHON, "-m", "launch", "run", "--config", str(config), "--name", name,
         "--runs", str(runs), "--tasks-per-node", str(RANKS), "--", *words,
     )  # fmt: skip
-    return Wanted(cell, seed, DemoRun(job, command), config)
+    return Wanted(cell, seed, DemoRun(job, command), config, base)
 
 
 def write_config(one: Wanted) -> None:
@@ -127,7 +149,8 @@ def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) 
     def told(one: Wanted) -> None:
         say(next(ready), len(by_name), f"{one.cell.name}, seed {one.seed}")
 
-    all_of(missing, ensure, told, cores() // RANKS)
+    for depth in sorted({one.depth for one in missing}):
+        all_of([one for one in missing if one.depth == depth], ensure, told, cores() // RANKS)
     return [result for one in runs if (result := results[one.run.name]) is not None]
 
 

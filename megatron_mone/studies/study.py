@@ -23,11 +23,16 @@ class Cell:
         name: shown; unique in its study.
         meaning: what it is there for, a few words.
         values: Megatron's arguments over the preset's; None takes one of those away.
+        after: name of a cell before it in the grid, whose last weights of the same seed it starts
+            from, with a new optimizer and schedule; random weights when empty.
+        corpus: of `prepare --corpus`, the text that it is trained on; the study's when empty.
     """
 
     name: str
     meaning: str
     values: Values = field(default_factory=dict)
+    after: str = ""
+    corpus: str = ""
 
 
 @dataclass(frozen=True)

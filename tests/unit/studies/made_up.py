@@ -22,7 +22,7 @@ def made_up(
     preset = study.presets["cpu"]
     cells = [
         StudyCell(
-            name=cell.name, meaning=cell.meaning, values=values_shown(cell),
+            name=cell.name, meaning=cell.meaning, values=values_shown(cell), corpus=cell.corpus,
             runs=[
                 StudyRun(
                     seed=seed, run=f"{cell.name}{seed}", steps=preset.values["train_iters"],
