@@ -18,7 +18,9 @@ main = program.main
 
 @program.command("study")
 def study(
-    name: Annotated[str, Argument(metavar="NAME", help="ratio, balance, activation, block, split")],
+    name: Annotated[
+        str, Argument(metavar="NAME", help="ratio, balance, activation, block, split, finetune")
+    ],
     preset: Annotated[str, Option(metavar="NAME", help="size of its runs: tiny, cpu")] = "cpu",
     seeds: Annotated[
         int | None, Option(metavar="N", min=1, help="of each cell (the preset's)")
@@ -38,7 +40,6 @@ def study(
     command goes on. Writes OUT/NAME-PRESET/results.json and report.html. Exit status: 0; 1 a run
     failed; 2 wrong input; 130 stopped.
     """
-    from megatron_mone.common.child_processes import tied
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.demo.command import TOKENIZER
     from megatron_mone.demo.runs import TrainingError
@@ -51,12 +52,12 @@ def study(
     models = models_of(chosen, model or [])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = out / "data" / "shakespeare"
-    prepare = [sys.executable, "-m", "megatron_mone", "prepare", "--corpus", "shakespeare",
-               "--output-prefix", str(data), "--tokenizer", TOKENIZER]  # fmt: skip
+    others = {cell.corpus for cell in chosen.grid(size)} - {""}
+    corpora = {data.name: TOKENIZER, **dict.fromkeys(sorted(others), f"{data}.tokenizer")}
     number = seeds or size.seeds
     again = f"megatron-mone study {name} --preset {preset} --seeds {number} --out {out}"
     again += "".join(f" --model {one}" for one in model or [])
-    if subprocess.run(prepare, check=False, preexec_fn=tied()).returncode:
+    if not all(_prepared(data.with_name(corpus), how) for corpus, how in corpora.items()):
         print("megatron-mone: error: the data could not be prepared", file=sys.stderr)
         return 1
     try:
@@ -71,3 +72,12 @@ def study(
     print(*chosen.findings(results), sep="\n")
     print(f"wrote {os.path.relpath(out / f'{name}-{preset}' / PAGE)}")
     return 0
+
+
+def _prepared(prefix: Path, tokenizer: str) -> bool:
+    """Whether the corpus that a prefix is named by could be prepared there."""
+    from megatron_mone.common.child_processes import tied
+
+    command = [sys.executable, "-m", "megatron_mone", "prepare", "--corpus", prefix.name,
+               "--output-prefix", str(prefix), "--tokenizer", tokenizer]  # fmt: skip
+    return subprocess.run(command, check=False, preexec_fn=tied()).returncode == 0

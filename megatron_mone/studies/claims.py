@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mone.studies.catalogue import balance, block, ratio
+from megatron_mone.studies.catalogue import balance, block, finetune, ratio
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats, share
+from megatron_mone.studies.forgetting import NEW, OLD
 from megatron_mone.studies.statistics import Estimate
 
 
@@ -67,6 +68,12 @@ def _dead(results: StudyResults) -> str:
     return f"never kept at the end, {told}; {_against((balance.DEFAULT, balance.NONE))(results)}"
 
 
+def _tuned(results: StudyResults) -> str:
+    """What fine-tuning does to MoNE beside the dense MoE of the same size."""
+    gained, lost = (nats(finetune.beside(results, of, ratio.TOTAL)) for of in (NEW, OLD))
+    return f"{_MAIN} against {ratio.TOTAL}, by fine-tuning: new text {gained}; first text {lost}"
+
+
 CLAIMS = (
     _compared("ratio", "Paper: half the activated parameters, the same quality",
               (_MAIN, ratio.TOTAL), (_MAIN, ratio.ACTIVE)),
@@ -77,4 +84,6 @@ CLAIMS = (
           _differences((balance.DEFAULT, balance.NONE))),
     _compared("block", "Ours: neurons chosen in blocks cost little",
               ("B = 16", block.SINGLE), ("B = 64", block.SINGLE)),
+    Claim("finetune", "Reviewer: does it fine-tune as well, and what is forgotten?", _tuned,
+          lambda results: [finetune.beside(results, of, ratio.TOTAL) for of in (NEW, OLD)]),
 )  # fmt: skip

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.commands.app import main
-from megatron_mone.studies.catalogue import small, study_of
+from megatron_mone.studies.catalogue import finetune, small, study_of
 from megatron_mone.studies.catalogue.ratio import DENSE, mone
 from megatron_mone.studies.command import RESULTS, run_study
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.study import Preset
+from megatron_mone.studies.forgetting import NEW, OLD
+from megatron_mone.studies.study import Cell, Preset
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +28,17 @@ def data(tmp_path_factory) -> Path:
 
 
 def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
-    """One with experts that choose, one without experts."""
-    cell = mone(Fraction(1, 4))
+    """One with experts that choose, one without experts, and one that starts from the first and
+    learns nothing: its losses are the first's to the bit."""
+    cell, again = mone(Fraction(1, 4)), "again"
     values = {**small.training(2), "hidden_size": 32, "seq_length": 32, "eval_iters": 1,
               "max_position_embeddings": 32, "moe_ffn_hidden_size": 48}  # fmt: skip
+    preset = Preset(values, only=(cell, DENSE, again), measuring={"windows": 4})
+    still = Cell(again, "no learning rate", {"lr": 0.0, "min_lr": 0.0}, after=cell)
     study = replace(
-        study_of("ratio"), presets={"one": Preset(values, only=(cell, DENSE))}, reference=cell
-    )
+        study_of("ratio"), presets={"one": preset}, reference=cell, tasks=finetune.tasks,
+        cells=lambda values: [*study_of("ratio").cells(values), still],
+    )  # fmt: skip
     said = []
     results = run_study(study, "one", 1, data, tmp_path, [], lambda *words: said.append(words))
     (run,) = results.cell(cell).runs
@@ -45,4 +50,12 @@ def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
     (dense,) = results.cell(DENSE).runs
     assert (dense.steps, dense.chooses, dense.dead_share) == (2, False, 0)
     assert 0 < dense.active_flops_per_step == dense.executed_flops_per_step
-    assert said[-1][:2] == (2, 2)
+    (after,) = results.cell(again).runs
+    assert after.run != run.run
+    assert after.validation[-1] == run.validation[-1]
+    for of in (OLD, NEW):
+        (measured,) = results.measured(of, again).values()
+        assert measured.x == [0, 2]
+        assert measured.y[0] == measured.y[1] == pytest.approx(run.validation[-1].loss, abs=0.5)
+    assert [done for done, of, _ in said if of == 3][-1] == 3
+    assert said[-1][:2] == (1, 1)

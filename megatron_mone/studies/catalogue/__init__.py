@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.studies.study import Preset, Study
 
-MODULES = ("ratio", "balance", "activation", "block", "split", "analysis")
+MODULES = ("ratio", "balance", "activation", "block", "split", "analysis", "finetune")
 
 
 def study_of(name: str) -> Study:
