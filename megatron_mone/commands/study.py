@@ -40,9 +40,9 @@ def study(
     command goes on. Writes OUT/NAME-PRESET/results.json and report.html. Exit status: 0; 1 a run
     failed; 2 wrong input; 130 stopped.
     """
+    from launch.runs.kept_runs import TrainingError
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.demo.command import TOKENIZER
-    from megatron_mone.demo.runs import TrainingError
     from megatron_mone.reporting.page.results import ResultError
     from megatron_mone.studies.catalogue import models_of, preset_of, study_of
     from megatron_mone.studies.command import PAGE, run_study

@@ -18,22 +18,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from launch.runs.kept_runs import PYTHON, KeptRun, TrainingError, ensure_run, finished, train_here
 from megatron_mone.common.child_processes import end_with_starter, tied
 from megatron_mone.common.exit_status import INTERRUPTED
 from megatron_mone.common.places import ROOT
 from megatron_mone.common.progress import NOTE, progress_bar
 from megatron_mone.data.manifest import load_manifest, manifest_path
-from megatron_mone.demo.runs import (
-    CONFIGS,
-    PYTHON,
-    WITHOUT_NG,
-    DemoRun,
-    TrainingError,
-    demo_runs,
-    ensure_run,
-    finished,
-    train_here,
-)
+from megatron_mone.demo.runs import CONFIGS, WITHOUT_NG, demo_runs
 from megatron_mone.demo.scores import score
 from megatron_mone.reporting.demo.report import table_rows, write_report
 from megatron_mone.reporting.page.results import ResultError, RunResult
@@ -100,13 +91,13 @@ def demo(out: Path, steps: int | None) -> int:
     return 0
 
 
-def _train_all(runs: list[DemoRun]) -> dict[str, RunResult]:
+def _train_all(runs: list[KeptRun]) -> dict[str, RunResult]:
     """Each run's result by its name: a bar a run on a terminal, a line a log line elsewhere."""
     results = {}
     columns = ("{task.description:<16}", "bar", "count", NOTE, "elapsed", "ETA", "left")
     with progress_bar(*columns, first=None, stream=sys.stdout) as bars:
 
-        def show(run: DemoRun, step: int | None, loss: float) -> None:
+        def show(run: KeptRun, step: int | None, loss: float) -> None:
             bars(step, run.steps, run.name, bar=run.name, note=f"loss {loss:.3f}")
             if step is not None and not bars.drawn:
                 said = f"iteration {step}/{run.steps}, loss {loss:.3f}" if step else "starting"

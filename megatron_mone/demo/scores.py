@@ -11,18 +11,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 
+from launch.runs.kept_runs import PYTHON, KeptRun, TrainingError
 from launch.spec.training_job import CHECKPOINTS
 from megatron_mone.checkpoint.tracker import ITERATION_FORMAT
 from megatron_mone.common.child_processes import tied
 from megatron_mone.common.machine import version
-from megatron_mone.demo.runs import PYTHON, DemoRun, TrainingError
 from megatron_mone.evaluation.results import FILE, place_in_run, read_results
 from megatron_mone.reporting.demo.report import Scores
 
 TASKS = "quick"
 
 
-def score(runs: Sequence[DemoRun]) -> Scores:
+def score(runs: Sequence[KeptRun]) -> Scores:
     """Evaluate each run's last checkpoint on one rank, all at the same time.
 
     Raises:
@@ -40,12 +40,12 @@ def score(runs: Sequence[DemoRun]) -> Scores:
     return Scores({name: read_results(file) for name, file in places.items()}, commands)
 
 
-def _command(run: DemoRun) -> tuple[str, ...]:
+def _command(run: KeptRun) -> tuple[str, ...]:
     folder = os.path.relpath(run.folder / CHECKPOINTS)
     return (PYTHON, "-m", "megatron_mone", "eval", "--load", folder, "--tasks", TASKS)
 
 
-def _evaluate(runs: Iterable[DemoRun]) -> None:
+def _evaluate(runs: Iterable[KeptRun]) -> None:
     with ExitStack() as stack:
         started = []
         for run in runs:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from launch.runs.kept_runs import TrainingError
 from megatron_mone.common.child_processes import tied
 from megatron_mone.common.local_ranks import error_line, last_lines
 from megatron_mone.common.machine import cores
-from megatron_mone.demo.runs import TrainingError
 
 
 class Children:

@@ -13,12 +13,12 @@ from typing import Any
 
 import yaml
 
+from launch.runs.kept_runs import PYTHON, KeptRun, ensure_run, finished
 from launch.runs.run_manifest import digest
 from launch.spec.file import read_fields
 from launch.spec.training_job import CHECKPOINTS, job_of_values
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.machine import cores
-from megatron_mone.demo.runs import PYTHON, DemoRun, ensure_run, finished
 from megatron_mone.reporting.page.results import RunResult
 from megatron_mone.studies.children import Children, all_of
 from megatron_mone.studies.study import Cell, Preset
@@ -26,7 +26,7 @@ from megatron_mone.studies.study import Cell, Preset
 RANKS = 1
 """Of a run: a small model is trained faster by more runs at a time than by more ranks."""
 _NAME = 16  # digits of a digest
-Train = Callable[[DemoRun], None]
+Train = Callable[[KeptRun], None]
 Say = Callable[[int, int, str], None]
 
 
@@ -44,7 +44,7 @@ class Wanted:
 
     cell: Cell
     seed: int
-    run: DemoRun
+    run: KeptRun
     config: Path
     base: "Wanted | None" = None
 
@@ -102,13 +102,13 @@ def _wanted(
         words += ["--pretrained-checkpoint", str(runs / base.run.name / CHECKPOINTS)]
     site = {**read_fields("local"), "tasks_per_node": RANKS}
     job = job_of_values(config, values, "nameless", runs, words, (), site)
-    name = digest(DemoRun(job).made_from)[:_NAME]
+    name = digest(KeptRun(job).made_from)[:_NAME]
     job = job_of_values(config, values, name, runs, words, (), site)
     command = (
         PYTHON, "-m", "launch", "run", "--config", str(config), "--name", name,
         "--runs", str(runs), "--tasks-per-node", str(RANKS), "--", *words,
     )  # fmt: skip
-    return Wanted(cell, seed, DemoRun(job, command), config, base)
+    return Wanted(cell, seed, KeptRun(job, command), config, base)
 
 
 def write_config(one: Wanted) -> None:
@@ -139,7 +139,7 @@ def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) 
     say(next(ready), len(by_name), "trained before")
 
     def ensure(one: Wanted, children: Children) -> None:
-        def launched(run: DemoRun) -> None:
+        def launched(run: KeptRun) -> None:
             write_config(one)
             children.run(run.command[1:], run.folder.parent / f"{run.name}.log")
 

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from launch.runs.kept_runs import TrainingError
 from megatron_mone.demo import scores
-from megatron_mone.demo.runs import TrainingError
 from megatron_mone.evaluation.results import place_in_run
+from tests.unit.launch.test_kept_runs import run_of
 from tests.unit.reporting.conftest import make_evaluation
-from tests.unit.reporting.test_reporting_resume import run_of
 
 WRITES = "import pathlib, sys; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(parents=True); " \
          "p.write_text(sys.argv[2])"  # fmt: skip

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from megatron_mone.demo import runs as demo_runs
+from launch.runs import kept_runs
 from megatron_mone.reporting.page.events import Histogram
 from megatron_mone.reporting.page.results import LayerLoad, RunResult
 from megatron_mone.studies.runs import RANKS
@@ -25,8 +25,8 @@ def trained(monkeypatch, tmp_path) -> list[str]:
             [(steps, 1.0)], 10**9, {"1": [load]},
         )  # fmt: skip
 
-    monkeypatch.setattr(demo_runs, "collect", collect)
-    monkeypatch.setattr(demo_runs, "data_facts", lambda prefixes: list(prefixes))
-    monkeypatch.setattr(demo_runs, "open_run", lambda *words: None)
+    monkeypatch.setattr(kept_runs, "collect", collect)
+    monkeypatch.setattr(kept_runs, "data_facts", lambda prefixes: list(prefixes))
+    monkeypatch.setattr(kept_runs, "open_run", lambda *words: None)
     monkeypatch.setattr("launch.spec.training_job.data_prefixes", lambda *words: ("data",))
     return names

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.runs.kept_runs import TrainingError
 from launch.spec.file import read_fields
 from launch.spec.training_job import training_job
 from megatron_mone.commands.app import main
-from megatron_mone.demo.runs import TrainingError
 from megatron_mone.studies.catalogue import MODULES, models_of, study_of
 from megatron_mone.studies.catalogue.ratio import ACTIVE, DENSE, ONE, TOTAL
 from megatron_mone.studies.command import PAGE, RESULTS, run_study, write_page

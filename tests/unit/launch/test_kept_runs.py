@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 import psutil
 import pytest
 
+from launch.runs.kept_runs import KeptRun, TrainingError, ensure_run, finished, train_here
 from launch.spec.launch_spec import LaunchSpec
 from launch.spec.training_job import Job
 from megatron_mone.data.manifest import SCHEMA, FileFacts, Manifest, TokenizerFacts, manifest_path
-from megatron_mone.demo.runs import DemoRun, TrainingError, ensure_run, finished, train_here
 from megatron_mone.reporting.page.results import ResultError
 from tests.unit.reporting.conftest import write_run
 
@@ -32,7 +32,7 @@ def write_data(folder, sha256):
 def run_of(folder, values, command=("true",)):
     spec = LaunchSpec("mone", tuple(command), workdir=str(folder.parent), folder=str(folder))
     config = {"values": values, "arguments": [], "sweep": False}
-    return DemoRun(Job(spec, config, (str(folder.parent / "data_text_document"),)), ("python",))
+    return KeptRun(Job(spec, config, (str(folder.parent / "data_text_document"),)), ("python",))
 
 
 @pytest.fixture
