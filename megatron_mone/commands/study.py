@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,11 @@ main = program.main
 @program.command("study")
 def study(
     name: Annotated[
-        str, Argument(metavar="NAME", help="ratio, balance, activation, block, split, finetune")
+        str,
+        Argument(
+            metavar="NAME",
+            help="ratio, balance, activation, block, split, analysis, finetune, sparsity",
+        ),
     ],
     preset: Annotated[str, Option(metavar="NAME", help="size of its runs: tiny, cpu")] = "cpu",
     seeds: Annotated[
@@ -29,6 +34,9 @@ def study(
     model: Annotated[
         list[str] | None,
         Option(metavar="[NAME=]FOLDER", help="measured too; may be given more than once"),
+    ] = None,
+    text: Annotated[
+        Path | None, Option(metavar="FILE", help="to measure on, where a study measures a text")
     ] = None,
 ) -> int:
     """Train the cells of a study and write what they say, with 95% intervals over seeds.
@@ -44,12 +52,14 @@ def study(
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.demo.command import TOKENIZER
     from megatron_mone.reporting.page.results import ResultError
-    from megatron_mone.studies.catalogue import models_of, preset_of, study_of
+    from megatron_mone.studies.catalogue import models_of, preset_of, study_of, with_text
     from megatron_mone.studies.command import PAGE, run_study
 
     chosen = study_of(name)
     size = preset_of(chosen, preset)
     models = models_of(chosen, model or [])
+    size = with_text(size, chosen, text)
+    chosen = replace(chosen, presets={**chosen.presets, preset: size})
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     data = out / "data" / "shakespeare"
     others = {cell.corpus for cell in chosen.grid(size)} - {""}
@@ -57,6 +67,7 @@ def study(
     number = seeds or size.seeds
     again = f"megatron-mone study {name} --preset {preset} --seeds {number} --out {out}"
     again += "".join(f" --model {one}" for one in model or [])
+    again += f" --text {text}" if text else ""
     if not all(_prepared(data.with_name(corpus), how) for corpus, how in corpora.items()):
         print("megatron-mone: error: the data could not be prepared", file=sys.stderr)
         return 1

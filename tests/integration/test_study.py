@@ -12,7 +12,9 @@ from megatron_mone.studies.catalogue.ratio import DENSE, mone
 from megatron_mone.studies.command import RESULTS, run_study
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.forgetting import NEW, OLD
+from megatron_mone.studies.sparsity_names import AS_IT_IS, GATE, LOSS, OWN
 from megatron_mone.studies.study import Cell, Preset
+from megatron_mone.studies.tasks import Task, measure_missing
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +61,16 @@ def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
         assert measured.y[0] == measured.y[1] == pytest.approx(run.validation[-1].loss, abs=0.5)
     assert [done for done, of, _ in said if of == 3][-1] == 3
     assert said[-1][:2] == (1, 1)
+    _measures_a_runs_checkpoint(folder, data.with_suffix(".txt"), tmp_path)
+
+
+def _measures_a_runs_checkpoint(run: Path, text: Path, out: Path) -> None:
+    """As the study `sparsity` does: at the share that was trained, it is the model as it is."""
+    asked = {"text": str(text), "tokens": 64, "length": 32, "layer_tokens": 32, "questions": 1}
+    task = Task("a", 1, "neuron_needs:of_run", {"run": str(run), "answers": False, **asked})
+    found = {one.of: one for one in measure_missing([task], out, lambda *words: None)}
+    assert found[OWN].y == [0.25]
+    by_gate = zip(found[LOSS.format(GATE)].x, found[LOSS.format(GATE)].y, strict=True)
+    own = [loss for share, loss in by_gate if share == 0.25]
+    assert own == pytest.approx(found[AS_IT_IS].y, rel=1e-4)
+    assert 0 < own[0] < 8

@@ -1,13 +1,16 @@
 """The studies, a file each. To add one: a module here with a STUDY, named in MODULES."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.studies.study import Preset, Study
 
-MODULES = ("ratio", "balance", "activation", "block", "split", "analysis", "finetune")
+MODULES = (
+    "ratio", "balance", "activation", "block", "split", "analysis", "finetune", "sparsity",
+)  # fmt: skip
 
 
 def study_of(name: str) -> Study:
@@ -35,6 +38,21 @@ def preset_of(study: Study, name: str) -> Preset:
             f"{nearest_name(name, list(study.presets))}"
         )
     return study.presets[name]
+
+
+def with_text(preset: Preset, study: Study, text: Path | None) -> Preset:
+    """A preset whose measurements read a text of the user's, where one is given.
+
+    Raises:
+        ValueError: the study measures no text, or there is no such file.
+    """
+    if text is None:
+        return preset
+    if "text" not in preset.measuring:
+        raise ValueError(f"--text {text}: {study.name} measures no text; leave it out")
+    if not text.is_file():
+        raise ValueError(f"--text {text} is no file: name one of plain text")
+    return replace(preset, measuring={**preset.measuring, "text": str(text)})
 
 
 def models_of(study: Study, words: Sequence[str]) -> dict[str, Path]:
