@@ -115,7 +115,7 @@ def _write(task: Task, file: Path, found: Sequence[Found]) -> None:
 def _child(asked: Path, file: Path) -> None:
     """Measure one task in this process."""
     value = json.loads(asked.read_text(encoding="utf-8"))
-    task = Task("", 0, value["function"], value["arguments"])
+    task = Task("anyone", 0, value["function"], value["arguments"])  # who asks puts their name
     module, _, name = task.function.partition(":")
     function = getattr(import_module(f"megatron_mone.studies.{module}"), name)
     _write(task, file, function(**task.arguments))

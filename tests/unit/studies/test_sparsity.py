@@ -44,6 +44,7 @@ from megatron_mone.studies.sparsity_names import (
     USE_QUANTILES,
     parts_of,
 )
+from megatron_mone.studies.tasks import Task, measure_missing
 from tests.unit.studies.made_up import made_up
 
 ASKED = {"tokens": 64, "length": 16, "layer_tokens": 32, "questions": 2}
@@ -97,6 +98,15 @@ def test_losses_are_of_blocks_that_lie_evenly_over_the_text(folder, text):
         wanted.append(-sum(logits[n, row[0, n + 1]].item() for n in range(16)) / 16)
     assert found[AS_IT_IS] == ([1.0] * 4, pytest.approx(wanted, rel=1e-5))
     assert found[LAYERS_AS_THEY_ARE][1] == found[AS_IT_IS][1][::2]
+
+
+def test_a_task_is_measured_in_a_process_of_its_own(folder, text, tmp_path):
+    asked = {**ASKED, "folder": str(folder), "text": str(text), "part": f"losses:{GATE}"}
+    task = Task("M", 7, "neuron_needs:of_model", {**asked, "seen": {"files": []}})
+    (found,) = measure_missing([task], tmp_path, lambda *words: None)
+    x, y = measured(folder, text, f"losses:{GATE}")[LOSS.format(GATE)]
+    assert (found.of, found.cell, found.seed, found.x) == (LOSS.format(GATE), "M", 7, x)
+    assert found.y == pytest.approx(y, rel=1e-5)
 
 
 def test_every_share_by_every_criterion_and_one_layer_at_a_time(folder, text):
