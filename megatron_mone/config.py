@@ -23,6 +23,7 @@ from megatron_mone.config_checks import (
     check,
     check_model,
     check_ranges,
+    check_router_loss,
     check_selection,
     is_mone,
     layer_pattern,
@@ -35,6 +36,7 @@ Activation = Literal["silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu
 Selection = Literal["topk", "threshold"]
 LossType = Literal["raw", "selected", "normalized", "entropy", "bias"]
 LossScope = Literal["micro_batch", "global_batch"]
+RouterLossProbs = Literal["before_topk", "after_topk"]
 Backend = Literal["auto", "reference", "cpu", "triton", "te", "sparse24"]
 
 __all__ = ["layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
@@ -95,6 +97,11 @@ class MoNEFields:
 
     mone_ng_bias_update_rate: float = 1e-3
     """Step of the selection bias per optimizer step, in units of |g|. Only used by type bias."""
+
+    mone_router_loss_probs: RouterLossProbs = "before_topk"
+    """Probabilities that the router's aux losses average: before_topk, of all experts, as Megatron,
+    Switch and DeepSeek do; after_topk, what the chosen experts weigh, 0 of others, as a reviewer
+    says of the published MoNE. Of all MoE layers."""
 
     mone_backend: Backend = "auto"
     """Implementation of the masked expert. reference is plain torch, the definition, and computes
@@ -257,6 +264,7 @@ def validate(config: Any) -> None:
         return
     check_model(config)
     check_selection(config)
+    check_router_loss(config)
     if config.mone_record_masks is not None:
         kind = config.moe_token_dispatcher_type
         check(

@@ -178,6 +178,30 @@ def check_model(config: Any) -> None:
         check(met, name, getattr(config, name), allowed)
 
 
+def check_router_loss(config: Any) -> None:
+    """Probabilities after top-k are those of an aux loss that there is, and that Megatron computes
+    in parts."""
+    if config.mone_router_loss_probs == "before_topk":
+        return
+    kinds, coefficients = config.moe_router_load_balancing_type, config.moe_aux_loss_coeff
+    if isinstance(kinds, str):
+        kinds, coefficients = [kinds], [coefficients]
+    losses = {"aux_loss", "seq_aux_loss", "global_aux_loss"}
+    check(
+        any(kind in losses and coeff for kind, coeff in zip(kinds, coefficients, strict=True)),
+        "mone_router_loss_probs",
+        config.mone_router_loss_probs,
+        "before_topk where no moe_router_load_balancing_type of aux_loss, seq_aux_loss, "
+        "global_aux_loss has a moe_aux_loss_coeff > 0",
+    )
+    check(
+        not config.moe_router_fusion,
+        "moe_router_fusion",
+        config.moe_router_fusion,
+        f"False with mone_router_loss_probs = {config.mone_router_loss_probs}",
+    )
+
+
 def check_selection(config: Any) -> None:
     """Kept neurons, groups, blocks and bounds fit each other and the experts' width."""
     width, groups = config.moe_ffn_hidden_size, config.mone_neuron_groups

@@ -36,6 +36,7 @@ from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of
 from megatron_mone.moe.layer import MoNELayer
 from megatron_mone.moe.metrics import install_tracker
+from megatron_mone.moe.router import AfterTopKRouter
 
 
 @dataclass
@@ -174,6 +175,8 @@ def _layer(config: Any, spec: Any, kind: int) -> ModuleSpec:
         spec = with_all_heads_norms(spec)
     if config.mone_residual_multiplier != 1:
         spec = with_scaled_parts(spec, config.mone_residual_multiplier)
+    if config.mone_router_loss_probs == "after_topk" and is_moe(spec):
+        spec = _with_moe(spec, router=AfterTopKRouter)
     if kind == 2:
         assert is_moe(spec), spec.submodules.mlp
         spec = with_experts(spec, MoNELayer, MoNEExperts)
@@ -188,9 +191,13 @@ def is_moe(spec: Any) -> bool:
 
 def with_experts(spec: Any, layer: Callable[..., Any], experts: Any) -> ModuleSpec:
     """A copy of an MoE layer's spec with another MoE layer class and other experts inside."""
+    return _with_moe(spec, layer, experts=experts)
+
+
+def _with_moe(spec: Any, layer: Callable[..., Any] | None = None, **parts: Any) -> ModuleSpec:
     keywords = spec.submodules.mlp.keywords
-    submodules = replace(keywords["submodules"], experts=experts)
-    mlp = partial(layer, **{**keywords, "submodules": submodules})
+    submodules = replace(keywords["submodules"], **parts)
+    mlp = partial(layer or spec.submodules.mlp.func, **{**keywords, "submodules": submodules})
     return replace(spec, submodules=replace(spec.submodules, mlp=mlp))
 
 
