@@ -1,13 +1,16 @@
 """Which gate activation neurons are chosen by, for MoNE and for the dense MoE, and top-K against a
 threshold."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
 from megatron_mone.studies.page import interval
-from megatron_mone.studies.study import Cell, Preset, Section, Study, Values
+from megatron_mone.studies.shrunk_gates import KEPT
+from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
+from megatron_mone.studies.tasks import Task
 
 GATES = ("silu", "sigmoid", "softmax", "gelu", "relu", "squared_relu")
 THRESHOLD = "silu, threshold"
@@ -32,13 +35,29 @@ def cells(values: Values) -> Sequence[Cell]:
     ]  # fmt: skip
 
 
+def tasks(runs: Sequence[Trained], models: Mapping[str, Path], preset: Preset) -> list[Task]:
+    """How many neurons a threshold keeps; of the others it is known."""
+    del models
+    return [
+        Task(run.cell.name, run.seed, "shrunk_gates:measure",
+             {"checkpoints": str(run.folder / "checkpoints"), "factors": (),
+              **preset.measuring})
+        for run in runs if run.cell.name == THRESHOLD
+    ]  # fmt: skip
+
+
 def findings(results: StudyResults) -> list[str]:
     """Each against silu, MoNE against the dense MoE gate by gate, what became of the neurons."""
     silu = GATES[0]
     pairs = [(name, silu) for name in (*GATES[1:], THRESHOLD)]
     pairs += [(dense(gate), dense(silu)) for gate in GATES[1:]]
     pairs += [(gate, dense(gate)) for gate in GATES]
-    return [*(compared(results, *pair) for pair in pairs if results.has(*pair)), *use(results)]
+    kept = [
+        f"{THRESHOLD} keeps {found.mean:.1%} of the neurons of layer {layer:.0f} in held-out text."
+        for layer, found in results.curve(KEPT, THRESHOLD)
+    ]
+    said = [compared(results, *pair) for pair in pairs if results.has(*pair)]
+    return [*said, *kept, *use(results)]
 
 
 def sections(results: StudyResults) -> list[Section]:
@@ -63,11 +82,12 @@ STUDY = Study(
     "want the same one?",
     presets={
         "tiny": Preset(small.training(small.TINY_STEPS), seeds=2, only=(GATES[0], dense(GATES[0]))),
-        "cpu": Preset(small.training(small.CPU_STEPS)),
+        "cpu": Preset(small.training(small.CPU_STEPS), measuring={"windows": 16}),
     },
     cells=cells,
     reference=GATES[0],
     findings=findings,
+    tasks=tasks,
     sections=sections,
     limits=(
         "Models of 2 layers and under a million tokens.",
