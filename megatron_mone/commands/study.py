@@ -19,13 +19,7 @@ main = program.main
 
 @program.command("study")
 def study(
-    name: Annotated[
-        str,
-        Argument(
-            metavar="NAME",
-            help="ratio, balance, activation, block, split, analysis, finetune, sparsity",
-        ),
-    ],
+    name: Annotated[str, Argument(metavar="NAME", help="of STUDIES.md: ratio, block, ...")],
     preset: Annotated[str, Option(metavar="NAME", help="size of its runs: tiny, cpu")] = "cpu",
     seeds: Annotated[
         int | None, Option(metavar="N", min=1, help="of each cell (the preset's)")

@@ -9,7 +9,8 @@ from megatron_mone.common.spelling import nearest_name
 from megatron_mone.studies.study import Preset, Study
 
 MODULES = (
-    "ratio", "balance", "activation", "block", "split", "analysis", "finetune", "sparsity",
+    "ratio", "balance", "activation", "block", "split", "scale", "analysis", "finetune",
+    "sparsity",
 )  # fmt: skip
 
 

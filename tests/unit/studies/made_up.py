@@ -1,23 +1,23 @@
 """Results of studies that are made up."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from megatron_mone.studies.document import Point, StudyCell, StudyResults, StudyRun
+from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
 from megatron_mone.studies.runs import values_shown
 from megatron_mone.studies.study import Study
 
 
 def made_up(
-    study: Study,
-    losses: Mapping[str, Mapping[int, float]],
-    flops: Mapping[str, float] | None = None,
-) -> StudyResults:
+    study: Study, losses: Mapping[str, Mapping[int, float]],
+    flops: Mapping[str, float] | None = None, measures: Sequence[Measure] = (),
+) -> StudyResults:  # fmt: skip
     """Results of a study in which cells end at given losses.
 
     Args:
         study: whose cells.
         losses: cell -> seed -> nats a token after the last step.
         flops: cell -> active operations of a step; 1e9 where there is none.
+        measures: of its runs.
     """
     preset = study.presets["cpu"]
     cells = [
@@ -37,5 +37,5 @@ def made_up(
     ]  # fmt: skip
     return StudyResults(
         study=study.name, preset="cpu", reference=study.reference, commands=["study"],
-        machine="2 cores", seconds=1, cells=cells, measures=[],
+        machine="2 cores", seconds=1, cells=cells, measures=list(measures),
     )  # fmt: skip
