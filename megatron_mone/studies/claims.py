@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mone.studies.catalogue import balance, block, finetune, ratio
+from megatron_mone.studies.catalogue import balance, block, finetune, ratio, scale, split
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats, share
 from megatron_mone.studies.forgetting import NEW, OLD
@@ -84,6 +84,10 @@ CLAIMS = (
           _differences((balance.DEFAULT, balance.NONE))),
     _compared("block", "Ours: neurons chosen in blocks cost little",
               ("B = 16", block.SINGLE), ("B = 64", block.SINGLE)),
+    _compared("split", "Open: few neurons of each expert, or smaller experts, at equal operations?",
+              (split.MAIN.name, split.BUDGETS[split.MAIN.operations][-1].name)),
+    _compared("scale", "Open: does it hold as models grow, against equal total?",
+              scale.pair(scale.WIDTHS[0]), scale.pair(scale.WIDTHS[-1])),
     Claim("finetune", "Reviewer: does it fine-tune as well, and what is forgotten?", _tuned,
           lambda results: [finetune.beside(results, of, ratio.TOTAL) for of in (NEW, OLD)]),
 )  # fmt: skip

@@ -39,6 +39,11 @@ def name_of(kind: str, width: int) -> str:
     return f"{kind}, H = {width}"
 
 
+def pair(width: int) -> tuple[str, str]:
+    """The names of a size's two cells."""
+    return name_of(KINDS[0], width), name_of(KINDS[1], width)
+
+
 def parameters(width: int) -> int:
     """Of a model of either kind: attention, experts, router and norms of each layer, the last norm,
     and the two embeddings."""
@@ -143,7 +148,7 @@ def ladder(results: StudyResults, of: str, without_largest: bool = False) -> Lad
 
 
 def _widths(results: StudyResults) -> list[int]:
-    return [one for one in WIDTHS if results.has(*(name_of(kind, one) for kind in KINDS))]
+    return [one for one in WIDTHS if results.has(*pair(one))]
 
 
 def _x(results: StudyResults, kind: str, width: int, of: str) -> float:
@@ -156,9 +161,7 @@ def _x(results: StudyResults, kind: str, width: int, of: str) -> float:
 
 def findings(results: StudyResults) -> list[str]:
     """Each size, then what the laws say, first where they can be checked."""
-    found = [
-        compared(results, *(name_of(kind, width) for kind in KINDS)) for width in _widths(results)
-    ]
+    found = [compared(results, *pair(width)) for width in _widths(results)]
     by_size, by_operations = (ladder(results, of) for of in (PARAMETERS, "operations"))
     if by_size is None or by_operations is None:
         return [*found, f"No law: it takes {laws.LEAST} sizes of both kinds."]
@@ -232,7 +235,7 @@ def sections(results: StudyResults) -> Sequence[Section]:
 
 
 def _row(results: StudyResults, width: int) -> list[str]:
-    names = [name_of(kind, width) for kind in KINDS]
+    names = pair(width)
     run, size = results.cell(names[0]).runs[0], _x(results, KINDS[0], width, PARAMETERS)
     return [
         f"{width}", f"{size:,.0f}", f"{run.steps:,}",
