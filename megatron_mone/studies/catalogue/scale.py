@@ -13,6 +13,7 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from megatron_mone.studies import laws
 from megatron_mone.studies.catalogue import small
@@ -298,6 +299,7 @@ def _lines(axes: Any, one: Ladder, low: float, high: float) -> None:
         for x, losses in one.points[kind]:
             axes.plot([x] * len(losses), [*losses.values()], ".", color=colour, markersize=5)
     axes.set_xscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False, fontsize=8)
 
 

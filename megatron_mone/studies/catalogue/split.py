@@ -181,14 +181,16 @@ def _surface(results: StudyResults, budgets: dict[int, list[Split]]) -> Figure:
         for dense, marker in ((False, "o"), (True, "X")):
             shown = [one for one in splits if one.dense is dense]
             points = axes.scatter(
-                [one.chosen for one in shown], [one.kept for one in shown], marker=marker, s=160,
+                [one.chosen for one in shown], [one.kept for one in shown], marker=marker, s=80,
                 c=[results.cell(one.name).loss.mean for one in shown], cmap="viridis_r",
                 vmin=min(losses), vmax=max(losses), edgecolors="#333333", linewidths=0.5,
             )  # fmt: skip
         for one in splits:
-            loss = results.cell(one.name).loss.mean
-            axes.annotate(f"E = {one.experts}\n{loss:.4f}", (one.chosen, one.kept), fontsize=7,
-                          xytext=(9, -4), textcoords="offset points")  # fmt: skip
+            column = [other.kept for other in splits if other.chosen == one.chosen]
+            below, above = one.kept == min(column), one.kept == max(column)
+            words = f"E = {one.experts}\n{results.cell(one.name).loss.mean:.4f}"
+            axes.annotate(words, (one.chosen, one.kept), fontsize=6, textcoords="offset points",
+                          xytext=(6, -5 - 8 * below + 8 * above))  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xlim(0.8, 16)
