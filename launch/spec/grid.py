@@ -8,6 +8,7 @@ it was written. Imports Megatron, for the names and types of its arguments; read
 """
 
 import argparse
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,7 @@ def _split(text: str) -> tuple[str, list[str]]:
     return SHORT.get(name, name), values
 
 
+@functools.cache
 def _actions() -> dict[str, list[argparse.Action]]:
     """Argument name -> its flags' actions, from Megatron's own parser and ours."""
     try:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mone.common.machine import cores
-from megatron_mone.reporting.page.results import RunResult, write_atomically
+from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
 from megatron_mone.studies.page import study_page
-from megatron_mone.studies.runs import Say, Train, Wanted, train_missing, values_shown, wanted
+from megatron_mone.studies.runs import Say, Train, train_missing, values_shown, wanted
 from megatron_mone.studies.study import Study, Trained
 from megatron_mone.studies.tasks import Perform, measure_missing
 
@@ -42,20 +42,44 @@ def run_study(
     """
     chosen = study.presets[preset]
     runs = wanted(study.grid(chosen), chosen, seeds, data, out)
-    folder = out / f"{study.name}-{preset}"
     results = train_missing(runs, say, train)
     trained = [
         Trained(one.cell, one.seed, one.run.folder, result)
         for one, result in zip(runs, results, strict=True)
     ]
-    measures = [measure for one in trained for measure in _read(study, one)]
+    measures = measures_read(study, trained)
     tasks = study.tasks(trained, models or {}, chosen)
     measures += measure_missing(tasks, out, say, perform) if tasks else []
-    seconds = sum(one.steps * statistics.fmean(s for _, s in one.step_seconds) for one in results)
+    return written(
+        study, preset, trained, [one.run.name for one in runs], measures, commands,
+        f"{cores()} cores of {platform.machine()}", out,
+    )  # fmt: skip
+
+
+def written(
+    study: Study, preset: str, trained: Sequence[Trained], names: Sequence[str],
+    measures: Sequence[Measure], commands: Sequence[str], machine: str, out: Path,
+) -> StudyResults:  # fmt: skip
+    """Write the results of finished runs, and their page.
+
+    Args:
+        study: which.
+        preset: name of its size.
+        trained: its runs.
+        names: of their folders.
+        measures: what was measured of them.
+        commands: that were run for this, for the page.
+        machine: on which, in words.
+        out: folder of all studies.
+    """
+    folder = out / f"{study.name}-{preset}"
+    seconds = sum(
+        one.result.steps * statistics.fmean(s for _, s in one.result.step_seconds)
+        for one in trained
+    )
     document = StudyResults(
         study=study.name, preset=preset, reference=study.reference, commands=list(commands),
-        machine=f"{cores()} cores of {platform.machine()}", seconds=seconds,
-        cells=_cells(runs, results), measures=measures,
+        machine=machine, seconds=seconds, cells=_cells(trained, names), measures=list(measures),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     document.write(folder / RESULTS)
@@ -68,18 +92,20 @@ def write_page(study: Study, document: StudyResults, folder: Path) -> None:
     write_atomically(folder / PAGE, study_page(study, document, folder).encode())
 
 
-def _read(study: Study, one: Trained) -> list[Measure]:
+def measures_read(study: Study, trained: Sequence[Trained]) -> list[Measure]:
+    """What a study takes from its runs' own records."""
     return [
         Measure(of=of, cell=one.cell.name, seed=one.seed, x=[*map(float, x)], y=[*map(float, y)])
+        for one in trained
         for of, x, y in study.read(one)
     ]
 
 
-def _cells(runs: Sequence[Wanted], results: Sequence[RunResult]) -> list[StudyCell]:
+def _cells(trained: Sequence[Trained], names: Sequence[str]) -> list[StudyCell]:
     by_cell: dict[str, list[StudyRun]] = {}
-    cells = {one.cell.name: one.cell for one in runs}
-    for one, result in zip(runs, results, strict=True):
-        by_cell.setdefault(one.cell.name, []).append(_study_run(one, result))
+    cells = {one.cell.name: one.cell for one in trained}
+    for one, name in zip(trained, names, strict=True):
+        by_cell.setdefault(one.cell.name, []).append(_study_run(one, name))
     return [
         StudyCell(name=name, meaning=cell.meaning, values=values_shown(cell), corpus=cell.corpus,
                   runs=by_cell[name])
@@ -87,11 +113,12 @@ def _cells(runs: Sequence[Wanted], results: Sequence[RunResult]) -> list[StudyCe
     ]  # fmt: skip
 
 
-def _study_run(one: Wanted, result: RunResult) -> StudyRun:
+def _study_run(one: Trained, name: str) -> StudyRun:
+    result = one.result
     last = [loads[-1] for loads in result.neuron_load.values()]
     neurons = sum(sum(load.histogram.counts) for load in last)
     return StudyRun(
-        seed=one.seed, run=one.run.name, steps=result.steps,
+        seed=one.seed, run=name, steps=result.steps,
         tokens_per_step=result.tokens_per_step,
         active_flops_per_step=result.active_flops_per_step,
         executed_flops_per_step=result.executed_flops_per_step,

@@ -29,7 +29,8 @@ def study_page(study: Study, results: StudyResults, plots: Path) -> str:
     page.heading("What the runs say")
     page.bullets(study.findings(results))
     page.heading("What they do not say")
-    page.bullets(study.limits)
+    size = study.presets.get(results.preset)
+    page.bullets((size and size.limits) or study.limits)
     if results.cells:
         _cells(page, results, plots)
     for number, section in enumerate(study.sections(results)):

@@ -44,12 +44,16 @@ class Preset:
         seeds: of each cell.
         only: names of the cells; all when empty.
         measuring: sizes of the measurements, by names that the study's tasks know.
+        gpus: of a run; 0: it is trained on CPU cores.
+        limits: what its results do not say, in place of the study's.
     """
 
     values: Values
     seeds: int = 3
     only: tuple[str, ...] = ()
     measuring: Values = field(default_factory=dict)
+    gpus: int = 0
+    limits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

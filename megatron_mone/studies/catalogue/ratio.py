@@ -7,7 +7,7 @@ gates are computed, up and down of those that are kept.
 from collections.abc import Sequence
 from fractions import Fraction
 
-from megatron_mone.studies.catalogue import small
+from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared
 from megatron_mone.studies.study import Cell, Preset, Study, Values
@@ -18,10 +18,6 @@ MAIN = Fraction(1, 4)
 TOTAL, ACTIVE = "MoE, equal total", "MoE, equal active"
 DENSE, ONE = "dense GLU, equal active", "MoNE, one expert, equal active"
 _DENSE_MOE = dict.fromkeys(small.MONE)
-_NO_EXPERTS = dict.fromkeys((
-    "num_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff", "moe_token_dispatcher_type", "moe_router_dtype",
-))  # fmt: skip
 
 
 def mone(ratio: Fraction) -> str:
@@ -35,6 +31,10 @@ def cells(values: Values) -> Sequence[Cell]:
     share = (1 + 2 * MAIN) / 3
     active = int(width * share)
     alone = int(topk * active / share)
+    no_experts = [name for name in values if name.startswith(("moe_", "expert_", "num_experts"))]
+    one_rank = (
+        {"expert_model_parallel_size": None} if "expert_model_parallel_size" in values else {}
+    )
     return [
         *(Cell(mone(one), "of each expert's neurons kept", {"mone_neuron_ratio": float(one)})
           for one in RATIOS),
@@ -42,11 +42,11 @@ def cells(values: Values) -> Sequence[Cell]:
         Cell(ACTIVE, f"experts of {active} neurons: what r = {MAIN} activates",
              {**_DENSE_MOE, "moe_ffn_hidden_size": active}),
         Cell(DENSE, f"no experts, {topk * active} neurons: what r = {MAIN} activates",
-             {**_DENSE_MOE, **_NO_EXPERTS, "ffn_hidden_size": topk * active}),
+             {**_DENSE_MOE, **dict.fromkeys(no_experts), "ffn_hidden_size": topk * active}),
         Cell(ONE, f"one expert of {alone} neurons, r = {MAIN}: activates the same",
              {"num_experts": 1, "moe_router_topk": 1, "moe_router_pre_softmax": True,
               "moe_ffn_hidden_size": alone, "mone_neuron_ratio": float(MAIN),
-              "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": None}),
+              "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": None, **one_rank}),
     ]  # fmt: skip
 
 
@@ -64,6 +64,8 @@ STUDY = Study(
     presets={
         "tiny": Preset(small.training(small.TINY_STEPS), seeds=2, only=(mone(MAIN), TOTAL)),
         "cpu": Preset(small.training(small.CPU_STEPS)),
+        **large.PRESETS,
+        **large.largest(mone(MAIN), TOTAL, ACTIVE),
     },
     cells=cells,
     reference=TOTAL,
