@@ -5,6 +5,7 @@ what is missing and what waits is the launcher's to know. May touch: the folder 
 through `launch`.
 """
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,9 @@ from launch.runs.sweep_cases import (
 )  # fmt: skip
 from launch.slurm.environment import site_defaults
 from launch.slurm.script import sbatch_script
+from launch.spec.checks import limit_seconds
 from launch.spec.file import read_fields
+from launch.spec.launch_spec import LaunchSpec
 from launch.spec.training_job import Job, tensorboard_folder, training_job
 from megatron_mone.common.files import atomic_write
 from megatron_mone.reporting.page.results import collect
@@ -38,6 +41,7 @@ from megatron_mone.studies.study import Cell, Preset, Trained
 
 _NAME = 16  # digits of a digest
 _SEED = "seed"
+_SPARE = 1.5  # of a predicted time
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,30 @@ def site_of(choice: str, gpus: int) -> dict[str, Any]:
         )
     defaults, _ = site_defaults(os.environ, given)
     return {**defaults, **given}
+
+
+def with_requeues(site: Mapping[str, Any], hours: float, choice: str) -> dict[str, Any]:
+    """A site's fields with as many requeues as the longest run needs, half as long again.
+
+    Args:
+        site: of `site_of`.
+        hours: of the longest run, predicted.
+        choice: the launch file, for errors.
+
+    Raises:
+        ValueError: one line; the run would be cut off at a time limit for good.
+    """
+    limit = limit_seconds(site["time_limit"]) if site.get("time_limit") else math.inf
+    needed = math.ceil(_SPARE * 3600 * hours / limit) - 1
+    if needed <= 0 or (site.get("requeue") and needed <= site.get("max_requeues", 0)):
+        return dict(site)
+    if not site.get("requeue") or "max_requeues" in site:
+        raise ValueError(
+            f"--site {choice}: time_limit = {site['time_limit']!r}: a run takes {hours:,.1f} h by "
+            f"the planner: give requeue: true, signal_lead_seconds and max_requeues: {needed} or "
+            "more, or a longer time_limit"
+        )
+    return {**site, "max_requeues": max(needed, LaunchSpec.max_requeues)}
 
 
 def sweeps(

@@ -18,6 +18,7 @@ from megatron_mone.studies.sweeps import (
     submit,
     sweeps,
     unfinished,
+    with_requeues,
     write_scripts,
 )  # fmt: skip
 from megatron_mone.studies.tasks import measure_missing
@@ -76,6 +77,7 @@ def swept_study(
         cluster = site["planner_cluster"]
         known = _known(folder / COST, cluster)
         cost = study_cost(study, preset, seeds, cluster, say, how.vocabulary, known)
+        site = with_requeues(site, max(map(cost.hours, cost.cells)), how.site)
     found = sweeps(study.grid(chosen), chosen, seeds, how.words, out, site)
     write_scripts(found, folder / JOBS)
     if cost is not None:

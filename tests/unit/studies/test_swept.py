@@ -278,6 +278,20 @@ def test_what_is_wrong_is_one_line(site, capsys, words, said):
     assert not Path("out").exists()
 
 
+def test_a_long_run_is_queued_again_as_often_as_it_needs():
+    """100 h, half as long again, in 4 h: 38 attempts."""
+    site = {"time_limit": "4:00:00", "requeue": True}
+    assert sweeps.with_requeues(site, 100.0, "s")["max_requeues"] == 37
+    assert sweeps.with_requeues(site, 10.0, "s")["max_requeues"] == 20  # as the launcher has it
+    assert sweeps.with_requeues({"time_limit": "0"}, 100.0, "s") == {"time_limit": "0"}
+    assert sweeps.with_requeues(site, 2.0, "s") == site
+    for short in ({"requeue": False}, {"max_requeues": 36}):
+        with pytest.raises(ValueError, match=r"takes 100\.0 h .* max_requeues: 37"):
+            sweeps.with_requeues({**site, **short}, 100.0, "s")
+    enough = {**site, "max_requeues": 37}
+    assert sweeps.with_requeues(enough, 100.0, "s") == enough
+
+
 def test_a_study_on_cpu_cores_is_submitted_with_a_rank_a_run(site, tmp_path):
     Path("cpu.yaml").write_text("tasks_per_node: 1\ncpus_per_task: 1\n")
     how = Swept("cpu.yaml", DATA, 512)
