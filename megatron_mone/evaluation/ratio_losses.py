@@ -64,7 +64,7 @@ def measure(
     """
     words = read_text(text, "--text")
     with opened(checkpoint) as loaded:
-        layers = dict(experts_of(loaded)) if ratios else {}
+        layers = {n: one.experts for n, one in layers_of(loaded)} if ratios else {}
         for ratio in ratios if layers else ():
             _check(ratio, next(iter(layers.values())))
         rows = _rows(loaded, words, text, tokens, length)
@@ -124,15 +124,15 @@ def _every_neuron(checkpoint: Path) -> list[str]:
     return ["--mone-neuron-ratio", "1.0"] if saved.get("num_experts") and not chooses else []
 
 
-def experts_of(loaded: Loaded) -> Iterator[tuple[int, Any]]:
-    """Layer, counted from 0, and its experts whose neurons can be chosen."""
+def layers_of(loaded: Loaded) -> Iterator[tuple[int, Any]]:
+    """Number, counted from 0, of each MoE layer whose experts' neurons can be chosen, and it."""
     from megatron_mone.moe.experts import MoNEExperts
 
     for chunk in loaded.chunks:
         for module in chunk.modules():
-            experts = getattr(getattr(module, "mlp", None), "experts", None)
-            if isinstance(experts, MoNEExperts):
-                yield module.layer_number - 1, experts
+            mlp = getattr(module, "mlp", None)
+            if isinstance(getattr(mlp, "experts", None), MoNEExperts):
+                yield module.layer_number - 1, mlp
 
 
 def _rows(loaded: Loaded, words: str, text: Path, tokens: int, length: int) -> Tensor:

@@ -77,7 +77,7 @@ def measure(checkpoints: str, windows: int) -> list[Found]:
 def _layers(folder: Path, rows_RS: Tensor) -> tuple[dict[int, Layer], list[str]]:
     """Number, counted from 1 -> layer; and the text of every token id."""
     from megatron_mone.evaluation.forward import Forward
-    from megatron_mone.evaluation.ratio_losses import experts_of, opened
+    from megatron_mone.evaluation.ratio_losses import layers_of, opened
     from megatron_mone.kernels.neuron_bits import unpack_bits
     from megatron_mone.moe.masks.tape import record_masks
     from megatron_mone.moe.masks.trace import MaskTrace
@@ -88,7 +88,8 @@ def _layers(folder: Path, rows_RS: Tensor) -> tuple[dict[int, Layer], list[str]]
         texts = [loaded.tokenizer.decode([one]) for one in range(loaded.tokenizer.size)]
         with record_masks(loaded.chunks, MaskTrace()) as trace:
             Forward(loaded)(inputs_RS, lambda logits, tokens: None)
-        for before, experts in experts_of(loaded):
+        for before, layer in layers_of(loaded):
+            experts = layer.experts
             keys_P, bits_PB = trace.recorded(0, before + 1).merged()
             neurons, size = experts.w_gate_EFH.shape[1], experts.num_local_experts
             used_PF = torch.zeros(inputs_RS.numel() * size, neurons, dtype=torch.bool)

@@ -90,10 +90,10 @@ def used_by_chance(used_NX: Tensor, size: int) -> float:
 
 
 def similarity(weight_EX: Tensor) -> float:
-    """Cosine of two experts' weights as they lie, mean over pairs (A Closer Look)."""
+    """Absolute cosine of two experts' weights as they lie, mean over pairs (A Closer Look)."""
     unit_EX = torch.nn.functional.normalize(weight_EX.float(), dim=1)
     first, second = torch.triu_indices(len(unit_EX), len(unit_EX), offset=1)
-    return float((unit_EX @ unit_EX.T)[first, second].mean())
+    return float((unit_EX @ unit_EX.T)[first, second].abs().mean())
 
 
 def matched_similarity(weight_EFX: Tensor) -> float:

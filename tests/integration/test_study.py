@@ -29,16 +29,29 @@ def data(tmp_path_factory) -> Path:
     return prefix
 
 
+def _tasks(runs, models, preset) -> list[Task]:
+    """What `finetune`, `analysis` and `prune` measure; the last two of the run with experts."""
+    one = runs[0]
+    asked = {"checkpoints": str(one.folder / "checkpoints"), "windows": 4}
+    return [
+        *finetune.tasks(runs, models, preset),
+        Task(one.cell.name, one.seed, "analyse:measure", asked),
+        Task(one.cell.name, one.seed, "prune:measure", {**asked, "recorded": 4, "draws": 1}),
+    ]
+
+
 def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
-    """One with experts that choose, one without experts, and one that starts from the first and
-    learns nothing: its losses are the first's to the bit."""
+    """One with experts that choose, which is looked into, one without experts, and one that starts
+    from the first and learns nothing: its losses are the first's to the bit."""
     cell, again = mone(Fraction(1, 4)), "again"
     values = {**small.training(2), "hidden_size": 32, "seq_length": 32, "eval_iters": 1,
-              "max_position_embeddings": 32, "moe_ffn_hidden_size": 48}  # fmt: skip
+              "max_position_embeddings": 32, "moe_ffn_hidden_size": 48,
+              "save_interval": 1}  # fmt: skip
     preset = Preset(values, only=(cell, DENSE, again), measuring={"windows": 4})
-    still = Cell(again, "no learning rate", {"lr": 0.0, "min_lr": 0.0}, after=cell)
+    still = Cell(again, "no learning rate", {"lr": 0.0, "min_lr": 0.0, "save_interval": 2},
+                 after=cell)  # fmt: skip
     study = replace(
-        study_of("ratio"), presets={"one": preset}, reference=cell, tasks=finetune.tasks,
+        study_of("ratio"), presets={"one": preset}, reference=cell, tasks=_tasks,
         cells=lambda values: [*study_of("ratio").cells(values), still],
     )  # fmt: skip
     said = []
@@ -60,7 +73,9 @@ def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
         assert measured.x == [0, 2]
         assert measured.y[0] == measured.y[1] == pytest.approx(run.validation[-1].loss, abs=0.5)
     assert [done for done, of, _ in said if of == 3][-1] == 3
-    assert said[-1][:2] == (1, 1)
+    assert said[-1][:2] == (3, 3)
+    _check_what_was_chosen(results, cell)
+    _check_what_was_removed(results, cell)
     _measures_a_runs_checkpoint(folder, data.with_suffix(".txt"), tmp_path)
 
 
@@ -74,3 +89,24 @@ def _measures_a_runs_checkpoint(run: Path, text: Path, out: Path) -> None:
     own = [loss for share, loss in by_gate if share == 0.25]
     assert own == pytest.approx(found[AS_IT_IS].y, rel=1e-4)
     assert 0 < own[0] < 8
+
+
+def _check_what_was_chosen(results: StudyResults, cell: str) -> None:
+    for of in ("router saturation, layer 2", "mask saturation, layer 1"):
+        (one,) = results.measured(of, cell).values()
+        assert one.x == [1, 2]
+        assert one.y[1] == 1
+    (used,) = results.measured("used by neighbours, layer 1", cell).values()
+    assert used.y[0] == pytest.approx(2 / 8 * 0.25)  # two of eight experts, a quarter of neurons
+
+
+def _check_what_was_removed(results: StudyResults, cell: str) -> None:
+    """To remove none is the model as it is to the bit, however it is asked."""
+    whole = {
+        results.measured(of, cell)[1].y[0]
+        for of in ("experts by REAP", "experts by reconstruction", "neurons by frequency",
+                   "neurons by lot", "skipped by router weight", "skipped by use in the sequence")
+    }  # fmt: skip
+    assert len(whole) == 1
+    (by_lot,) = results.measured("neurons by lot", cell).values()
+    assert len({*by_lot.y}) == len(by_lot.y) == 10

@@ -9,7 +9,7 @@ from megatron_mone.common.spelling import nearest_name
 from megatron_mone.studies.study import Preset, Study
 
 MODULES = (
-    "ratio", "balance", "activation", "block", "split", "scale", "analysis", "finetune",
+    "ratio", "balance", "activation", "block", "split", "scale", "analysis", "prune", "finetune",
     "sparsity",
 )  # fmt: skip
 
