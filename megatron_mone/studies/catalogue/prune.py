@@ -24,7 +24,8 @@ USE_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SKIPPED = "routed rows "
 ALONE, LARGEST = "loss without one expert", "largest output of an expert"
 SUPER = 3
-"""An expert is called super whose removal raises the loss this many times what the median does."""
+"""An expert is called super whose removal raises the loss this many times what any other's does."""
+_SHOWN = 3
 MONE, MOE = ratio.mone(ratio.MAIN), ratio.TOTAL
 
 
@@ -111,18 +112,32 @@ def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def _over_the_next(rises: Mapping[tuple[int, int], float], place: int) -> float:
+    """How many times as much an expert is missed as the one after it, ordered by that."""
+    ordered = sorted(rises.values(), reverse=True)
+    return ordered[place] / max(ordered[place + 1], 1e-9)
+
+
 def _super_found(results: StudyResults, cell: str) -> list[str]:
     by_seed = alone(results, cell)
     if not by_seed:
         return []
-    times = {seed: max(one.values()) / median([*one.values()]) for seed, one in by_seed.items()}
-    count = sum(time > SUPER for time in times.values())
-    mean = estimate([*times.values()]).mean
+    times = [_over_the_next(rises, 0) for rises in by_seed.values()]
+    means = "; ".join(
+        f"layer {layer} {nats(estimate([_mean_of(rises, layer) for rises in by_seed.values()]))}"
+        for layer in _layers(results, cell)
+    )
     return [
-        f"{cell}: the expert that is missed most is missed {mean:.1f} times as much as the median "
-        f"expert (mean of {len(times)} seeds); {count} of {len(times)} models have one that is "
-        f"missed more than {SUPER} times as much."
+        f"{cell} without one expert, mean over a layer's: {means}. The expert that is missed most "
+        f"is missed {estimate(times).mean:.1f} times as much as the next (mean of {len(times)} "
+        f"seeds): {sum(time > SUPER for time in times)} of {len(times)} models have a super "
+        f"expert, one that is missed more than {SUPER} times as much."
     ]
+
+
+def _mean_of(rises: Mapping[tuple[int, int], float], layer: int) -> float:
+    found = [rise for (number, _), rise in rises.items() if number == layer]
+    return sum(found) / len(found)
 
 
 def sections(results: StudyResults) -> list[Section]:
@@ -174,24 +189,25 @@ def _skipping_table(results: StudyResults, of: str) -> tuple[list[str], list[lis
 
 
 def _one_by_one(results: StudyResults) -> Section:
-    """The two experts of each model that are missed most."""
+    """The experts of each model that are missed most."""
     rows = []
     for cell in results.cells:
         for seed, rises in alone(results, cell.name).items():
-            middle = median([*rises.values()])
-            for layer, expert in sorted(rises, key=lambda one: -rises[one])[:2]:
+            ordered = sorted(rises, key=lambda one: -rises[one])
+            for place, (layer, expert) in enumerate(ordered[:_SHOWN]):
                 largest = results.measured(f"{LARGEST}, layer {layer}", cell.name)[seed].y
                 rows.append([
                     cell.name, str(seed), f"{layer}, {expert + 1}", f"{rises[layer, expert]:+.4f}",
-                    f"{rises[layer, expert] / middle:.1f}", f"{largest[expert]:.2f}",
+                    f"{_over_the_next(rises, place):.1f}", f"{largest[expert]:.2f}",
                     f"{largest[expert] / median(largest):.1f}",
                 ])  # fmt: skip
     return Section(
         "Experts that are missed most",
         ["Each expert is removed alone. Super experts (arXiv 2507.23279) are few, their removal "
-         "ruins a model, and their down projection gives extreme values; shown are the two that "
-         "are missed most of each model, with the largest absolute value of their output."],
-        table=(["cell", "seed", "layer, expert", "rise alone", "of the median's", "largest output",
+         "ruins a model, and their down projection gives extreme values: shown are the experts of "
+         "each model that are missed most, with the largest absolute value of their output. Here "
+         f"one is called super that is missed more than {SUPER} times as much as the next."],
+        table=(["cell", "seed", "layer, expert", "rise alone", "of the next's", "largest output",
                 "of the layer's median"], rows),
     )  # fmt: skip
 

@@ -134,8 +134,9 @@ def test_the_page_of_prune_is_of_its_measures(tmp_path):
     assert "without half of its neurons" in said[1]
     assert "by |gate|, the best of 5" in said[1]
     assert "25% of the routed rows left out" in said[2]
-    assert "6.0 times as much as the median expert" in said[3]
-    assert "2 of 2 models" in said[3]
+    assert "layer 1 +0.2000 nats" in said[3]
+    assert "layer 2 +0.4500 nats" in said[3]
+    assert "4.0 times as much as the next (mean of 2 seeds): 2 of 2 models" in said[3]
     page = study_page(prune.STUDY, results, tmp_path)
     for section in prune.sections(results):
         assert section.heading in page
