@@ -64,7 +64,7 @@ def measure(
     """
     words = read_text(text, "--text")
     with opened(checkpoint) as loaded:
-        layers = {n: one.experts for n, one in layers_of(loaded)} if ratios else {}
+        layers = dict(experts_of(loaded)) if ratios else {}
         for ratio in ratios if layers else ():
             _check(ratio, next(iter(layers.values())))
         rows = _rows(loaded, words, text, tokens, length)
@@ -133,6 +133,11 @@ def layers_of(loaded: Loaded) -> Iterator[tuple[int, Any]]:
             mlp = getattr(module, "mlp", None)
             if isinstance(getattr(mlp, "experts", None), MoNEExperts):
                 yield module.layer_number - 1, mlp
+
+
+def experts_of(loaded: Loaded) -> Iterator[tuple[int, Any]]:
+    """The same layers' numbers, and their experts."""
+    return ((number, layer.experts) for number, layer in layers_of(loaded))
 
 
 def _rows(loaded: Loaded, words: str, text: Path, tokens: int, length: int) -> Tensor:
