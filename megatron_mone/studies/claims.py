@@ -3,11 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_mone.studies.catalogue import balance, block, finetune, ratio, scale, split
+from megatron_mone.studies.catalogue import (
+    activation,
+    analysis,
+    balance,
+    block,
+    finetune,
+    prune,
+    ratio,
+    scale,
+    sparsity,
+    split,
+)
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats, share
 from megatron_mone.studies.forgetting import NEW, OLD
-from megatron_mone.studies.statistics import Estimate
+from megatron_mone.studies.sparsity_names import OWN
+from megatron_mone.studies.statistics import Estimate, difference
 
 
 @dataclass(frozen=True)
@@ -19,12 +31,14 @@ class Claim:
         words: the claim, and whose it is.
         found: of the results, a few words with numbers.
         differences: that it rests on.
+        unit: of them, behind a number.
     """
 
     study: str
     words: str
     found: Callable[[StudyResults], str]
     differences: Callable[[StudyResults], list[Estimate]]
+    unit: str = " nats"
 
     def sure(self, results: StudyResults) -> str:
         """How sure: of the sign at the size of the runs; none of them says much of another."""
@@ -37,9 +51,9 @@ class Claim:
         size = f", {tokens / 1e6:.1f} M tokens" if tokens else ""
         found = self.differences(results)
         ties = [max(-one.low, one.high) for one in found if not one.is_clear]
-        here = "clear here" if not ties else f"a tie here, within {max(ties):.3f} nats"
+        here = "clear here" if not ties else f"a tie here, within {max(ties):.3f}{self.unit}"
         if 0 < len(ties) < len(found):
-            here = f"clear here but for a tie within {max(ties):.3f} nats"
+            here = f"clear here but for a tie within {max(ties):.3f}{self.unit}"
         return f"{here} ({count}{size}); low at scale"
 
 
@@ -68,12 +82,85 @@ def _dead(results: StudyResults) -> str:
     return f"never kept at the end, {told}; {_against((balance.DEFAULT, balance.NONE))(results)}"
 
 
+_SHRINKING = ((balance.RAW, balance.NONE), (balance.DEFAULT, balance.NONE))
+
+
+def _shrunk(results: StudyResults) -> list[Estimate]:
+    return [balance.gates_over(results, *pair) for pair in _SHRINKING]
+
+
+def _gates(results: StudyResults) -> str:
+    """What the losses did to the gates."""
+    said = [
+        f"{name} {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        for (name, _), found in zip(_SHRINKING, _shrunk(results), strict=True)
+    ]
+    return f"mean kept \\|gate\\| over {balance.NONE}: {'; '.join(said)}"
+
+
 def _tuned(results: StudyResults) -> str:
     """What fine-tuning does to MoNE beside the dense MoE of the same size."""
     gained, lost = (nats(finetune.beside(results, of, ratio.TOTAL)) for of in (NEW, OLD))
     return f"{_MAIN} against {ratio.TOTAL}, by fine-tuning: new text {gained}; first text {lost}"
 
 
+def _dropped(results: StudyResults) -> str:
+    """What dropping neurons of trained models costs."""
+    return "; ".join(
+        f"{who} without 60% {nats(free)}, without 90% {nats(last)}"
+        for who in results.who(OWN)
+        for free, last in [sparsity.dropped(results, who)]
+    )
+
+
+def _all_dropped(results: StudyResults) -> list[Estimate]:
+    return [one for who in results.who(OWN) for one in sparsity.dropped(results, who)]
+
+
+_SHARED_BY = max(analysis.CHUNKS)
+
+
+def _over_chance(results: StudyResults) -> list[Estimate]:
+    """Neurons that neighbouring rows use less what they would if they chose apart, by layer."""
+    place = analysis.CHUNKS.index(_SHARED_BY)
+    found = []
+    for layer in analysis.LAYERS:
+        used, apart = (
+            {seed: one.y[place] for seed, one in results.measured(of, analysis.MONE).items()}
+            for of in (analysis.used(layer), analysis.used(layer, by_use=True))
+        )
+        found.append(difference(used, apart))
+    return found
+
+
+def _neighbours(results: StudyResults) -> str:
+    said = []
+    for layer, found in zip(analysis.LAYERS, _over_chance(results), strict=True):
+        share = analysis.read(results, layer)[_SHARED_BY]
+        said.append(
+            f"layer {layer}: {_SHARED_BY} tokens read {analysis.percent(share)} of their experts' "
+            f"weights; neurons used {found.mean:+.1%} against chance"
+        )
+    return "; ".join(said)
+
+
+def _half(results: StudyResults) -> list[Estimate]:
+    """Half of MoNE's neurons removed, by the formula that does best less by lot."""
+    ends = {
+        name: {seed: dict(zip(one.x, one.y, strict=True))[0.5] for seed, one in measured.items()}
+        for name in (*prune.NEURON_CRITERIA, prune.RANDOM)
+        if (measured := results.measured(f"neurons by {name}", prune.MONE))
+    }
+    by_lot = ends.pop(prune.RANDOM)
+    return [min((difference(one, by_lot) for one in ends.values()), key=lambda one: one.mean)]
+
+
+def _pruned(results: StudyResults) -> str:
+    said = [line for line in prune.findings(results) if "without half" in line]
+    return " ".join(said)
+
+
+_GATES = [(gate, activation.GATES[0]) for gate in activation.GATES[1:]]
 CLAIMS = (
     _compared("ratio", "Paper: half the activated parameters, the same quality",
               (_MAIN, ratio.TOTAL), (_MAIN, ratio.ACTIVE)),
@@ -82,12 +169,19 @@ CLAIMS = (
               (_MAIN, ratio.DENSE), (ratio.ONE, ratio.DENSE)),
     Claim("balance", "Paper: the balance loss keeps neurons in use", _dead,
           _differences((balance.DEFAULT, balance.NONE))),
-    _compared("block", "Ours: neurons chosen in blocks cost little",
-              ("B = 16", block.SINGLE), ("B = 64", block.SINGLE)),
+    Claim("balance", "Reviewer: or does that loss only shrink gates?", _gates, _shrunk, ""),
+    _compared("activation", "Paper: SiLU is the gate to choose by", *_GATES),
+    _compared("block", "Ours: neurons chosen in blocks, as matrix units want them, cost little",
+              ("B = 16", block.SINGLE), ("B = 64", block.SINGLE), ("B = 16", ratio.ACTIVE)),
     _compared("split", "Open: few neurons of each expert, or smaller experts, at equal operations?",
               (split.MAIN.name, split.BUDGETS[split.MAIN.operations][-1].name)),
     _compared("scale", "Open: does it hold as models grow, against equal total?",
               scale.pair(scale.WIDTHS[0]), scale.pair(scale.WIDTHS[-1])),
+    Claim("sparsity", "Paper: 60% of a trained model's neurons can be dropped at no cost",
+          _dropped, _all_dropped),
+    Claim("analysis", "Open: do neighbouring tokens share neurons, which decoding would save by?",
+          _neighbours, _over_chance, ""),
+    Claim("prune", "Open: can neurons or experts go for good after training?", _pruned, _half),
     Claim("finetune", "Reviewer: does it fine-tune as well, and what is forgotten?", _tuned,
           lambda results: [finetune.beside(results, of, ratio.TOTAL) for of in (NEW, OLD)]),
 )  # fmt: skip

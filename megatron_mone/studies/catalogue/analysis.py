@@ -92,10 +92,16 @@ def _together(results: StudyResults, layer: int) -> list[str]:
     ]
 
 
+def used(layer: int, by_use: bool = False) -> str:
+    """The measure of neurons that neighbouring rows of an expert use, or would if they chose
+    apart."""
+    return f"used by an expert's rows{_ALONE if by_use else ''}, layer {layer}"
+
+
 def _shared(results: StudyResults, layer: int) -> list[str]:
     sizes = read(results, layer)
-    rows = dict(results.curve(f"used by an expert's rows, layer {layer}", MONE))
-    apart = dict(results.curve(f"used by an expert's rows{_ALONE}, layer {layer}", MONE))
+    rows = dict(results.curve(used(layer), MONE))
+    apart = dict(results.curve(used(layer, by_use=True), MONE))
     if not (sizes and rows and apart):
         return []
     first, last = min(sizes), max(sizes)
@@ -142,7 +148,7 @@ def sections(results: StudyResults) -> list[Section]:
                  for one, note in _with_control(of) for cell, layer in both]  # fmt: skip
         return partial(measured_curves, results, lines, x="step", y=y)
 
-    used = [(f"used by an expert's rows{note}, layer {layer}", MONE, f"layer {layer}{note}")
+    rows = [(used(layer, bool(note)), MONE, f"layer {layer}{note}")
             for note in ("", _ALONE) for layer in LAYERS]  # fmt: skip
     return [
         Section(
@@ -190,7 +196,7 @@ def sections(results: StudyResults) -> list[Section]:
              "sparsity of BlockFFN (arXiv 2507.08771). Decoding several tokens at a time (of a "
              "batch, or guessed ahead) reads a weight once for all that use it: the table says how "
              "much is read, of all gates and of up and down where a neuron is used."],
-            figure=(partial(measured_curves, results, used, x="neighbouring rows of one expert",
+            figure=(partial(measured_curves, results, rows, x="neighbouring rows of one expert",
                             y="share of its neurons used", log_x=True), _BAND),
             table=_read_table(results),
         ),
