@@ -2,10 +2,10 @@
 
 Shapes: T tokens in the order of the text, E experts, F neurons of one, C classes, N routed rows of
 one expert in the order of the text. `used_TEF` says which neurons of which experts a token used;
-`chosen_TE` which experts. Sources: OLMoE (arXiv 2409.02060, section 5) for saturation,
-co-activation and specialisation, which FLAME-MoE (arXiv 2505.20225) measures too; BlockFFN (arXiv
-2507.08771) for the use of chunks of tokens; "A Closer Look into Mixture-of-Experts" (arXiv
-2406.18219) for the similarity of experts.
+`chosen_TE` which experts. Sources: OLMoE (arXiv 2409.02060, equations 5 to 8) for saturation,
+co-activation and specialisation, which FLAME-MoE (arXiv 2505.20225) measures too, with the same
+formulas in its code; BlockFFN (arXiv 2507.08771) for the use of chunks of tokens; "A Closer Look
+into Mixture-of-Experts" (arXiv 2406.18219, its code) for the similarity of experts.
 """
 
 import torch
@@ -31,6 +31,9 @@ def by_use(now_NF: Tensor, last_NF: Tensor) -> float:
 
 def co_activation(chosen_NX: Tensor) -> Tensor:
     """[X, X]: N_ij / N_i, rows that chose i and j of those that chose i (OLMoE); 0 without rows.
+
+    OLMoE's script counts i and j only where one follows the other in rank; the paper's formula, and
+    this, wherever both are chosen.
 
     Args:
         chosen_NX: bool, of experts by token or of neurons by routed row.
@@ -62,7 +65,9 @@ def specialisation(chosen_TE: Tensor, class_T: Tensor, classes: int) -> Tensor:
 
 def favourite_share(chosen_TE: Tensor, id_T: Tensor, least: int) -> float:
     """Share of a token id's occurrences that chose its favourite expert, mean over occurrences of
-    the ids that occur `least` times: OLMoE's vocabulary specialisation, of the best expert."""
+    the ids that occur `least` times: OLMoE's vocabulary specialisation, of the best expert. OLMoE
+    shows it of a token's first expert and as a mean over ids; here any of the K counts, and an id
+    as often as it occurs."""
     share_IE = specialisation(chosen_TE, id_T, int(id_T.max()) + 1)
     count_I = id_T.bincount(minlength=len(share_IE)).float()
     count_I[count_I < least] = 0
@@ -70,7 +75,8 @@ def favourite_share(chosen_TE: Tensor, id_T: Tensor, least: int) -> float:
 
 
 def used_by_chunks(used_NX: Tensor, size: int, window: int | None = None) -> float:
-    """Mean share of X used by any of `size` neighbouring rows: 1 - BlockFFN's chunk-level sparsity.
+    """Mean share of X used by any of `size` neighbouring rows: 1 - BlockFFN's chunk-level sparsity,
+    CLS, of its chunks that do not overlap.
 
     Args:
         used_NX: bool.
@@ -90,7 +96,9 @@ def used_by_chance(used_NX: Tensor, size: int) -> float:
 
 
 def similarity(weight_EX: Tensor) -> float:
-    """Absolute cosine of two experts' weights as they lie, mean over pairs (A Closer Look)."""
+    """Absolute cosine of two experts' weights as they lie, mean over pairs: A Closer Look has the
+    cosine with its sign, and of the gate, up and down matrix each by itself; here all three are one
+    vector, and no measure is below 0."""
     unit_EX = torch.nn.functional.normalize(weight_EX.float(), dim=1)
     first, second = torch.triu_indices(len(unit_EX), len(unit_EX), offset=1)
     return float((unit_EX @ unit_EX.T)[first, second].abs().mean())
@@ -100,7 +108,9 @@ def matched_similarity(weight_EFX: Tensor) -> float:
     """Mean cosine of matched neurons of two experts, mean over pairs of experts.
 
     The order of an expert's neurons means nothing; A Closer Look therefore reorders them by an
-    optimal assignment. Here the most alike are matched first, which finds no more than that does.
+    optimal assignment, of each of the three matrices by itself, and takes the cosine of whole
+    matrices. Here a neuron's vectors stay together, the most alike are matched first, which finds
+    no more than the best assignment of the same does, and cosines are of neurons.
 
     Args:
         weight_EFX: a neuron's gate, up and down vectors, one after another.

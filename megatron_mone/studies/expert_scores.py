@@ -37,13 +37,14 @@ def mean_probability(logits_TE: Tensor) -> Tensor:
 
 
 def output_norm(weight_TE: Tensor, output_TEH: Tensor) -> Tensor:
-    """[E] mean |f(x)| over tokens that chose an expert; MAN of arXiv 2606.15716."""
+    """[E] mean |f(x)| over tokens that chose an expert; MAN of arXiv 2606.15716, from its
+    description; formula not read."""
     return _over_its_tokens(output_TEH.norm(dim=2), weight_TE > 0)
 
 
 def reap(weight_TE: Tensor, output_TEH: Tensor) -> Tensor:
     """[E] mean of the router's weight times |f(x)| over tokens that chose an expert: REAP,
-    router-weighted expert activation pruning (arXiv 2510.13999)."""
+    router-weighted expert activation pruning (arXiv 2510.13999), whose S_j this is."""
     return _over_its_tokens(weight_TE * output_TEH.norm(dim=2), weight_TE > 0)
 
 
@@ -61,7 +62,9 @@ def by_reconstruction(
 ) -> tuple[int, ...]:
     """The `count` experts without which the layer's output differs least, of all such sets.
 
-    Lu et al. (arXiv 2402.14800): |y - y'|, the rest routed anew. Every set is tried: E over count.
+    Lu et al. (arXiv 2402.14800): |y - y'|, the rest routed anew, each layer on the whole model's
+    inputs. Their code adds up the norms of batches; here one norm is of all tokens. Every set is
+    tried: E over count.
     """
     whole_TH = _layer(routed(logits_TE, topk), output_TEH)
 
@@ -80,8 +83,11 @@ def by_similarity(router_EH: Tensor, weight_EX: Tensor, count: int) -> tuple[int
 
     Experts whose rows of the router are near are one cluster, merged until E - count are left; of
     each cluster the expert stays whose weights are nearest to the cluster's mean. Clusters are
-    merged by their farthest members. Not done of STUN: router logits of tokens in the distance, the
-    mean of a cluster in place of a member, and its second part, which removes single weights.
+    merged by their farthest members. STUN's likeness of two experts is -l1 |W_i - W_j| + l2 a_ij,
+    a_ij from how often both are chosen; here l1 = 1 and l2 = 0. Not done of STUN: one threshold of
+    distance for all layers, which takes more experts of one than of another; the mean of a cluster
+    in place of a member where few experts are left; and its second part, which removes single
+    weights. Its code was read, and a summary of its formula.
 
     Args:
         router_EH: the router's weights.
@@ -106,14 +112,16 @@ def by_similarity(router_EH: Tensor, weight_EX: Tensor, count: int) -> tuple[int
 
 def skipped_by_score(weight_TE: Tensor, share: float) -> Tensor:
     """Weights without those below `share` of the token's largest, the rest summing to 1 again: the
-    dynamic skipping of Lu et al. (arXiv 2402.14800), for any K."""
+    dynamic skipping of Lu et al. (arXiv 2402.14800), for any K. There K is 2, and each layer's
+    share is its median ratio of the second weight to the first; here one is given for all."""
     return _without(weight_TE, weight_TE < share * weight_TE.amax(1, keepdim=True))
 
 
 def skipped_by_use(weight_TE: Tensor, share: float, window: int) -> Tensor:
     """Weights without experts that a sequence chose less often than `share` of an even part, K
-    `window` / E times: after PESF of EAC-MoE (arXiv 2508.01625), whose formula we had no text of. A
-    token that would lose all its experts keeps them; else the rest sums to 1 again.
+    `window` / E times: PESF of EAC-MoE (arXiv 2508.01625, equation 6; `share` is its alpha). It
+    says nothing of the weights that stay: here the rest sums to 1 again, and a token that would
+    lose all its experts keeps them.
 
     Args:
         weight_TE: tokens of whole sequences, one after another.

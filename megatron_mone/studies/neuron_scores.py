@@ -57,15 +57,17 @@ def product(rows: ExpertRows) -> Tensor:
 
 
 def weight_informed(rows: ExpertRows) -> Tensor:
-    """[F] mean |g u| times the norm of the neuron's down vector (WINA, arXiv 2505.19427)."""
+    """[F] mean |g u| times the norm of the neuron's down vector: WINA's |x_i c_i| (arXiv
+    2505.19427, equation 4), which it takes of single tokens, and not for W_down."""
     return product(rows) * rows.w_down_FH.norm(dim=1)
 
 
 def moe_pruner(rows: ExpertRows) -> Tensor:
-    """[F] MoE-Pruner's |W| |X p| (arXiv 2410.12013) summed over the weights of a neuron.
+    """[F] MoE-Pruner's |W| |X p| (arXiv 2410.12013, equation 9) summed over a neuron's weights.
 
     |X p| is of an input of the matrix over the rows, each times the router's weight. The paper
-    removes single weights of a row; here a neuron goes with all of its own.
+    compares and removes single weights of a row of the matrix; here a neuron goes with all of its
+    own.
     """
     input_H = (rows.p_N[:, None] * rows.x_NH).norm(dim=0)
     hidden_F = (rows.p_N[:, None] * rows.h_NF).norm(dim=0)

@@ -5,11 +5,13 @@ CRITERIA = {
     GATE: "|act(gate)|, what MoNE chooses by",
     RANDOM: "drawn evenly for each row",
     PRODUCT: "|act(gate) x up|, what W_down is multiplied by",
-    WINA: "|act(gate) x up| times the norm of the neuron's column of W_down (WINA, arXiv "
-    "2505.19427), of W_down alone: what goes into gate and up stays whole, columns are not made "
-    "orthogonal, and every layer keeps the same share",
+    WINA: "|act(gate) x up| times the norm of the neuron's column of W_down, equation 4 of WINA "
+    "(arXiv 2505.19427); the paper uses it for the gate and key projections, whose columns it "
+    "makes orthogonal, and for W_down |act(gate) x up|; here what goes into gate and up stays "
+    "whole, no columns are made orthogonal, and every layer keeps the same share",
     R_SPARSE: "as WINA chooses, half as many; the rest passes W_down's leading singular "
-    "components, as many as have the numbers of the other half (R-Sparse, arXiv 2504.19449; its "
+    "components, as many as have the numbers of the other half (R-Sparse, arXiv 2504.19449, by its "
+    "code, where a threshold from other text chooses; here every row keeps the same number, its "
     "search for the shares of both in each layer is not done, nor are gate, up and attention)",
 }
 """By what neurons are kept."""

@@ -186,8 +186,9 @@ def sections(results: StudyResults) -> list[Section]:
         Section(
             "How alike experts are",
             ["Cosine of the gate, up and down vectors of neurons of two experts that are matched, "
-             "the most alike first (after arXiv 2406.18219, which matches them optimally); noise: "
-             "of random vectors, the best match of which is not 0 either."],
+             "the most alike first (after arXiv 2406.18219, which matches them optimally, of each "
+             "matrix by itself); noise: of random vectors, the best match of which is not 0 "
+             "either."],
             figure=(over_steps("similarity", "mean cosine"), _BAND),
         ),
         Section(
@@ -280,6 +281,8 @@ STUDY = Study(
         "trainings, and the experts here are 8, of which 2 are chosen.",
         "The MoE's neurons are not chosen, so only its routers are looked at.",
         "Classes are rules on a token's text; the text is of few authors.",
+        "OLMoE (arXiv 2409.02060) shows vocabulary specialisation of a token's first expert, mean "
+        "over ids; here of any of its experts, mean over occurrences.",
         "How much is read counts weights, not time: no kernel was timed for it.",
     ),
     tasks=tasks,

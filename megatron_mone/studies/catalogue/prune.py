@@ -206,7 +206,11 @@ def _one_by_one(results: StudyResults) -> Section:
         ["Each expert is removed alone. Super experts (arXiv 2507.23279) are few, their removal "
          "ruins a model, and their down projection gives extreme values: shown are the experts of "
          "each model that are missed most, with the largest absolute value of their output. Here "
-         f"one is called super that is missed more than {SUPER} times as much as the next."],
+         f"one is called super that is missed more than {SUPER} times as much as the next. The "
+         "paper finds them by that output: above the 99.5th percentile of all experts' and above a "
+         "tenth of the largest, in layers where massive activations form. Of fewer than 200 "
+         "experts no other than the one with the largest can be above that percentile, so that "
+         "rule is not used here."],
         table=(["cell", "seed", "layer, expert", "rise alone", "of the next's", "largest output",
                 "of the layer's median"], rows),
     )  # fmt: skip
@@ -230,9 +234,15 @@ STUDY = Study(
         "of the experts is much more of such a model than of one with 64 or 128.",
         "One shot: nothing is trained after a removal, and weights that stay are not changed.",
         "The same number of experts a layer, and of neurons an expert.",
-        "MoE-Pruner's scores choose whole neurons here, not single weights; of STUN its removal of "
-        "experts by clusters of router rows; of EAC-MoE its pruning by use in a sequence, from its "
-        "description.",
+        "MoE-Pruner's scores (arXiv 2410.12013) choose whole neurons here, not single weights, and "
+        "the weight-informed ones (WINA, arXiv 2505.19427) choose for good, not for a token, and "
+        "by W_down, for which WINA has no norm; of STUN (arXiv 2409.06211) its removal of experts "
+        "by clusters of router rows, without how often they are chosen together; REAP (arXiv "
+        "2510.13999) is as published, reconstruction (Lu et al., arXiv 2402.14800) has one norm "
+        "over all tokens and not a sum over batches, output norm (MAN, arXiv 2606.15716) is from "
+        "its description.",
+        "Skipping by weight (Lu et al.) has one share for all layers, not each layer's median; by "
+        "use it is PESF's of EAC-MoE (arXiv 2508.01625), weights that stay summing to 1 again.",
         "Neurons of the MoE are scored on every row of their expert, those of MoNE where kept for "
         "|gate x up|, the weight-informed and MoE-Pruner's.",
     ),

@@ -363,6 +363,8 @@ STUDY = Study(
         "Random and score-based choices alike compute every gate, and all but |gate| every up: the "
         "shares are of neurons, not of time.",
         "A few thousand tokens of one text and a few dozen easy questions.",
+        "WINA (arXiv 2505.19427) and R-Sparse (arXiv 2504.19449) are their rules for one matrix, "
+        "W_down, not their methods: WINA itself keeps what goes into W_down by |act(gate) x up|.",
     ),
     tasks=tasks,
     takes_models=True,

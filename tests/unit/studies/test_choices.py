@@ -69,6 +69,12 @@ def test_use_by_chance_is_of_rows_that_choose_apart():
     assert choices.used_by_chance(used, 1) == choices.used_by_chunks(used, 1) == 0.5
 
 
+def test_similarity_is_the_size_of_a_cosine():
+    """Of (3, 4) with (-3, -4), of each with (4, -3), and with (0, 5)."""
+    assert choices.similarity(torch.tensor([[3.0, 4], [-3, -4], [4, -3]])) == pytest.approx(1 / 3)
+    assert choices.similarity(torch.tensor([[3.0, 4], [0, 5]])) == pytest.approx(0.8)
+
+
 def test_matched_neurons_are_found_in_any_order():
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(6, 9, generator=generator)

@@ -99,6 +99,16 @@ def test_skipping_by_use_leaves_out_who_is_rare_in_its_sequence():
     assert torch.equal(expert_scores.skipped_by_use(alone, 0.9, 4), alone)  # keeps its only one
 
 
+def test_an_expert_goes_that_is_below_the_share_of_an_even_part():
+    """PESF: c < l K / N alpha. Of four tokens with two experts of four an even part is 2; the
+    experts are chosen 4, 3, 1 and 0 times."""
+    weight = torch.tensor([[0.5, 0.5, 0, 0]] * 3 + [[0.75, 0, 0.25, 0]])
+    assert torch.equal(expert_scores.skipped_by_use(weight, 0.5, 4), weight)  # 1 is not below 1
+    found = expert_scores.skipped_by_use(weight, 0.6, 4)
+    assert found[3].tolist() == [1, 0, 0, 0]
+    assert torch.equal(found[:3], weight[:3])
+
+
 def rows() -> ExpertRows:
     return ExpertRows(
         x_NH=torch.tensor([[3.0, 0], [4, 1]]), p_N=torch.tensor([1.0, 0.5]),
