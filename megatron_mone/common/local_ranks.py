@@ -5,13 +5,14 @@ process is killed, they end with it. May touch: child processes, the log folder.
 """
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -144,7 +145,23 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port of this machine that nobody listens on.
+
+    It is none of those that the kernel gives to connections: one of many thousands that ranks open
+    would take it, now and then, before the rank listens that it is for.
+    """
+    lowest, beyond = 10_000, _connections_first_port()
+    for _ in range(100):
+        # Not by `random`: processes that start together may have one seed.
+        port = lowest + secrets.randbelow(beyond - lowest) if beyond > lowest else 0
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return int(s.getsockname()[1])
+    raise OSError(f"no free TCP port was found from {lowest} to {beyond}")
+
+
+def _connections_first_port() -> int:
+    """The lowest port that the kernel gives to a connection; 0 where it does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    return 0

@@ -1,8 +1,12 @@
 """Ranks on this machine: all end well, or the first failure ends the job and is told."""
 
+import random
+import socket
 import sys
+from pathlib import Path
 
-from megatron_mone.common.local_ranks import run_ranks
+from megatron_mone.common import local_ranks
+from megatron_mone.common.local_ranks import free_port, run_ranks
 
 
 def run(tmp_path, code, ranks=2):
@@ -49,3 +53,23 @@ print("rank", os.environ["RANK"], file=terminal(), flush=True)"""
 
 def test_a_killed_rank_has_a_shells_status(tmp_path):
     assert run(tmp_path, "os.kill(os.getpid(), 9)", ranks=1) == 128 + 9
+
+
+def test_a_ports_number_is_none_that_the_kernel_gives_to_connections():
+    """Those go to whoever connects next, between the choice and the rank that is to listen."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    random.seed(0)
+    ports = [free_port() for _ in range(50)]
+    random.seed(0)
+    assert [free_port() for _ in range(50)] != ports
+    assert all(port < first for port in ports)
+
+
+def test_a_port_that_is_taken_is_not_chosen(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        number = taken.getsockname()[1]
+        offers = iter([number - 10_000, 5])
+        monkeypatch.setattr(local_ranks.secrets, "randbelow", lambda beyond: next(offers))
+        assert free_port() == 10_005
