@@ -8,7 +8,7 @@ Minutes a study and size on two cores; each cell is kept as it is planned.
 import sys
 
 from megatron_mone.common.progress import progress_bar
-from megatron_mone.studies.planned import plan_missing
+from megatron_mone.studies.on_slurm.planned import plan_missing
 
 if __name__ == "__main__":
     try:

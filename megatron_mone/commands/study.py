@@ -67,7 +67,7 @@ def study(
     from megatron_mone.reporting.page.results import ResultError
     from megatron_mone.studies.catalogue import models_of, preset_of, study_of, with_text
     from megatron_mone.studies.command import PAGE, run_study
-    from megatron_mone.studies.swept import Swept, swept_study
+    from megatron_mone.studies.on_slurm.swept import Swept, swept_study
 
     chosen = study_of(name)
     size = preset_of(chosen, preset)

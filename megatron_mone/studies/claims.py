@@ -17,8 +17,8 @@ from megatron_mone.studies.catalogue import (
 )
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats, share
-from megatron_mone.studies.forgetting import NEW, OLD
-from megatron_mone.studies.sparsity_names import OWN
+from megatron_mone.studies.measuring.forgetting import NEW, OLD
+from megatron_mone.studies.measuring.sparsity_names import OWN
 from megatron_mone.studies.statistics import Estimate, difference
 
 

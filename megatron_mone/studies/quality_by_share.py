@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_mone.studies.document import Measure, StudyResults
-from megatron_mone.studies.sparsity_names import AS_IT_IS, CHANCE, GATE, LOSS, OWN, RIGHT
+from megatron_mone.studies.measuring.sparsity_names import AS_IT_IS, CHANCE, GATE, LOSS, OWN, RIGHT
 from megatron_mone.studies.statistics import Estimate, estimate
 
 Samples = Mapping[float, Sequence[float]]

@@ -20,6 +20,7 @@ from megatron_mone.common.progress import Say
 from megatron_mone.studies.children import Children, all_of
 from megatron_mone.studies.document import Measure
 
+FUNCTIONS = "megatron_mone.studies.measuring"
 _NAME = 16  # digits of a digest
 
 
@@ -30,7 +31,7 @@ class Task:
     Attributes:
         cell: whose it is, or the name of a given model.
         seed: of the run that is measured; 0 of a model that no run of the study trained.
-        function: "module:name" under `megatron_mone.studies`; called with `arguments` by name, it
+        function: "module:name" under FUNCTIONS; called with `arguments` by name, it
             returns what it measured as `Found`s.
         arguments: JSON values; a path names content, as a run's folder does.
     """
@@ -117,7 +118,7 @@ def _child(asked: Path, file: Path) -> None:
     value = json.loads(asked.read_text(encoding="utf-8"))
     task = Task("anyone", 0, value["function"], value["arguments"])  # who asks puts their name
     module, _, name = task.function.partition(":")
-    function = getattr(import_module(f"megatron_mone.studies.{module}"), name)
+    function = getattr(import_module(f"{FUNCTIONS}.{module}"), name)
     _write(task, file, function(**task.arguments))
 
 

@@ -11,8 +11,8 @@ from megatron_mone.studies.catalogue import finetune, small, study_of
 from megatron_mone.studies.catalogue.ratio import DENSE, mone
 from megatron_mone.studies.command import RESULTS, run_study
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.forgetting import NEW, OLD
-from megatron_mone.studies.sparsity_names import AS_IT_IS, GATE, LOSS, OWN
+from megatron_mone.studies.measuring.forgetting import NEW, OLD
+from megatron_mone.studies.measuring.sparsity_names import AS_IT_IS, GATE, LOSS, OWN
 from megatron_mone.studies.study import Cell, Preset
 from megatron_mone.studies.tasks import Task, measure_missing
 

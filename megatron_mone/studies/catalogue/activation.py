@@ -7,8 +7,8 @@ from pathlib import Path
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
+from megatron_mone.studies.measuring.shrunk_gates import KEPT
 from megatron_mone.studies.page import interval
-from megatron_mone.studies.shrunk_gates import KEPT
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Task
 

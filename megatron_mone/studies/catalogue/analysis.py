@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
+from megatron_mone.studies.measuring.token_classes import CLASSES
 from megatron_mone.studies.statistics import Estimate, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Task
-from megatron_mone.studies.token_classes import CLASSES
 
 CHUNKS = (1, 2, 4, 8, 16)
 """Neighbouring tokens."""

@@ -9,8 +9,8 @@ from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared
+from megatron_mone.studies.measuring.shrunk_gates import BALANCED, SIZE, TYPES
 from megatron_mone.studies.page import interval
-from megatron_mone.studies.shrunk_gates import BALANCED, SIZE, TYPES
 from megatron_mone.studies.statistics import Estimate, difference, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Found, Task

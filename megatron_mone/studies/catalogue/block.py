@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
+from megatron_mone.studies.measuring.step_times import CPU_DENSE, CPU_MONE, LOAD, experts_of
 from megatron_mone.studies.page import interval
-from megatron_mone.studies.step_times import CPU_DENSE, CPU_MONE, LOAD, experts_of
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Found, Task
 

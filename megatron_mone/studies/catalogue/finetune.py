@@ -12,7 +12,7 @@ from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats
-from megatron_mone.studies.forgetting import NEW, OLD
+from megatron_mone.studies.measuring.forgetting import NEW, OLD
 from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import Estimate, difference, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values

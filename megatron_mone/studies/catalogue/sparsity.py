@@ -18,19 +18,7 @@ from megatron_mone.common.machine import version
 from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats
-from megatron_mone.studies.quality_by_share import (
-    Samples,
-    added,
-    as_it_is,
-    between,
-    first,
-    has_signal,
-    keeps_answers,
-    keeps_loss,
-    right_as_it_is,
-    samples,
-)
-from megatron_mone.studies.sparsity_names import (
+from megatron_mone.studies.measuring.sparsity_names import (
     CHANCE,
     CRITERIA,
     GATE,
@@ -48,6 +36,18 @@ from megatron_mone.studies.sparsity_names import (
     USE,
     USED,
     parts_of,
+)
+from megatron_mone.studies.quality_by_share import (
+    Samples,
+    added,
+    as_it_is,
+    between,
+    first,
+    has_signal,
+    keeps_answers,
+    keeps_loss,
+    right_as_it_is,
+    samples,
 )
 from megatron_mone.studies.statistics import Estimate, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values

@@ -24,8 +24,8 @@ from megatron_mone.studies.catalogue.balance import (
     cells,
 )
 from megatron_mone.studies.document import Measure, StudyResults
+from megatron_mone.studies.measuring.shrunk_gates import BALANCED, SIZE, TYPES, Gates
 from megatron_mone.studies.page import study_page
-from megatron_mone.studies.shrunk_gates import BALANCED, SIZE, TYPES, Gates
 from megatron_mone.studies.study import Trained
 from tests.unit.studies.made_up import made_up
 

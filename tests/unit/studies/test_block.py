@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from megatron_mone.reporting.page.results import RunResult
-from megatron_mone.studies import step_times
 from megatron_mone.studies.catalogue import study_of
 from megatron_mone.studies.catalogue.block import (
     DENSE,
@@ -20,8 +19,8 @@ from megatron_mone.studies.catalogue.block import (
     times,
 )
 from megatron_mone.studies.document import Measure
-from megatron_mone.studies.page import study_page
-from megatron_mone.studies.step_times import (
+from megatron_mone.studies.measuring import step_times
+from megatron_mone.studies.measuring.step_times import (
     CPU_DENSE,
     CPU_MONE,
     LOAD,
@@ -29,6 +28,7 @@ from megatron_mone.studies.step_times import (
     experts_of,
     planned_steps,
 )
+from megatron_mone.studies.page import study_page
 from megatron_mone.studies.study import Trained
 from tests.unit.studies.made_up import made_up
 

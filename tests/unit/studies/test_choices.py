@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from megatron_mone.studies import choices
-from megatron_mone.studies.token_classes import CLASSES, class_of, classes_of
+from megatron_mone.studies.measuring import choices
+from megatron_mone.studies.measuring.token_classes import CLASSES, class_of, classes_of
 
 
 def rows(*lines: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ from megatron_mone.studies.catalogue import study_of
 from megatron_mone.studies.catalogue.finetune import ACTIVE, CORPUS, MONE, TOTAL, tuned
 from megatron_mone.studies.claims import CLAIMS
 from megatron_mone.studies.document import Measure, StudyResults
-from megatron_mone.studies.forgetting import NEW, OLD
+from megatron_mone.studies.measuring.forgetting import NEW, OLD
 from megatron_mone.studies.page import rows, study_page
 from megatron_mone.studies.runs import train_missing, wanted
 from tests.unit.studies.made_up import made_up

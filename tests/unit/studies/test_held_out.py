@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_mone.studies.held_out import held_out
+from megatron_mone.studies.measuring.held_out import held_out
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers import (
 
 from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEForCausalLM
-from megatron_mone.studies.kept_neurons import (
+from megatron_mone.studies.measuring.kept_neurons import (
     GatedPart,
     Keep,
     Rows,
@@ -23,7 +23,14 @@ from megatron_mone.studies.kept_neurons import (
     gated_parts,
     watched,
 )
-from megatron_mone.studies.sparsity_names import CRITERIA, GATE, PRODUCT, R_SPARSE, RANDOM, WINA
+from megatron_mone.studies.measuring.sparsity_names import (
+    CRITERIA,
+    GATE,
+    PRODUCT,
+    R_SPARSE,
+    RANDOM,
+    WINA,
+)
 
 SIZES = {
     "vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -4,12 +4,12 @@ made up."""
 import pytest
 import torch
 
-from megatron_mone.studies import analyse
-from megatron_mone.studies.analyse import Layer
 from megatron_mone.studies.catalogue import analysis, prune
 from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
+from megatron_mone.studies.measuring import analyse
+from megatron_mone.studies.measuring.analyse import Layer
+from megatron_mone.studies.measuring.token_classes import CLASSES
 from megatron_mone.studies.page import study_page
-from megatron_mone.studies.token_classes import CLASSES
 
 TEXTS = ["\n", " a", "b", "."]
 

@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mone.studies import expert_scores, neuron_scores
 from megatron_mone.studies.catalogue import prune
-from megatron_mone.studies.neuron_scores import ExpertRows
+from megatron_mone.studies.measuring import expert_scores, neuron_scores
+from megatron_mone.studies.measuring.neuron_scores import ExpertRows
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0], [1.0, 0.0, -1.0]])
 
@@ -155,7 +155,7 @@ class Router(torch.nn.Module):
 @pytest.fixture
 def model(monkeypatch):
     """One layer of four experts, the last never chosen; the loss is the mean of its output."""
-    from megatron_mone.studies.pruned_model import Pruned
+    from megatron_mone.studies.measuring.pruned_model import Pruned
 
     generator = torch.Generator().manual_seed(3)
     experts = torch.nn.Module()

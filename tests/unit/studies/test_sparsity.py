@@ -8,22 +8,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_mone.commands.app import main
-from megatron_mone.studies import neuron_needs
 from megatron_mone.studies.catalogue import study_of
 from megatron_mone.studies.catalogue.ratio import TOTAL
 from megatron_mone.studies.document import Measure
-from megatron_mone.studies.page import study_page
-from megatron_mone.studies.quality_by_share import (
-    added,
-    as_it_is,
-    between,
-    has_signal,
-    keeps_answers,
-    keeps_loss,
-    samples,
-    smallest_share,
-)
-from megatron_mone.studies.sparsity_names import (
+from megatron_mone.studies.measuring import neuron_needs
+from megatron_mone.studies.measuring.sparsity_names import (
     AS_IT_IS,
     CHANCE,
     CRITERIA,
@@ -43,6 +32,17 @@ from megatron_mone.studies.sparsity_names import (
     USE,
     USE_QUANTILES,
     parts_of,
+)
+from megatron_mone.studies.page import study_page
+from megatron_mone.studies.quality_by_share import (
+    added,
+    as_it_is,
+    between,
+    has_signal,
+    keeps_answers,
+    keeps_loss,
+    samples,
+    smallest_share,
 )
 from megatron_mone.studies.tasks import Task, measure_missing
 from tests.unit.studies.made_up import made_up

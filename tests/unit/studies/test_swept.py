@@ -15,15 +15,15 @@ from launch.spec.planned_cost import PlannedCost, cost_key, memory_gib
 from megatron_mone.commands.app import main
 from megatron_mone.reporting.page.events import Histogram
 from megatron_mone.reporting.page.results import LayerLoad, RunResult
-from megatron_mone.studies import costs, sweeps
 from megatron_mone.studies.catalogue import study_of
 from megatron_mone.studies.catalogue.large import LIMITS
 from megatron_mone.studies.catalogue.ratio import RATIOS, mone
 from megatron_mone.studies.command import PAGE, RESULTS
-from megatron_mone.studies.costs import CellCost, PlannedStep, StudyCost
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.planned import CLUSTER, TEXT, grids, planned_steps, with_costs
-from megatron_mone.studies.swept import COST, COST_PAGE, JOBS, Swept, swept_study
+from megatron_mone.studies.on_slurm import costs, sweeps
+from megatron_mone.studies.on_slurm.costs import CellCost, PlannedStep, StudyCost
+from megatron_mone.studies.on_slurm.planned import CLUSTER, TEXT, grids, planned_steps, with_costs
+from megatron_mone.studies.on_slurm.swept import COST, COST_PAGE, JOBS, Swept, swept_study
 
 DATA = ["--data-path", "/far/text_document", "--tokenizer-model", "/far/tokenizer"]
 SITE = "gpus_per_node: 4\nplanner_cluster: h100-ndr\npartition: gpu\ntime_limit: 1-0\n"

@@ -8,10 +8,15 @@ from pathlib import Path
 
 from megatron_mone.common.progress import Say
 from megatron_mone.studies.command import measures_read, written
-from megatron_mone.studies.costs import PlannedStep, StudyCost, cost_page, study_cost, total
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.study import Study
-from megatron_mone.studies.sweeps import (
+from megatron_mone.studies.on_slurm.costs import (
+    PlannedStep,
+    StudyCost,
+    cost_page,
+    study_cost,
+    total,
+)
+from megatron_mone.studies.on_slurm.sweeps import (
     collected,
     run_here,
     site_of,
@@ -21,6 +26,7 @@ from megatron_mone.studies.sweeps import (
     with_requeues,
     write_scripts,
 )  # fmt: skip
+from megatron_mone.studies.study import Study
 from megatron_mone.studies.tasks import measure_missing
 
 COST, COST_PAGE, JOBS = "cost.json", "cost.html", "jobs"

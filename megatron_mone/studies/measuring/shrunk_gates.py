@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.studies.held_out import held_out
+from megatron_mone.studies.measuring.held_out import held_out
 from megatron_mone.studies.tasks import Found
 
 TYPES = ("raw", "selected", "normalized", "entropy")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.studies.kept_neurons import (
+from megatron_mone.studies.measuring.kept_neurons import (
     GatedPart,
     Keep,
     Rows,
@@ -25,7 +25,7 @@ from megatron_mone.studies.kept_neurons import (
     kept_of,
     watched,
 )
-from megatron_mone.studies.sparsity_names import (
+from megatron_mone.studies.measuring.sparsity_names import (
     AS_IT_IS,
     ASKED,
     CHANCE,

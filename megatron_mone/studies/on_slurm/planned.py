@@ -12,7 +12,7 @@ from megatron_mone.common.files import atomic_write
 from megatron_mone.common.places import ROOT
 from megatron_mone.common.progress import Say
 from megatron_mone.studies.catalogue import MODULES, study_of
-from megatron_mone.studies.costs import (
+from megatron_mone.studies.on_slurm.costs import (
     PlannedStep,
     StudyCost,
     planned_digest,

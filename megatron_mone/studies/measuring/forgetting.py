@@ -3,7 +3,7 @@ checkpoint by checkpoint."""
 
 from pathlib import Path
 
-from megatron_mone.studies.held_out import held_out
+from megatron_mone.studies.measuring.held_out import held_out
 from megatron_mone.studies.tasks import Found
 
 OLD, NEW = "loss of the first text, nats a token", "loss of the new text, nats a token"

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mone.studies import choices
 from megatron_mone.studies.catalogue.analysis import CHUNKS
-from megatron_mone.studies.held_out import held_out
+from megatron_mone.studies.measuring import choices
+from megatron_mone.studies.measuring.held_out import held_out
+from megatron_mone.studies.measuring.token_classes import CLASSES, classes_of
 from megatron_mone.studies.tasks import Found
-from megatron_mone.studies.token_classes import CLASSES, classes_of
 
 _LEAST_ID, _LEAST_NEURON = 16, 64
 """Occurrences of a token id, and rows of a neuron, below which a share says little."""

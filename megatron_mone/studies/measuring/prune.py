@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_mone.studies import expert_scores
 from megatron_mone.studies.catalogue.prune import (
     ALONE,
     BY_SCORE,
@@ -23,10 +22,11 @@ from megatron_mone.studies.catalogue.prune import (
     SKIPPED,
     USE_SHARES,
 )
-from megatron_mone.studies.expert_scores import lowest
-from megatron_mone.studies.held_out import held_out
-from megatron_mone.studies.neuron_scores import SCORES
-from megatron_mone.studies.pruned_model import Pruned, Seen
+from megatron_mone.studies.measuring import expert_scores
+from megatron_mone.studies.measuring.expert_scores import lowest
+from megatron_mone.studies.measuring.held_out import held_out
+from megatron_mone.studies.measuring.neuron_scores import SCORES
+from megatron_mone.studies.measuring.pruned_model import Pruned, Seen
 from megatron_mone.studies.tasks import Found
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.studies.expert_scores import routed
-from megatron_mone.studies.neuron_scores import ExpertRows
+from megatron_mone.studies.measuring.expert_scores import routed
+from megatron_mone.studies.measuring.neuron_scores import ExpertRows
 
 _BATCH = 32  # rows of a forward pass
 Removed = Mapping[int, Sequence[int]]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_mone.conversion.hf_model.modeling_mone import MoNEExperts, largest
-from megatron_mone.studies.sparsity_names import GATE, PRODUCT, R_SPARSE, RANDOM
+from megatron_mone.studies.measuring.sparsity_names import GATE, PRODUCT, R_SPARSE, RANDOM
 
 
 @dataclass(frozen=True)
