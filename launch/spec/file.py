@@ -121,7 +121,7 @@ def _find(choice: str) -> Path:
             return candidate
     known = sorted(path.stem for path in FOLDER.glob("*.yaml"))
     raise ValueError(
-        f"--launch {choice!r} is neither a file nor one of configs/launch/: "
+        f"launch file {choice!r} is neither a file nor one of configs/launch/: "
         f"{', '.join(known)}{nearest_name(choice, known)}"
     )
 

@@ -42,6 +42,8 @@ def run_study(
     """
     chosen = study.presets[preset]
     runs = wanted(study.grid(chosen), chosen, seeds, data, out)
+    if models and (first := study.tasks((), models, chosen)):
+        measure_missing(first, out, say, perform)  # a wrong model is told before hours of training
     results = train_missing(runs, say, train)
     trained = [
         Trained(one.cell, one.seed, one.run.folder, result)

@@ -237,3 +237,23 @@ def test_given_models_have_names_of_their_own(tmp_path):
                         ([f"{folder}-no"], "is no folder")]:  # fmt: skip
         with pytest.raises(ValueError, match=said):
             models_of(study, words)
+
+
+def test_given_models_are_measured_before_anything_is_trained(tmp_path, trained):
+    """A wrong one is told at once."""
+    study = replace(
+        study_of("ratio"),
+        takes_models=True,
+        tasks=lambda runs, models, preset: [Task(name, 0, "f:g", {"of": name}) for name in models],
+    )
+
+    def perform(task):
+        assert not trained
+        raise TrainingError(f"{task.cell}: no model")
+
+    with pytest.raises(TrainingError, match="wrong: no model"):
+        run_study(
+            study, "cpu", 1, tmp_path / "data", tmp_path, [], lambda *said: None,
+            lambda one: trained.append(one.name), perform, {"wrong": tmp_path},
+        )  # fmt: skip
+    assert not trained

@@ -261,7 +261,7 @@ def test_a_failed_run_here_stops_the_study(monkeypatch):
         (["--preset", "cluster", *DATA[:2]], "--tokenizer-model is missing"),
         (["--preset", "tiny", *DATA], "--data-path: --preset tiny prepares its own data"),
         (["--preset", "tiny", "--site", "slurm"], "--site slurm: --preset tiny is trained here"),
-        (["--preset", "cluster", *DATA, "--site", "none"], "--launch 'none' is neither a file"),
+        (["--preset", "cluster", *DATA, "--site", "none"], "launch file 'none' is neither a file"),
         (["--preset", "cluster", *DATA, "--site", "local"], "gpus_per_node is missing"),
         (["--preset", "cluster", *DATA, "--site", "3.yaml"], "8 GPUs need whole nodes"),
         (["--preset", "cluster", *DATA, "--site", "4.yaml"], "planner_cluster is missing"),
