@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mone.common.machine import cores
+from megatron_mone.common.progress import Say
 from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
 from megatron_mone.studies.page import study_page
-from megatron_mone.studies.runs import Say, Train, train_missing, values_shown, wanted
+from megatron_mone.studies.runs import Train, train_missing, values_shown, wanted
 from megatron_mone.studies.study import Study, Trained
-from megatron_mone.studies.tasks import Perform, measure_missing
+from megatron_mone.studies.tasks import Perform, measure_missing, measures_of
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -97,9 +98,9 @@ def write_page(study: Study, document: StudyResults, folder: Path) -> None:
 def measures_read(study: Study, trained: Sequence[Trained]) -> list[Measure]:
     """What a study takes from its runs' own records."""
     return [
-        Measure(of=of, cell=one.cell.name, seed=one.seed, x=[*map(float, x)], y=[*map(float, y)])
+        measure
         for one in trained
-        for of, x, y in study.read(one)
+        for measure in measures_of(one.cell.name, one.seed, study.read(one))
     ]
 
 

@@ -1,11 +1,22 @@
-"""A figure of what was measured: a line a cell with its 95% interval."""
+"""Lines of what was measured, each with its 95% interval, and a figure of them."""
 
 from collections.abc import Sequence
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_mone.studies.document import StudyResults
+from megatron_mone.studies.statistics import Estimate
+
+
+def line(axes: Axes, points: Sequence[tuple[float, Estimate]], label: str) -> None:
+    """Draw (x, estimate) points, with a band where each of them has an interval."""
+    at, found = [x for x, _ in points], [one for _, one in points]
+    (drawn,) = axes.plot(at, [one.mean for one in found], marker="o", markersize=3, label=label)
+    if all(one.half_width is not None for one in found):
+        low, high = [one.low for one in found], [one.high for one in found]
+        axes.fill_between(at, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
 
 
 def measured_curves(
@@ -24,14 +35,8 @@ def measured_curves(
     """
     figure, axes = plt.subplots(figsize=(8, 4))
     for of, cell, label in lines:
-        points = results.curve(of, cell)
-        if not points:
-            continue
-        at, found = [x for x, _ in points], [one for _, one in points]
-        (line,) = axes.plot(at, [one.mean for one in found], marker="o", markersize=3, label=label)
-        if all(one.half_width is not None for one in found):
-            low, high = [one.low for one in found], [one.high for one in found]
-            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if points := results.curve(of, cell):
+            line(axes, points, label)
     if log_x:
         axes.set_xscale("log", base=2)
     if log_y:

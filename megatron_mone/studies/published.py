@@ -2,11 +2,11 @@
 table of claims. May touch: docs/studies, README.md.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mone.common.files import atomic_write
+from megatron_mone.common.marked_text import with_part
 from megatron_mone.common.places import ROOT
 from megatron_mone.studies.catalogue import MODULES, study_of
 from megatron_mone.studies.claims import CLAIMS
@@ -15,7 +15,6 @@ from megatron_mone.studies.document import StudyResults
 
 FOLDER = ROOT / "docs" / "studies"
 README = ROOT / "README.md"
-_TABLE = re.compile(r"(<!-- claims,[^\n]* -->\n).*?(<!-- end of claims -->)", re.S)
 
 
 def publish(folders: Sequence[Path]) -> None:
@@ -60,5 +59,4 @@ def with_claims(text: str) -> str:
                 f"| {claim.words} ([{claim.study}](docs/studies/{claim.study}/{PAGE})) | "
                 f"{claim.found(results)} | {claim.sure(results)} |"
             )
-    table = "\n".join(lines)
-    return _TABLE.sub(lambda mark: f"{mark[1]}{table}\n{mark[2]}", text)
+    return with_part(text, "claims", "\n".join(lines))

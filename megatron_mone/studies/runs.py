@@ -19,6 +19,7 @@ from launch.spec.file import read_fields
 from launch.spec.training_job import CHECKPOINTS, job_of_values
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.machine import cores
+from megatron_mone.common.progress import Say
 from megatron_mone.reporting.page.results import RunResult
 from megatron_mone.studies.children import Children, all_of
 from megatron_mone.studies.study import Cell, Preset
@@ -27,7 +28,6 @@ RANKS = 1
 """Of a run: a small model is trained faster by more runs at a time than by more ranks."""
 _NAME = 16  # digits of a digest
 Train = Callable[[KeptRun], None]
-Say = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

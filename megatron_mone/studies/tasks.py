@@ -105,11 +105,16 @@ def _asked(task: Task) -> dict[str, Any]:
     return {"function": task.function, "arguments": dict(task.arguments)}
 
 
-def _write(task: Task, file: Path, found: Sequence[Found]) -> None:
-    measures = [
-        Measure(of=of, cell=task.cell, seed=task.seed, x=[*map(float, x)], y=[*map(float, y)])
+def measures_of(cell: str, seed: int, found: Sequence[Found]) -> list[Measure]:
+    """What was found of a cell's run, as documents have it."""
+    return [
+        Measure(of=of, cell=cell, seed=seed, x=[*map(float, x)], y=[*map(float, y)])
         for of, x, y in found
     ]
+
+
+def _write(task: Task, file: Path, found: Sequence[Found]) -> None:
+    measures = measures_of(task.cell, task.seed, found)
     Measured(asked=json.dumps(_asked(task), sort_keys=True), measures=measures).write(file)
 
 

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from megatron_mone.common.files import read_text
 from megatron_mone.common.machine import version
 from megatron_mone.studies.catalogue import ratio, small
+from megatron_mone.studies.curves import line
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats
 from megatron_mone.studies.measuring.sparsity_names import (
@@ -166,14 +167,6 @@ def _panels(who: Sequence[str], draw: Callable[[Axes, str], None]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, found: Sequence[tuple[float, Estimate]], label: str) -> None:
-    at, means = [x for x, _ in found], [one.mean for _, one in found]
-    (line,) = axes.plot(at, means, marker="o", markersize=3, label=label)
-    if all(one.half_width is not None for _, one in found):
-        axes.fill_between(at, [one.low for _, one in found], [one.high for _, one in found],
-                          color=line.get_color(), alpha=0.15, linewidth=0)  # fmt: skip
-
-
 def _by_share(axes: Axes, y: str) -> None:
     axes.set_xscale("log")
     axes.set_xticks([1, 0.5, 0.2, 0.1, 0.05, 0.02], ["100%", "50", "20", "10", "5", "2%"])
@@ -190,7 +183,7 @@ def _losses(results: StudyResults, who: Sequence[str]) -> Section:
     def draw(axes: Axes, one: str) -> None:
         base = as_it_is(results, one)
         for name in CRITERIA:
-            _line(axes, _curve(samples(results, LOSS.format(name), one), base), name)
+            line(axes, _curve(samples(results, LOSS.format(name), one), base), name)
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_yscale("symlog", linthresh=0.1)
         _by_share(axes, "nats over as it is")
@@ -264,9 +257,7 @@ def _layers(results: StudyResults, who: Sequence[str]) -> Section:
     def draw(axes: Axes, one: str) -> None:
         base = as_it_is(results, one, LAYERS_AS_THEY_ARE)
         for share in LAYER_SHARES:
-            _line(
-                axes, _curve(samples(results, ONE_LAYER.format(share), one), base), f"{share:.0%}"
-            )
+            line(axes, _curve(samples(results, ONE_LAYER.format(share), one), base), f"{share:.0%}")
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_xlabel("layer")
         axes.set_ylabel("nats over as it is")
@@ -285,7 +276,7 @@ def _answers(results: StudyResults, who: Sequence[str]) -> Section:
     def draw(axes: Axes, one: str) -> None:
         for name in CRITERIA:
             values = samples(results, RIGHT.format(name), one)
-            _line(axes, [(share, estimate(listed)) for share, listed in values.items()], name)
+            line(axes, [(share, estimate(listed)) for share, listed in values.items()], name)
         axes.axhline(first(results, CHANCE, one), color="#999999", linewidth=0.8)
         _by_share(axes, "right answers")
 
@@ -311,7 +302,7 @@ def _distributions(results: StudyResults, who: Sequence[str]) -> Section:
         figure, (sizes, mass, use) = plt.subplots(1, 3, figsize=(11, 3.4))
         for one in who:
             for axes, of in ((sizes, SIZES), (mass, MASS.format(GATE)), (use, USE)):
-                _line(axes, results.curve(of, one), one)
+                line(axes, results.curve(of, one), one)
         sizes.set_xscale("log")
         sizes.set_xlabel("|gate|")
         sizes.set_ylabel("share of all gates")

@@ -2,13 +2,13 @@
 docs/STUDIES.md that is made of them. May touch: these two.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from launch.spec.planned_cost import planned_costs
 from megatron_mone.common.documents import Document, Text
 from megatron_mone.common.files import atomic_write
+from megatron_mone.common.marked_text import with_part
 from megatron_mone.common.places import ROOT
 from megatron_mone.common.progress import Say
 from megatron_mone.studies.catalogue import MODULES, study_of
@@ -24,7 +24,6 @@ from megatron_mone.studies.study import Preset, Study
 COSTS = ROOT / "docs" / "studies" / "costs.json"
 TEXT = ROOT / "docs" / "STUDIES.md"
 CLUSTER = "h100-ndr"
-_TABLE = re.compile(r"(<!-- costs,[^\n]* -->\n).*?(<!-- end of costs -->)", re.S)
 _HEADER = ("study", "preset", "runs", "GPUs a run", "tokens", "GPU hours", "longest run, hours",
            "peak, GiB")  # fmt: skip
 
@@ -110,5 +109,4 @@ def with_costs(text: str) -> str:
                     f"{cost.total_gpu_hours:,.0f}", f"{longest:,.1f}",
                     f"{cost.peak_gib:.1f} of {cost.limit_gib:.1f}"]  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
-    table = "\n".join(lines)
-    return _TABLE.sub(lambda mark: f"{mark[1]}{table}\n{mark[2]}", text)
+    return with_part(text, "costs", "\n".join(lines))
