@@ -124,9 +124,9 @@ ELSEWHERE = {
 
 
 def printed_commands(text: str) -> list[str]:
-    """The commands of code blocks and code spans, each once, in order."""
+    """The commands of code blocks and code spans, each once, in order; none of comments."""
     found = []
-    joined = text.replace("\\\n", " ")
+    joined = re.sub(r"(?s)<!--.*?-->", "", text).replace("\\\n", " ")
     for block, span in re.findall(r"(?m)^ {4}(\S.*)$|`([^`\n]+)`", joined):
         command = block.removeprefix("$ ") or span
         prompted = block.startswith("$ ")

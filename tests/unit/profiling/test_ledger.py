@@ -1,5 +1,6 @@
 """The ledger against what the allocator counts and against steps small enough to add up by hand."""
 
+import gc
 import itertools
 import threading
 from types import SimpleNamespace
@@ -32,6 +33,15 @@ class Run:
         with MemoryLedger(self.persistent, **options) as ledger:
             step(ledger)
         return ledger.record(), ledger.base_bytes
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage_of_other_tests():
+    """What other tests left in cycles would be freed, and recorded, in the midst of a step."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
