@@ -196,15 +196,6 @@ def spare_repeated_work() -> None:
     gpt_dataset._build_shuffle_index = shuffled_once
 
 
-def fork_queue() -> None:
-    """Start the process that holds Megatron's results queue by fork, not spawn, which imports torch
-    there: 3 to 6 s at a run's first save."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    queue = filesystem_async.get_write_results_queue
-    filesystem_async.get_write_results_queue = functools.partial(queue, mp_mode="fork")
-
-
 def prepare_ahead() -> None:
     """Do that work before ranks are forked: read Megatron's sources, shuffle the mock data."""
     from megatron.core.datasets.gpt_dataset import (
@@ -285,7 +276,6 @@ def _main(todo: str, folder: str) -> None:
     from megatron.training import get_tensorboard_writer, training
 
     spare_repeated_work()
-    fork_queue()
     models, keep_in = _watch_models()
     groups = _Groups()
     for name, flags, tensors in json.loads(Path(todo).read_text()):

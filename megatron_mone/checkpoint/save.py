@@ -18,12 +18,14 @@ more is written or removed. May touch: Megatron's modules, the folder of the che
 
 import contextlib
 import functools
+import queue
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.msc_utils import MultiStorageClientFeature
 from megatron.training import checkpointing, get_args
@@ -43,7 +45,7 @@ from megatron_mone.checkpoint.tracker import (
     read_tracker,
     stage,
 )
-from megatron_mone.common.patch import Patch, in_source, wrap, wrapping
+from megatron_mone.common.patch import Patch, Replaced, in_source, wrap, wrapping
 
 _errors: list[str] = []
 """What went wrong on this rank during the save under way."""
@@ -335,6 +337,15 @@ def _give_up(folder: Path, cause: str) -> NoReturn:
     raise SaveFailedError(f"checkpoint {folder} could not be written ({cause}): {fix}; {before}")
 
 
+def _without_server(save: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(save)
+    def saved(*args: Any, **kwargs: Any) -> None:
+        with Replaced(filesystem_async, "get_write_results_queue", queue.Queue):
+            save(*args, **kwargs)
+
+    return saved
+
+
 def _keep_errors() -> None:
     wrap(checkpointing, "ensure_directory_exists", lambda ensure: _kept(_not_yet(ensure)))
     if checkpointing.has_nvidia_modelopt:
@@ -367,6 +378,14 @@ PATCHES = (
         why="it writes where readers look, and where a newer attempt may write by then; what a "
         "killed save left stays among the new, and no sums tell whether it is whole",
         needed_while="async_save_request = dist_checkpointing.save(",
+    ),
+    wrapping(
+        "no-server-for-a-sync-save",
+        "megatron.core.dist_checkpointing.strategies.torch: TorchDistSaveShardedStrategy.save",
+        _without_server,
+        why="to hand what it wrote to itself each rank starts a process, which imports torch anew "
+        "and stays to the end of the run",
+        needed_while='strategy="mcore")\n        async_request.execute_sync()',
     ),
     Patch(
         name="errors-on-all-ranks",

@@ -102,8 +102,8 @@ PATCHES = (
         "results-queue",
         "megatron.core.dist_checkpointing.strategies.filesystem_async: get_write_results_queue",
         _kept_alive,
-        why="Slurm signals every process of a job step, and SIGTERM would end the process of its "
-        "own that the queue lives in before the save that the signal asks for",
+        why="Slurm signals every process of a job step, and SIGTERM would end the process that the "
+        "queue of an asynchronous save lives in before the save that the signal asks for",
         needed_while="ctx.Manager().Queue()",
     ),
 )

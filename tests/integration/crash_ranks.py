@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.training_cases import MOCK, MONE, ROOT, TINY, fork_queue
+from tests.training_cases import MOCK, MONE, ROOT, TINY
 
 STEPS = 12
 RANKS = 2
@@ -60,7 +60,6 @@ class RankServer:
         argv: list[str],
         ends_others: bool = True,
         trouble: str = "",
-        fork_queue: bool = True,
     ) -> list[int]:
         """Fork the ranks; their output goes to NAME.RANK.log, there from the start.
 
@@ -71,15 +70,13 @@ class RankServer:
             argv: flags of megatron_mone.pretrain.
             ends_others: a rank that fails takes the others with it, as under torchrun.
             trouble: "RANK FUNCTION": a function of this file that this rank calls first.
-            fork_queue: start the process that holds Megatron's results queue by fork, not spawn,
-                which imports torch there: 3 to 6 s at each run's first save.
 
         Returns:
             Process ids by rank.
         """
         command = {
             **{"name": str(self.folder / name), "argv": argv, "ends_others": ends_others},
-            **{"trouble": trouble, "fork_queue": fork_queue},
+            "trouble": trouble,
         }
         self.end()
         assert self._server.stdin is not None
@@ -212,8 +209,6 @@ def _rank(rank: int, port: int, command: dict, pretrain: Any) -> None:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         _record_losses(Path(f"{command['name']}.{rank}.loss"))
-        if command["fork_queue"]:
-            fork_queue()
         pretrain.main(command["argv"])
         status = 0
     except SystemExit as ended:

@@ -21,10 +21,9 @@ def run(name: str, flags: list[str], folder: str) -> None:
         folder: for temporary files; rank 0 writes what the check says to its file ELSEWHERE.
     """
     from megatron_mone import pretrain
-    from tests.training_cases import fork_queue, spare_repeated_work
+    from tests.training_cases import spare_repeated_work
 
     spare_repeated_work()
-    fork_queue()
     case = next(case for case in CASES if case.name == name)
     said = Path(folder, ELSEWHERE)
     if os.environ["RANK"] == "0":
@@ -41,10 +40,9 @@ def run(name: str, flags: list[str], folder: str) -> None:
 def save_base(folder: str) -> None:
     """Train BASE and save it: the checkpoint that cases load."""
     from megatron_mone import pretrain
-    from tests.training_cases import fork_queue, spare_repeated_work
+    from tests.training_cases import spare_repeated_work
 
     spare_repeated_work()
-    fork_queue()
     pretrain.main([*BASE, "--save", folder, "--save-interval", "2"])
 
 

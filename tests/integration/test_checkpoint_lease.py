@@ -24,7 +24,7 @@ from megatron_mone.checkpoint.lease.lease import ATTEMPT_VARIABLE, asked_path, l
 from megatron_mone.checkpoint.tracker import iterations, read_tracker
 from megatron_mone.model.liveness import PROGRESS_VARIABLE
 from tests import forked_ranks
-from tests.training_cases import MOCK, MONE, TINY, fork_queue, spare_repeated_work
+from tests.training_cases import MOCK, MONE, TINY, spare_repeated_work
 
 pytestmark = pytest.mark.slow
 _WRITES = ("os.link", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
@@ -61,7 +61,6 @@ def train(argv: list[str], save: str, journal: str, freezes: str) -> None:
 
     sys.addaudithook(note)
     spare_repeated_work()
-    fork_queue()
     step = training.train_step
 
     @functools.wraps(step)
