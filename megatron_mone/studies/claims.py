@@ -16,7 +16,7 @@ from megatron_mone.studies.catalogue import (
     split,
 )
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.findings import nats, share
+from megatron_mone.studies.findings import percent, share, signed
 from megatron_mone.studies.measuring.forgetting import NEW, OLD
 from megatron_mone.studies.measuring.sparsity_names import OWN
 from megatron_mone.studies.statistics import Estimate, difference
@@ -60,7 +60,7 @@ class Claim:
 def _against(*pairs: tuple[str, str]) -> Callable[[StudyResults], str]:
     """Differences of pairs of cells, as text."""
     return lambda results: "; ".join(
-        f"{one} against {other}: {nats(results.difference(one, other))}" for one, other in pairs
+        f"{one} against {other}: {signed(results.difference(one, other))}" for one, other in pairs
     )
 
 
@@ -92,7 +92,7 @@ def _shrunk(results: StudyResults) -> list[Estimate]:
 def _gates(results: StudyResults) -> str:
     """What the losses did to the gates."""
     said = [
-        f"{name} {found.mean:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        f"{name} {signed(found, form='+.3f')}"
         for (name, _), found in zip(_SHRINKING, _shrunk(results), strict=True)
     ]
     return f"mean kept \\|gate\\| over {balance.NONE}: {'; '.join(said)}"
@@ -100,14 +100,14 @@ def _gates(results: StudyResults) -> str:
 
 def _tuned(results: StudyResults) -> str:
     """What fine-tuning does to MoNE beside the dense MoE of the same size."""
-    gained, lost = (nats(finetune.beside(results, of, ratio.TOTAL)) for of in (NEW, OLD))
+    gained, lost = (signed(finetune.beside(results, of, ratio.TOTAL)) for of in (NEW, OLD))
     return f"{_MAIN} against {ratio.TOTAL}, by fine-tuning: new text {gained}; first text {lost}"
 
 
 def _dropped(results: StudyResults) -> str:
     """What dropping neurons of trained models costs."""
     return "; ".join(
-        f"{who} without 60% {nats(free)}, without 90% {nats(last)}"
+        f"{who} without 60% {signed(free)}, without 90% {signed(last)}"
         for who in results.who(OWN)
         for free, last in [sparsity.dropped(results, who)]
     )
@@ -138,7 +138,7 @@ def _neighbours(results: StudyResults) -> str:
     for layer, found in zip(analysis.LAYERS, _over_chance(results), strict=True):
         share = analysis.read(results, layer)[_SHARED_BY]
         said.append(
-            f"layer {layer}: {_SHARED_BY} tokens read {analysis.percent(share)} of their experts' "
+            f"layer {layer}: {_SHARED_BY} tokens read {percent(share)} of their experts' "
             f"weights; neurons used {found.mean:+.1%} against chance"
         )
     return "; ".join(said)
@@ -156,8 +156,13 @@ def _half(results: StudyResults) -> list[Estimate]:
 
 
 def _pruned(results: StudyResults) -> str:
-    said = [line for line in prune.findings(results) if "without half" in line]
-    return " ".join(said)
+    said = [
+        f"{cell} without half of its {what}: {signed(half.best)} by {half.by}, "
+        f"{signed(half.lot)} by lot"
+        for cell in (prune.MONE, prune.MOE)
+        for what, half in prune.halves(results, cell).items()
+    ]
+    return "; ".join(said)
 
 
 _GATES = [(gate, activation.GATES[0]) for gate in activation.GATES[1:]]

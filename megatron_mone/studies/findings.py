@@ -1,5 +1,7 @@
 """Sentences that a study says of its numbers, whoever won."""
 
+from collections.abc import Collection
+
 from megatron_mone.studies.document import StudyCell, StudyResults
 from megatron_mone.studies.statistics import Estimate, estimate
 
@@ -17,25 +19,37 @@ def compared(results: StudyResults, name: str, against: str) -> str:
     return f"{name} ends {word} than {against}: {nats(found)}, {found.count} seeds paired."
 
 
-def nats(found: Estimate) -> str:
-    """A difference as text."""
+def signed(found: Estimate, unit: str = "", form: str = "+.4f") -> str:
+    """A difference and its interval as text, the unit behind the mean."""
     if found.half_width is None:
-        return f"{found.mean:+.4f} nats a token"
-    return f"{found.mean:+.4f} nats a token [{found.low:+.4f}, {found.high:+.4f}]"
+        return f"{found.mean:{form}}{unit}"
+    return f"{found.mean:{form}}{unit} [{found.low:{form}}, {found.high:{form}}]"
 
 
-def use(results: StudyResults) -> list[str]:
-    """What share of the neurons was never kept at the end, of cells that choose among any."""
+def nats(found: Estimate) -> str:
+    """A difference of losses as text."""
+    return signed(found, " nats a token")
+
+
+def use(results: StudyResults, names: Collection[str]) -> list[str]:
+    """What share of the neurons was never kept at the end, of some cells, a sentence a share."""
+    said: dict[str, list[str]] = {}
+    for cell in results.cells:
+        if cell.name in names and any(run.chooses for run in cell.runs):
+            said.setdefault(share(cell), []).append(cell.name)
     return [
-        f"{cell.name}: {share(cell)} of the neurons were never kept in the last logging window."
-        for cell in results.cells
-        if any(run.chooses for run in cell.runs)
+        f"{', '.join(cells)}: {words} of the neurons were never kept in the last logging window."
+        for words, cells in said.items()
     ]
 
 
 def share(cell: StudyCell) -> str:
     """Neurons never kept, as text: the mean over seeds with its interval."""
-    found = estimate([run.dead_share for run in cell.runs])
+    return percent(estimate([run.dead_share for run in cell.runs]))
+
+
+def percent(found: Estimate) -> str:
+    """A share, which is from 0 to 1, and its interval as text."""
     if found.half_width is None:
         return f"{found.mean:.1%}"
-    return f"{found.mean:.1%} [{max(0.0, found.low):.1%}, {found.high:.1%}]"
+    return f"{found.mean:.1%} [{max(0.0, found.low):.1%}, {min(1.0, found.high):.1%}]"

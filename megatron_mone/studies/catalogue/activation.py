@@ -57,7 +57,7 @@ def findings(results: StudyResults) -> list[str]:
         for layer, found in results.curve(KEPT, THRESHOLD)
     ]
     said = [compared(results, *pair) for pair in pairs if results.has(*pair)]
-    return [*said, *kept, *use(results)]
+    return [*said, *kept, *use(results, (*GATES, THRESHOLD))]
 
 
 def sections(results: StudyResults) -> list[Section]:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
+from megatron_mone.studies.findings import percent
 from megatron_mone.studies.measuring.token_classes import CLASSES
 from megatron_mone.studies.statistics import Estimate, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
@@ -128,13 +129,6 @@ def read(results: StudyResults, layer: int) -> dict[int, Estimate]:
         if shares:
             found[size] = estimate(shares)
     return found
-
-
-def percent(found: Estimate) -> str:
-    """A share as text."""
-    if found.half_width is None:
-        return f"{found.mean:.1%}"
-    return f"{found.mean:.1%} [{found.low:.1%}, {found.high:.1%}]"
 
 
 def sections(results: StudyResults) -> list[Section]:

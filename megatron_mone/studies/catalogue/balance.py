@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.findings import compared
+from megatron_mone.studies.findings import compared, signed
 from megatron_mone.studies.measuring.shrunk_gates import BALANCED, SIZE, TYPES
 from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import Estimate, difference, estimate
@@ -215,13 +215,10 @@ def _of_size(results: StudyResults, name: str, against: str) -> str:
 
 def _change(what: str, found: Estimate, name: str, against: str) -> str:
     if found.half_width is None:
-        return f"{name}: {what} {found.mean:+.4f} from {against}, of one seed."
+        return f"{name}: {what} {signed(found)} from {against}, of one seed."
     word = "higher" if found.mean > 0 else "lower"
     verdict = word if found.is_clear else "not told apart"
-    return (
-        f"{name}: {what} {verdict} from {against}: {found.mean:+.4f} [{found.low:+.4f}, "
-        f"{found.high:+.4f}], {found.count} seeds paired."
-    )
+    return f"{name}: {what} {verdict} from {against}: {signed(found)}, {found.count} seeds paired."
 
 
 STUDY = Study(

@@ -134,7 +134,7 @@ def findings(results: StudyResults) -> list[str]:
         found.append(
             f"{kind}, ms: {each}. None is both faster and of lower mean loss than: {best}."
         )
-    return [*found, *use(results)]
+    return [*found, *use(results, [SINGLE, *others])]
 
 
 def sections(results: StudyResults) -> Sequence[Section]:

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_mone.studies.catalogue import ratio, small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats
+from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import Estimate, difference, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Task
@@ -23,6 +25,7 @@ SCORE_SHARES = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 USE_SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 SKIPPED = "routed rows "
 ALONE, LARGEST = "loss without one expert", "largest output of an expert"
+PARTS = (("experts", EXPERTS), ("neurons", NEURON_CRITERIA))
 SUPER = 3
 """An expert is called super whose removal raises the loss this many times what any other's does."""
 _SHOWN = 3
@@ -56,24 +59,41 @@ def rise(results: StudyResults, of: str, cell: str, x: float) -> Estimate | None
     return difference({seed: one[x] for seed, one in found.items()}, whole)
 
 
+class Half(NamedTuple):
+    """Nats a token above the whole model, without half of a part: by the best of so many criteria,
+    and by lot."""
+
+    best: Estimate
+    by: str
+    of: int
+    lot: Estimate
+
+
+def halves(results: StudyResults, cell: str) -> dict[str, Half]:
+    """Part -> what half of it costs a cell's models, of the parts that were measured."""
+    found = {}
+    for what, names in PARTS:
+        rises = {
+            name: value for name in names
+            if (value := rise(results, f"{what} by {name}", cell, 0.5)) is not None
+        }  # fmt: skip
+        lot = rise(results, f"{what} by {RANDOM}", cell, 0.5)
+        if rises and lot is not None:
+            best = min(rises, key=lambda name: rises[name].mean)
+            found[what] = Half(rises[best], best, len(rises), lot)
+    return found
+
+
 def findings(results: StudyResults) -> list[str]:
     """What half of the experts and of the neurons cost, by the best criterion and by lot; then
     skipping, and experts that stand out."""
     found = []
     for cell in (MONE, MOE):
-        for what, names, x in (("experts", EXPERTS, 0.5), ("neurons", NEURON_CRITERIA, 0.5)):
-            rises = {
-                name: value for name in names
-                if (value := rise(results, f"{what} by {name}", cell, x)) is not None
-            }  # fmt: skip
-            by_lot = rise(results, f"{what} by {RANDOM}", cell, x)
-            if not rises or by_lot is None:
-                continue
-            best = min(rises, key=lambda name: rises[name].mean)
-            found.append(
-                f"{cell} without half of its {what}: {nats(rises[best])} by {best}, the best of "
-                f"{len(rises)} criteria; {nats(by_lot)} by lot."
-            )
+        found += [
+            f"{cell} without half of its {what}: {nats(half.best)} by {half.by}, the best of "
+            f"{half.of} criteria; {nats(half.lot)} by lot."
+            for what, half in halves(results, cell).items()
+        ]
         found += [*_skipping_found(results, cell), *_super_found(results, cell)]
     return found
 
@@ -143,7 +163,7 @@ def _mean_of(rises: Mapping[tuple[int, int], float], layer: int) -> float:
 def sections(results: StudyResults) -> list[Section]:
     """Losses by share removed, a figure a cell and kind; skipping; experts one by one."""
     found = []
-    for what, names in (("experts", EXPERTS), ("neurons", NEURON_CRITERIA)):
+    for what, names in PARTS:
         for cell in results.who(f"{what} by {RANDOM}"):
             lines = [(f"{what} by {name}", cell, name) for name in (*names, RANDOM)]
             draw = partial(measured_curves, results, lines, x=f"share of {what} removed",
@@ -171,7 +191,7 @@ def _table(
 ) -> tuple[list[str], list[list[str]]]:
     shares = [x for x, _ in results.curve(f"{what} by {RANDOM}", cell)][1:]
     rows = [
-        [name, *(nats(value).removesuffix(" nats a token") if value else ""
+        [name, *(interval(value, "+.4f") if value else ""
                  for x in shares for value in [rise(results, f"{what} by {name}", cell, x)])]
         for name in (*names, RANDOM)
     ]  # fmt: skip
@@ -184,8 +204,10 @@ def _skipping_table(results: StudyResults, of: str) -> tuple[list[str], list[lis
         left_out = dict(results.curve(SKIPPED + of, cell))
         for x, share in left_out.items():
             value = rise(results, of, cell, x)
-            rows.append([cell, f"{x:g}", f"{share.mean:.1%}", nats(value) if value else ""])
-    return ["cell", "below", "routed rows left out", "loss over none left out"], rows
+            rows.append(
+                [cell, f"{x:g}", f"{share.mean:.1%}", interval(value, "+.4f") if value else ""]
+            )
+    return ["cell", "below", "routed rows left out", "nats a token over none left out"], rows
 
 
 def _one_by_one(results: StudyResults) -> Section:

@@ -18,7 +18,7 @@ from matplotlib.ticker import NullFormatter
 from megatron_mone.studies import laws
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.findings import compared, nats
+from megatron_mone.studies.findings import compared
 from megatron_mone.studies.laws import Band, Law
 from megatron_mone.studies.page import interval
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
@@ -243,7 +243,7 @@ def _row(results: StudyResults, width: int) -> list[str]:
         f"{run.steps * run.tokens_per_step / size:.2f}",
         *(f"{_x(results, kind, width, 'operations'):.3g}" for kind in KINDS),
         *(interval(results.cell(name).loss, ".4f") for name in names),
-        nats(results.difference(*names)),
+        interval(results.difference(*names), "+.4f"),
     ]  # fmt: skip
 
 

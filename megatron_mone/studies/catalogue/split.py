@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from megatron_mone.studies.catalogue import small
 from megatron_mone.studies.document import StudyResults
-from megatron_mone.studies.findings import compared, nats
+from megatron_mone.studies.findings import compared
 from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import best_shares
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Values
@@ -167,7 +167,8 @@ def _rows(results: StudyResults, splits: Sequence[Split]) -> list[list[str]]:
             one.name, f"{one.operations:,}", f"{one.experts * one.width:,}",
             f"{results.cell(one.name).runs[0].active_flops_per_step / 1e9:.3f}",
             interval(results.cell(one.name).loss, ".4f"),
-            nats(results.difference(one.name, dense)) if dense not in (None, one.name) else "",
+            "" if dense in (None, one.name)
+            else interval(results.difference(one.name, dense), "+.4f"),
             f"{shares[one.name]:.0%}",
         ]
         for one in splits
