@@ -12,6 +12,7 @@ from megatron_mone.studies.catalogue import (
     prune,
     ratio,
     scale,
+    small,
     sparsity,
     split,
 )
@@ -165,6 +166,7 @@ def _pruned(results: StudyResults) -> str:
     return "; ".join(said)
 
 
+_WIDTHS = scale.widths(small.MODEL)
 _GATES = [(gate, activation.GATES[0]) for gate in activation.GATES[1:]]
 CLAIMS = (
     _compared("ratio", "Paper: half the activated parameters, the same quality",
@@ -181,7 +183,7 @@ CLAIMS = (
     _compared("split", "Open: few neurons of each expert, or smaller experts, at equal operations?",
               (split.MAIN.name, split.BUDGETS[split.MAIN.operations][-1].name)),
     _compared("scale", "Open: does it hold as models grow, against equal total?",
-              scale.pair(scale.WIDTHS[0]), scale.pair(scale.WIDTHS[-1])),
+              *map(scale.pair, (_WIDTHS[0], _WIDTHS[-1]))),
     Claim("sparsity", "Paper: 60% of a trained model's neurons can be dropped at no cost",
           _dropped, _all_dropped),
     Claim("analysis", "Open: do neighbouring tokens share neurons, which decoding would save by?",

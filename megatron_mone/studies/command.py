@@ -11,7 +11,7 @@ from megatron_mone.reporting.page.results import write_atomically
 from megatron_mone.studies.document import Measure, Point, StudyCell, StudyResults, StudyRun
 from megatron_mone.studies.page import study_page
 from megatron_mone.studies.runs import Train, train_missing, values_shown, wanted
-from megatron_mone.studies.study import Study, Trained
+from megatron_mone.studies.study import Preset, Study, Trained
 from megatron_mone.studies.tasks import Perform, measure_missing, measures_of
 
 RESULTS, PAGE = "results.json", "report.html"
@@ -50,7 +50,7 @@ def run_study(
         Trained(one.cell, one.seed, one.run.folder, result)
         for one, result in zip(runs, results, strict=True)
     ]
-    measures = measures_read(study, trained)
+    measures = measures_read(study, trained, chosen)
     tasks = study.tasks(trained, models or {}, chosen)
     measures += measure_missing(tasks, out, say, perform) if tasks else []
     return written(
@@ -81,7 +81,8 @@ def written(
         for one in trained
     )
     document = StudyResults(
-        study=study.name, preset=preset, reference=study.reference, commands=list(commands),
+        study=study.name, preset=preset, commands=list(commands),
+        reference=study.presets[preset].reference or study.reference,
         machine=machine, seconds=seconds, cells=_cells(trained, names), measures=list(measures),
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -95,12 +96,12 @@ def write_page(study: Study, document: StudyResults, folder: Path) -> None:
     write_atomically(folder / PAGE, study_page(study, document, folder).encode())
 
 
-def measures_read(study: Study, trained: Sequence[Trained]) -> list[Measure]:
+def measures_read(study: Study, trained: Sequence[Trained], preset: Preset) -> list[Measure]:
     """What a study takes from its runs' own records."""
     return [
         measure
         for one in trained
-        for measure in measures_of(one.cell.name, one.seed, study.read(one))
+        for measure in measures_of(one.cell.name, one.seed, study.read(one, preset))
     ]
 
 

@@ -46,6 +46,7 @@ class Preset:
         measuring: sizes of the measurements, by names that the study's tasks know.
         gpus: of a run; 0: it is trained on CPU cores.
         limits: what its results do not say, in place of the study's.
+        reference: name of the cell that all are compared with, in place of the study's.
     """
 
     values: Values
@@ -54,6 +55,7 @@ class Preset:
     measuring: Values = field(default_factory=dict)
     gpus: int = 0
     limits: tuple[str, ...] = ()
+    reference: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Study:
     reference: str
     findings: Callable[[StudyResults], list[str]]
     limits: tuple[str, ...]
-    read: Callable[[Trained], Sequence[Found]] = lambda run: ()
+    read: Callable[[Trained, Preset], Sequence[Found]] = lambda run, preset: ()
     tasks: Callable[[Sequence[Trained], Mapping[str, Path], Preset], Sequence[Task]] = (
         lambda runs, models, preset: ()
     )

@@ -2,9 +2,10 @@
 threshold."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_mone.studies.catalogue import small
+from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
 from megatron_mone.studies.measuring.shrunk_gates import KEPT
@@ -19,6 +20,11 @@ THRESHOLD = "silu, threshold"
 def dense(gate: str) -> str:
     """The name of the dense MoE with a gate."""
     return f"dense, {gate}"
+
+
+_ON_GPUS = (*(name for gate in GATES if gate != "softmax" for name in (gate, dense(gate))),
+            THRESHOLD)  # fmt: skip
+_NO_SOFTMAX = "A softmax over an expert's neurons has no GPU kernel: it was trained at small size."
 
 
 def cells(values: Values) -> Sequence[Cell]:
@@ -83,6 +89,11 @@ STUDY = Study(
     presets={
         "tiny": Preset(small.training(small.TINY_STEPS), seeds=2, only=(GATES[0], dense(GATES[0]))),
         "cpu": Preset(small.training(small.CPU_STEPS), measuring={"windows": 16}),
+        **{
+            name: replace(preset, only=_ON_GPUS, limits=(*preset.limits, _NO_SOFTMAX))
+            for name, preset in large.PRESETS.items()
+        },
+        **large.largest(GATES[0], *map(dense, GATES[:1])),
     },
     cells=cells,
     reference=GATES[0],

@@ -3,9 +3,10 @@ whether it does so or shrinks gates; the published form, as far as it is known, 
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from megatron_mone.studies.catalogue import small
+from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.curves import measured_curves
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, signed
@@ -16,14 +17,14 @@ from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, V
 from megatron_mone.studies.tasks import Found, Task
 
 NONE, DEFAULT, RAW, BIAS = "none", "selected, 0.1", "raw, 0.1", "bias"
+NORMALIZED = "normalized, 0.1"
 AFTER, SHARED = "selected, 0.1, P after top-k", "selected, 0.1, shared expert"
 PUBLISHED, PUBLISHED_NONE = "published form", "published form, none"
 VARIANCE, DEAD = "variance of neuron load", "share of neurons never kept"
 FACTORS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 _AFTER = {"mone_router_loss_probs": "after_topk"}
-_SHARED = {"moe_shared_expert_intermediate_size": small.WIDTH}
 # Of which load is drawn, and sentences tell load and gates.
-_DRAWN = (NONE, RAW, DEFAULT, "normalized, 0.1", "entropy, 0.1", BIAS, PUBLISHED, PUBLISHED_NONE)
+_DRAWN = (NONE, RAW, DEFAULT, NORMALIZED, "entropy, 0.1", BIAS, PUBLISHED, PUBLISHED_NONE)
 
 
 def cells(values: Values) -> Sequence[Cell]:
@@ -32,8 +33,10 @@ def cells(values: Values) -> Sequence[Cell]:
     coefficients = [("raw", one) for one in (1e-3, 1e-2, 0.1)]
     coefficients += [("normalized", 0.1), ("entropy", 0.1)]
     coefficients += [("selected", one) for one in (1e-3, 1e-2, 0.1, 1.0)]
+    width = values["moe_ffn_hidden_size"]
+    shared = {"moe_shared_expert_intermediate_size": width}
     published = {
-        **_AFTER, **_SHARED, "mone_ng_loss_type": "raw",
+        **_AFTER, **shared, "mone_ng_loss_type": "raw",
         "mone_ng_loss_coeff": values["moe_aux_loss_coeff"],
     }  # fmt: skip
     return [
@@ -46,17 +49,25 @@ def cells(values: Values) -> Sequence[Cell]:
         Cell(BIAS, "no loss: a bias for choosing, moved by the sign of the load's error",
              {"mone_ng_loss_type": "bias"}),
         Cell(AFTER, "the router's loss averages probabilities after top-k, not before", _AFTER),
-        Cell(SHARED, f"a shared expert of {small.WIDTH} neurons beside the routed ones, all kept: "
-             "more parameters and operations than the others", _SHARED),
+        Cell(SHARED, f"a shared expert of {width} neurons beside the routed ones, all kept: "
+             "more parameters and operations than the others", shared),
         Cell(PUBLISHED, "raw gates, the router's P after top-k, a shared expert; coefficient "
              f"{values['moe_aux_loss_coeff']:g}, as the router's loss has", published),
         Cell(PUBLISHED_NONE, "the same without the neuron loss",
-             {**_AFTER, **_SHARED, "mone_ng_loss_coeff": 0.0}),
+             {**_AFTER, **shared, "mone_ng_loss_coeff": 0.0}),
     ]  # fmt: skip
 
 
-def read(run: Trained) -> list[Found]:
+def _on_gpus(preset: Preset) -> Preset:
+    """Without the type whose loss no kernel of a GPU has."""
+    names = [cell.name for cell in cells(preset.values) if cell.name != NORMALIZED]
+    said = f"{NORMALIZED!r} has no GPU kernel: it was trained at small size."
+    return replace(preset, only=tuple(names), limits=(*preset.limits, said))
+
+
+def read(run: Trained, preset: Preset) -> list[Found]:
     """Neuron load over the run's logging windows, all layers together."""
+    del preset
     windows: dict[int, list[tuple[float, float]]] = {}
     dead: dict[int, float] = {}
     for load in (load for loads in run.result.neuron_load.values() for load in loads):
@@ -231,6 +242,8 @@ STUDY = Study(
             measuring={"windows": 16},
         ),
         "cpu": Preset(small.training(small.CPU_STEPS), measuring={"windows": 16}),
+        **{name: _on_gpus(preset) for name, preset in large.PRESETS.items()},
+        **large.largest(NONE, RAW, DEFAULT),
     },
     cells=cells,
     reference=NONE,

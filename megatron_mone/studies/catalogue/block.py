@@ -2,13 +2,14 @@
 saves in time."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from megatron_mone.studies.catalogue import ratio, small
+from megatron_mone.studies.catalogue import large, ratio, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared, use
 from megatron_mone.studies.measuring.step_times import CPU_DENSE, CPU_MONE, LOAD, experts_of
@@ -31,7 +32,14 @@ _MEASURING = {"plan": {"gpus": 128, "cluster": "h100-ndr"}, "seconds": 30.0}
 def sizes(values: Values) -> list[int]:
     """Block sizes, from single neurons to one block of all that are kept."""
     kept = int(values["moe_ffn_hidden_size"] * values["mone_neuron_ratio"])
-    return sorted({size for size in (1, 2, 8, kept // 4, kept // 2, kept) if kept % size == 0})
+    return sorted({size for size in (1, 2, 8, 16, 32, kept // 2, kept) if kept % size == 0})
+
+
+def _on_gpus(preset: Preset) -> Preset:
+    """With sizes that the GPU has kernels of: powers of two from 16, half and all of the kept."""
+    kept = sizes(preset.values)[-1]
+    taken = [size for size in sizes(preset.values) if size in (1, 16, 32, kept // 2, kept)]
+    return replace(preset, only=(*(f"B = {size}" for size in taken), *DENSE))
 
 
 def cells(values: Values) -> Sequence[Cell]:
@@ -45,8 +53,9 @@ def cells(values: Values) -> Sequence[Cell]:
     ]  # fmt: skip
 
 
-def read(run: Trained) -> Sequence[Found]:
+def read(run: Trained, preset: Preset) -> Sequence[Found]:
     """Its step's time, beside whatever else the machine did."""
+    del preset
     return [(RUN, [0], [run.result.step_ms])]
 
 
@@ -198,6 +207,10 @@ STUDY = Study(
             measuring={"seconds": 1.0},
         ),
         "cpu": Preset(small.training(small.CPU_STEPS), seeds=4, measuring=_MEASURING),
+        **{
+            name: _on_gpus(preset)
+            for name, preset in {**large.PRESETS, **large.largest()}.items()
+        },
     },
     cells=cells,
     reference=SINGLE,

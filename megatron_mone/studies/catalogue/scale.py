@@ -1,13 +1,14 @@
 """Laws of loss over a ladder of sizes, of MoNE and of the dense MoE of equal total.
 
-A model of width H has 2 layers of 8 experts of 4 H neurons and reads tokens in proportion to its
-parameters; learning rate and spread of the first weights go by 1 / sqrt(H), from the width of the
-other studies. The dense MoE of a size has as many parameters, reads as much and takes more
-operations: the law of parameters compares at equal total, the law of operations at equal compute.
+A preset's model is made narrower and wider, with experts of as many neurons a width, and reads
+tokens in proportion to its parameters; learning rate and spread of the first weights go by
+1 / sqrt(H), from the width of the preset, which the other studies have. The dense MoE of a size has
+as many parameters, reads as much and takes more operations: the law of parameters compares at equal
+total, the law of operations at equal compute.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from megatron_mone.studies import laws
-from megatron_mone.studies.catalogue import small
+from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared
 from megatron_mone.studies.laws import Band, Law
@@ -24,14 +25,16 @@ from megatron_mone.studies.page import interval
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Found
 
-WIDTHS = (32, 40, 48, 64, 80, 96)
 KINDS = ("MoNE", "dense MoE")
 VOCABULARY = 1024
 SIZES = {"0.9B": 0.925e9, "2.8B": 2.81e9, "7B": 7e9}
 """Parameters of models that nobody trains here."""
 PARAMETERS = "parameters"
-_BASE = small.MODEL["hidden_size"]
+_SHARES = (1 / 2, 5 / 8, 3 / 4, 1, 5 / 4, 3 / 2)
+"""Of the preset's width."""
+_FINE = 32  # neurons of an expert are a multiple
 _ROUND = 12  # steps are a multiple, as the trainer's windows and evaluations are
+_OF_STEPS = ("train_iters", "lr_warmup_iters", "eval_interval", "log_interval", "save_interval")
 _COLOURS = dict(zip(KINDS, ("#D55E00", "#0072B2"), strict=True))
 
 
@@ -45,33 +48,49 @@ def pair(width: int) -> tuple[str, str]:
     return name_of(KINDS[0], width), name_of(KINDS[1], width)
 
 
-def parameters(width: int) -> int:
+def widths(values: Values) -> list[int]:
+    """Of the ladder."""
+    return [round(share * values["hidden_size"]) for share in _SHARES]
+
+
+def parameters(values: Values) -> int:
     """Of a model of either kind: attention, experts, router and norms of each layer, the last norm,
     and the two embeddings."""
-    layers, experts = small.MODEL["num_layers"], small.EXPERTS
-    layer = 4 * width**2 + 3 * experts * width * 4 * width + experts * width + 2 * width
-    return layers * layer + width + 2 * VOCABULARY * width
+    width, heads, experts = (
+        values[name] for name in ("hidden_size", "num_attention_heads", "num_experts")
+    )
+    attention = 4 * width * heads * values.get("kv_channels", width // heads)
+    layer = attention + 3 * experts * width * values["moe_ffn_hidden_size"]
+    layer += experts * width + 2 * width
+    vocabulary = large.VOCABULARY if "bf16" in values else VOCABULARY
+    return values["num_layers"] * layer + width + 2 * vocabulary * width
 
 
 def sized(width: int, values: Values) -> dict[str, Any]:
     """What a width changes of a preset's arguments."""
-    share = parameters(width) / parameters(_BASE)
-    steps = max(small.TINY_STEPS, _ROUND * round(share * values["train_iters"] / _ROUND))
-    slower = (_BASE / width) ** 0.5
+    share, slower = width / values["hidden_size"], (values["hidden_size"] / width) ** 0.5
+    neurons = _FINE * round(share * values["moe_ffn_hidden_size"] / _FINE)
     wanted = {
-        **small.training(steps), "hidden_size": width, "ffn_hidden_size": 4 * width,
-        "moe_ffn_hidden_size": 4 * width, "lr": slower * values["lr"],
-        "min_lr": slower * values["min_lr"], "init_method_std": slower * values["init_method_std"],
+        "hidden_size": width, "ffn_hidden_size": neurons, "moe_ffn_hidden_size": neurons,
+        **{name: slower * values[name] for name in ("lr", "min_lr", "init_method_std")},
     }  # fmt: skip
+    if "kv_channels" in values:  # heads of one size; of a model without, as many heads
+        wanted["num_attention_heads"] = round(share * values["num_attention_heads"])
+    longer = parameters({**values, **wanted}) / parameters(values)
+    steps = whole = values["train_iters"]
+    if longer != 1:
+        steps = max(small.TINY_STEPS, _ROUND * round(longer * whole / _ROUND))
+    wanted |= {name: max(1, values[name] * steps // whole) for name in _OF_STEPS}
     return {name: value for name, value in wanted.items() if value != values.get(name)}
 
 
 def cells(values: Values) -> Sequence[Cell]:
     """Two cells a size."""
     return [
-        Cell(name_of(kind, width), f"{parameters(width):,} parameters, {words}",
+        Cell(name_of(kind, width),
+             f"{parameters({**values, **sized(width, values)}):,} parameters, {words}",
              {**sized(width, values), **changes})
-        for width in WIDTHS
+        for width in widths(values)
         for kind, words, changes in (
             (KINDS[0], "r = 1/4", {}),
             (KINDS[1], "every neuron of the same experts", dict.fromkeys(small.MONE)),
@@ -79,9 +98,9 @@ def cells(values: Values) -> Sequence[Cell]:
     ]  # fmt: skip
 
 
-def read(run: Trained) -> Sequence[Found]:
+def read(run: Trained, preset: Preset) -> Sequence[Found]:
     """Its parameters."""
-    return [(PARAMETERS, [0], [parameters(run.cell.values.get("hidden_size", _BASE))])]
+    return [(PARAMETERS, [0], [parameters({**preset.values, **run.cell.values})])]
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,8 @@ def ladder(results: StudyResults, of: str, without_largest: bool = False) -> Lad
 
 
 def _widths(results: StudyResults) -> list[int]:
-    return [one for one in WIDTHS if results.has(*pair(one))]
+    named = {int(cell.name.rpartition(" ")[2]) for cell in results.cells}
+    return [one for one in sorted(named) if results.has(*pair(one))]
 
 
 def _x(results: StudyResults, kind: str, width: int, of: str) -> float:
@@ -310,12 +330,19 @@ STUDY = Study(
     presets={
         "tiny": Preset(
             small.training(small.TINY_STEPS), seeds=2,
-            only=tuple(name_of(kind, WIDTHS[0]) for kind in KINDS),
+            only=pair(widths(small.MODEL)[0]),
         ),
         "cpu": Preset(small.training(small.CPU_STEPS)),
+        **{
+            name: replace(
+                large.PRESETS[name],
+                reference=pair(large.PRESETS[name].values["hidden_size"])[1],
+            )
+            for name in ("1gpu", "cluster")
+        },
     },
     cells=cells,
-    reference=name_of(KINDS[1], _BASE),
+    reference=pair(small.MODEL["hidden_size"])[1],
     findings=findings,
     limits=(
         "Models of 2 layers, under 3 million parameters and half a token a parameter: laws of "

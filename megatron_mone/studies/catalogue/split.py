@@ -5,21 +5,22 @@ down and all gradients of the kept neurons; a layer holds E F neurons. A dense e
 keeps all its F. Shapes: K_E of E experts chosen for a token, K_N of F neurons kept in each.
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from megatron_mone.studies.catalogue import small
+from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import compared
 from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import best_shares
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Values
 
-TOTAL = small.EXPERTS * small.WIDTH
+_NEAR = 0.1
 _DENSE_MOE = dict.fromkeys(small.MONE)
 
 
@@ -43,6 +44,11 @@ class Split:
     def name(self) -> str:
         """Of its cell."""
         return f"{self.chosen} of {self.experts} x {self.kept} of {self.width}"
+
+    @classmethod
+    def named(cls, name: str) -> Self:
+        """The split of a cell."""
+        return cls(*map(int, re.findall(r"\d+", name)))
 
     @property
     def operations(self) -> int:
@@ -80,28 +86,54 @@ BUDGETS = {
         Split(2, 48, 43, 43),
     ),
 }  # fmt: skip
-"""Operations of the experts of a token, by 2 H -> splits that take them; the last is dense."""
+"""Operations of the experts of a token, by 2 H -> splits that take them; the last is dense. Those
+of the model for CPU cores, of all that whole numbers leave."""
+
+
+def main_split(values: Values) -> Split:
+    """That of a preset's model."""
+    width = values["moe_ffn_hidden_size"]
+    return Split(values["moe_router_topk"], values["num_experts"],
+                 round(values["mone_neuron_ratio"] * width), width)  # fmt: skip
+
+
+def budgets(values: Values) -> dict[int, tuple[Split, ...]]:
+    """Operations -> splits, of a preset. Of a larger model than that for CPU cores: half as many
+    experts, as many and twice as many, of powers of two chosen, then dense ones as many chosen."""
+    main = main_split(values)
+    if main == MAIN:
+        return BUDGETS
+    found = []
+    for experts in (main.experts // 2, main.experts, 2 * main.experts):
+        width = main.experts * main.width // experts
+        for chosen in (2**n for n in range(experts.bit_length() - 1)):
+            kept, rest = divmod(main.operations // chosen - width, 8)
+            if not rest and width // 16 <= kept < width:
+                found.append(Split(chosen, experts, kept, width))
+    width = 8 * round(main.operations / (9 * main.chosen) / 8)
+    experts = round(main.experts * main.width / width)
+    return {main.operations: (*found, Split(main.chosen, experts, width, width))}
 
 
 def cells(values: Values) -> Sequence[Cell]:
     """A cell a split, budget by budget."""
-    del values
     return [
         Cell(one.name, f"{one.chosen} experts of {one.experts}, "
              + ("dense, " if one.dense else f"{one.kept} neurons of {one.width} in each, ")
              + f"K_E (F + 8 K_N) = {one.operations:,}", one.values())
-        for splits in BUDGETS.values()
+        for splits in budgets(values).values()
         for one in splits
     ]  # fmt: skip
 
 
 def _trained(results: StudyResults) -> dict[int, list[Split]]:
-    """Budget -> its splits that were trained."""
-    found = {
-        budget: [one for one in splits if results.has(one.name)]
-        for budget, splits in BUDGETS.items()
-    }
-    return {budget: splits for budget, splits in found.items() if splits}
+    """Budget -> its splits that were trained; budgets are far apart, dense ones near theirs."""
+    found: dict[int, list[Split]] = {}
+    splits = [Split.named(cell.name) for cell in results.cells]
+    for one in sorted(splits, key=lambda one: one.dense):
+        near = [budget for budget in found if abs(one.operations / budget - 1) < _NEAR]
+        found.setdefault(near[0] if near else one.operations, []).append(one)
+    return found
 
 
 def _shares(results: StudyResults, splits: Sequence[Split]) -> dict[str, float]:
@@ -133,7 +165,8 @@ def findings(results: StudyResults) -> list[str]:
 
 def sections(results: StudyResults) -> Sequence[Section]:
     """The splits as a surface, and side by side at equal operations."""
-    budgets = _trained(results)
+    found = _trained(results)
+    total = Split.named(results.reference)
     return [
         Section(
             "The surface", [
@@ -141,19 +174,19 @@ def sections(results: StudyResults) -> Sequence[Section]:
                 "right is more experts of a token, up is more neurons of each. A cross is a split "
                 "whose experts are dense."
             ],
-            figure=(lambda: _surface(results, budgets), "Loss by split, mean of seeds."),
+            figure=(lambda: _surface(results, found), "Loss by split, mean of seeds."),
         ),
         Section(
             "Equal operations, equal total", [
-                f"A layer has {TOTAL:,} neurons, as nearly as whole numbers let. GFLOP are of a "
-                "step of the whole model but its routers, which grow with E by H parameters and "
-                "6 H operations a token each: 48 experts add 4%, 8 under 1%. Best of: the share "
-                "of resamples of the seeds in which the split has its budget's lowest mean loss."
+                f"A layer has {total.experts * total.width:,} neurons, as nearly as whole numbers "
+                "let. GFLOP are of a step of the whole model but its routers, which take 6 H "
+                "operations a token and H parameters for each expert. Best of: the share of "
+                "resamples of the seeds in which the split has its budget's lowest mean loss."
             ],
             table=(
                 ("split", "K_E (F + 8 K_N)", "E F", "active GFLOP", "loss",
                  "over dense experts", "best of"),
-                [row for splits in budgets.values() for row in _rows(results, splits)],
+                [row for splits in found.values() for row in _rows(results, splits)],
             ),
         ),
     ]  # fmt: skip
@@ -175,10 +208,10 @@ def _rows(results: StudyResults, splits: Sequence[Split]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def _surface(results: StudyResults, budgets: dict[int, list[Split]]) -> Figure:
-    figure, panels = plt.subplots(1, len(budgets), figsize=(9, 4.2), squeeze=False, sharey=True)
-    losses = [results.cell(one.name).loss.mean for splits in budgets.values() for one in splits]
-    for axes, (budget, splits) in zip(panels[0], budgets.items(), strict=True):
+def _surface(results: StudyResults, found: dict[int, list[Split]]) -> Figure:
+    figure, panels = plt.subplots(1, len(found), figsize=(9, 4.2), squeeze=False, sharey=True)
+    losses = [results.cell(one.name).loss.mean for splits in found.values() for one in splits]
+    for axes, (budget, splits) in zip(panels[0], found.items(), strict=True):
         for dense, marker in ((False, "o"), (True, "X")):
             shown = [one for one in splits if one.dense is dense]
             points = axes.scatter(
@@ -211,6 +244,10 @@ STUDY = Study(
             small.training(small.TINY_STEPS), seeds=2, only=(MAIN.name, Split(3, 36, 57, 57).name)
         ),
         "cpu": Preset(small.training(small.CPU_STEPS)),
+        **{
+            name: replace(preset, reference=main_split(preset.values).name)
+            for name, preset in large.PRESETS.items()
+        },
     },
     cells=cells,
     reference=MAIN.name,

@@ -99,7 +99,7 @@ def swept_study(
         print(missing)
         return None
     trained = collected(found)
-    measures = measures_read(study, trained)
+    measures = measures_read(study, trained, chosen)
     # Checkpoints of a cluster's size are not read on the machine that submits.
     if tasks := [] if chosen.gpus else study.tasks(trained, {}, chosen):
         measures += measure_missing(tasks, out, say)

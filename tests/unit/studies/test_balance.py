@@ -41,7 +41,7 @@ def test_variance_and_dead_neurons_are_over_all_layers_window_by_window():
     loads = {"1": [load(10, (2, 4, 2), 1), load(20, (0, 8, 0), 0)],
              "2": [load(10, (0, 8, 0), 0), load(20, (4, 0, 4), 3)]}  # fmt: skip
     run = Trained(cells(small.MODEL)[0], 1, Path(), SimpleNamespace(neuron_load=loads))
-    (spread, steps, variances), (dead, same, shares) = STUDY.read(run)
+    (spread, steps, variances), (dead, same, shares) = STUDY.read(run, STUDY.presets["cpu"])
     assert (spread, dead) == (VARIANCE, DEAD)
     assert steps == same == [10, 20]
     assert variances == [(2 * 0.75**2 + 2) / 16, (4 * 0.75**2 + 4) / 16]

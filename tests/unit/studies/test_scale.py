@@ -13,10 +13,11 @@ from megatron_mone.studies.catalogue.scale import (
     KINDS,
     PARAMETERS,
     SIZES,
-    WIDTHS,
     ladder,
     name_of,
     parameters,
+    sized,
+    widths,
 )
 from megatron_mone.studies.document import Measure
 from megatron_mone.studies.page import study_page
@@ -24,7 +25,15 @@ from megatron_mone.studies.runs import values_of
 from tests.unit.studies.made_up import made_up
 
 STUDY = study_of("scale")
-SIZES_HERE = [parameters(width) for width in WIDTHS]
+WIDTHS = widths(small.MODEL)
+
+
+def size_of(width: int) -> int:
+    values = STUDY.presets["cpu"].values
+    return parameters({**values, **sized(width, values)})
+
+
+SIZES_HERE = [size_of(width) for width in WIDTHS]
 TRUE = {KINDS[0]: laws.Law(1.6, 300.0, 0.35), KINDS[1]: laws.Law(1.5, 310.0, 0.35)}
 
 
@@ -39,11 +48,11 @@ def results_of(spread: float, widths=WIDTHS):
     losses, flops = {}, {}
     for kind, more in zip(KINDS, (1.0, 1.7), strict=True):
         for width in widths:
-            name, at = name_of(kind, width), TRUE[kind].at(parameters(width))
+            name, at = name_of(kind, width), TRUE[kind].at(size_of(width))
             losses[name] = {seed: at + draw.gauss(0, spread) for seed in (1, 2, 3)}
-            flops[name] = 2300.0 * more * parameters(width)
+            flops[name] = 2300.0 * more * size_of(width)
     measures = [
-        Measure(of=PARAMETERS, cell=name, seed=seed, x=[0], y=[parameters(int(name.split()[-1]))])
+        Measure(of=PARAMETERS, cell=name, seed=seed, x=[0], y=[size_of(int(name.split()[-1]))])
         for name in losses for seed in (1, 2, 3)
     ]  # fmt: skip
     return made_up(STUDY, losses, flops, measures)
@@ -104,7 +113,7 @@ def test_sizes_differ_as_they_say():
     values = {cell.name: values_of(cell, preset, 1) for cell in STUDY.grid(preset)}
     for width in WIDTHS:
         one, other = (values[name_of(kind, width)] for kind in KINDS)
-        assert one["train_iters"] * 2048 == pytest.approx(0.5165 * parameters(width), rel=0.07)
+        assert one["train_iters"] * 2048 == pytest.approx(0.5165 * size_of(width), rel=0.07)
         assert one["train_iters"] % one["eval_interval"] == 0
         assert one["lr"] * width**0.5 == pytest.approx(3e-3 * 8)
         kept = {name: value for name, value in one.items() if not name.startswith("mone_")}

@@ -3,13 +3,14 @@
 import pytest
 
 from megatron_mone.studies.catalogue import small, study_of
-from megatron_mone.studies.catalogue.split import BUDGETS, MAIN, TOTAL
+from megatron_mone.studies.catalogue.split import BUDGETS, MAIN, Split
 from megatron_mone.studies.page import study_page
 from megatron_mone.studies.runs import values_of
 from megatron_mone.studies.statistics import best_shares
 from tests.unit.studies.made_up import made_up
 
 STUDY = study_of("split")
+TOTAL = MAIN.experts * MAIN.width
 SPLITS = [(budget, one) for budget, splits in BUDGETS.items() for one in splits]
 
 
@@ -30,6 +31,20 @@ def test_splits_take_equal_operations_of_equal_totals(budget, split):
     assert operations == split.operations == pytest.approx(budget, rel=0.01)
     assert values["num_experts"] * width == pytest.approx(TOTAL, rel=0.01)
     assert bool(values.get("moe_router_pre_softmax")) == (split.chosen == 1)
+
+
+@pytest.mark.parametrize("preset", [name for name, one in STUDY.presets.items() if one.gpus])
+def test_so_do_those_of_larger_models(preset):
+    """By their names, from which pages take them."""
+    values = STUDY.presets[preset].values
+    splits = [Split.named(cell.name) for cell in STUDY.grid(STUDY.presets[preset])]
+    main = Split.named(STUDY.presets[preset].reference)
+    assert main in splits
+    assert main.values().items() <= values.items()
+    assert [one.dense for one in splits] == [False] * (len(splits) - 1) + [True]
+    for one in splits:
+        assert one.operations == pytest.approx(main.operations, rel=0.02)
+        assert one.experts * one.width == pytest.approx(main.experts * main.width, rel=0.01)
 
 
 def test_the_main_split_is_the_run_that_other_studies_have():

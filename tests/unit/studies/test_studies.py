@@ -206,7 +206,7 @@ def test_a_measurement_that_fails_is_told_in_one_line(tmp_path):
 def test_a_study_reads_measures_and_shows_its_own_sections(tmp_path, trained, monkeypatch):
     study = replace(
         study_of("ratio"),
-        read=lambda one: [("steps", [one.seed], [one.result.steps])],
+        read=lambda one, preset: [("steps", [one.seed], [one.result.steps])],
         tasks=lambda runs, models, preset: [
             Task(one.cell.name, one.seed, "f:g", {"run": one.folder.name}) for one in runs
         ],
