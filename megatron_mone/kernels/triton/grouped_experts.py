@@ -131,7 +131,7 @@ def masked_experts(
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype; copied where
             an expert's [F, H] is not contiguous.
         choose: a selection, or a mask whose rows all keep the same number (`kept`).
-        activation: silu, sigmoid, gelu (by erf) or relu.
+        activation: silu, sigmoid, gelu (by erf), relu or squared_relu.
         etp_group: ranks that hold the other neurons of the same experts.
         products: of rows and an activation, another library's products; our kernels when None.
 

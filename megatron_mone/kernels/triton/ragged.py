@@ -45,7 +45,7 @@ def ragged_grouped_mlp(
         probs_N: [N] router probabilities, any float dtype.
         w_gate_EFH, w_up_EFH, w_down_EFH: [E, F, H] neuron-major weights in x's dtype.
         choose: a selection, a mask or a rule.
-        activation: an elementwise one: silu, sigmoid, gelu (by erf) or relu.
+        activation: an elementwise one: silu, sigmoid, gelu (by erf), relu or squared_relu.
         linears: of the dense products.
 
     Returns:

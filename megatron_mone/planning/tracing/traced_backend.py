@@ -105,7 +105,7 @@ def _refuse_all_gates(all_gates: bool) -> None:
 
 
 def _refuse(field: str, fix: str) -> None:
-    raise ValueError(f"{field} cannot be traced: only the reference backend runs it; {fix}")
+    raise ValueError(f"{field} cannot be traced: no kernel of a GPU runs it; {fix}")
 
 
 class _OnCPU(torch.autograd.Function):

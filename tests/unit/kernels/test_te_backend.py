@@ -81,7 +81,7 @@ def test_glue_matches_the_reference(choose, alignment):
     assert rows == {{1: 24, 16: 16 + 32, 32: 32 + 32}[alignment]}
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu", "relu", "squared_relu"])
 def test_glue_activations(activation):
     compare(MatmulLinears([5, 2]), [5, 2], Selection(8), activation)
 
@@ -254,7 +254,7 @@ def test_without_the_package(monkeypatch):
     [
         ({"device": "cpu"}, "are on cpu: move them to a CUDA device"),
         ({"dtype": torch.float64}, "use float32 or bfloat16"),
-        ({"activation": "softmax"}, "'softmax': it has silu, sigmoid, gelu, relu"),
+        ({"activation": "softmax"}, "'softmax': it has silu, sigmoid, gelu, relu, squared_relu"),
         ({"all_gates": True}, "mone_ng_loss_type"),
     ],
 )

@@ -43,6 +43,7 @@ def chosen(operands, counts: list[int], choose: Selection, activation: str) -> T
 @case([2, 0, 4], 24, 48, Selection(12, groups=2), "sigmoid", torch.float32, 1)
 @case([8], 16, 32, Selection(32), "silu", torch.float32, 0)
 @case([18, 0, 1], 8, 20, Selection(5), "relu", torch.float32, 1)
+@case([2, 1], 16, 40, Selection(10), "squared_relu", torch.float32, 0)
 @case([2, 1], 16, 88, Selection(22, block=11), "silu", torch.float32, 0)
 @case([0, 0], 8, 12, Selection(4), "silu", torch.float32, 0)
 @case([0, 0], 8, 12, Selection(4), "silu", torch.float32, 2)

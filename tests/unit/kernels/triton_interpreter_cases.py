@@ -148,6 +148,7 @@ def selection_wide() -> None:
 @case("sigmoid")
 @case("gelu")
 @case("relu")
+@case("squared_relu")
 def selection_by_activation(activation: str) -> None:
     same_selection(torch.randn(3, 90), Selection(20, 2), activation)
 
@@ -159,6 +160,7 @@ def selection_by_activation(activation: str) -> None:
 @case([0, 5, 0, 1], 21, 33, 1, 1, "gelu", torch.float32, 3)
 @case([2, 2], 20, 48, 48, 1, "sigmoid", torch.float32, 0)
 @case([1], 8, 36, 12, 3, "relu", torch.float32, 2)
+@case([3, 2], 16, 36, 12, 1, "squared_relu", torch.float32, 1)
 @case([0, 0], 8, 12, 4, 1, "silu", torch.float32, 0)
 @case([18, 1], 8, 32, 8, 1, "silu", torch.float32, 0)
 @case([4, 3], 32, 160, 40, 2, "silu", torch.bfloat16, 5)

@@ -62,6 +62,7 @@ def pairs_are_sorted(counts: list[int], neurons: int, block: int, slots: int, sp
 @case([3, 0, 2], 24, 64, Selection(16, block=16), "silu", torch.float32, 2)
 @case([1, 2], 21, 88, Selection(22, block=22), "gelu", torch.float32, 0)
 @case([2, 1], 16, 88, Selection(44, block=22), "relu", torch.float32, 3)
+@case([2, 1], 16, 64, Selection(32, block=16), "squared_relu", torch.float32, 1)
 @case([1, 1], 16, 64, Selection(32, groups=2, block=8), "sigmoid", torch.float32, 0)
 @case([1], 8, 288, Selection(144, block=144), "silu", torch.float32, 0)
 @case([0, 0], 8, 12, Selection(4, block=4), "silu", torch.float32, 0)

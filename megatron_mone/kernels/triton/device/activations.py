@@ -11,7 +11,10 @@ import triton.language as tl
 @triton.jit
 def sigma(a, KIND: tl.constexpr):
     """sigma(a)."""
-    tl.static_assert(KIND == "silu" or KIND == "sigmoid" or KIND == "gelu" or KIND == "relu")
+    tl.static_assert(
+        KIND == "silu" or KIND == "sigmoid" or KIND == "gelu" or KIND == "relu"
+        or KIND == "squared_relu"
+    )  # fmt: skip
     if KIND == "silu":
         g = a * tl.sigmoid(a)
     elif KIND == "sigmoid":
@@ -20,6 +23,8 @@ def sigma(a, KIND: tl.constexpr):
         g = 0.5 * a * (1.0 + tl.erf(a * 0.7071067811865476))
     else:
         g = tl.where(a < 0.0, 0.0, a)
+        if KIND == "squared_relu":
+            g = g * g
     return g
 
 
@@ -35,6 +40,8 @@ def sigma_prime(a, KIND: tl.constexpr):
     elif KIND == "gelu":
         phi = 0.3989422804014327 * tl.exp(-0.5 * a * a)
         d = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476)) + a * phi
+    elif KIND == "squared_relu":
+        d = tl.where(a <= 0.0, 0.0, 2.0 * a)
     else:
         d = tl.where(a <= 0.0, 0.0, 1.0)
     return d
