@@ -57,6 +57,11 @@ def config_of(args: Namespace, config: Any, dtype: str) -> dict[str, Any]:
             )
     if args.num_experts is None:
         raise ValueError("num_experts is not set: a MoNE model has experts; give --like FOLDER")
+    if not hasattr(config, "mone_layer_freq"):
+        raise ValueError(
+            "no mone_ argument was given: the experts are stock Megatron's, not a MoNE model's; "
+            "give --like FOLDER, or train with --mone-neuron-ratio 1, which is the same model"
+        )
     found = {_RENAMED.get(name, name): getattr(args, name) for name in _SAME}
     sparse = _frequency(config.moe_layer_freq, args.num_layers)
     choosing = _frequency(config.mone_layer_freq, args.num_layers)

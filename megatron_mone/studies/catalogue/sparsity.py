@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from megatron_mone.common.files import read_text
 from megatron_mone.common.machine import version
-from megatron_mone.studies.catalogue import ratio, small
+from megatron_mone.studies.catalogue import activation, ratio, small
 from megatron_mone.studies.curves import line
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import nats
@@ -54,6 +54,7 @@ from megatron_mone.studies.statistics import Estimate, estimate
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Trained, Values
 from megatron_mone.studies.tasks import Task
 
+DENSE = activation.dense(activation.GATES[0])
 _CLAIM = (0.4, 0.1)
 """Kept where 60% and 90% are dropped, of what the model keeps as it is."""
 _LOST = (0.01, 0.05)
@@ -61,9 +62,10 @@ _LOST = (0.01, 0.05)
 
 
 def cells(values: Values) -> Sequence[Cell]:
-    """Two of the study `ratio`, whose runs these are."""
-    wanted = (ratio.TOTAL, ratio.mone(ratio.MAIN))
-    return [cell for cell in ratio.cells(values) if cell.name in wanted]
+    """One of the study `ratio`, and the dense MoE of `activation`, which can be exported."""
+    wanted = (DENSE, ratio.mone(ratio.MAIN))
+    found = (*activation.cells(values), *ratio.cells(values))
+    return [cell for cell in found if cell.name in wanted]
 
 
 def tasks(runs: Sequence[Trained], models: Mapping[str, Path], preset: Preset) -> list[Task]:
@@ -345,7 +347,7 @@ STUDY = Study(
         "cpu": Preset(small.training(small.CPU_STEPS), measuring=_MEASURED),
     },
     cells=cells,
-    reference=ratio.TOTAL,
+    reference=DENSE,
     findings=findings,
     limits=(
         "Models of 2 layers and under a million tokens, and small given ones: the published claim "

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megatron_mone.commands.app import main
 from megatron_mone.studies.catalogue import study_of
-from megatron_mone.studies.catalogue.ratio import TOTAL
+from megatron_mone.studies.catalogue.sparsity import DENSE
 from megatron_mone.studies.document import Measure
 from megatron_mone.studies.measuring import neuron_needs
 from megatron_mone.studies.measuring.sparsity_names import (
@@ -240,9 +240,9 @@ def test_differences_are_paired_block_by_block_and_seed_by_seed():
     assert between(values, (0.5 * 0.4) ** 0.5)[2] == pytest.approx(2.8 + 0.165)
     for seed in (1, 2):
         results.measures.append(
-            Measure(of="v", cell=TOTAL, seed=seed, x=[1, 1, 0.5, 0.5], y=[1, 2, seed, seed])
+            Measure(of="v", cell=DENSE, seed=seed, x=[1, 1, 0.5, 0.5], y=[1, 2, seed, seed])
         )
-    assert samples(results, "v", TOTAL) == {1: [1.5, 1.5], 0.5: [1, 2]}
+    assert samples(results, "v", DENSE) == {1: [1.5, 1.5], 0.5: [1, 2]}
 
 
 def test_answers_count_only_above_chance():
