@@ -227,9 +227,9 @@ def _of_size(results: StudyResults, name: str, against: str) -> str:
 def _change(what: str, found: Estimate, name: str, against: str) -> str:
     if found.half_width is None:
         return f"{name}: {what} {signed(found)} from {against}, of one seed."
-    word = "higher" if found.mean > 0 else "lower"
-    verdict = word if found.is_clear else "not told apart"
-    return f"{name}: {what} {verdict} from {against}: {signed(found)}, {found.count} seeds paired."
+    word = "higher than" if found.mean > 0 else "lower than"
+    verdict = word if found.is_clear else "not told apart from"
+    return f"{name}: {what} {verdict} {against}'s: {signed(found)}, {found.count} seeds paired."
 
 
 STUDY = Study(

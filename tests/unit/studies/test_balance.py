@@ -124,7 +124,7 @@ def test_what_is_said_is_of_the_numbers(tmp_path):
     )
     assert any(line.startswith("selected is 1.2500") and "does not fall" in line for line in said)
     assert any("would make raw 1.5000 of 2.0000: 75.0% of it is the gates' size" in x for x in said)
-    assert any(x.startswith(f"{RAW}: mean |gate| of kept neurons lower from none") for x in said)
+    assert any(x.startswith(f"{RAW}: mean |gate| of kept neurons lower than none's") for x in said)
     assert any(x.startswith(f"{DEFAULT}: variance of neuron load at the end lower") for x in said)
     page = study_page(STUDY, results, tmp_path)
     for shown in ("0.1250 \u00b1 0.0000", "0.2510 \u00b1 0.0012", "0.5200 \u00b1 0.0248"):
