@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.common.places import ROOT
-from megatron_mone.studies.catalogue import study_of
+from megatron_mone.studies.catalogue import MODULES, study_of
 from megatron_mone.studies.command import PAGE, RESULTS
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.page import study_page
@@ -32,6 +32,10 @@ def test_a_study_is_published_with_three_seeds_or_more(file: Path):
     assert results.preset == "cpu"
     for cell in results.cells:
         assert len({run.seed for run in cell.runs}) >= 3
+
+
+def test_every_study_is_published():
+    assert {file.parent.name for file in PUBLISHED} == {*MODULES}
 
 
 def test_the_readmes_table_is_of_the_published_numbers():
