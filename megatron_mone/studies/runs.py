@@ -139,8 +139,9 @@ def train_missing(runs: Sequence[Wanted], say: Say, train: Train | None = None) 
     say(next(ready), len(by_name), "trained before")
 
     def ensure(one: Wanted, children: Children) -> None:
+        write_config(one)
+
         def launched(run: KeptRun) -> None:
-            write_config(one)
             children.run(run.command[1:], run.folder.parent / f"{run.name}.log")
 
         chosen = train or launched

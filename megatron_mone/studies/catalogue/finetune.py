@@ -98,7 +98,8 @@ def _told(results: StudyResults, of: str, other: str, verb: str) -> str:
     else:
         word = "more" if (found.mean > 0) == (of == OLD) else "less"
         words = f"{MONE} {verb} {word} than {other} by it"
-    return f"{words}: {nats(found)} of the {_WORD[of]} text, {found.count} seeds paired."
+    seeds = "of one seed" if found.half_width is None else f"{found.count} seeds paired"
+    return f"{words}: {nats(found)} of the {_WORD[of]} text, {seeds}."
 
 
 def sections(results: StudyResults) -> Sequence[Section]:

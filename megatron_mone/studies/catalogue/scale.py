@@ -330,7 +330,7 @@ STUDY = Study(
     presets={
         "tiny": Preset(
             small.training(small.TINY_STEPS), seeds=2,
-            only=pair(widths(small.MODEL)[0]),
+            only=pair(widths(small.MODEL)[0]), reference=pair(widths(small.MODEL)[0])[1],
         ),
         "cpu": Preset(small.training(small.CPU_STEPS)),
         **{

@@ -84,6 +84,8 @@ def used_by_chunks(used_NX: Tensor, size: int, window: int | None = None) -> flo
         window: rows after which the text breaks off; chunks are within windows. None: it does not.
     """
     rows, width = used_NX.shape
+    if not rows:
+        return 0.0
     window = window or rows
     chunks = window // size
     inside = used_NX[: rows // window * window].view(-1, window, width)[:, : chunks * size]

@@ -58,6 +58,7 @@ def test_neighbours_that_use_the_same_need_no_more():
     assert [choices.used_by_chunks(apart, k) for k in (1, 2, 4)] == [0.25, 0.5, 1]
     assert choices.used_by_chunks(apart, 3) == 0.75  # the fourth is left over
     assert choices.used_by_chunks(apart, 8) == 0  # no whole chunk
+    assert choices.used_by_chunks(apart[:0], 1) == 0  # an expert that nobody chose
     mixed = rows("x...", ".x..", ".x..", "..x.")
     assert choices.used_by_chunks(mixed, 2, window=2) == 0.5
     assert choices.used_by_chunks(rows("x.", "x.", ".x", "x.", "x.", ".x"), 2, window=3) == 0.5
