@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_mone.common.child_processes import end_with, named_here
 from megatron_mone.common.local_ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
+_STARTS = threading.Lock()  # a start changes this process's environment for a while
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
 
 
@@ -70,8 +72,17 @@ def start(
         log: file for all that the launcher and the ranks print.
         fresh: start from a new interpreter, in which the module of `run` or of an argument can
             change what Megatron finds when it is imported.
+
+    Several threads may start jobs; the fork server ends with the thread that starts the first.
     """
     log.write_bytes(b"")
+    with _STARTS:
+        return _start(ranks, run, arguments, log, fresh)
+
+
+def _start(
+    ranks: int, run: Callable[..., None], arguments: tuple, log: Path, fresh: bool
+) -> Launch:
     context: Any = multiprocessing.get_context("spawn" if fresh else "forkserver")
     settings = {**SETTINGS, **named_here()}
     before = {name: os.environ.get(name) for name in settings}

@@ -7,18 +7,15 @@ docs/*.md. A row is a field, or neighbours of one kind that need no words; an ob
 shown is not shown again.
 """
 
-import re
 from collections.abc import Iterator
 from importlib import import_module
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
 from megatron_mone.common.documents import Kind, Part
+from megatron_mone.common.marked_text import with_parts
 from megatron_mone.common.places import ROOT
 
-_BLOCK = re.compile(
-    r"(<!-- fields of ([\w.]+)\.(\w+),[^\n]* -->\n).*?(<!-- end of fields -->)", re.S
-)
 Row = tuple[list[str], str, str]
 """Names of fields, their kind, what they mean."""
 
@@ -27,11 +24,11 @@ def with_tables(text: str) -> str:
     """A page of docs/ with its tables of fields written anew."""
     seen: dict[type[Part], str] = {}
 
-    def block(found: re.Match[str]) -> str:
-        document = getattr(import_module(found[2]), found[3])
-        return f"{found[1]}\n{_table(document, seen)}\n{found[4]}"
+    def table(of: str) -> str:
+        module, _, name = of.rpartition(".")
+        return f"\n{_table(getattr(import_module(module), name), seen)}"
 
-    return _BLOCK.sub(block, text)
+    return with_parts(text, "fields", table)
 
 
 def _table(document: type[Part], seen: dict[type[Part], str]) -> str:

@@ -147,13 +147,7 @@ def _neighbours(results: StudyResults) -> str:
 
 def _half(results: StudyResults) -> list[Estimate]:
     """Half of MoNE's neurons removed, by the formula that does best less by lot."""
-    ends = {
-        name: {seed: dict(zip(one.x, one.y, strict=True))[0.5] for seed, one in measured.items()}
-        for name in (*prune.NEURON_CRITERIA, prune.RANDOM)
-        if (measured := results.measured(f"neurons by {name}", prune.MONE))
-    }
-    by_lot = ends.pop(prune.RANDOM)
-    return [min((difference(one, by_lot) for one in ends.values()), key=lambda one: one.mean)]
+    return [prune.halves(results, prune.MONE)["neurons"].over_lot]
 
 
 def _pruned(results: StudyResults) -> str:

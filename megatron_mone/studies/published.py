@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.marked_text import with_part
+from megatron_mone.common.marked_text import with_parts
 from megatron_mone.common.places import ROOT
 from megatron_mone.studies.catalogue import MODULES, study_of
 from megatron_mone.studies.claims import CLAIMS
@@ -59,4 +59,4 @@ def with_claims(text: str) -> str:
                 f"| {claim.words} ([{claim.study}](docs/studies/{claim.study}/{PAGE})) | "
                 f"{claim.found(results)} | {claim.sure(results)} |"
             )
-    return with_part(text, "claims", "\n".join(lines))
+    return with_parts(text, "claims", lambda of: "\n".join(lines))

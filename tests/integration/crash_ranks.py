@@ -75,7 +75,9 @@ class RankServer:
             Process ids by rank.
         """
         command = {
-            **{"name": str(self.folder / name), "argv": argv, "ends_others": ends_others},
+            "name": str(self.folder / name),
+            "argv": argv,
+            "ends_others": ends_others,
             "trouble": trouble,
         }
         self.end()

@@ -202,7 +202,7 @@ def test_signal_to_one_rank(server, whole, number, rank):
 
 
 def test_signal_to_every_process(server, whole):
-    """As Slurm does: also to the ranks' helper processes, which a save needs alive."""
+    """As Slurm does: also to the ranks' helper processes."""
     save = server.folder / "group"
     pids = server.start("group", flags(save), ends_others=False)
     assert wait_for(lambda: read_tracker(save) is not None, 300)

@@ -5,7 +5,6 @@ forked from a process that has imported Megatron.
 """
 
 import json
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +30,6 @@ from tests import forked_ranks
 
 pytestmark = pytest.mark.slow
 
-_STARTS = threading.Lock()
 MONE = mone(Fraction(1, 4))
 
 
@@ -67,10 +65,8 @@ def tiny(data: Path, tmp_path_factory) -> dict[str, StudyResults]:
 
 
 def _forked(function: Callable[..., None], arguments: tuple, log: Path) -> None:
-    """In a process of its own; several threads start theirs one after another."""
-    with _STARTS:
-        launch = forked_ranks.start(1, function, arguments, log)
-    assert launch.wait(300) == 0, log.read_text()
+    """In a process of its own."""
+    assert forked_ranks.start(1, function, arguments, log).wait(300) == 0, log.read_text()
 
 
 def _train(run: KeptRun) -> None:

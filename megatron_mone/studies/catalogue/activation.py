@@ -93,7 +93,7 @@ STUDY = Study(
             name: replace(preset, only=_ON_GPUS, limits=(*preset.limits, _NO_SOFTMAX))
             for name, preset in large.PRESETS.items()
         },
-        **large.largest(GATES[0], *map(dense, GATES[:1])),
+        **large.largest(GATES[0], dense(GATES[0])),
     },
     cells=cells,
     reference=GATES[0],

@@ -47,26 +47,31 @@ def tasks(runs: Sequence[Trained], models: Mapping[str, Path], preset: Preset) -
     ]  # fmt: skip
 
 
+def _at(results: StudyResults, of: str, cell: str, x: float) -> dict[int, float]:
+    """Seed -> nats a token at x, of those that were measured there."""
+    return {
+        seed: one.y[one.x.index(x)]
+        for seed, one in results.measured(of, cell).items() if x in one.x
+    }  # fmt: skip
+
+
 def rise(results: StudyResults, of: str, cell: str, x: float) -> Estimate | None:
     """Nats a token above the model as it is, seed by seed; None where it was not measured."""
-    found = {
-        seed: dict(zip(one.x, one.y, strict=True))
-        for seed, one in results.measured(of, cell).items()
-    }
-    if not found or any(x not in one for one in found.values()):
+    found = _at(results, of, cell, x)
+    if len(found) < max(1, len(results.measured(of, cell))):
         return None
-    whole = {seed: one[0] for seed, one in found.items()}
-    return difference({seed: one[x] for seed, one in found.items()}, whole)
+    return difference(found, _at(results, of, cell, 0))
 
 
 class Half(NamedTuple):
     """Nats a token above the whole model, without half of a part: by the best of so many criteria,
-    and by lot."""
+    by lot, and by the one over the other."""
 
     best: Estimate
     by: str
     of: int
     lot: Estimate
+    over_lot: Estimate
 
 
 def halves(results: StudyResults, cell: str) -> dict[str, Half]:
@@ -80,7 +85,8 @@ def halves(results: StudyResults, cell: str) -> dict[str, Half]:
         lot = rise(results, f"{what} by {RANDOM}", cell, 0.5)
         if rises and lot is not None:
             best = min(rises, key=lambda name: rises[name].mean)
-            found[what] = Half(rises[best], best, len(rises), lot)
+            ends = (_at(results, f"{what} by {name}", cell, 0.5) for name in (best, RANDOM))
+            found[what] = Half(rises[best], best, len(rises), lot, difference(*ends))
     return found
 
 

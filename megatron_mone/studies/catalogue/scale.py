@@ -86,11 +86,11 @@ def sized(width: int, values: Values) -> dict[str, Any]:
 
 def cells(values: Values) -> Sequence[Cell]:
     """Two cells a size."""
+    sizes = {width: sized(width, values) for width in widths(values)}
     return [
-        Cell(name_of(kind, width),
-             f"{parameters({**values, **sized(width, values)}):,} parameters, {words}",
-             {**sized(width, values), **changes})
-        for width in widths(values)
+        Cell(name_of(kind, width), f"{parameters({**values, **size}):,} parameters, {words}",
+             {**size, **changes})
+        for width, size in sizes.items()
         for kind, words, changes in (
             (KINDS[0], "r = 1/4", {}),
             (KINDS[1], "every neuron of the same experts", dict.fromkeys(small.MONE)),

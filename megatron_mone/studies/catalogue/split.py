@@ -20,7 +20,7 @@ from megatron_mone.studies.page import interval
 from megatron_mone.studies.statistics import best_shares
 from megatron_mone.studies.study import Cell, Preset, Section, Study, Values
 
-_NEAR = 0.1
+_NEAR = 0.1  # of a budget: operations that are told to be its
 _DENSE_MOE = dict.fromkeys(small.MONE)
 
 

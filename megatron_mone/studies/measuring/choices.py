@@ -84,12 +84,12 @@ def used_by_chunks(used_NX: Tensor, size: int, window: int | None = None) -> flo
         window: rows after which the text breaks off; chunks are within windows. None: it does not.
     """
     rows, width = used_NX.shape
-    if not rows:
-        return 0.0
     window = window or rows
     chunks = window // size
+    if not (rows and chunks):
+        return 0.0
     inside = used_NX[: rows // window * window].view(-1, window, width)[:, : chunks * size]
-    return float(inside.reshape(-1, size, width).any(1).float().mean()) if chunks else 0.0
+    return float(inside.reshape(-1, size, width).any(1).float().mean())
 
 
 def used_by_chance(used_NX: Tensor, size: int) -> float:

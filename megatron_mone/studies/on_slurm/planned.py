@@ -8,7 +8,7 @@ from dataclasses import asdict
 from launch.spec.planned_cost import planned_costs
 from megatron_mone.common.documents import Document, Text
 from megatron_mone.common.files import atomic_write
-from megatron_mone.common.marked_text import with_part
+from megatron_mone.common.marked_text import with_parts
 from megatron_mone.common.places import ROOT
 from megatron_mone.common.progress import Say
 from megatron_mone.studies.catalogue import MODULES, study_of
@@ -109,4 +109,4 @@ def with_costs(text: str) -> str:
                     f"{cost.total_gpu_hours:,.0f}", f"{longest:,.1f}",
                     f"{cost.peak_gib:.1f} of {cost.limit_gib:.1f}"]  # fmt: skip
         lines.append(f"| {' | '.join(row)} |")
-    return with_part(text, "costs", "\n".join(lines))
+    return with_parts(text, "costs", lambda of: "\n".join(lines))
