@@ -1,4 +1,4 @@
-"""A study handed to a real Slurm: its sweeps run, are not submitted twice, and become its results."""
+"""A study handed to a real Slurm: its runs are submitted once, train, and become its results."""
 
 from dataclasses import replace
 from pathlib import Path
