@@ -1,6 +1,6 @@
 """What is claimed or asked of MoNE, and what the published studies found: the README's table."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron_mone.studies.catalogue import (
@@ -18,6 +18,7 @@ from megatron_mone.studies.catalogue import (
 )
 from megatron_mone.studies.document import StudyResults
 from megatron_mone.studies.findings import percent, share, signed
+from megatron_mone.studies.laws import Band
 from megatron_mone.studies.measuring.forgetting import NEW, OLD
 from megatron_mone.studies.measuring.sparsity_names import OWN
 from megatron_mone.studies.statistics import Estimate, difference
@@ -38,7 +39,7 @@ class Claim:
     study: str
     words: str
     found: Callable[[StudyResults], str]
-    differences: Callable[[StudyResults], list[Estimate]]
+    differences: Callable[[StudyResults], Sequence[Estimate | Band]]
     unit: str = " nats"
 
     def sure(self, results: StudyResults) -> str:
@@ -160,6 +161,20 @@ def _pruned(results: StudyResults) -> str:
     return "; ".join(said)
 
 
+def _at_equal_operations(results: StudyResults) -> tuple[float, Band, Band]:
+    by_operations = scale.ladder(results, scale.OPERATIONS)
+    assert by_operations is not None  # what is published has its sizes
+    return scale.at_equal_operations(by_operations)
+
+
+def _laws(results: StudyResults) -> str:
+    top, over, times = _at_equal_operations(results)
+    return (
+        f"by the fitted laws, at {top:.2g} operations: {over.text('+.4f')}; the dense MoE takes "
+        f"{times.text('.2f')} times the operations to the same loss"
+    )
+
+
 _WIDTHS = scale.widths(small.MODEL)
 _GATES = [(gate, activation.GATES[0]) for gate in activation.GATES[1:]]
 CLAIMS = (
@@ -178,6 +193,8 @@ CLAIMS = (
               (split.MAIN.name, split.BUDGETS[split.MAIN.operations][-1].name)),
     _compared("scale", "Open: does it hold as models grow, against equal total?",
               *map(scale.pair, (_WIDTHS[0], _WIDTHS[-1]))),
+    Claim("scale", "Open: does it hold as models grow, at equal operations?", _laws,
+          lambda results: [_at_equal_operations(results)[1]]),
     Claim("sparsity", "Paper: 60% of a trained model's neurons can be dropped at no cost",
           _dropped, _all_dropped),
     Claim("analysis", "Open: do neighbouring tokens share neurons, which decoding would save by?",

@@ -59,6 +59,11 @@ class Band:
     low: float
     high: float
 
+    @property
+    def is_clear(self) -> bool:
+        """Whether it leaves out 0."""
+        return not self.low <= 0 <= self.high
+
     def text(self, form: str) -> str:
         """As text."""
         return f"{self.value:{form}} [{self.low:{form}}, {self.high:{form}}]"

@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_mone.studies.catalogue import large, small
 from megatron_mone.studies.curves import measured_curves
@@ -22,7 +23,6 @@ AFTER, SHARED = "selected, 0.1, P after top-k", "selected, 0.1, shared expert"
 PUBLISHED, PUBLISHED_NONE = "published form", "published form, none"
 VARIANCE, DEAD = "variance of neuron load", "share of neurons never kept"
 FACTORS = (1.0, 0.5, 0.25, 0.125, 0.0625)
-_AFTER = {"mone_router_loss_probs": "after_topk"}
 # Of which load is drawn, and sentences tell load and gates.
 _DRAWN = (NONE, RAW, DEFAULT, NORMALIZED, "entropy, 0.1", BIAS, PUBLISHED, PUBLISHED_NONE)
 
@@ -35,8 +35,11 @@ def cells(values: Values) -> Sequence[Cell]:
     coefficients += [("selected", one) for one in (1e-3, 1e-2, 0.1, 1.0)]
     width = values["moe_ffn_hidden_size"]
     shared = {"moe_shared_expert_intermediate_size": width}
+    after: dict[str, Any] = {"mone_router_loss_probs": "after_topk"}
+    if values.get("moe_router_fusion"):  # whose kernel knows the other probabilities alone
+        after["moe_router_fusion"] = False
     published = {
-        **_AFTER, **shared, "mone_ng_loss_type": "raw",
+        **after, **shared, "mone_ng_loss_type": "raw",
         "mone_ng_loss_coeff": values["moe_aux_loss_coeff"],
     }  # fmt: skip
     return [
@@ -48,13 +51,13 @@ def cells(values: Values) -> Sequence[Cell]:
              {"mone_ng_loss_scope": "global_batch"}),
         Cell(BIAS, "no loss: a bias for choosing, moved by the sign of the load's error",
              {"mone_ng_loss_type": "bias"}),
-        Cell(AFTER, "the router's loss averages probabilities after top-k, not before", _AFTER),
+        Cell(AFTER, "the router's loss averages probabilities after top-k, not before", after),
         Cell(SHARED, f"a shared expert of {width} neurons beside the routed ones, all kept: "
              "more parameters and operations than the others", shared),
         Cell(PUBLISHED, "raw gates, the router's P after top-k, a shared expert; coefficient "
              f"{values['moe_aux_loss_coeff']:g}, as the router's loss has", published),
         Cell(PUBLISHED_NONE, "the same without the neuron loss",
-             {**_AFTER, **shared, "mone_ng_loss_coeff": 0.0}),
+             {**after, **shared, "mone_ng_loss_coeff": 0.0}),
     ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ KINDS = ("MoNE", "dense MoE")
 VOCABULARY = 1024
 SIZES = {"0.9B": 0.925e9, "2.8B": 2.81e9, "7B": 7e9}
 """Parameters of models that nobody trains here."""
-PARAMETERS = "parameters"
+PARAMETERS, OPERATIONS = "parameters", "operations"
 _SHARES = (1 / 2, 5 / 8, 3 / 4, 1, 5 / 4, 3 / 2)
 """Of the preset's width."""
 _FINE = 32  # neurons of an expert are a multiple
@@ -183,12 +183,11 @@ def _x(results: StudyResults, kind: str, width: int, of: str) -> float:
 def findings(results: StudyResults) -> list[str]:
     """Each size, then what the laws say, first where they can be checked."""
     found = [compared(results, *pair(width)) for width in _widths(results)]
-    by_size, by_operations = (ladder(results, of) for of in (PARAMETERS, "operations"))
+    by_size, by_operations = (ladder(results, of) for of in (PARAMETERS, OPERATIONS))
     if by_size is None or by_operations is None:
         return [*found, f"No law: it takes {laws.LEAST} sizes of both kinds."]
     found += _checked(results)
-    top = max(x for x, _ in by_operations.points[KINDS[0]])
-    over, times = by_operations.over(top), by_operations.times(top)
+    top, over, times = at_equal_operations(by_operations)
     found.append(
         f"At {top:.2g} operations of a whole run, within the ladder, the laws put MoNE at "
         f"{over.text('+.4f')} nats a token over the dense MoE; the dense MoE takes "
@@ -202,6 +201,13 @@ def findings(results: StudyResults) -> list[str]:
             "token: the band is what the fit leaves open, not what a law's form does."
         )
     return found
+
+
+def at_equal_operations(by_operations: Ladder) -> tuple[float, Band, Band]:
+    """The operations of the largest MoNE; there, nats a token of MoNE over the dense MoE, and how
+    many times the operations the dense MoE takes to MoNE's loss."""
+    top = max(x for x, _ in by_operations.points[KINDS[0]])
+    return top, by_operations.over(top), by_operations.times(top)
 
 
 def _checked(results: StudyResults) -> list[str]:
@@ -231,7 +237,7 @@ def sections(results: StudyResults) -> Sequence[Section]:
          "difference"),
         [_row(results, width) for width in _widths(results)],
     ))]  # fmt: skip
-    both = [ladder(results, of) for of in (PARAMETERS, "operations")]
+    both = [ladder(results, of) for of in (PARAMETERS, OPERATIONS)]
     ladders = [one for one in both if one is not None]
     if not ladders:
         return found
