@@ -20,7 +20,7 @@ lint: setup
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 bench: setup
-	@$(TIED) env PYTHONPATH=$(CURDIR):$$(sh tools/bench_peers.sh) $(PY) -m tools.bench_experts --grid $(or $(GRID),quick)
+	@$(TIED) $(PY) -m tools.bench_experts --grid $(or $(GRID),quick)
 
 clean:
 	rm -rf out build .hypothesis .mypy_cache .ruff_cache *.egg-info

@@ -99,6 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_mone.checkpoint import ownership, verify
     from megatron_mone.common.spelling import nearest_name
     from megatron_mone.config import add_mone_args
+    from megatron_mone.deepspeed import settings
     from megatron_mone.model import profile_window
     from megatron_mone.model.flag_values import refuse_in_words
 
@@ -106,6 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     profile_window.add_arguments(parser)
     verify.add_arguments(parser)
     ownership.add_arguments(parser)
+    settings.add_arguments(parser)
     refuse_in_words(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
     for action in parser._actions:

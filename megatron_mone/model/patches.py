@@ -7,6 +7,7 @@ alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
 
 from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, verify
 from megatron_mone.common import patch
+from megatron_mone.deepspeed import attach
 from megatron_mone.model import layer_spec, liveness
 from megatron_mone.moe import matrix_stack
 
@@ -19,6 +20,7 @@ PATCHES = (
     *optimizer_layout.PATCHES,
     *schedule.PATCHES,
     *signals.PATCHES,
+    *attach.PATCHES,
 )
 
 

@@ -24,6 +24,7 @@ ROOMS = (
         "checkpoint",
         "data",
         "cpu_emulation",
+        "deepspeed",
         "model",
         "conversion",
         "evaluation",

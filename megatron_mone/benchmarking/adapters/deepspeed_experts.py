@@ -29,7 +29,7 @@ class DeepSpeedExperts(Adapter):
 
     name = "deepspeed"
     timed = "padding to equal counts and back, probabilities after the experts"
-    module, package = "deepspeed", "deepspeed (make bench installs it)"
+    module, package = "deepspeed", "megatron-mone[deepspeed]"
 
     def why_absent(self, cell: Cell, device: torch.device) -> str | None:
         """Also where it does not import."""
