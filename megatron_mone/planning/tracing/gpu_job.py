@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.patch import Replaced
+from megatron_mone.deepspeed.settings import is_deepspeed
 
 CAPABILITY = (9, 0)
 """Reported compute capability: Hopper's, the least with fp8."""
@@ -110,6 +111,11 @@ def check_traceable(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
+    if is_deepspeed(args):
+        raise ValueError(
+            "engine = 'deepspeed' cannot be planned: the planner knows Megatron's gradients and "
+            "optimizers alone; plan with engine: megatron"
+        )
     for name in (
         "fp8_dot_product_attention",
         "fp8_multi_head_attention",

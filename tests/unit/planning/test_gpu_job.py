@@ -44,6 +44,7 @@ def test_what_is_not_modelled_is_refused_in_one_line():
     for changed in (
         {"use_megatron_fsdp": True},
         {"cpu_offloading": True},
+        {"engine": "deepspeed"},
         {"cp_comm_type": ["a2a+p2p"]},
     ):
         with pytest.raises(ValueError, match=next(iter(changed))) as failure:
