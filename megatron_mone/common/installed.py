@@ -62,7 +62,8 @@ _OPTIONAL = {
     "emerging-optimizers": ("Muon, SOAP and Lion", "pip install 'megatron-mone[optimizers]'"),
     "pyarrow": ("data from Parquet files", "pip install 'megatron-mone[parquet]'"),
     "lm-eval": ("megatron-mone eval", "pip install 'megatron-mone[eval]'"),
-    "deepspeed": ("--engine deepspeed, a peer in make bench", "pip install 'megatron-mone[deepspeed]'"),
+    "deepspeed": ("--engine deepspeed, a peer in make bench",
+                  "pip install 'megatron-mone[deepspeed]'"),
 }  # fmt: skip
 _PROGRAMS = {
     "C++ compiler": _Program(("g++", "c++"), "the cpu backend", "apt-get install g++, or set CXX"),

@@ -6,7 +6,6 @@ holds, or its share of what several hold, and one all-reduce over all ranks adds
 methods of one engine's optimizer.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -40,33 +39,55 @@ def count_once(engine: Any, groups: ProcessGroupCollection, clip: float) -> None
         torch.distributed.all_reduce(total)
         return total.sqrt()
 
-    if stage == 0:
-        optimizer.register_step_pre_hook(
-            lambda *ignored: _clip(engine, squares(_whole(engine), cut=False), clip)
-        )
-    elif stage == 3:
-        optimizer._get_norm_groups = lambda: [
-            squares(_pieces(optimizer.averaged_gradients, optimizer.fp16_groups), cut=True)
-        ]
+    if stage == 0 or hasattr(optimizer, "fp32_groups_gradients"):
+        step, optimizer.clip_grad = optimizer.step, 0.0
+
+        def clipped(*given: Any, **named: Any) -> None:
+            norm = squares(_whole(engine), cut=False)
+            _clip(engine, norm, clip)
+            step(*given, **named)
+            optimizer._global_grad_norm = norm
+
+        optimizer.step = clipped
     else:
-        optimizer.scaled_global_norm = lambda norm_type=2: squares(
-            _pieces(optimizer.averaged_gradients, optimizer.params_in_partition), cut=True
-        )
+        groups_of = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
+        pieces = _norms if engine.zero_cpu_offload() else _pieces
+
+        def counted(norm_type: int = 2) -> Tensor:
+            return squares(pieces(optimizer, groups_of), cut=True)
+
+        optimizer.scaled_global_norm = counted
+        optimizer._get_norm_groups = lambda: [counted()]  # ZeRO 3's name
 
 
 def _whole(engine: Any) -> Iterable[tuple[Tensor, Parameter]]:
-    return ((one.grad, one) for one in engine.module.parameters() if one.grad is not None)
+    """Gradients that are whole on every rank: ZeRO 0, and 1 with bf16 weights."""
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp32_groups_gradients"):
+        return ((one.grad, one) for one in engine.module.parameters() if one.grad is not None)
+    pairs = zip(optimizer.fp32_groups_gradients, optimizer.bf16_groups, strict=True)
+    return (pair for gradients, group in pairs for pair in zip(gradients, group, strict=True))
 
 
-def _pieces(gradients: Any, parameters: Any) -> Iterable[tuple[Tensor, Parameter]]:
+def _pieces(optimizer: Any, parameters: Any) -> Iterable[tuple[Tensor, Parameter]]:
     """What a rank has of each gradient, without the zeros that fill its part up."""
     for number, group in enumerate(parameters):
-        held = [one for one in gradients[number] if not getattr(one, "_zero_padding", False)]
+        held = optimizer.averaged_gradients[number]
+        held = [one for one in held if not getattr(one, "_zero_padding", False)]
         yield from zip(held, group, strict=False)
 
 
+def _norms(optimizer: Any, parameters: Any) -> Iterable[tuple[Tensor, Parameter]]:
+    """The norms of those that went to the host."""
+    for group in parameters:
+        for one in group:
+            if (
+                norm := optimizer.norm_for_param_grads.get(optimizer.get_param_id(one))
+            ) is not None:
+                yield torch.as_tensor(norm), one
+
+
 def _clip(engine: Any, norm: Tensor, clip: float) -> None:
-    engine.optimizer._global_grad_norm = norm
-    if clip and (scale := clip / (float(norm) + 1e-6)) < 1 and math.isfinite(scale):
+    if clip and (scale := clip / (float(norm) + 1e-6)) < 1:
         for gradient, _ in _whole(engine):
             gradient.mul_(scale)

@@ -75,6 +75,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "1: optimizer state; 2: gradients too; 3: parameters too. Default: the JSON's, else 1.",
     )  # fmt: skip
     group.add_argument(
+        "--zero-offload-optimizer", action="store_true",
+        help="With --engine deepspeed: float32 weights and optimizer state in host memory, and the "
+        "step made there.",
+    )  # fmt: skip
+    group.add_argument(
         "--deepspeed-config", type=str, default=None, metavar="FILE",
         help="With --engine deepspeed: DeepSpeed's JSON, merged with what the flags say; where the "
         "two differ, one line names both.",
@@ -169,7 +174,7 @@ def settings_of(args: Namespace) -> dict[str, Any]:
 
 
 def _offload(args: Namespace) -> dict[str, Any]:
-    return {"offload_optimizer": {"device": "cpu"}} if args.optimizer_cpu_offload else {}
+    return {"offload_optimizer": {"device": "cpu"}} if args.zero_offload_optimizer else {}
 
 
 def _merged(

@@ -27,7 +27,13 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     from megatron.training import arguments
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
-    from megatron_mone.model.checks import check_checkpoint, check_layout, check_run, check_values
+    from megatron_mone.model.checks import (
+        check_checkpoint,
+        check_layout,
+        check_run,
+        check_settings,
+        check_values,
+    )
     from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.model.profile_window import window_of
 
@@ -45,6 +51,7 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     except Exception as error:
         raise ValueError(f"Megatron refuses the arguments: {failure.words(error)}") from error
     check_layout(args)
+    check_settings(args)
     if not elsewhere:
         check_checkpoint(args)  # compares widths that validation derives
     keep_padded_vocabulary(args, given.padded_vocab_size)

@@ -1,12 +1,14 @@
 """YAML run files -> Megatron command-line flags.
 
-A run is one each of model x parallel x cluster x train, and what makes the model MoNE beside it:
+A run is one each of model x parallel x cluster x train, and what makes the model MoNE beside it; an
+engine where it is not Megatron's own:
 
     model: moe-30b-a3b          # configs/model/moe-30b-a3b.yaml, a path, or the mapping itself
     mone: quarter               # mone_* fields; left out, the model is what its own file says
     parallel: ep8-node
     cluster: gpu
     train: plan-4k
+    engine: deepspeed
 
 Each part maps Megatron argument names (`num_layers`, `mone_neuron_ratio`, ...) to values. `base` in
 a part names another of its folder, or a path, to start from; a model file may name its `mone` too.
@@ -24,8 +26,9 @@ from megatron_mone.common.yaml_values import read_mapping
 from megatron_mone.model.flag_values import flag_words
 
 PARTS = ("model", "parallel", "cluster", "train")
-MONE = "mone"
-_KEYS = ("model", MONE, *PARTS[1:])
+MONE, ENGINE = "mone", "engine"
+_KEYS = ("model", MONE, *PARTS[1:], ENGINE)
+_PART_OF = {MONE: "model", ENGINE: "train"}
 _BASE = "base"
 
 
@@ -84,9 +87,10 @@ def read_run(path: Path) -> dict[str, dict[str, Any]]:
                 f"holds {', '.join(_KEYS)}"
             )
         parts[part] = read_part(path, part, choice)
-    if MONE in parts:
-        model = {"model": parts.get("model", {}), MONE: parts.pop(MONE)}
-        parts["model"] = merge_parts(model, path)
+    for name, part in _PART_OF.items():
+        if name in parts:
+            both = {part: parts.get(part, {}), name: parts.pop(name)}
+            parts[part] = merge_parts(both, path)
     return parts
 
 
@@ -150,7 +154,7 @@ def read_part(
 
     Args:
         run_path: the run file, beside which a path may lie; named in errors.
-        part: of PARTS, or MONE.
+        part: of PARTS, MONE or ENGINE.
         choice: a name under configs/, a path, or the arguments themselves.
         above: files that this one is the base of.
 

@@ -10,6 +10,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_mone.config import check_doors
+from megatron_mone.deepspeed.supported import check_engine, check_package, check_settings
 from megatron_mone.kernels.measured import check_table
 from megatron_mone.model.checks.combinations import check_combinations
 from megatron_mone.model.checks.files import (
@@ -25,7 +26,14 @@ from megatron_mone.model.checks.schedule import check_length, check_schedule
 from megatron_mone.model.checks.sizes import check_sizes
 from megatron_mone.moe.masks.trace import recorded_steps
 
-__all__ = ["check_checkpoint", "check_layout", "check_length", "check_run", "check_values"]
+__all__ = [
+    "check_checkpoint",
+    "check_layout",
+    "check_length",
+    "check_run",
+    "check_settings",
+    "check_values",
+]
 
 
 def check_run(args: Namespace) -> None:
@@ -34,6 +42,7 @@ def check_run(args: Namespace) -> None:
     check_table()
     check_values(args)
     check_optimizer_package(args)
+    check_package(args)
     check_data(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))
@@ -49,4 +58,5 @@ def check_values(args: Namespace) -> None:
     check_tokenizer(args)
     check_schedule(args)
     check_optimizer(args)
+    check_engine(args)
     check_combinations(args)
