@@ -6,6 +6,7 @@ values Megatron wrote to TensorBoard, which hold every step's loss in full float
 the gradients of the first step and the parameters after the third, each gathered whole.
 """
 
+import contextlib
 import functools
 import gc
 import inspect
@@ -126,6 +127,7 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
     import torch
     from megatron.training import training
 
+    from megatron_mone.deepspeed.state import whole_parameters
     from tests.whole_tensors import all_gather_reduced, gather_whole
 
     build = training.setup_model_and_optimizer
@@ -145,20 +147,40 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
     def watched(*args, **kwargs):
         chunks, optimizer, *rest = build(*args, **kwargs)
         models.extend(chunks)
+        engine = getattr(chunks[0], "engine", None) if chunks else None
         step, done = optimizer.step, 0
+
+        def write_gradients() -> None:
+            if folder and done == 1:
+                write("gradients.pt", reduced if engine else lambda parameter: parameter.main_grad)
+
+        def reduced(parameter: Any) -> Any:
+            from deepspeed.utils import safe_get_full_grad
+
+            return safe_get_full_grad(parameter)
 
         def counted():
             nonlocal done
             done += 1
-            if folder and done == 1:
-                if training.get_args().use_distributed_optimizer:
-                    all_gather_reduced(chunks)
-                write("gradients.pt", lambda parameter: parameter.main_grad)
+            if training.get_args().use_distributed_optimizer and folder and done == 1:
+                all_gather_reduced(chunks)
+            if engine is None:
+                write_gradients()
             result = step()
             if folder and done == 3:
-                write("parameters.pt", lambda parameter: None)
+                with whole_parameters(engine) if engine else contextlib.nullcontext():
+                    write("parameters.pt", lambda parameter: None)
             return result
 
+        if engine is not None:  # which reduces gradients in its step
+            take = engine._take_model_step
+
+            def looked(*given: Any) -> None:
+                with whole_parameters(engine):
+                    write_gradients()
+                take(*given)
+
+            engine._take_model_step = looked
         optimizer.step = counted
         return chunks, optimizer, *rest
 

@@ -23,7 +23,7 @@ def gather_whole(chunks: list[Any], values: Callable[[Any], Tensor | None]) -> d
     try:
         for parameter, data in saved:
             value = values(parameter)
-            parameter.data = data if value is None else value
+            parameter.data = data if value is None else value.to(data.dtype)
         pieces = [piece for model in models for piece in _pieces(model.sharded_state_dict())]
     finally:
         for parameter, data in saved:

@@ -78,6 +78,21 @@ def _finalized(finalize: Callable[..., Any]) -> Callable[..., Any]:
     return finalized
 
 
+def _whole(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(checkpoint)
+    def whole(*given: Any, **named: Any) -> Any:
+        models = [one[0] for one in given if isinstance(one, list) and one]
+        engines = [one.engine for one in models if getattr(one, "engine", None) is not None]
+        if not engines:
+            return checkpoint(*given, **named)
+        from megatron_mone.deepspeed.state import whole_parameters
+
+        with whole_parameters(engines[0]):
+            return checkpoint(*given, **named)
+
+    return whole
+
+
 PATCHES = (
     wrapping(
         "deepspeed-model", "megatron.training.models.dist_utils: _ddp_wrap", _wrapped,
@@ -93,6 +108,12 @@ PATCHES = (
         "deepspeed-backward", "megatron.core.pipeline_parallel.schedules: backward_step", _backward,
         why="DeepSpeed reduces gradients in its own backward pass",
         needed_while="torch.autograd.backward(output_tensor[0]",
+    ),
+    wrapping(
+        "deepspeed-checkpoint", "megatron.training.training: save_checkpoint, load_checkpoint",
+        _whole,
+        why="ZeRO 3 leaves no rank a whole parameter",
+        needed_while="load_checkpoint(\n",
     ),
     wrapping(
         "deepspeed-finalize", "megatron.training.training: finalize_model_grads", _finalized,

@@ -6,7 +6,7 @@ parameters in the same order. May touch: the engine's optimizer state.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,21 +15,32 @@ from torch.nn import Parameter
 
 Held = Sequence[tuple[Parameter, Tensor]]
 _STEP = "step"
+_GATHERED, _STALE = "mone_gathered", "mone_stale"  # attributes of the engine
 
 
-def whole_parameters(engine: Any) -> contextlib.AbstractContextManager:
+@contextlib.contextmanager
+def whole_parameters(engine: Any) -> Iterator[None]:
     """While it lasts the model's parameters are whole on every rank, and what is written to them is
-    kept (ZeRO 3)."""
-    if engine.zero_optimization_stage() < 3:
-        return contextlib.nullcontext()
-    from deepspeed.zero import GatheredParameters
+    kept: ZeRO 3 has a rank hold its part alone. May be entered again inside."""
+    if engine.zero_optimization_stage() < 3 or getattr(engine, _GATHERED, False):
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters(list(engine.module.parameters()), modifier_rank=0)
+    with GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+        setattr(engine, _GATHERED, True)
+        try:
+            yield
+        finally:
+            setattr(engine, _GATHERED, False)
+    if getattr(engine, _STALE, False):
+        take_weights(engine)
 
 
 def take_weights(engine: Any) -> None:
-    """Make the float32 weights those of the model."""
-    if hasattr(engine.optimizer, "refresh_fp32_params"):
+    """Make the float32 weights those of the model; where these are whole, once they are cut."""
+    setattr(engine, _STALE, getattr(engine, _GATHERED, False))
+    if not getattr(engine, _STALE) and hasattr(engine.optimizer, "refresh_fp32_params"):
         engine.optimizer.refresh_fp32_params()
 
 

@@ -1,25 +1,28 @@
-"""Prints the parity suite's table after the tests, and writes it beside the other results."""
+"""Prints the parity suite's tables after the tests, and writes them beside other results."""
 
 from pathlib import Path
 
-COLUMNS = ("loss", "metrics", "gradients", "parameters", "keep-all = stock")
-ROWS: dict[str, dict[str, float]] = {}
-OUTPUT = Path("out/parity.md")
+ONE_RANK = "largest relative error against one rank"
+ENGINES_TABLE = "largest relative error of DeepSpeed's engine against Megatron's"
+COLUMNS = {
+    ONE_RANK: ("loss", "metrics", "gradients", "parameters", "keep-all = stock"),
+    ENGINES_TABLE: ("loss", "gradient norm", "gradients", "parameters"),
+}
+ROWS: dict[str, dict[str, dict[str, float]]] = {title: {} for title in COLUMNS}
+OUTPUT = {ONE_RANK: Path("out/parity.md"), ENGINES_TABLE: Path("out/engines.md")}
 
 
-def note(layout: str, column: str, error: float) -> None:
-    """Enter a measured relative error into the table."""
-    ROWS.setdefault(layout, {})[column] = error
+def note(layout: str, column: str, error: float, title: str = ONE_RANK) -> None:
+    """Enter a measured relative error into a table."""
+    ROWS[title].setdefault(layout, {})[column] = error
 
 
-def table() -> list[str]:
-    """The table as Markdown lines."""
-    lines = [
-        "| layout | " + " | ".join(COLUMNS) + " |",
-        "| --- |" + " --: |" * len(COLUMNS),
-    ]
-    for layout, errors in ROWS.items():
-        cells = [_cell(errors.get(column)) for column in COLUMNS]
+def table(title: str) -> list[str]:
+    """A table as Markdown lines."""
+    columns = COLUMNS[title]
+    lines = [f"| layout | {' | '.join(columns)} |", "| --- |" + " --: |" * len(columns)]
+    for layout, errors in ROWS[title].items():
+        cells = [_cell(errors.get(column)) for column in columns]
         lines.append(f"| {layout} | " + " | ".join(cells) + " |")
     return lines
 
@@ -31,10 +34,11 @@ def _cell(error: float | None) -> str:
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    if not ROWS:
-        return
-    terminalreporter.section("largest relative error against one rank")
-    for line in table():
-        terminalreporter.write_line(line)
-    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text("\n".join(table()) + "\n", encoding="utf-8")
+    for title, rows in ROWS.items():
+        if not rows:
+            continue
+        terminalreporter.section(title)
+        for line in table(title):
+            terminalreporter.write_line(line)
+        OUTPUT[title].parent.mkdir(parents=True, exist_ok=True)
+        OUTPUT[title].write_text("\n".join(table(title)) + "\n", encoding="utf-8")

@@ -1,0 +1,48 @@
+"""The runs in which DeepSpeed's engine is compared with Megatron's. Names say what is not 1."""
+
+from dataclasses import dataclass
+
+from tests.parity.layouts import EP2, EP4, ETP1, ETP2, MOE_RECOMPUTE, STOCK, TP2, TRAIN
+
+MODELS = {"MoNE": TRAIN, "stock": (*STOCK, "--clip-grad", "1.0", "--adam-eps", "1e-3")}
+ONCE = ("--global-batch-size", "4")
+FOUR_TIMES = ("--global-batch-size", "16")
+OFFLOAD = ("--zero-offload-optimizer",)
+BF16 = ("--bf16",)
+
+@dataclass(frozen=True)
+class Engines:
+    """A layout and what DeepSpeed shards in it.
+
+    Attributes:
+        ranks: of the run.
+        stages: of ZeRO.
+        flags: of both engines.
+        own: of DeepSpeed's.
+        tolerance: relative, of losses, gradients and parameters.
+    """
+
+    ranks: int
+    stages: tuple[int, ...]
+    flags: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    tolerance: float = 1e-5
+
+
+ENGINES = {
+    "DP2, one micro-batch": Engines(2, (0, 1, 2, 3), ONCE),
+    "DP2, four micro-batches": Engines(2, (0, 1, 2, 3), FOUR_TIMES),
+    "DP2, optimizer on the host": Engines(2, (1, 2, 3), own=OFFLOAD),
+    "DP2, bf16": Engines(2, (1, 2, 3), BF16),
+    "EP2": Engines(2, (0, 1, 2), EP2),
+    "EP2, four micro-batches": Engines(2, (0, 1, 2), (*EP2, *FOUR_TIMES)),
+    "EP2, recompute": Engines(2, (1, 2), (*EP2, *MOE_RECOMPUTE)),
+    "TP2 ETP2": Engines(2, (0, 1, 2, 3), (*TP2, *ETP2)),
+    "TP2 ETP1 EP2": Engines(2, (0, 1, 2), (*TP2, *ETP1, *EP2)),
+    "CP2": Engines(2, (1, 3), ("--context-parallel-size", "2")),
+    "DP4 EP2": Engines(4, (0, 1, 2), (*EP2, *ONCE, "--micro-batch-size", "1")),
+    "DP4 EP2, bf16": Engines(4, (1, 2), (*EP2, *BF16)),
+    "EP4": Engines(4, (0, 1, 2), EP4),
+    "EP4, four micro-batches": Engines(4, (1, 2), (*EP4, *FOUR_TIMES, "--micro-batch-size", "1")),
+    "DP2 TP2 EP2": Engines(4, (0, 1, 2), (*TP2, *ETP1, *EP2)),
+}
