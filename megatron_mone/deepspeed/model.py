@@ -46,6 +46,8 @@ class EngineModel(DistributedDataParallel):
         self.ddp_config = ddp_config
         self.groups = pg_collection
         self.force_all_reduce = False
+        self.bucket_groups: list = []  # of gradient buffers, of which there are none
+        self.expert_parallel_bucket_groups: list = []
         imported()
         self.has_experts = bool(mark_experts(module.parameters(), pg_collection))
         self.engine: Any = None

@@ -54,6 +54,8 @@ def gather(engine: Any, held: Held, parts: Sequence[Any]) -> None:
     """
     states = _by_tensor(parts)
     names = _moments(engine)
+    if names:
+        _link(engine)
     step = _steps(engine)
     for own, main in held:
         if main is not own:
@@ -92,6 +94,10 @@ def _by_tensor(parts: Sequence[Any]) -> dict[int, Any]:
 
 
 def _flat(engine: Any) -> Iterable[Tensor]:
+    """What the optimizer steps; of ZeRO 3 its groups hold them only while they are stepped."""
+    if hasattr(engine.optimizer, "fp32_partitioned_groups_flat"):
+        yield from engine.optimizer.fp32_partitioned_groups_flat
+        return
     for group in engine.basic_optimizer.param_groups:
         yield from group["params"]
 
@@ -121,7 +127,14 @@ def _make_moments(engine: Any, names: Iterable[str], step: Any) -> None:
             states[one].setdefault(name, torch.zeros_like(one))
         if step is not None:
             states[one][_STEP] = torch.as_tensor(step).clone()
+    _link(engine)
+
+
+def _link(engine: Any) -> None:
+    """Have DeepSpeed find each parameter's part of the moments: of ZeRO 1 and 2 it links all groups
+    when the first is stepped, when the others, experts' too, have none yet."""
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
