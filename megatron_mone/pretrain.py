@@ -51,6 +51,7 @@ def main(words: Sequence[str] | None = None) -> None:
     from megatron_mone.model.checks.flags import notices
     from megatron_mone.model.checks.layout_notices import layout_notices
     from megatron_mone.model.config_builder import build_model_config
+    from megatron_mone.model.trackers import attach as trackers
 
     patches.install()
     args = None
@@ -67,7 +68,8 @@ def main(words: Sequence[str] | None = None) -> None:
             said = (*notices(args), *layout_notices(args, words), *restart_notices(args))
             for line in said:
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
-        _train(args, words, model_config, started)
+        with trackers.ending():
+            _train(args, words, model_config, started)
     except SystemExit as ended:
         if args is None or ended.code or has_stepped() or args.ckpt_convert_format:
             raise

@@ -62,6 +62,8 @@ _OPTIONAL = {
     "emerging-optimizers": ("Muon, SOAP and Lion", "pip install 'megatron-mone[optimizers]'"),
     "pyarrow": ("data from Parquet files", "pip install 'megatron-mone[parquet]'"),
     "lm-eval": ("megatron-mone eval", "pip install 'megatron-mone[eval]'"),
+    "wandb": ("--wandb-project", "pip install 'megatron-mone[trackers]'"),
+    "mlflow": ("--mlflow-experiment", "pip install 'megatron-mone[trackers]'"),
     "deepspeed": ("--engine deepspeed, a peer in make bench",
                   "pip install 'megatron-mone[deepspeed]'"),
 }  # fmt: skip

@@ -12,7 +12,8 @@ from typing import Any
 
 TRAINING = (
     "*data_path", "*data_args_path", "per_dataset_sequences_path", "data_cache_path", "mock_data",
-    "split", "save*", "async_save", "tensorboard*", "wandb*", "log_*", "profile*",
+    "split", "save*", "async_save", "tensorboard*", "wandb*", "mlflow*", "log_*",
+    "profile*",
     "mone_profile*", "mone_record*", "mone_replay*", "micro_batch_size", "global_batch_size",
     "step_batch_size_schedule", "decrease_batch_size_if_needed", "eval_*", "exit_*", "train_*",
     "lr", "lr_*", "min_lr", "*weight_decay*", "phase_transition_iterations",

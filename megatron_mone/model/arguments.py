@@ -109,12 +109,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_mone.deepspeed import settings
     from megatron_mone.model import profile_window
     from megatron_mone.model.flag_values import refuse_in_words
+    from megatron_mone.model.trackers import flags as trackers
 
     add_mone_args(parser)
     profile_window.add_arguments(parser)
     verify.add_arguments(parser)
     ownership.add_arguments(parser)
     settings.add_arguments(parser)
+    trackers.add_arguments(parser)
     refuse_in_words(parser)
     flags = [flag for action in parser._actions for flag in action.option_strings]
     for action in parser._actions:

@@ -9,6 +9,7 @@ from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, 
 from megatron_mone.common import patch
 from megatron_mone.deepspeed import attach
 from megatron_mone.model import layer_spec, liveness
+from megatron_mone.model.trackers import attach as trackers
 from megatron_mone.moe import matrix_stack
 
 PATCHES = (
@@ -21,6 +22,7 @@ PATCHES = (
     *schedule.PATCHES,
     *signals.PATCHES,
     *attach.PATCHES,
+    *trackers.PATCHES,
 )
 
 

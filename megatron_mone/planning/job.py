@@ -37,7 +37,8 @@ _NO_TOKENIZER = "NullTokenizer"
 _ON_THE_CLUSTER = (
     "data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path",
     "per_split_data_args_path", "data_cache_path", "split", "load", "save", "pretrained_checkpoint",
-    "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir",
+    "tensorboard_dir", "wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity",
+    "mlflow_experiment", "mlflow_run_name", "mlflow_tracking_uri",
 )  # fmt: skip
 _DISPATCHER = "moe_token_dispatcher_type"
 RECOMPUTE = "recompute"

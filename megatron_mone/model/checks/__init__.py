@@ -24,6 +24,7 @@ from megatron_mone.model.checks.machine import check_machine
 from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.model.checks.schedule import check_length, check_schedule
 from megatron_mone.model.checks.sizes import check_sizes
+from megatron_mone.model.trackers.flags import check_trackers
 from megatron_mone.moe.masks.trace import recorded_steps
 
 __all__ = [
@@ -60,3 +61,4 @@ def check_values(args: Namespace) -> None:
     check_optimizer(args)
     check_engine(args)
     check_combinations(args)
+    check_trackers(args)

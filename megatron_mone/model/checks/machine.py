@@ -38,6 +38,7 @@ PACKAGES = (
     Need("fault_injector_num_ranks", *RESILIENCY),
     Need("non_persistent_ckpt_type", *RESILIENCY, lambda kind: kind == "local"),
     Need("wandb_project", "wandb", "wandb"),
+    Need("mlflow_experiment", "mlflow", "mlflow"),
     Need("log_device_memory_used", "pynvml", "nvidia-ml-py"),
     Need("log_energy", "pynvml", "nvidia-ml-py"),
     Need("run_workload_inspector_server", "workload_inspector", "workload-inspector"),

@@ -29,7 +29,9 @@ _FILES = (
     "--tokenizer-model", "--vocab-size", "--vocab-file", "--merge-file",
     "--make-vocab-size-divisible-by", "--mock-data", "--load", "--save",
     "--pretrained-checkpoint", "--tensorboard-dir", "--mone-record-masks", "--mone-replay-masks",
-    "--mone-profile-steps", "--mone-profile-dir",
+    "--mone-profile-steps", "--mone-profile-dir", "--wandb-project", "--wandb-exp-name",
+    "--wandb-save-dir", "--wandb-entity", "--mlflow-experiment", "--mlflow-run-name",
+    "--mlflow-tracking-uri",
 )  # fmt: skip
 
 

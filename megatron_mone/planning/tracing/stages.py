@@ -43,7 +43,8 @@ _IRRELEVANT = (
     "per_split_data_args_path", "data_cache_path", "split", "mock_data", "num_workers",
     "eval_iters", "eval_interval", "save", "load", "save_interval", "log_interval",
     "log_throughput", "timing_log_level", "tensorboard_dir", "tensorboard_log_interval",
-    "wandb_project", "wandb_exp_name", "wandb_save_dir", "mone_profile_steps", "mone_profile_dir",
+    "wandb_project", "wandb_exp_name", "wandb_save_dir", "wandb_entity", "mlflow_experiment",
+    "mlflow_run_name", "mlflow_tracking_uri", "mone_profile_steps", "mone_profile_dir",
 )  # fmt: skip
 # What a job needs in place of those; no value of theirs is in a trace.
 _FIXED = {"--mock-data": (), "--lr": ("1e-4",)}

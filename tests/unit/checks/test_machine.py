@@ -22,6 +22,7 @@ CASES = {
     "fault_injector_num_ranks": (1, "pip install nvidia-resiliency-ext"),
     "non_persistent_ckpt_type": ("local", "pip install nvidia-resiliency-ext"),
     "wandb_project": ("mine", "pip install wandb"),
+    "mlflow_experiment": ("mine", "pip install mlflow"),
     "log_energy": (True, "pip install nvidia-ml-py"),
     "run_workload_inspector_server": (True, "pip install workload-inspector"),
     "logits_save_dir": ("logits", "pip install zstandard"),
@@ -58,7 +59,9 @@ CASES = {
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_not_here_is_refused(defaults, monkeypatch, name):
-    absent = {"wandb", "zstandard", "pynvml", "workload_inspector", "nvidia_resiliency_ext"}
+    absent = {
+        *("wandb", "mlflow", "zstandard", "pynvml", "workload_inspector", "nvidia_resiliency_ext")
+    }
     monkeypatch.setattr(machine, "find_spec", lambda package: None if package in absent else 1)
     machine.check_machine(Namespace(**defaults))
     value, says = CASES[name]
