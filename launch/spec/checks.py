@@ -13,6 +13,7 @@ from launch.preflight.limits import read_limits
 from launch.spec.launch_spec import Case, Container, LaunchSpec, Variable
 from launch.spec.sbatch_options import OPTION_FIELDS, check_options
 from megatron_mone.common.spelling import nearest_name
+from megatron_mone.model.trackers.flags import without_password
 
 __all__ = ["OPTION_FIELDS", "OWN_VARIABLES", "checked", "limit_seconds"]
 
@@ -23,6 +24,7 @@ OWN_VARIABLES = frozenset(
 )  # fmt: skip
 """What the launcher itself sets, for torch.distributed and for megatron_mone.pretrain."""
 _READ_ONLY = frozenset(("BASHOPTS", "BASH_VERSINFO", "EUID", "PPID", "SHELLOPTS", "UID"))
+_SECRET = re.compile(r".*(API_KEY|ACCESS_KEY|TOKEN|PASSWORD|SECRET)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _MODULE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+/@=:-]*", re.ASCII)
 _MEMORY = re.compile(r"\d+([KMGT]B?)?", re.ASCII | re.IGNORECASE)
@@ -197,7 +199,12 @@ def _check_software(spec: LaunchSpec) -> None:
     for name in spec.modules:
         if not _MODULE.fullmatch(name):
             raise ValueError(f"modules: {name!r} is not a module's name")
-    for name in spec.environment:
+    for name, value in spec.environment.items():
+        if _SECRET.fullmatch(name) or without_password(value) != value:
+            raise ValueError(
+                f"environment: {name} holds a secret, which would stand in the job's script: "
+                "export it where you submit, whose environment the job gets, and leave it out"
+            )
         if not _VARIABLE.fullmatch(name):
             raise ValueError(f"environment: {name!r} is not a variable's name")
         if name in OWN_VARIABLES | _READ_ONLY or name.startswith("SLURM_"):

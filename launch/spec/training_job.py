@@ -17,6 +17,7 @@ from launch.spec.launch_spec import Case, LaunchSpec, Variable
 from launch.spec.megatron_flags import stated, stated_words
 from megatron_mone.data import blend
 from megatron_mone.model.run_config import find_run, load_run
+from megatron_mone.model.trackers import flags as trackers
 
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
@@ -87,6 +88,7 @@ def job_of_values(
                 f"{word}: checkpoints are in the run folder; give --pretrained-checkpoint to begin "
                 "from another run's"
             )
+    trackers.check_address(stated("mlflow_tracking_uri", values, words))
     folder = runs.resolve() / (name or config.stem)
     points = read_grid(grid, values, words)
     identity = {"values": values, "arguments": list(words), "sweep": bool(points)}
@@ -200,4 +202,19 @@ def _own_flags(folder: Path, case: SweepCase, config: Mapping[str, Any]) -> tupl
     recorded = [f"--{name.replace('_', '-')}" for name in _RECORDED if not values.get(name)]
     curves = str(tensorboard_folder(folder, case, config))
     checkpoints = str(folder / case.folder / CHECKPOINTS)
-    return ("--tensorboard-dir", curves, *recorded, "--save", checkpoints, "--load", checkpoints)
+    return (
+        *("--tensorboard-dir", curves, *recorded, "--save", checkpoints, "--load", checkpoints),
+        *_names(folder, case, values, config["arguments"]),
+    )
+
+
+def _names(
+    folder: Path, case: SweepCase, values: Mapping[str, Any], words: Sequence[str]
+) -> tuple[str, ...]:
+    """What a tracked run is called where the user does not say: as here, a case after its sweep."""
+    own = folder.name if case is SINGLE else f"{folder.name}/{Path(case.folder).name}"
+    asked = [name for asks, (name, *_) in trackers.OTHERS.items() if stated(asks, values, words)]
+    return tuple(
+        word for name in asked if not stated(name, values, words)
+        for word in (trackers.flag(name), own)
+    )  # fmt: skip

@@ -1,12 +1,14 @@
 """`python -m launch`: run and submit from the command line to the run folder."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 from launch.__main__ import main
+from launch.slurm.environment import client_environment
 from launch.spec.training_job import data_prefixes, training_job
 from tests.unit.launch.fake_slurm import sbatch_words
 
@@ -58,6 +60,38 @@ def test_dry_run_prints_the_script_and_touches_nothing(here, capsys):
     assert f"--save {checkpoints} --load {checkpoints} --seed 7)" in script
     assert f"command=({sys.executable} -m megatron_mone.pretrain --config {DEMO} " in script
     assert not (here / "runs").exists()
+
+
+TRACKED = ("--wandb-project", "p", "--mlflow-experiment=e")
+
+
+def test_a_tracked_run_is_called_as_here_and_a_case_after_its_sweep(here, capsys):
+    words = ["submit", "--config", DEMO, "--name", "mine", "--dry-run"]
+    assert main([*words, "--", *TRACKED]) == 0
+    assert "--wandb-exp-name mine --mlflow-run-name mine " in capsys.readouterr().out
+    assert main([*words, "--", *TRACKED, "--wandb-exp-name", "other"]) == 0
+    script = capsys.readouterr().out
+    assert script.count("--wandb-exp-name") == script.count("--wandb-exp-name other)") == 1
+    assert main([*words, "--grid", "r=1/2", "--", *TRACKED]) == 0
+    script = capsys.readouterr().out
+    assert "--wandb-exp-name mine/000-mone_neuron_ratio=0.5 " in script
+    assert main(words) == 0
+    assert "--wandb" not in capsys.readouterr().out
+
+
+def test_a_trackers_secret_reaches_the_job_and_no_file(here, capsys, monkeypatch):
+    """sbatch hands its own environment to the job."""
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    assert main(["submit", "--config", DEMO, "--", *TRACKED, "--mock-data"]) == 0
+    files = [path.read_bytes() for path in here.rglob("*") if path.is_file()]
+    assert files
+    assert not any(b"hunter2" in text for text in files)
+    assert client_environment(os.environ, "sbatch")["WANDB_API_KEY"] == "hunter2"
+    address = ("--mlflow-tracking-uri", "https://me:hunter2@host")
+    assert main(["submit", "--config", DEMO, "--dry-run", "--", *TRACKED, *address]) == 2
+    said = capsys.readouterr()
+    assert "MLFLOW_TRACKING_PASSWORD" in said.err
+    assert "hunter2" not in said.out + said.err
 
 
 def test_submit_writes_the_script_and_prints_job_and_log(here, capsys):

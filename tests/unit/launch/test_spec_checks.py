@@ -51,6 +51,11 @@ WRONG = {
         {"preflight_limits": {"tmp_disk_gib": "much"}},
         "preflight_limits: tmp_disk_gib = 'much'",
     ),
+    "a secret": ({"environment": {"WANDB_API_KEY": "x"}}, "WANDB_API_KEY holds a secret"),
+    "a secret in an address": (
+        {"environment": {"MLFLOW_TRACKING_URI": "https://me:hunter2@host"}},
+        "MLFLOW_TRACKING_URI holds a secret",
+    ),
     "a variable of bash": ({"environment": {"UID": "0"}}, "UID is set by"),
     "a variable of Slurm": ({"environment": {"SLURM_JOB_ID": "1"}}, "SLURM_JOB_ID is set by"),
     "an option with a field": ({"sbatch": {"time": "5"}}, "give time_limit"),
