@@ -15,6 +15,7 @@ from megatron_mone.config import MONE_FIELD_NAMES
 
 MODEL_FILE_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"
+_MEGATRON = "megatron"  # the engine where none is named
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
@@ -30,6 +31,7 @@ def write_model_file(folder: Path, args: Namespace) -> None:
         "schema": SCHEMA,
         "shape": {name: getattr(args, name, None) for name in SHAPE_FIELDS},
         "mone": {name: getattr(args, name, None) for name in MONE_FIELD_NAMES},
+        "engine": getattr(args, "engine", _MEGATRON),
     }
     write_json(folder / MODEL_FILE_NAME, model)
 
@@ -43,15 +45,10 @@ def check_model_file(folder: Path, args: Namespace) -> None:
     Raises:
         ValueError: one line naming the folder, the field, both values and the fix.
     """
-    path = folder / MODEL_FILE_NAME
-    if not path.is_file():
+    saved = _read(folder)
+    if saved is None:
         return
-    try:
-        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shape, mone = saved["shape"], saved["mone"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): delete it to go by Megatron's checks "
-                         "alone") from error  # fmt: skip
+    shape, mone = saved["shape"], saved["mone"]
     for name in SHAPE_FIELDS:
         now = getattr(args, name, None)
         if name in shape and shape[name] != now:
@@ -66,3 +63,35 @@ def check_model_file(folder: Path, args: Namespace) -> None:
             f"{getattr(args, name, None)}",
             stacklevel=2,
         )
+
+
+def check_engine_of(folder: Path, args: Namespace) -> None:
+    """Whose optimizer state is in `folder`; another engine's is loaded where --convert says so.
+
+    Raises:
+        ValueError: one line naming the folder, both engines and the fix.
+    """
+    saved = _read(folder)
+    if saved is None or args.no_load_optim or args.finetune or args.convert:
+        return
+    engine = saved.get("engine", _MEGATRON)
+    if engine != args.engine:
+        raise ValueError(
+            f"checkpoint {folder} was saved by engine = {engine}, this run has engine = "
+            f"{args.engine}: add --convert to go on from its weights and optimizer state, or "
+            "--finetune to start from its weights"
+        )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """What the file holds; None without one."""
+    path = folder / MODEL_FILE_NAME
+    if not path.is_file():
+        return None
+    try:
+        saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        saved["shape"], saved["mone"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to go by Megatron's checks "
+                         "alone") from error  # fmt: skip
+    return saved

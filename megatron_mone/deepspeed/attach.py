@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from megatron_mone.checkpoint.optimizer_layout import BY_PARAMETER, SHARDING
 from megatron_mone.common.patch import Replaced, wrapping
 from megatron_mone.deepspeed.settings import is_deepspeed
 
@@ -93,6 +94,17 @@ def _whole(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     return whole
 
 
+def _described(describe: Callable[..., dict]) -> Callable[..., dict]:
+    @functools.wraps(describe)
+    def described(args: Any, *given: Any, **named: Any) -> dict:
+        metadata = describe(args, *given, **named)
+        if is_deepspeed(args):
+            metadata[SHARDING] = BY_PARAMETER
+        return metadata
+
+    return described
+
+
 PATCHES = (
     wrapping(
         "deepspeed-model", "megatron.training.models.dist_utils: _ddp_wrap", _wrapped,
@@ -114,6 +126,12 @@ PATCHES = (
         _whole,
         why="ZeRO 3 leaves no rank a whole parameter",
         needed_while="load_checkpoint(\n",
+    ),
+    wrapping(
+        "deepspeed-metadata",
+        "megatron.training.checkpointing: _build_sharded_state_dict_metadata", _described,
+        why="a distributed optimizer goes by it when it loads what this engine saved",
+        needed_while="distrib_optim_sharding_type",
     ),
     wrapping(
         "deepspeed-finalize", "megatron.training.training: finalize_model_grads", _finalized,

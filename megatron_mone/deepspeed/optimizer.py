@@ -15,13 +15,21 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.optimizer import (
+    get_param_id_to_sharded_param_map,
+    make_sharded_optimizer_tensor,
+)
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_mone.checkpoint.optimizer_layout import BY_PARAMETER, SHARDING, name_by_parameter
+from megatron_mone.checkpoint.verify import CheckpointRefusedError
 from megatron_mone.deepspeed import state
 from megatron_mone.deepspeed.gradient_norm import count_once
 from megatron_mone.deepspeed.model import EngineModel
+
+_OWN = ("params", "moe", "name")  # of a group, DeepSpeed's or of one optimizer
 
 
 class EngineOptimizer(MegatronOptimizer):
@@ -87,36 +95,70 @@ class EngineOptimizer(MegatronOptimizer):
         with self._whole(filled=False) as whole:
             whole.load_state_dict(state_dict)
             state.deal(self.engine, _held(whole), _parts(whole))
+            for mine, other in self._groups(whole):
+                mine.update({key: other[key] for key in other if key not in _OWN})
 
     def sharded_state_dict(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False,
         metadata: dict | None = None, **named: Any,
     ) -> ShardedStateDict:  # fmt: skip
-        """In Megatron's form."""
+        """In Megatron's form.
+
+        Raises:
+            CheckpointRefusedError: one to load was saved in pieces of other gradient buffers.
+        """
+        form = (metadata or {}).get(SHARDING)
+        if is_loading and form not in (None, BY_PARAMETER):
+            raise CheckpointRefusedError(
+                f"the checkpoint's optimizer state is {form}, in pieces of Megatron's gradient "
+                "buffers: load it with --engine megatron and save it with "
+                "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
+            )
         with self._whole(filled=not is_loading) as whole:
-            return whole.sharded_state_dict(
+            found = whole.sharded_state_dict(
                 model_sharded_state_dict, is_loading=is_loading, metadata=metadata, **named
             )
+            if not is_loading:
+                _add_weights(found, model_sharded_state_dict, _parts(whole))
+                name_by_parameter(found)
+            return found
 
     @contextlib.contextmanager
     def _whole(self, *, filled: bool) -> Iterator[Any]:
         """Megatron's optimizer of whole parameters, with the engine's state."""
         with state.whole_parameters(self.engine):
             whole = self._make()
-            for mine, other in zip(
-                self.engine.basic_optimizer.param_groups,
-                (group for part in _parts(whole) for group in part.optimizer.param_groups),
-                strict=True,
-            ):
-                other.update({key: value for key, value in mine.items() if key in other and
-                              key != "params"})  # fmt: skip
+            for mine, other in self._groups(whole):
+                other.update({key: mine[key] for key in mine if key not in _OWN})
             if filled:
                 state.gather(self.engine, _held(whole), _parts(whole))
             yield whole
 
+    def _groups(self, whole: Any) -> Iterator[tuple[dict, dict]]:
+        """The engine's parameter groups, each with the one that it was made of."""
+        theirs = (group for part in _parts(whole) for group in part.optimizer.param_groups)
+        return zip(self.engine.basic_optimizer.param_groups, theirs, strict=True)
+
 
 def _parts(whole: Any) -> Sequence[Any]:
     return getattr(whole, "chained_optimizers", [whole])
+
+
+def _add_weights(
+    found: dict[Any, Any], model: ShardedStateDict, parts: Sequence[Any]
+) -> None:  # fmt: skip
+    """Float32 weights beside their moments: a distributed optimizer loads them together."""
+    for number, part in enumerate(parts):
+        own = found if len(parts) == 1 else found[number]
+        if "state" not in own:  # bf16: they are there
+            continue
+        known = get_param_id_to_sharded_param_map(model, part.get_parameters())
+        for place, moments in own["state"].items():
+            if isinstance(place, int):
+                weight = part.get_parameters()[place]
+                moments["param"] = make_sharded_optimizer_tensor(
+                    known[place], weight, "optimizer.state.fp32_param"
+                )
 
 
 def _joined(parts: Sequence[Any]) -> torch.optim.Optimizer:

@@ -80,6 +80,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         "step made there.",
     )  # fmt: skip
     group.add_argument(
+        "--convert", action="store_true",
+        help="Go on from a checkpoint that the other engine saved, with its optimizer state.",
+    )  # fmt: skip
+    group.add_argument(
         "--deepspeed-config", type=str, default=None, metavar="FILE",
         help="With --engine deepspeed: DeepSpeed's JSON, merged with what the flags say; where the "
         "two differ, one line names both.",

@@ -21,7 +21,8 @@ TRAINING = (
     "delay_wgrad_compute", "recompute_*", "num_layers_per_virtual_pipeline_stage",
     "num_virtual_stages_per_pipeline_rank", "moe_expert_capacity_factor",
     "moe_pad_expert_input_to_capacity", "full_validation", "multiple_validation_sets",
-    "finetune", "dist_ckpt_optim_fully_reshardable", "rerun_mode",
+    "engine", "zero_*", "deepspeed_config", "convert", "finetune",
+    "dist_ckpt_optim_fully_reshardable", "rerun_mode",
 )  # fmt: skip
 """Patterns of arguments that say how a model is trained: capacities too, for they drop tokens."""
 

@@ -10,6 +10,7 @@ FOUR_TIMES = ("--global-batch-size", "16")
 OFFLOAD = ("--zero-offload-optimizer",)
 BF16 = ("--bf16",)
 
+
 @dataclass(frozen=True)
 class Engines:
     """A layout and what DeepSpeed shards in it.

@@ -9,7 +9,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-from megatron_mone.checkpoint.model_file import check_model_file
+from megatron_mone.checkpoint.model_file import check_engine_of, check_model_file
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
 from megatron_mone.data.blend import check_sources, is_remote, read_data
@@ -106,10 +106,11 @@ def check_checkpoint(args: Namespace) -> None:
     Whether its files are whole is looked at later, by all ranks together (`checkpoint.verify`).
 
     Raises:
-        ValueError: from `check_model_file` or `folder_to_load`, of checkpoint/.
+        ValueError: from those called, of checkpoint/.
     """
     if args.load and (Path(args.load) / TRACKER_NAME).is_file():
         check_model_file(Path(args.load), args)
+        check_engine_of(Path(args.load), args)
     folder_to_load(args)
 
 
