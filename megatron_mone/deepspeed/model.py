@@ -5,8 +5,6 @@ Until the optimizer is made it is a plain wrapper; `start` then hands its module
 """
 
 import contextlib
-import importlib
-import os
 from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +19,7 @@ from torch.nn import Parameter
 
 from megatron_mone.common.patch import Replaced
 from megatron_mone.deepspeed.groups import MegatronGroups, mark_experts
+from megatron_mone.deepspeed.package import init_distributed, package
 from megatron_mone.deepspeed.settings import settings_of
 
 _ENGINE = "deepspeed_engine"  # attribute of the model's config, which the schedule has at hand
@@ -48,7 +47,7 @@ class EngineModel(DistributedDataParallel):
         self.force_all_reduce = False
         self.bucket_groups: list = []  # of gradient buffers, of which there are none
         self.expert_parallel_bucket_groups: list = []
-        imported()
+        init_distributed()
         self.has_experts = bool(mark_experts(module.parameters(), pg_collection))
         self.engine: Any = None
 
@@ -89,7 +88,7 @@ class EngineModel(DistributedDataParallel):
         """
         _sum_over_tensor_ranks(self.module, self.config, self.groups)
         with _experts_known(self.has_experts):
-            self.engine, *_ = imported().initialize(
+            self.engine, *_ = package().initialize(
                 model=self.module, optimizer=optimizer, config=settings_of(args),
                 mpu=MegatronGroups(self.groups), dist_init_required=False,
             )  # fmt: skip
@@ -100,26 +99,6 @@ class EngineModel(DistributedDataParallel):
 def engine_of(config: Any) -> Any:
     """The DeepSpeedEngine that steps the model of a config; None: Megatron does."""
     return getattr(config, _ENGINE, None)
-
-
-def imported() -> Any:
-    """The package, told of the ranks' device, and of the process groups that there are.
-
-    On CPU ranks it would compile an all-reduce over shared memory at its first import; gloo's will
-    do.
-    """
-    if not torch.cuda.is_available() or torch.version.cuda is None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    backend = importlib.import_module("deepspeed.comm.torch")  # which names torch itself so too
-    with Replaced(backend, "build_shm_op", lambda: None):
-        deepspeed.init_distributed(dist_backend="gloo" if _on_cpu() else "nccl", verbose=False)
-    return deepspeed
-
-
-def _on_cpu() -> bool:
-    return os.environ.get("DS_ACCELERATOR") == "cpu"
 
 
 @contextlib.contextmanager

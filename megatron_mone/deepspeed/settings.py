@@ -14,7 +14,7 @@ from megatron_mone.common.spelling import nearest_name
 ENGINES = MEGATRON, DEEPSPEED = "megatron", "deepspeed"
 STAGES = (0, 1, 2, 3)
 _DEFAULT_STAGE = 1
-_AUTO = "auto"  # as Hugging Face writes it: whoever starts DeepSpeed fills it in
+AUTO = "auto"  # as Hugging Face writes it: whoever starts DeepSpeed fills it in
 
 TAKEN = {
     "train_batch_size": "--global-batch-size",
@@ -123,13 +123,13 @@ def stage_of(args: Namespace) -> int:
     Raises:
         ValueError: both are given, and differ; one line.
     """
-    given = given_json(args).get("zero_optimization", {}).get("stage", _AUTO)
-    if given != _AUTO and given not in STAGES:
+    given = given_json(args).get("zero_optimization", {}).get("stage", AUTO)
+    if given != AUTO and given not in STAGES:
         raise ValueError(f"{args.deepspeed_config}: zero_optimization.stage = {given!r} must be "
                          f"one of {', '.join(map(str, STAGES))}")  # fmt: skip
     if args.zero_stage is None:
-        return _DEFAULT_STAGE if given == _AUTO else given
-    if given not in (_AUTO, args.zero_stage):
+        return _DEFAULT_STAGE if given == AUTO else given
+    if given not in (AUTO, args.zero_stage):
         raise ValueError(
             f"{args.deepspeed_config}: zero_optimization.stage = {given}, and zero_stage = "
             f"{args.zero_stage}: give one of them, or both alike"
@@ -170,7 +170,7 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     free = ("zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown",
             "communication_data_type", "data_types")  # fmt: skip
     given = given_json(args)
-    if given.get("train_batch_size", _AUTO) not in (_AUTO, args.global_batch_size):
+    if given.get("train_batch_size", AUTO) not in (AUTO, args.global_batch_size):
         _differ(args, "train_batch_size", given["train_batch_size"], args.global_batch_size,
                 "--global-batch-size")  # fmt: skip
     given.pop("train_batch_size", None)
@@ -189,7 +189,7 @@ def _merged(
     merged = dict(ours)
     for key, value in given.items():
         name = f"{above}{key}"
-        if value == _AUTO:
+        if value == AUTO:
             if key not in ours:
                 raise ValueError(f"{args.deepspeed_config}: {name} = 'auto': nothing here fills it "
                                  "in; give a value, or leave it out")  # fmt: skip

@@ -8,8 +8,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
-from megatron_mone.deepspeed.settings import is_deepspeed, settings_of, stage_of
+from megatron_mone.deepspeed.settings import AUTO, given_json, is_deepspeed, settings_of, stage_of
 
 _MEGATRON = "leave it out, or give --engine megatron"
 
@@ -133,8 +134,29 @@ def check_package(args: Namespace) -> None:
     Raises:
         ValueError: deepspeed is not installed.
     """
-    if is_deepspeed(args) and find_spec("deepspeed") is None:
+    if not is_deepspeed(args):
+        return
+    if find_spec("deepspeed") is None:
         raise ValueError(
             "engine = 'deepspeed' needs the package deepspeed: pip install "
             "'megatron-mone[deepspeed]', or give --engine megatron"
         )
+    if zero := given_json(args).get("zero_optimization"):
+        _check_zero(args.deepspeed_config, zero)
+
+
+def _check_zero(path: str, given: dict[str, Any]) -> None:
+    """By DeepSpeed's own model of these settings."""
+    from pydantic import ValidationError
+
+    from megatron_mone.deepspeed.package import package
+
+    package()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in given.items() if value != AUTO})
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, ("zero_optimization", *first["loc"])))
+        raise ValueError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
