@@ -23,7 +23,9 @@ COMBINE = "combine"
 SHARED_EXPERTS = "shared experts"
 LOSS = "loss"
 GRAD_REDUCE = "grad reduce"
+CLIPPING = "clipping"
 OPTIMIZER = "optimizer"
+PARAMETER_GATHER = "parameter gather"
 PIPELINE_BUBBLE = "pipeline bubble"
 EXPOSED_COMMUNICATION = "exposed communication"
 OTHER = "other"
@@ -46,12 +48,16 @@ PHASES = {
     SHARED_EXPERTS: "shared experts",
     LOSS: "final norm, output layer and cross entropy",
     GRAD_REDUCE: "reducing gradients over replicas",
-    OPTIMIZER: "gradient norm, clipping, update, parameter gather, zeroing gradients",
+    CLIPPING: "the norm of all gradients, and scaling them by it",
+    OPTIMIZER: "update, copies of gradients and weights for it, zeroing gradients",
+    PARAMETER_GATHER: "making sharded parameters whole, and letting go of them (ZeRO 3)",
     PIPELINE_BUBBLE: "waiting for another pipeline stage",
     EXPOSED_COMMUNICATION: "collectives called in any other phase (tensor, context parallel)",
     OTHER: "the schedule, autograd between modules, what no phase claims",
 }
-COMMUNICATION = (DISPATCH, COMBINE, GRAD_REDUCE, PIPELINE_BUBBLE, EXPOSED_COMMUNICATION)
+COMMUNICATION = (
+    DISPATCH, COMBINE, GRAD_REDUCE, PARAMETER_GATHER, PIPELINE_BUBBLE, EXPOSED_COMMUNICATION,
+)  # fmt: skip
 
 FORWARD = "forward"
 BACKWARD = "backward"

@@ -53,6 +53,8 @@ class LayerShare:
         repeats: what runs forward again in the backward pass: Megatron's recompute_modules
             (core_attn, mla_up_proj, mlp, moe, shared_experts), "attention" for all of it, "mtp".
         mtp: whether it is the layer of a multi-token-prediction block, behind a projection of 2 H.
+        computed: rows that stock experts compute where they are padded (DeepSpeed's layer); None:
+            `rows`.
     """
 
     kind: Kind
@@ -60,6 +62,7 @@ class LayerShare:
     kept: float | None = None
     repeats: frozenset[str] = frozenset()
     mtp: bool = False
+    computed: float | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,11 @@ def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, W
     dense, kept = _entries(config, share, layer)
     unit, again = 2.0 * _expert_hidden(config), int("moe" in layer.repeats)
     if layer.kind == "moe":
-        return {UP_DOWN_GEMM: _product(unit * _matrices(config) * dense, again)}
+        needed = _product(unit * _matrices(config) * dense, again)
+        if layer.computed is None:
+            return {UP_DOWN_GEMM: needed}
+        of_rows = needed.executed / max(1.0, layer.rows)
+        return {UP_DOWN_GEMM: Work(of_rows * layer.computed, needed.active)}
     route = _route(config, share, layer)
     computed = kept if route.sparse else dense
     gates = dense * (1 + again * (route.mask_reader == GATE_GEMM))
@@ -305,6 +312,7 @@ def rank_share(
     micro_batches: int,
     rows: Mapping[int, float],
     kept: Mapping[int, float] | None = None,
+    computed: Mapping[int, float] | None = None,
 ) -> RankShare:
     """This rank's part of a Megatron run's step.
 
@@ -317,6 +325,7 @@ def rank_share(
             experts took in the step.
         kept: the same -> neurons of this rank kept for those rows; a layer that is missing keeps
             every one.
+        computed: the same -> rows computed, of layers that pad them.
     """
     from megatron.core.utils import unwrap_model
 
@@ -326,7 +335,10 @@ def rank_share(
         # one module may stand for every depth of multi-token prediction
         uses = config.mtp_num_layers if mtp and config.mtp_use_repeated_layer else 1
         of_kept = kept[number] / uses if kept is not None and number in kept else None
-        layer = LayerShare(_kind(module), rows.get(number, 0) / uses, of_kept, repeats, mtp)
+        layer = LayerShare(
+            _kind(module), rows.get(number, 0) / uses, of_kept, repeats, mtp,
+            (computed or {}).get(number),
+        )  # fmt: skip
         layers += [layer] * uses
     output = any(model.post_process for model in models)
     tokens = micro_batches * args.micro_batch_size * args.seq_length

@@ -105,6 +105,10 @@ def read_question(asked: Asked) -> Question:
     for spec in specs:
         if spec.grouped_mm:
             raise ValueError(f"--against {spec.name} is a CPU baseline: on GPUs `moe` is grouped")
+        if spec.by_deepspeed:
+            raise ValueError(
+                f"--against {spec.name} is not planned: plans are of Megatron's engine: leave it out"
+            )
         job.against(spec)  # refuses what the model has nothing of
     cluster = load_cluster(asked.cluster)
     return Question(

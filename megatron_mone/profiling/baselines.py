@@ -3,14 +3,17 @@
     moe            stock Megatron experts of the same total size
     moe-active     stock experts cut to the parameters MoNE activates, (1 + 2 r) / 3 of the neurons
     grouped_mm     as moe, experts in torch's grouped_mm
-    NAME:field=value[:field=value...]   the model under test with fields changed
+    deepspeed      the model under test, stepped by DeepSpeed
+    deepspeed-moe  as moe, in DeepSpeed's own MoE layer, stepped by DeepSpeed
+    NAME:field=value[:field=value...]   the model under test with fields changed; of a name above,
+                   that baseline
 
 May touch: Megatron's argument parser, through the entry point's functions.
 """
 
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import yaml
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.common.yaml_values import read_scalar
+from megatron_mone.deepspeed.settings import DEEPSPEED, is_deepspeed
 
 MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors
@@ -38,12 +42,16 @@ class RunSpec:
         fields: Megatron arguments that differ from the model under test, given as flags.
         edit: changes the parsed arguments further, before Megatron validates them.
         grouped_mm: whether the experts are torch's grouped_mm.
+        by_deepspeed: whether DeepSpeed steps it.
+        deepspeed_moe: whether the MoE layers are DeepSpeed's.
     """
 
     name: str
     fields: dict[str, Any] = field(default_factory=dict)
     edit: Callable[[Namespace], None] = lambda args: None
     grouped_mm: bool = False
+    by_deepspeed: bool = False
+    deepspeed_moe: bool = False
 
 
 def run_specs(against: Sequence[str]) -> list[RunSpec]:
@@ -65,7 +73,7 @@ def run_specs(against: Sequence[str]) -> list[RunSpec]:
             )
         if name in [spec.name for spec in specs]:
             raise ValueError(f"--against names {name!r} twice: each run needs a name of its own")
-        specs.append(RunSpec(name, _fields(text, changes)) if changes else _NAMED[name])
+        specs.append(replace(_NAMED.get(name, RunSpec(name)), fields=_fields(text, changes)))
     return specs
 
 
@@ -86,6 +94,25 @@ def _dense_active(args: Namespace) -> None:
     args.moe_ffn_hidden_size = max(MULTIPLE, cut)
 
 
+def _deepspeed(args: Namespace) -> None:
+    if is_deepspeed(args):
+        raise ValueError(
+            "--against deepspeed: the run under test is stepped by DeepSpeed already: write "
+            "megatron:engine=megatron for Megatron's engine, or NAME:zero_stage=N"
+        )
+    args.engine = DEEPSPEED
+    for name in _SHARDED_BY_MEGATRON:
+        setattr(args, name, False)
+
+
+def _deepspeed_moe(args: Namespace) -> None:
+    _dense(args)
+    if not is_deepspeed(args):
+        _deepspeed(args)
+
+
+_SHARDED_BY_MEGATRON = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+"""What ZeRO does instead."""
 _MONE_SWITCHES = (
     "mone_neuron_ratio", "mone_neurons_per_token", "mone_record_masks", "mone_replay_masks",
 )  # fmt: skip
@@ -93,6 +120,10 @@ _NAMED = {
     "moe": RunSpec("moe", edit=_dense),
     "moe-active": RunSpec("moe-active", edit=_dense_active),
     "grouped_mm": RunSpec("grouped_mm", edit=_dense, grouped_mm=True),
+    "deepspeed": RunSpec("deepspeed", edit=_deepspeed, by_deepspeed=True),
+    "deepspeed-moe": RunSpec(
+        "deepspeed-moe", edit=_deepspeed_moe, by_deepspeed=True, deepspeed_moe=True
+    ),
 }
 
 

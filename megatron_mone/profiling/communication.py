@@ -87,7 +87,7 @@ def phase_of(current: str, group: str) -> str:
     """The phase of a collective that is called in phase `current`."""
     if group == "pp":
         return phases.PIPELINE_BUBBLE
-    if current == phases.PERMUTE:
+    if current == phases.PERMUTE or (current, group) == (phases.ROUTER, "ep"):
         return phases.DISPATCH
     return current if current in phases.COMMUNICATION else phases.EXPOSED_COMMUNICATION
 

@@ -13,7 +13,6 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -25,6 +24,8 @@ from megatron_mone.common import phases
 from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import watch_communication
+from megatron_mone.profiling.deepspeed_moe import DeepSpeedMoE
+from megatron_mone.profiling.step_parts import BUCKETS, step_parts
 
 # Method of a token dispatcher -> phase. Collectives within permute count as dispatch.
 _DISPATCHER = {
@@ -35,7 +36,6 @@ _DISPATCHER = {
     "token_combine": phases.COMBINE,
     "combine_postprocess": phases.COMBINE,
 }
-_BUCKETS = param_and_grad_buffer._ParamAndGradBucketGroup
 
 
 class Instruments:
@@ -43,10 +43,13 @@ class Instruments:
 
     Args:
         clock: told of every phase.
+        whole_optimizer: count clipping and the gather of parameters with the optimizer, as the
+            planner does, which prices them together.
     """
 
-    def __init__(self, clock: PhaseClock) -> None:
+    def __init__(self, clock: PhaseClock, *, whole_optimizer: bool = False) -> None:
         self.clock = clock
+        self._whole_optimizer = whole_optimizer
         self._attached = ExitStack()
 
     def attach(self, model: Sequence[torch.nn.Module], optimizer: Any) -> None:
@@ -69,7 +72,10 @@ class Instruments:
         self._wrap(schedules, "forward_step_calc_loss", phases.LOSS)
         self._wrap_backward_step()
         for name in ("start_grad_sync", "finish_grad_sync"):
-            self._wrap(_BUCKETS, name, phases.GRAD_REDUCE)
+            self._wrap(BUCKETS, name, phases.GRAD_REDUCE)
+        if not self._whole_optimizer:
+            for part in step_parts(optimizer):
+                self._wrap_within(*part)
         self._attached.callback(watch_communication(self.clock))
 
     def attach_modules(self, model: Sequence[torch.nn.Module]) -> None:
@@ -98,6 +104,8 @@ class Instruments:
             self._wrap(module, "_forward_pre_mlp_layernorm", phases.LAYER_NORM)
             if not isinstance(module.mlp, MoELayer):
                 self._wrap(module.mlp, "forward", phases.DENSE_MLP)
+        elif isinstance(module, DeepSpeedMoE):
+            self._wrap_deepspeed_moe(module)
         elif isinstance(module, MoELayer):
             self._wrap_moe_layer(module)
         elif isinstance(module, MultiTokenPredictionLayer):
@@ -114,6 +122,44 @@ class Instruments:
             self._wrap(layer, "shared_experts_compute", phases.SHARED_EXPERTS)
         if hasattr(layer, "balance"):
             self._wrap(layer, "balance", phases.BALANCE_LOSS)
+
+    def _wrap_deepspeed_moe(self, layer: DeepSpeedMoE) -> None:
+        """One method does it all: phases change where its parts begin and end."""
+        clock, inner = self.clock, layer.moe.deepspeed_moe
+
+        def begins(*ignored: Any) -> None:
+            clock.enter_forward(phases.PERMUTE)  # exchanges within count as dispatch
+
+        def reaches_experts(_experts: Any, given: tuple) -> None:
+            for tensor in _with_gradient(given) if clock.running else ():
+                tensor.register_hook(lambda _: clock.enter_backward(phases.PERMUTE))
+
+        def leaves_experts(*ignored: Any) -> None:
+            clock.enter_forward(phases.COMBINE)
+
+        self._wrap(layer.moe, "forward", phases.COMBINE)  # with which the way back begins
+        self._wrap(inner.gate, "forward", phases.ROUTER)
+        self._wrap(inner.experts, "forward", phases.UP_DOWN_GEMM)
+        for handle in (
+            inner.register_forward_pre_hook(begins),
+            inner.experts.register_forward_pre_hook(reaches_experts),
+            inner.experts.register_forward_hook(leaves_experts),
+        ):
+            self._attached.callback(handle.remove)
+
+    def _wrap_within(self, owner: Any, name: str, phase: str) -> None:
+        """What no module does: it has no backward of its own, and belongs to the pass it is in."""
+        original, clock = getattr(owner, name), self.clock
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before = clock.phase, clock.pass_
+            clock.enter(phase)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                clock.switch(*before)
+
+        self._set(owner, name, timed)
 
     def _wrap(self, owner: Any, name: str, phase: str) -> None:
         original = getattr(owner, name)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_mone.common.patch import install
 from megatron_mone.profiling.baselines import parse_run, run_specs
 from megatron_mone.profiling.clock import phase_clock
 from megatron_mone.profiling.instrument import check_visible, moe_layers
@@ -44,8 +45,10 @@ def build_runs(options: Options, words: Sequence[str]) -> list[LiveRun]:
     """
     from megatron.training.initialize import initialize_megatron
 
+    from megatron_mone.deepspeed.attach import PATCHES
     from megatron_mone.model.arguments import parse_arguments
 
+    install(PATCHES)
     specs = run_specs(options.against)
     base = parse_arguments(words)
     if base.train_iters and base.train_iters < options.steps_of_a_run:

@@ -66,7 +66,10 @@ class Asked:
     warm_up: Annotated[int, Option(help="steps of each run before the first window")] = 3
     against: Annotated[
         str,
-        Option(help="baselines, by comma: moe, moe-active, grouped_mm, or NAME:field=value"),
+        Option(
+            help="baselines, by comma: moe, moe-active, grouped_mm, deepspeed, deepspeed-moe, or "
+            "NAME:field=value"
+        ),
     ] = ""
     routing: Annotated[
         str, Option(help="real, balanced, or replayed: all runs route as the first")

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -26,6 +25,7 @@ from megatron_mone.moe.experts import backend_of
 from megatron_mone.moe.layer import MoNELayer
 from megatron_mone.moe.metrics import MoNEMetricsTracker
 from megatron_mone.profiling.baselines import RunSpec
+from megatron_mone.profiling.deepspeed_moe import BACKEND, DeepSpeedMoE
 from megatron_mone.profiling.instrument import moe_layers
 from megatron_mone.profiling.run_meter import Run
 
@@ -122,13 +122,19 @@ def model_config_of(spec: RunSpec, args: Namespace) -> Any:
         ValueError: the model does not fit.
     """
     from megatron_mone.model.config_builder import build_model_config
+    from megatron_mone.profiling.deepspeed_moe import check_deepspeed_moe, deepspeed_moe_layer_spec
     from megatron_mone.profiling.grouped_mm_model import check_grouped_mm, grouped_mm_layer_spec
 
-    if not spec.grouped_mm:
+    if not (spec.grouped_mm or spec.deepspeed_moe):
         return build_model_config(args)
+    if spec.deepspeed_moe:
+        check_deepspeed_moe(args)
     config = gpt_config_from_args(args)
-    check_grouped_mm(config.transformer)
-    config.transformer_layer_spec = grouped_mm_layer_spec
+    if spec.deepspeed_moe:
+        config.transformer_layer_spec = deepspeed_moe_layer_spec
+    else:
+        check_grouped_mm(config.transformer)
+        config.transformer_layer_spec = grouped_mm_layer_spec
     return config
 
 
@@ -143,7 +149,7 @@ def _prepare(config: Any, args: Namespace, model: list, optimizer: Any) -> None:
     if args.overlap_param_gather and args.align_param_gather:
         config.param_sync_func = _one_or_all([chunk.start_param_sync for chunk in model])
     if config.finalize_model_grads_func is None:
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = training.finalize_model_grads  # as patched
 
 
 def _one_or_all(functions: list) -> Any:
@@ -169,8 +175,11 @@ def experts_backend(model: Sequence[Any]) -> str:
     """
     layers, name = moe_layers(model), None
     if layers:
-        is_mone = isinstance(layers[0], MoNELayer)
-        name = backend_of(layers[0].config) if is_mone else type(layers[0].experts).__name__
+        name = type(layers[0].experts).__name__
+        if isinstance(layers[0], DeepSpeedMoE):
+            name = BACKEND
+        elif isinstance(layers[0], MoNELayer):
+            name = backend_of(layers[0].config)
     names: list[str | None] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(names, name)
     return next((found for found in names if found), "none")

@@ -1,7 +1,8 @@
 """What was routed and kept while steps were timed: rows of each expert, load of each neuron.
 
-A time is never quoted without them. May touch: forward pre-hooks on Megatron's experts, the load
-counters of MoNE layers (read only). Shapes: L MoE layers, E_l experts and F_l neurons of this rank.
+A time is never quoted without them. May touch: forward hooks on experts, the load
+counters of MoNE layers (read only). Shapes: L MoE layers, E_l experts and F_l neurons of this rank,
+E experts of all ranks.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from megatron_mone.moe.layer import MoNELayer
 from megatron_mone.moe.neuron_load import relative_load, summarise_counts
+from megatron_mone.profiling.deepspeed_moe import DeepSpeedMoE
 
 
 class LoadFacts:
@@ -24,7 +26,11 @@ class LoadFacts:
 
     def __init__(self, layers: Sequence[MoELayer]) -> None:
         self._layers = layers
-        self._step = [_zeros(layer) for layer in layers]  # each [E_l], rows of the step under way
+        # Rows of the step under way: each [E_l], of a DeepSpeed layer [E], of this rank's tokens.
+        self._step = [_zeros(layer) for layer in layers]
+        # Rows with their padding, of a DeepSpeed layer: of the step under way, and of all.
+        self._computing = [0] * len(layers)
+        self._computed = [0] * len(layers)
         self._steps: list[Tensor] = []  # each [L, E_l]
         self._kept: list[Tensor | None] = [None] * len(layers)  # [F_l, E_l] of MoNE layers
         self._undo: list[Callable[[], None]] = []
@@ -32,6 +38,9 @@ class LoadFacts:
     def attach(self) -> None:
         """Start counting rows."""
         for number, layer in enumerate(self._layers):
+            if isinstance(layer, DeepSpeedMoE):
+                self._undo += layer.watch_rows(*self._deepspeed_counters(number))
+                continue
             experts: Any = layer.experts
             handle = experts.register_forward_pre_hook(self._counter(number))
             self._undo.append(handle.remove)
@@ -50,15 +59,33 @@ class LoadFacts:
 
         return count
 
+    def _deepspeed_counters(
+        self, number: int
+    ) -> tuple[Callable[[Tensor], None], Callable[[int], None]]:
+        def routed(rows_E: Tensor) -> None:
+            if torch.is_grad_enabled():
+                self._step[number] += rows_E
+
+        def computed(rows: int) -> None:
+            if torch.is_grad_enabled():
+                self._computing[number] += rows
+
+        return routed, computed
+
     def begin_step(self) -> None:
         """Forget what an unmeasured step left behind."""
+        self._computing = [0] * len(self._layers)
         for rows_E in self._step:
             rows_E.zero_()
 
     def end_step(self) -> None:
-        """Keep the counts of the step; before the layers' own end of step."""
+        """Keep the counts of the step; before the layers' own end of step. Collective where a layer
+        is DeepSpeed's."""
         if self._layers:
-            self._steps.append(torch.stack(self._step))
+            pairs = zip(self._layers, self._step, strict=True)
+            rows = [x.local(n) if isinstance(x, DeepSpeedMoE) else n for x, n in pairs]
+            self._steps.append(torch.stack(rows))
+            self._computed = [a + b for a, b in zip(self._computed, self._computing, strict=True)]
         for number, layer in enumerate(self._layers):
             if isinstance(layer, MoNELayer):
                 counts_EF = layer.neuron_balancer.load.step_counts_EF
@@ -68,6 +95,14 @@ class LoadFacts:
     def rows(self) -> list[int]:
         """Routed rows of this rank in each step."""
         return [int(rows_LE.sum()) for rows_LE in self._steps]
+
+    def computed(self) -> dict[int, int]:
+        """Layer -> rows that its experts computed over all steps, padding included; of those layers
+        that pad."""
+        return {
+            layer_number(layer): rows
+            for layer, rows in zip(self._layers, self._computed, strict=True) if rows
+        }  # fmt: skip
 
     def routing(self) -> dict[str, Any]:
         """The `routing` object of a rank record: rows of each expert over all steps."""
@@ -121,4 +156,7 @@ def _neuron_facts(layer: MoELayer, kept_EF: Tensor, rows: list[int]) -> dict[str
 
 def _zeros(layer: MoELayer) -> Tensor:
     parameter = next(layer.parameters())
-    return torch.zeros(layer.num_local_experts, dtype=torch.int64, device=parameter.device)
+    counted = layer.num_local_experts
+    if isinstance(layer, DeepSpeedMoE):
+        counted = layer.config.num_moe_experts
+    return torch.zeros(counted, dtype=torch.int64, device=parameter.device)

@@ -111,6 +111,7 @@ def counted_flops(run: Run, load: LoadFacts, peaks: RankPeaks) -> dict[str, Any]
         micro_batches=get_num_microbatches(),
         rows={layer["layer"]: sum(layer["rows"]) / steps for layer in routing},
         kept=kept,
+        computed={layer: rows / steps for layer, rows in load.computed().items()},
     )
     return {
         "modules": module_flops(config, share),

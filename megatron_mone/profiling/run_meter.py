@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_mone.deepspeed.settings import is_deepspeed, stage_of
 from megatron_mone.profiling.clock import PhaseClock, StepTimes
 from megatron_mone.profiling.instrument import Instruments, moe_layers
 from megatron_mone.profiling.load_facts import LoadFacts
@@ -146,4 +147,6 @@ def model_fields(args: Any) -> dict[str, Any]:
         if value is None or (name.startswith("mone_") and not mone):
             continue
         fields[name] = value if isinstance(value, (int, float, str, bool, list)) else str(value)
+    if is_deepspeed(args):
+        fields |= {"engine": args.engine, "zero_stage": stage_of(args)}
     return fields

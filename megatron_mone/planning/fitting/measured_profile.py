@@ -6,6 +6,7 @@ touch: the profile it is given.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from megatron_mone.common.checked_json import Field, column, load
-from megatron_mone.common.phases import COMMUNICATION, DATA, OTHER, PASSES, PHASES
+from megatron_mone.common.phases import (
+    CLIPPING,
+    COMMUNICATION,
+    DATA,
+    OPTIMIZER,
+    OTHER,
+    PASSES,
+    PHASES,
+)
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.profiling.baselines import MAIN
 from megatron_mone.profiling.profile_document import Profile
@@ -180,6 +189,8 @@ def _reason(name: str, backend: str, model: dict[str, Any], first: dict[str, Any
     """Why a run cannot be asked for by flags; "" if it can."""
     if backend == "GroupedMMExperts":
         return "no flag of Megatron's asks for experts in torch's grouped_mm"
+    if "engine" in model:
+        return f"its engine is {model['engine']}, which is not planned"
     if model == first and name != MAIN and model is not first:
         return "what it changes is not among the fields of its model"
     return ""
@@ -237,12 +248,14 @@ def _rows(routing: Field) -> tuple[float, ...]:
 
 
 def _passes(run: Field) -> dict[tuple[str, str], float]:
-    found = {}
+    """Seconds of each; a plan has clipping in the optimizer."""
+    found: dict[tuple[str, str], float] = defaultdict(float)
     for phase, passes in run["passes"].members():
         if phase not in PHASES:
             passes.fail(f"{phase!r} is no phase")
         for name, milliseconds in passes.members():
             if name not in PASSES:
                 milliseconds.fail(f"{name!r} is none of {', '.join(PASSES)}")
-            found[phase, name] = milliseconds.number() / 1e3
-    return found
+            planned = OPTIMIZER if phase == CLIPPING else phase
+            found[planned, name] += milliseconds.number() / 1e3
+    return dict(found)

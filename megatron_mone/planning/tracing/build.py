@@ -157,7 +157,7 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
 
     run = build_run(RunSpec("traced"), args, model_config, _readers)
     model, optimizer = run.run.model, run.run.optimizer
-    Instruments(recorder.clock).attach(model, optimizer)
+    Instruments(recorder.clock, whole_optimizer=True).attach(model, optimizer)
     # A first step makes the optimizer's state and agrees once on what later ones know.
     run.enter()
     run.step()

@@ -44,7 +44,8 @@ PHASE_COLOURS = {
     "dense MLP": "#12456B", "router": "#F0E442", "permute": "#C9B037", "dispatch": "#CC79A7",
     "gate GEMM": "#F2B447", "selection": "#009E73", "up/down GEMM": "#D55E00",
     "balance loss": "#8FD3B6", "combine": "#E3B3CE", "shared experts": "#8C4A1A",
-    "loss": "#7B8794", "grad reduce": "#9B5B8F", "optimizer": "#4A4A4A",
+    "loss": "#7B8794", "grad reduce": "#9B5B8F", "clipping": "#8A8A8A", "optimizer": "#4A4A4A",
+    "parameter gather": "#B58BB0",
     "pipeline bubble": "#F4E3EE", "exposed communication": "#6B3F6B", "other": "#E4E4E4",
 }  # fmt: skip
 RUN_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")

@@ -15,6 +15,8 @@ NAMES = {
     "moe": "MoE",
     "moe-active": "MoE same active",
     "grouped_mm": "MoE grouped_mm",
+    "deepspeed": "DeepSpeed",
+    "deepspeed-moe": "DeepSpeed MoE",
 }
 """Of the runs that tools/profile.py names itself."""
 SMALL_PHASE = 0.005

@@ -1,0 +1,66 @@
+"""What an engine does of a step beside the model: where it reduces gradients, clips by their norm
+and gathers parameters, by the names that the profiler wraps. Touches nothing.
+
+Megatron's gradients are reduced by functions that `instrument.py` wraps itself. DeepSpeed's are in
+hooks of the backward pass (ZeRO 2 and 3) or as its step begins (ZeRO 0 and 1); it gathers
+parameters as its step ends (ZeRO 1 and 2), or around every module, forward and back (ZeRO 3).
+"""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+from megatron.core.distributed import param_and_grad_buffer
+from megatron.core.optimizer import optimizer as megatron_optimizer
+
+from megatron_mone.common.phases import CLIPPING, GRAD_REDUCE, PARAMETER_GATHER
+
+Part = tuple[Any, str, str]
+"""Owner, name of its function, phase."""
+
+BUCKETS = param_and_grad_buffer._ParamAndGradBucketGroup
+_GATHERING = ("deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer")
+_OF_ENGINE = {"allreduce_gradients": GRAD_REDUCE}
+_OF_OPTIMIZER = {
+    "process_gradients": GRAD_REDUCE,  # in hooks: ZeRO 1 and 2
+    "reduce_ready_partitions_and_remove_grads": GRAD_REDUCE,  # in hooks: ZeRO 3
+    "finalize_gradient_accumulation_boundary": GRAD_REDUCE,
+    "scaled_global_norm": CLIPPING,
+    "_get_norm_groups": CLIPPING,
+    "unscale_and_clip_grads": CLIPPING,
+    "_post_step": PARAMETER_GATHER,  # ZeRO 3: of parameters too small to be let go of
+}
+_AROUND_MODULES = tuple(
+    f"{when}_sub_module_{pass_}_function" for when in ("pre", "post")
+    for pass_ in ("forward", "backward")
+)  # fmt: skip
+
+
+def step_parts(optimizer: Any) -> Iterator[Part]:
+    """The parts of a run's engine.
+
+    Args:
+        optimizer: Megatron's, or the one that steps by DeepSpeed.
+    """
+    engine = getattr(optimizer, "engine", None)
+    yield from _of_megatron() if engine is None else _of_deepspeed(engine)
+
+
+def _of_megatron() -> Iterator[Part]:
+    for name in ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"):
+        yield megatron_optimizer, name, CLIPPING
+    for name in ("start_param_sync", "finish_param_sync"):
+        yield BUCKETS, name, PARAMETER_GATHER
+
+
+def _of_deepspeed(engine: Any) -> Iterator[Part]:
+    own = engine.optimizer
+    for owner, names in ((engine, _OF_ENGINE), (own, _OF_OPTIMIZER)):
+        for name, phase in names.items():
+            if hasattr(owner, name):
+                yield owner, name, phase
+    for module in _GATHERING:
+        yield importlib.import_module(module), "all_gather_dp_groups", PARAMETER_GATHER
+    if (around := getattr(own, "parameter_offload", None)) is not None:
+        for name in _AROUND_MODULES:
+            yield around, name, PARAMETER_GATHER
