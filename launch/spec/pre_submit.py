@@ -160,13 +160,15 @@ class PreSubmitChecks:
             return stated_job(name, values, words)
 
     def compared(self, job: JobSpec, baselines: Sequence[RunSpec]) -> dict[str, JobSpec]:
-        """A model and its baselines, by name.
+        """A model and its baselines, by name; those that DeepSpeed steps are left to their ranks,
+        for they are not planned.
 
         Raises:
             Refused: a baseline that the model has nothing of.
         """
         with _refusing(""):
-            return {MAIN: job, **{one.name: job.against(one) for one in baselines}}
+            stepped = [one for one in baselines if not one.by_deepspeed]
+            return {MAIN: job, **{one.name: job.against(one) for one in stepped}}
 
     def flags(self, job: JobSpec, spec: LaunchSpec, case: str = "") -> bool:
         """Have Megatron check the flags; whether the planner can plan them.

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from torch import Tensor
 from torch.nn import Parameter
 
+from megatron_mone.common.phases import CLIPPING, OPTIMIZER, enter
 from megatron_mone.deepspeed.groups import copies
 
 
@@ -43,12 +44,15 @@ def count_once(engine: Any, groups: ProcessGroupCollection, clip: float) -> None
         step, optimizer.clip_grad = optimizer.step, 0.0
 
         def clipped(*given: Any, **named: Any) -> None:
+            enter(CLIPPING)
             norm = squares(_whole(engine), cut=False)
             _clip(engine, norm, clip)
+            enter(OPTIMIZER)
             step(*given, **named)
             optimizer._global_grad_norm = norm
 
         optimizer.step = clipped
+        engine.clip_fp32_gradients = lambda: None  # by a norm of its own, before the step
     else:
         groups_of = optimizer.fp16_groups if stage == 3 else optimizer.params_in_partition
         pieces = _norms if engine.zero_cpu_offload() else _pieces

@@ -129,18 +129,23 @@ def _sum_over_tensor_ranks(
         return
 
     def summed(gradient: Tensor) -> Tensor:
-        whole = gradient.contiguous().clone()
-        torch.distributed.all_reduce(whole, group=groups.tp)
-        return whole
+        return summed_over(groups.tp, gradient)
 
     def averaged(gradient: Tensor) -> Tensor:
-        return summed(gradient) / groups.tp.size()
+        return summed_over(groups.tp, gradient) / groups.tp.size()
 
     for name, parameter in module.named_parameters():
         if getattr(parameter, "average_gradients_across_tp_domain", False):
             parameter.register_hook(averaged)
         elif _is_partial(name, parameter, config):
             parameter.register_hook(summed)
+
+
+def summed_over(group: torch.distributed.ProcessGroup, gradient: Tensor) -> Tensor:
+    """The sum of a gradient over ranks; of its shape."""
+    whole = gradient.contiguous().clone()
+    torch.distributed.all_reduce(whole, group=group)
+    return whole
 
 
 def _is_partial(name: str, parameter: Parameter, config: TransformerConfig) -> bool:

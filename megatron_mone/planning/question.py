@@ -107,7 +107,7 @@ def read_question(asked: Asked) -> Question:
             raise ValueError(f"--against {spec.name} is a CPU baseline: on GPUs `moe` is grouped")
         if spec.by_deepspeed:
             raise ValueError(
-                f"--against {spec.name} is not planned: plans are of Megatron's engine: leave it out"
+                f"--against {spec.name} is not planned: DeepSpeed steps it: leave it out"
             )
         job.against(spec)  # refuses what the model has nothing of
     cluster = load_cluster(asked.cluster)

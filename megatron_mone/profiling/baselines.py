@@ -4,6 +4,7 @@
     moe-active     stock experts cut to the parameters MoNE activates, (1 + 2 r) / 3 of the neurons
     grouped_mm     as moe, experts in torch's grouped_mm
     deepspeed      the model under test, stepped by DeepSpeed
+    megatron       the same, where DeepSpeed steps the model under test, stepped by Megatron
     deepspeed-moe  as moe, in DeepSpeed's own MoE layer, stepped by DeepSpeed
     NAME:field=value[:field=value...]   the model under test with fields changed; of a name above,
                    that baseline
@@ -21,7 +22,8 @@ import yaml
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.common.yaml_values import read_scalar
-from megatron_mone.deepspeed.settings import DEEPSPEED, is_deepspeed
+from megatron_mone.deepspeed.settings import DEEPSPEED, MEGATRON, is_deepspeed
+from megatron_mone.deepspeed.supported import check_engine, check_package, check_settings
 
 MAIN = "mone"
 MULTIPLE = 16  # of the neurons of a cut expert, so that GEMMs keep whole vectors
@@ -98,11 +100,22 @@ def _deepspeed(args: Namespace) -> None:
     if is_deepspeed(args):
         raise ValueError(
             "--against deepspeed: the run under test is stepped by DeepSpeed already: write "
-            "megatron:engine=megatron for Megatron's engine, or NAME:zero_stage=N"
+            "megatron for Megatron's engine, or NAME:zero_stage=N"
         )
     args.engine = DEEPSPEED
-    for name in _SHARDED_BY_MEGATRON:
+    for name in _OF_MEGATRONS_ENGINE:
         setattr(args, name, False)
+
+
+def _megatron(args: Namespace) -> None:
+    if not is_deepspeed(args):
+        raise ValueError(
+            "--against megatron: the run under test is stepped by Megatron already: write "
+            "deepspeed for DeepSpeed's engine"
+        )
+    args.engine = MEGATRON
+    for name in _OF_DEEPSPEED:
+        setattr(args, name, None)
 
 
 def _deepspeed_moe(args: Namespace) -> None:
@@ -111,8 +124,11 @@ def _deepspeed_moe(args: Namespace) -> None:
         _deepspeed(args)
 
 
-_SHARDED_BY_MEGATRON = ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
-"""What ZeRO does instead."""
+_OF_DEEPSPEED = ("zero_stage", "deepspeed_config", "zero_offload_optimizer")
+_OF_MEGATRONS_ENGINE = (
+    "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather",
+    "gradient_accumulation_fusion",
+)  # fmt: skip
 _MONE_SWITCHES = (
     "mone_neuron_ratio", "mone_neurons_per_token", "mone_record_masks", "mone_replay_masks",
 )  # fmt: skip
@@ -120,6 +136,7 @@ _NAMED = {
     "moe": RunSpec("moe", edit=_dense),
     "moe-active": RunSpec("moe-active", edit=_dense_active),
     "grouped_mm": RunSpec("grouped_mm", edit=_dense, grouped_mm=True),
+    "megatron": RunSpec("megatron", edit=_megatron),
     "deepspeed": RunSpec("deepspeed", edit=_deepspeed, by_deepspeed=True),
     "deepspeed-moe": RunSpec(
         "deepspeed-moe", edit=_deepspeed_moe, by_deepspeed=True, deepspeed_moe=True
@@ -163,7 +180,12 @@ def parse_run(spec: RunSpec, base: Namespace, words: Sequence[str]) -> Namespace
     args = arguments.parse_args(reading([*words, *_as_flags(spec)]))
     spec.edit(args)
     try:
+        check_engine(args)
+        check_package(args)
         arguments.validate_args(args)
+        check_settings(args)
+    except ValueError as error:
+        raise ValueError(f"run {spec.name}: {error}") from error
     except AssertionError as error:
         raise ValueError(f"run {spec.name}: Megatron refuses the arguments: {error}") from error
     for name in LAYOUT:

@@ -67,8 +67,8 @@ class Asked:
     against: Annotated[
         str,
         Option(
-            help="baselines, by comma: moe, moe-active, grouped_mm, deepspeed, deepspeed-moe, or "
-            "NAME:field=value"
+            help="baselines, by comma: moe, moe-active, grouped_mm, deepspeed, deepspeed-moe, "
+            "megatron, or NAME:field=value"
         ),
     ] = ""
     routing: Annotated[

@@ -14,6 +14,7 @@ from megatron.core.distributed import param_and_grad_buffer
 from megatron.core.optimizer import optimizer as megatron_optimizer
 
 from megatron_mone.common.phases import CLIPPING, GRAD_REDUCE, PARAMETER_GATHER
+from megatron_mone.deepspeed import model
 
 Part = tuple[Any, str, str]
 """Owner, name of its function, phase."""
@@ -55,6 +56,7 @@ def _of_megatron() -> Iterator[Part]:
 
 def _of_deepspeed(engine: Any) -> Iterator[Part]:
     own = engine.optimizer
+    yield model, "summed_over", GRAD_REDUCE
     for owner, names in ((engine, _OF_ENGINE), (own, _OF_OPTIMIZER)):
         for name, phase in names.items():
             if hasattr(owner, name):

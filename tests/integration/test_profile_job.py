@@ -48,6 +48,51 @@ def result(done):
     return json.loads((done[0] / "profile.json").read_text())
 
 
+@pytest.fixture(scope="module")
+def by_deepspeed(tmp_path_factory):
+    """A run that DeepSpeed steps, against its own layer and against the other engine."""
+    folder = tmp_path_factory.mktemp("deepspeed") / "profile"
+    ended = profile(
+        folder,
+        *("--engine", "deepspeed", "--zero-stage", "2", "--steps", "2", "--windows", "2"),
+        *("--warm-up", "1", "--routing", "replayed"),
+        *("--against", "deepspeed-moe,megatron"),
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads((folder / "profile.json").read_text())
+
+
+def test_a_run_of_deepspeed_says_so(by_deepspeed):
+    names = [(run["name"], run["backend"]) for run in by_deepspeed["runs"]]
+    assert names == [("mone", "cpu"), ("deepspeed-moe", "DeepSpeed MoE"), ("megatron", "cpu")]
+    engines = [
+        (r["model"].get("engine"), r["model"].get("zero_stage")) for r in by_deepspeed["runs"]
+    ]
+    assert engines == [("deepspeed", 2), ("deepspeed", 2), (None, None)]
+
+
+def test_phases_of_both_engines_are_their_steps(by_deepspeed):
+    """One phase at a time; the gather of parameters is DeepSpeed's alone in this layout."""
+    for run in by_deepspeed["runs"]:
+        assert sum(run["phases"].values()) == pytest.approx(run["step_ms"])
+        assert {"dispatch", "combine", "grad reduce", "clipping", "optimizer"} <= set(run["phases"])
+    gathers = ["parameter gather" in run["phases"] for run in by_deepspeed["runs"]]
+    assert gathers == [True, True, False]
+
+
+def test_deepspeeds_layer_replays_the_choices(by_deepspeed):
+    mone, layer, megatron = (run["routing"] for run in by_deepspeed["runs"])
+    assert layer == mone == megatron
+    assert mone["layers"][0]["rows"] != [128] * 4
+
+
+def test_memory_of_deepspeed_is_named(by_deepspeed):
+    mone, _, megatron = (run["memory"]["by_kind"] for run in by_deepspeed["runs"])
+    assert mone["weights"] == pytest.approx(megatron["weights"], rel=0.01)
+    # Adam's moments; and float32 weights of its own beside the model's, sharded.
+    assert mone["optimizer"] > 0.9 * megatron["optimizer"] * (1 + 1 / 2) / 2
+
+
 def test_every_promised_file_is_there(done):
     folder, ended = done
     assert "report.html" in ended.stderr
@@ -118,6 +163,15 @@ def test_the_trace_has_our_phases_beside_torchs_events(done):
     [
         (["--against", "x:moe_ffn_hidden_sise=32"], "did you mean 'moe_ffn_hidden_size'"),
         (["--against", "x:mone_backend=cuda"], "--mone-backend: invalid choice: 'cuda'"),
+        (
+            ["--against", "deepspeed-moe:zero_stage=3"],
+            "deepspeed-moe: zero_stage = 3 is not trained",
+        ),
+        (["--against", "deepspeed", "--engine", "deepspeed"], "stepped by DeepSpeed already"),
+        (
+            ["--against", "deepspeed-moe", "--moe-shared-expert-intermediate-size", "32"],
+            "moe_shared_expert_intermediate_size = 32 is not in DeepSpeed's layer",
+        ),
         (["--steps", "4", "--no-such-flag"], "--no-such-flag"),
     ],
 )

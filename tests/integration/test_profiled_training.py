@@ -25,12 +25,23 @@ LAYOUTS = {
     ),
     "EP4 recomputed": ("--expert-model-parallel-size", "4", *FULL_RECOMPUTE),
 }
+DEEPSPEED = ("--engine", "deepspeed", "--zero-stage")
+ZERO = {
+    "ZeRO 0 EP4": (*DEEPSPEED, "0", "--expert-model-parallel-size", "4"),
+    "ZeRO 1 EP2 in bf16": (*DEEPSPEED, "1", "--expert-model-parallel-size", "2", "--bf16"),
+    "ZeRO 2 TP2 EP2": (
+        *(*DEEPSPEED, "2", "--tensor-model-parallel-size", "2", "--sequence-parallel"),
+        *("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2"),
+    ),
+    "ZeRO 3 recomputed": (*DEEPSPEED, "3", *FULL_RECOMPUTE),
+}
+LAYOUTS |= ZERO
 STOCK = "stock EP4"
 ROWS = 8 * 32 * 2 * 2  # batch x sequence x top-2 x layers
 MODEL_PHASES = {
     *(phases.EMBEDDING, phases.ATTENTION, phases.LAYER_NORM, phases.ROUTER, phases.PERMUTE),
     *(phases.DISPATCH, phases.UP_DOWN_GEMM, phases.COMBINE, phases.LOSS, phases.OPTIMIZER),
-    *(phases.GRAD_REDUCE, phases.DATA, phases.OTHER),
+    *(phases.GRAD_REDUCE, phases.CLIPPING, phases.DATA, phases.OTHER),
 }  # fmt: skip
 MONE_PHASES = {phases.GATE_GEMM, phases.SELECTION, phases.BALANCE_LOSS}
 
@@ -101,6 +112,26 @@ def test_a_phase_has_its_passes(runs):
     assert set(again[phases.ATTENTION]) == {"forward", "backward", "recompute"}
     # The second forward takes the first one's mask.
     assert "recompute" not in again[phases.SELECTION]
+
+
+@pytest.mark.parametrize(
+    ("name", "gathered"),
+    [
+        ("EP2 PP2", None),
+        ("TP2 EP2", {"forward"}),  # sharded by Megatron's distributed optimizer
+        ("ZeRO 0 EP4", None),
+        ("ZeRO 1 EP2 in bf16", {"forward"}),
+        ("ZeRO 2 TP2 EP2", {"forward"}),
+        ("ZeRO 3 recomputed", {"forward", "backward", "recompute"}),
+    ],
+)
+def test_parameters_are_gathered_where_they_are_sharded(runs, name, gathered):
+    passes = profile(runs, name)["passes"]
+    if gathered is None:
+        assert phases.PARAMETER_GATHER not in passes
+    else:
+        assert set(passes[phases.PARAMETER_GATHER]) == gathered
+    assert set(passes[phases.CLIPPING]) == set(passes[phases.OPTIMIZER]) == {"forward"}
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, STOCK])

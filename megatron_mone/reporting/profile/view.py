@@ -15,6 +15,7 @@ NAMES = {
     "moe": "MoE",
     "moe-active": "MoE same active",
     "grouped_mm": "MoE grouped_mm",
+    "megatron": "Megatron",
     "deepspeed": "DeepSpeed",
     "deepspeed-moe": "DeepSpeed MoE",
 }

@@ -127,14 +127,23 @@ def test_baselines_are_asked_for_by_what_differs(tmp_path):
 
 def test_runs_that_flags_cannot_ask_for_are_named_with_the_reason(tmp_path):
     grouped = run("grouped_mm", STOCK, "GroupedMMExperts")
-    found = read_profile(write(tmp_path, run("mone"), grouped, run("clipped")))
+    zero = run("deepspeed", {**STOCK, "engine": "deepspeed", "zero_stage": 1}, "SequentialMLP")
+    found = read_profile(write(tmp_path, run("mone"), grouped, run("clipped"), zero))
     assert [one.name for one in found.runs] == ["mone"]
     assert [words.partition(":")[0] for words in found.left_out] == [
         "run grouped_mm",
         "run clipped",
+        "run deepspeed",
     ]
     assert "grouped_mm" in found.left_out[0]
     assert "not among the fields of its model" in found.left_out[1]
+    assert "its engine is deepspeed, which is not planned" in found.left_out[2]
+
+
+def test_clipping_is_the_optimizers_in_a_plan(tmp_path):
+    clipped = run("mone") | {"passes": {"clipping": {FORWARD: 2.0}, OPTIMIZER: {FORWARD: 3.0}}}
+    (found,) = read_profile(write(tmp_path, clipped)).runs
+    assert found.compute == {(OPTIMIZER, FORWARD): pytest.approx(0.005)}
 
 
 def test_rows_are_the_mean_over_layers(tmp_path):

@@ -64,6 +64,58 @@ def test_wrong_names_are_refused(against, words):
         run_specs(against)
 
 
+def deepspeed_arguments(**changes):
+    return arguments(engine="megatron", zero_stage=None, deepspeed_config=None, **changes)
+
+
+def test_a_known_name_with_fields_is_that_baseline():
+    (spec,) = run_specs(["deepspeed-moe:zero_stage=2"])[1:]
+    assert (spec.name, spec.fields, spec.deepspeed_moe) == (
+        "deepspeed-moe",
+        {"zero_stage": 2},
+        True,
+    )
+
+
+def test_deepspeed_is_the_same_model_on_the_other_engine():
+    args = deepspeed_arguments(use_distributed_optimizer=True)
+    run_specs(["deepspeed"])[1].edit(args)
+    assert (args.engine, args.mone_neuron_ratio) == ("deepspeed", 0.25)
+    assert not args.use_distributed_optimizer
+    with pytest.raises(ValueError, match="already: write megatron"):
+        run_specs(["deepspeed"])[1].edit(args)
+    args.zero_stage = 2
+    run_specs(["megatron"])[1].edit(args)
+    assert (args.engine, args.zero_stage) == ("megatron", None)
+    with pytest.raises(ValueError, match="already: write deepspeed"):
+        run_specs(["megatron"])[1].edit(args)
+
+
+def test_deepspeeds_layer_has_stock_experts():
+    args = deepspeed_arguments()
+    run_specs(["deepspeed-moe"])[1].edit(args)
+    assert (args.engine, args.mone_neuron_ratio) == ("deepspeed", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"zero_stage": 3}, "zero_stage = 3 is not trained.*write deepspeed-moe:zero_stage=2"),
+        ({"tensor_model_parallel_size": 2}, "tensor_model_parallel_size = 2 is not in DeepSpeed's"),
+        ({"moe_shared_expert_intermediate_size": 64}, "set moe_shared_expert_.* = None"),
+        ({"moe_router_score_function": "sigmoid"}, "score_function = 'sigmoid'.*a softmax"),
+        ({"num_experts": None}, "needs a model with experts"),
+    ],
+)
+def test_what_deepspeeds_layer_has_not_is_refused(changes, words):
+    from megatron_mone.profiling.deepspeed_moe import check_deepspeed_moe
+
+    given = {"num_experts": 4, **changes}
+    with pytest.raises(ValueError, match=words) as refused:
+        check_deepspeed_moe(Namespace(**vars(deepspeed_arguments()) | given))
+    assert "\n" not in str(refused.value)
+
+
 def test_moe_active_of_a_stock_model_is_refused():
     with pytest.raises(ValueError, match="needs a MoNE model"):
         run_specs(["moe-active"])[1].edit(arguments(mone_neuron_ratio=None))

@@ -29,6 +29,9 @@ def test_collectives_count_where_a_rank_waits():
     assert phase_of(phases.ATTENTION, "tp") == phases.EXPOSED_COMMUNICATION
     assert phase_of(phases.PERMUTE, "tp-ep") == phases.DISPATCH
     assert phase_of(phases.COMBINE, "ep") == phases.COMBINE
+    assert phase_of(phases.ROUTER, "ep") == phases.DISPATCH  # DeepSpeed's capacity
+    assert phase_of(phases.ROUTER, "tp-cp") == phases.EXPOSED_COMMUNICATION
+    assert phase_of(phases.PARAMETER_GATHER, "dp-cp") == phases.PARAMETER_GATHER
     assert phase_of(phases.GRAD_REDUCE, "dp-cp") == phases.GRAD_REDUCE
     assert phase_of(phases.ATTENTION, "pp") == phases.PIPELINE_BUBBLE
 
