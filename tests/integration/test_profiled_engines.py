@@ -16,8 +16,7 @@ pytestmark = pytest.mark.slow
 RANKS, EP = 4, 2
 AGAINST = (
     *("moe", "grouped_mm", "deepspeed", "deepspeed-moe:moe_aux_loss_coeff=0"),
-    *("ZeRO 0:engine=deepspeed:zero_stage=0", "ZeRO 2:engine=deepspeed:zero_stage=2"),
-    "with balance loss:moe_aux_loss_coeff=1",
+    *("ZeRO 0:engine=deepspeed:zero_stage=0", "with balance loss:moe_aux_loss_coeff=1"),
 )
 BY_DEEPSPEED = ("deepspeed", "deepspeed-moe", "ZeRO 0", "ZeRO 2", "ZeRO 3")
 FORWARD, BACKWARD = phases.FORWARD, phases.BACKWARD
@@ -26,20 +25,27 @@ GRAD_REDUCE, GATHER = phases.GRAD_REDUCE, phases.PARAMETER_GATHER
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_ranks(tmp_path_factory.mktemp("engines"), EP, AGAINST)
+    """ZeRO 2 reduces in buckets so small that hooks of the backward pass fill them."""
+    folder = tmp_path_factory.mktemp("engines")
+    return run_ranks(folder, EP, (*AGAINST, zero(folder, 2, reduce_bucket_size=20_000)))
 
 
 @pytest.fixture(scope="module")
 def zero3(tmp_path_factory):
     """It takes no expert parallelism; even the smallest parameters are let go of after use."""
     folder = tmp_path_factory.mktemp("zero3")
-    cut = {"zero_optimization": {
-        "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 0,
-    }}  # fmt: skip
-    (folder / "zero.json").write_text(json.dumps(cut))
-    own = f"zero_stage=3:deepspeed_config={folder / 'zero.json'}"
-    return run_ranks(folder, 1, (f"ZeRO 3:engine=deepspeed:{own}",))
+    own = zero(
+        folder, 3, stage3_param_persistence_threshold=0, stage3_max_reuse_distance=0,
+        stage3_prefetch_bucket_size=0,
+    )  # fmt: skip
+    return run_ranks(folder, 1, (own,))
+
+
+def zero(folder, stage, **settings):
+    """A run of a stage with settings of DeepSpeed's own."""
+    (folder / "zero.json").write_text(json.dumps({"zero_optimization": settings}))
+    own = f"zero_stage={stage}:deepspeed_config={folder / 'zero.json'}"
+    return f"ZeRO {stage}:engine=deepspeed:{own}"
 
 
 def run_ranks(folder, expert_parallel, against):
