@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_mone.common.patch import Replaced
-from megatron_mone.deepspeed.model import imported
+from megatron_mone.deepspeed.package import init_distributed
 from megatron_mone.deepspeed.settings import stage_of
 from megatron_mone.model.layer_spec import is_moe, stock_block, with_experts
 from megatron_mone.moe.experts import stock_weights
@@ -75,7 +75,7 @@ class DeepSpeedMoE(MoELayer):
         self, config: TransformerConfig, layer_number: int | None = None,
         pg_collection: ProcessGroupCollection | None = None, **unused: Any,
     ) -> None:  # fmt: skip
-        imported()
+        init_distributed()
         from deepspeed.moe.layer import MoE
 
         assert pg_collection is not None
