@@ -46,6 +46,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if "WORLD_SIZE" not in os.environ:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone.checkpoint.schedule import restart_notices
+    from megatron_mone.deepspeed.settings import for_engine
     from megatron_mone.model import checks, patches
     from megatron_mone.model.arguments import parse_arguments, written_out
     from megatron_mone.model.checks.flags import notices
@@ -65,7 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
         except ValueError as error:
             failure.fail(str(error))
         if args.rank == 0:
-            said = (*notices(args), *layout_notices(args, words), *restart_notices(args))
+            said = (*for_engine(words)[1], *notices(args), *layout_notices(args, words))
+            said += tuple(restart_notices(args))
             for line in said:
                 print(f"megatron-mone: {line}", file=sys.stderr, flush=True)
         with trackers.ending():

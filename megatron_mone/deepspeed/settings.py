@@ -5,6 +5,7 @@ Touches nothing but the JSON file.
 """
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ ELSEWHERE = {
 }
 """Keys of DeepSpeed's that are refused -> why, and what says it here."""
 
+MOOT = {
+    "--use-distributed-optimizer": "ZeRO shards the optimizer, see --zero-stage",
+    "--overlap-grad-reduce": "DeepSpeed reduces gradients itself, see overlap_comm of its JSON",
+    "--overlap-param-gather": "DeepSpeed gathers parameters itself",
+}
+"""Flags of Megatron's engine that the files of configs/ give -> why they change nothing here."""
+_UNFUSED = "--no-gradient-accumulation-fusion"  # there is no main_grad to add into
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The flags that choose and describe the engine."""
@@ -93,6 +102,21 @@ def add_arguments(parser: ArgumentParser) -> None:
 def is_deepspeed(args: Any) -> bool:
     """Whether a run is stepped by DeepSpeed; also of arguments that know no engine."""
     return getattr(args, "engine", MEGATRON) == DEEPSPEED
+
+
+def for_engine(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A command line without the flags that are another engine's, and a line for each of them.
+
+    Args:
+        words: of the command line, those of a run file written out.
+    """
+    own = ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument("--engine")
+    if own.parse_known_args(words)[0].engine != DEEPSPEED:
+        return list(words), []
+    lines = [f"{flag[2:].replace('-', '_')} = True has no effect with engine = deepspeed: {why}"
+             for flag, why in MOOT.items() if flag in words]  # fmt: skip
+    return [*(word for word in words if word not in MOOT), _UNFUSED], lines
 
 
 def given_json(args: Namespace) -> dict[str, Any]:

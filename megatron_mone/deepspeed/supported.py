@@ -24,12 +24,19 @@ class Refusal:
         met: whether a run asks for it.
         reason: why not.
         fix: what to do.
+        asked: what is refused, for the page; any value when empty.
     """
 
     name: str
     met: Callable[[Namespace], bool]
     reason: str
     fix: str = _MEGATRON
+    asked: str = ""
+
+    @property
+    def words(self) -> str:
+        """What is refused."""
+        return f"`{self.name}` {self.asked}".strip()
 
 
 def _given(name: str, reason: str, fix: str = _MEGATRON) -> Refusal:
@@ -37,7 +44,7 @@ def _given(name: str, reason: str, fix: str = _MEGATRON) -> Refusal:
 
 
 def _over_one(name: str, reason: str, fix: str = _MEGATRON) -> Refusal:
-    return Refusal(name, lambda args: (getattr(args, name, None) or 1) > 1, reason, fix)
+    return Refusal(name, lambda args: (getattr(args, name, None) or 1) > 1, reason, fix, "above 1")
 
 
 _OWN_GRADIENTS = "DeepSpeed keeps and reduces gradients itself"
@@ -47,29 +54,26 @@ REFUSALS = (
     Refusal("expert_model_parallel_size",
             lambda args: args.expert_model_parallel_size > 1 and stage_of(args) == 3,
             "ZeRO 3 cuts a parameter over all data-parallel ranks, and an expert is not on all of "
-            "them", "give --zero-stage 2, or --expert-model-parallel-size 1"),
+            "them", "give --zero-stage 2, or --expert-model-parallel-size 1",
+            "above 1 with ZeRO 3"),
     Refusal("optimizer", lambda args: args.optimizer not in ("adam", "sgd"),
             "ZeRO cuts parameters into flat pieces, on which only optimizers that go by element "
-            "step", "give --optimizer adam or sgd, or --engine megatron"),
+            "step", "give --optimizer adam or sgd, or --engine megatron", "but adam and sgd"),
     Refusal("fp16", lambda args: args.fp16, "its loss scale is DeepSpeed's",
             "give --bf16, or --engine megatron"),
     Refusal("bf16", lambda args: args.bf16 and stage_of(args) == 0,
-            "at ZeRO 0 DeepSpeed adds gradients up in bf16", "give --zero-stage 1"),
-    _given("fp8_format", "the fp8 weights of Transformer Engine are cut by ZeRO as bf16"),
-    _given("use_distributed_optimizer", "ZeRO shards the optimizer", "give --zero-stage 1"),
+            "at ZeRO 0 DeepSpeed adds gradients up in bf16", "give --zero-stage 1", "with ZeRO 0"),
+    _given("fp8", "what Transformer Engine keeps beside its weights was not tried under ZeRO"),
+    _given("fp4", "what Transformer Engine keeps beside its weights was not tried under ZeRO"),
     _given("use_megatron_fsdp", "ZeRO shards the parameters", "give --zero-stage 3"),
     _given("use_torch_fsdp2", "ZeRO shards the parameters", "give --zero-stage 3"),
     _given("optimizer_cpu_offload", "Megatron's works on its own optimizers",
            "give --zero-offload-optimizer"),
     Refusal("zero_offload_optimizer",
             lambda args: args.zero_offload_optimizer and stage_of(args) == 0,
-            "at ZeRO 0 DeepSpeed has nothing that it could move", "give --zero-stage 1"),
-    _given("overlap_grad_reduce", _OWN_GRADIENTS,
-           "give overlap_comm of zero_optimization in the JSON"),
-    _given("overlap_param_gather", "DeepSpeed gathers parameters itself", "leave it out"),
+            "at ZeRO 0 DeepSpeed has nothing that it could move", "give --zero-stage 1",
+            "with ZeRO 0"),
     _given("calculate_per_token_loss", "DeepSpeed divides gradients by ranks, not by tokens"),
-    _given("gradient_accumulation_fusion", f"{_OWN_GRADIENTS}, and has no main_grad to add into",
-           "give --no-gradient-accumulation-fusion"),
     _given("delay_wgrad_compute", f"{_OWN_GRADIENTS} as soon as a backward pass is over"),
     _given("overlap_moe_expert_parallel_comm", "it runs two micro-batches in one schedule of its "
            "own, whose backward passes DeepSpeed does not see"),
@@ -85,7 +89,8 @@ REFUSALS = (
            "upcycle first: megatron-mone convert upcycle"),
     _given("async_save", "state is gathered while the ranks wait", "leave it out"),
     Refusal("ckpt_format", lambda args: args.ckpt_format != "torch_dist",
-            "checkpoints of this engine are torch_dist", "give --ckpt-format torch_dist"),
+            "checkpoints of this engine are torch_dist", "give --ckpt-format torch_dist",
+            "but torch_dist"),
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     from megatron.training import arguments
 
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
+    from megatron_mone.deepspeed.settings import for_engine
     from megatron_mone.model.checks import (
         check_checkpoint,
         check_layout,
@@ -37,7 +38,7 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     from megatron_mone.model.loss_check import settle_rerun_mode
     from megatron_mone.model.profile_window import window_of
 
-    words = written_out(words)
+    words, _ = for_engine(written_out(words))
     given = parse_given(words)
     (check_values if elsewhere else check_run)(given)
     try:

@@ -1,7 +1,15 @@
-"""The runs in which DeepSpeed's engine is compared with Megatron's. Names say what is not 1."""
+"""The runs in which DeepSpeed's engine is compared with Megatron's. Names say what is not 1.
+
+.venv/bin/python -m tests.parity.engines      # writes the tables of docs/DEEPSPEED.md anew
+"""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from megatron_mone.common.files import atomic_write
+from megatron_mone.common.marked_text import with_parts
+from megatron_mone.deepspeed.settings import MOOT, STAGES
+from megatron_mone.deepspeed.supported import REFUSALS
 from tests.parity.layouts import EP2, EP4, ETP1, ETP2, MOE_RECOMPUTE, STOCK, TP2, TRAIN
 
 MODELS = {"MoNE": TRAIN, "stock": (*STOCK, "--clip-grad", "1.0", "--adam-eps", "1e-3")}
@@ -47,3 +55,35 @@ ENGINES = {
     "EP4, four micro-batches": Engines(4, (1, 2), (*EP4, *FOUR_TIMES, "--micro-batch-size", "1")),
     "DP2 TP2 EP2": Engines(4, (0, 1, 2), (*TP2, *ETP1, *EP2)),
 }
+PAGE = Path(__file__).parents[2] / "docs" / "DEEPSPEED.md"
+
+
+def with_tables(text: str) -> str:
+    """The page, with what is trained and what is refused written anew."""
+    return with_parts(with_parts(text, "trained", _trained), "refused", _refused)
+
+
+def _trained(of: str) -> str:
+    head = " | ".join(f"ZeRO {stage}" for stage in STAGES)
+    lines = [
+        f"| MoNE and stock experts | ranks | {head} |",
+        f"| --- | --: |{' --- |' * len(STAGES)}",
+    ]
+    for name, one in ENGINES.items():
+        cells = " | ".join("equal" if stage in one.stages else "" for stage in STAGES)
+        lines.append(f"| {name} | {one.ranks} | {cells} |")
+    return "\n".join(lines)
+
+
+def _refused(of: str) -> str:
+    lines = ["| refused | why | what to do |", "| --- | --- | --- |"]
+    lines += [f"| {one.words} | {one.reason} | {one.fix} |" for one in REFUSALS]
+    lines += [
+        f"| `{flag[2:].replace('-', '_')}`, not refused | {why} | nothing: a line says so |"
+        for flag, why in MOOT.items()
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    atomic_write(PAGE, with_tables(PAGE.read_text(encoding="utf-8")).encode())
