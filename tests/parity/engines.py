@@ -10,13 +10,27 @@ from megatron_mone.common.files import atomic_write
 from megatron_mone.common.marked_text import with_parts
 from megatron_mone.deepspeed.settings import MOOT, STAGES
 from megatron_mone.deepspeed.supported import REFUSALS
-from tests.parity.layouts import EP2, EP4, ETP1, ETP2, MOE_RECOMPUTE, STOCK, TP2, TRAIN
+from tests.parity.layouts import (
+    EP2,
+    EP4,
+    ETP1,
+    ETP2,
+    FULL_RECOMPUTE,
+    MOE_RECOMPUTE,
+    STOCK,
+    TP2,
+    TRAIN,
+)
 
 MODELS = {"MoNE": TRAIN, "stock": (*STOCK, "--clip-grad", "1.0", "--adam-eps", "1e-3")}
 ONCE = ("--global-batch-size", "4")
 FOUR_TIMES = ("--global-batch-size", "16")
 OFFLOAD = ("--zero-offload-optimizer",)
 BF16 = ("--bf16",)
+BIASED = (
+    *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
+    *("--moe-router-load-balancing-type", "none", "--moe-aux-loss-coeff", "0"),
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,13 @@ ENGINES = {
     "TP2 ETP2": Engines(2, (0, 1, 2, 3), (*TP2, *ETP2)),
     "TP2 ETP1 EP2": Engines(2, (0, 1, 2), (*TP2, *ETP1, *EP2)),
     "CP2": Engines(2, (1, 3), ("--context-parallel-size", "2")),
+    "DP2, MTP, a shared expert": Engines(
+        2, (1, 3), ("--mtp-num-layers", "1", "--moe-shared-expert-intermediate-size", "32")
+    ),
+    "DP2, full recompute, dropout": Engines(
+        2, (2, 3), (*FULL_RECOMPUTE, "--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+    ),
+    "EP2, biased router, SGD": Engines(2, (0, 2), (*EP2, *BIASED, "--optimizer", "sgd")),
     "DP4 EP2": Engines(4, (0, 1, 2), (*EP2, *ONCE, "--micro-batch-size", "1")),
     "DP4 EP2, bf16": Engines(4, (1, 2), (*EP2, *BF16)),
     "EP4": Engines(4, (0, 1, 2), EP4),
