@@ -25,7 +25,7 @@ from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import watch_communication
 from megatron_mone.profiling.deepspeed_moe import DeepSpeedMoE
-from megatron_mone.profiling.step_parts import BUCKETS, step_parts
+from megatron_mone.profiling.step_parts import BUCKETS, GRAD_SYNC, step_parts
 
 # Method of a token dispatcher -> phase. Collectives within permute count as dispatch.
 _DISPATCHER = {
@@ -71,9 +71,10 @@ class Instruments:
         self._wrap(_config(model[0]), "finalize_model_grads_func", phases.GRAD_REDUCE)
         self._wrap(schedules, "forward_step_calc_loss", phases.LOSS)
         self._wrap_backward_step()
-        for name in ("start_grad_sync", "finish_grad_sync"):
-            self._wrap(BUCKETS, name, phases.GRAD_REDUCE)
-        if not self._whole_optimizer:
+        if self._whole_optimizer:
+            for name in GRAD_SYNC:
+                self._wrap(BUCKETS, name, phases.GRAD_REDUCE)
+        else:
             for part in step_parts(optimizer):
                 self._wrap_within(*part)
         self._attached.callback(watch_communication(self.clock))

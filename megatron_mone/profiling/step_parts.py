@@ -1,9 +1,9 @@
 """What an engine does of a step beside the model: where it reduces gradients, clips by their norm
 and gathers parameters, by the names that the profiler wraps. Touches nothing.
 
-Megatron's gradients are reduced by functions that `instrument.py` wraps itself. DeepSpeed's are in
-hooks of the backward pass (ZeRO 2 and 3) or as its step begins (ZeRO 0 and 1); it gathers
-parameters as its step ends (ZeRO 1 and 2), or around every module, forward and back (ZeRO 3).
+DeepSpeed reduces gradients in hooks of the backward pass (ZeRO 2 and 3) or as its step begins (ZeRO
+0 and 1); it gathers parameters as its step ends (ZeRO 1 and 2), or around every module, forward and
+back (ZeRO 3).
 """
 
 import importlib
@@ -20,6 +20,7 @@ Part = tuple[Any, str, str]
 """Owner, name of its function, phase."""
 
 BUCKETS = param_and_grad_buffer._ParamAndGradBucketGroup
+GRAD_SYNC = ("start_grad_sync", "finish_grad_sync")
 _GATHERING = ("deepspeed.runtime.zero.stage_1_and_2", "deepspeed.runtime.bf16_optimizer")
 _OF_ENGINE = {"allreduce_gradients": GRAD_REDUCE}
 _OF_OPTIMIZER = {
@@ -48,6 +49,8 @@ def step_parts(optimizer: Any) -> Iterator[Part]:
 
 
 def _of_megatron() -> Iterator[Part]:
+    for name in GRAD_SYNC:
+        yield BUCKETS, name, GRAD_REDUCE
     for name in ("get_grad_norm_fp32", "clip_grad_by_total_norm_fp32"):
         yield megatron_optimizer, name, CLIPPING
     for name in ("start_param_sync", "finish_param_sync"):

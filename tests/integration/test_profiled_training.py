@@ -21,7 +21,7 @@ LAYOUTS = {
     "TP2 EP2": (
         *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
         *("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2"),
-        *("--use-distributed-optimizer",),
+        *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
     "EP4 recomputed": ("--expert-model-parallel-size", "4", *FULL_RECOMPUTE),
 }
@@ -132,6 +132,7 @@ def test_parameters_are_gathered_where_they_are_sharded(runs, name, gathered):
     else:
         assert set(passes[phases.PARAMETER_GATHER]) == gathered
     assert set(passes[phases.CLIPPING]) == set(passes[phases.OPTIMIZER]) == {"forward"}
+    assert set(passes[phases.GRAD_REDUCE]) <= {"forward", "backward"}
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, STOCK])
