@@ -5,6 +5,7 @@ that Megatron's own engine steps.
 import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_mone.checkpoint.optimizer_layout import BY_PARAMETER, SHARDING
@@ -86,12 +87,37 @@ def _whole(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         engines = [one.engine for one in models if getattr(one, "engine", None) is not None]
         if not engines:
             return checkpoint(*given, **named)
+        from megatron.training import get_args
+
+        from megatron_mone.deepspeed import folders
         from megatron_mone.deepspeed.state import whole_parameters
 
         with whole_parameters(engines[0]):
-            return checkpoint(*given, **named)
+            done = checkpoint(*given, **named)
+        if checkpoint.__name__ == "save_checkpoint" and (folder := get_args().save_deepspeed):
+            folders.save(engines[0], Path(folder), get_args(), iteration=given[0])
+        return done
 
     return whole
+
+
+def _started(setup: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(setup)
+    def started(*given: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        model, optimizer, schedule = setup(*given, **named)
+        args = get_args()
+        if is_deepspeed(args) and args.load_deepspeed and not args.iteration:
+            from megatron_mone.deepspeed import folders
+
+            args.iteration, args.consumed_train_samples = folders.load(
+                model[0].engine, Path(args.load_deepspeed)
+            )
+            schedule.step(increment=args.consumed_train_samples)
+        return model, optimizer, schedule
+
+    return started
 
 
 def _described(describe: Callable[..., dict]) -> Callable[..., dict]:
@@ -126,6 +152,11 @@ PATCHES = (
         _whole,
         why="ZeRO 3 leaves no rank a whole parameter",
         needed_while="load_checkpoint(\n",
+    ),
+    wrapping(
+        "deepspeed-folder", "megatron.training.training: setup_model_and_optimizer", _started,
+        why="a folder of DeepSpeed's is loaded by its engine, once that is there",
+        needed_while="def setup_model_and_optimizer(",
     ),
     wrapping(
         "deepspeed-metadata",

@@ -48,6 +48,11 @@ class MegatronGroups:
         """In it."""
         return self.groups.tp.rank()
 
+    # Newer names of the same.
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+
 
 def mark_experts(parameters: Iterable[Parameter], groups: ProcessGroupCollection) -> str:
     """Tell DeepSpeed which parameters are experts', and over which ranks each of them is one.

@@ -93,6 +93,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="Go on from a checkpoint that the other engine saved, with its optimizer state.",
     )  # fmt: skip
     group.add_argument(
+        "--load-deepspeed", type=str, default=None, metavar="FOLDER",
+        help="With --engine deepspeed: start from a folder that DeepSpeed's own engine saved, or a "
+        "universal checkpoint; where --load has a checkpoint already, that counts.",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-deepspeed", type=str, default=None, metavar="FOLDER",
+        help="With --engine deepspeed: write each checkpoint in DeepSpeed's own form too.",
+    )  # fmt: skip
+    group.add_argument(
         "--deepspeed-config", type=str, default=None, metavar="FILE",
         help="With --engine deepspeed: DeepSpeed's JSON, merged with what the flags say; where the "
         "two differ, one line names both.",

@@ -44,6 +44,15 @@ def take_weights(engine: Any) -> None:
         engine.optimizer.refresh_fp32_params()
 
 
+def part_steps(engine: Any) -> None:
+    """Give each tensor that is stepped a count of its own: DeepSpeed hands all of ZeRO 3 the one
+    tensor that it found in a universal checkpoint, which then counts every one of them."""
+    for one in _flat(engine):
+        found = engine.basic_optimizer.state.get(one, {})
+        if torch.is_tensor(found.get(_STEP)):
+            found[_STEP] = found[_STEP].clone()
+
+
 def gather(engine: Any, held: Held, parts: Sequence[Any]) -> None:
     """Fill Megatron's optimizer with the engine's state.
 

@@ -8,11 +8,17 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from megatron_mone.deepspeed.folders import tag_of
 from megatron_mone.deepspeed.settings import AUTO, given_json, is_deepspeed, settings_of, stage_of
 
 _MEGATRON = "leave it out, or give --engine megatron"
+
+_FLAGS = (
+    "zero_stage", "zero_offload_optimizer", "deepspeed_config", "load_deepspeed", "save_deepspeed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,11 @@ REFUSALS = (
     _given("moe_use_upcycling", "the dense model beside it would be DeepSpeed's too",
            "upcycle first: megatron-mone convert upcycle"),
     _given("async_save", "state is gathered while the ranks wait", "leave it out"),
+    *(Refusal(name, lambda args, name=name: bool(  # type: ignore[misc]
+          getattr(args, name) and args.expert_model_parallel_size > 1),
+          "DeepSpeed writes a file for each expert of its own MoE layers, and knows no others",
+          "give --expert-model-parallel-size 1", "with experts over several ranks")
+      for name in ("load_deepspeed", "save_deepspeed")),
     Refusal("ckpt_format", lambda args: args.ckpt_format != "torch_dist",
             "checkpoints of this engine are torch_dist", "give --ckpt-format torch_dist",
             "but torch_dist"),
@@ -104,7 +115,7 @@ def check_engine(args: Namespace) -> None:
         ValueError: one line that names the argument, its value and the fix.
     """
     if not is_deepspeed(args):
-        for name in ("zero_stage", "zero_offload_optimizer", "deepspeed_config"):
+        for name in _FLAGS:
             if getattr(args, name, None) not in (None, False):
                 raise ValueError(
                     f"{name} = {getattr(args, name)!r} would have no effect: the engine is "
@@ -146,6 +157,8 @@ def check_package(args: Namespace) -> None:
             "engine = 'deepspeed' needs the package deepspeed: pip install "
             "'megatron-mone[deepspeed]', or give --engine megatron"
         )
+    if args.load_deepspeed:
+        tag_of(Path(args.load_deepspeed))
     if zero := given_json(args).get("zero_optimization"):
         _check_zero(args.deepspeed_config, zero)
 

@@ -115,6 +115,8 @@ MET = {
     "zero_offload_optimizer": ("--zero-offload-optimizer", "--zero-stage", "0"),
     "cuda_graph_impl": ("--cuda-graph-impl", "local"),
     "save_wgrads_interval": ("--save-wgrads-interval", "1"),
+    "load_deepspeed": ("--load-deepspeed", "x", "--expert-model-parallel-size", "2"),
+    "save_deepspeed": ("--save-deepspeed", "x", "--expert-model-parallel-size", "2"),
     "ckpt_format": ("--ckpt-format", "torch"),
 }
 
