@@ -75,7 +75,7 @@ def _to_universal(folder: Path, out: Path) -> None:
             keep_temp_folder=False,
             strict=True,
             inject_missing_state=True,
-        )  # fmt: skip
+        )
     )
     (out / UNIVERSAL).write_text(tag)
 

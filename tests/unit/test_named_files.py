@@ -25,6 +25,7 @@ NOT_HERE = {
     "rope.py", "linear.py", "layernorm_linear.py", "fused_adam.py", "multi_tensor_apply.py",
     "quantized_tensor.py", "utils.py",
     # Made by a command.
+    "engines.md",
     "parity.md",
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ def test_a_tag_that_is_no_folder_there(tmp_path, tag):
     (tmp_path / "inside" / "global_step3").mkdir(parents=True)
     (tmp_path / "global_step3").mkdir()
     (tmp_path / "inside" / LATEST).write_text(tag)
-    with pytest.raises(ValueError, match="latest names .*: write the name of one into it"):
+    with pytest.raises(ValueError, match=r"latest names .*: write the name of one into it"):
         tag_of(tmp_path / "inside")
 
 
