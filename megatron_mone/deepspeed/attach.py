@@ -1,4 +1,4 @@
-"""Where DeepSpeed comes into Megatron's training: three places, none of them changed for a run
+"""Where DeepSpeed comes into Megatron's training: places that stay as they are for a run
 that Megatron's own engine steps.
 """
 
