@@ -50,6 +50,7 @@ class EngineOptimizer(MegatronOptimizer):
         self.model = model
         whole = make()
         super().__init__(_joined(_parts(whole)), whole.config)
+        _let_go(model)
         self.engine = model.start(self.optimizer, args)
         count_once(self.engine, model.groups, args.clip_grad)
         self._one = torch.ones(1, device=next(model.module.parameters()).device)
@@ -132,12 +133,22 @@ class EngineOptimizer(MegatronOptimizer):
                 other.update({key: mine[key] for key in mine if key not in _OWN})
             if filled:
                 state.gather(self.engine, _held(whole), _parts(whole))
-            yield whole
+            try:
+                yield whole
+            finally:
+                _let_go(self.model)
 
     def _groups(self, whole: Any) -> Iterator[tuple[dict, dict]]:
         """The engine's parameter groups, each with the one that it was made of."""
         theirs = (group for part in _parts(whole) for group in part.optimizer.param_groups)
         return zip(self.engine.basic_optimizer.param_groups, theirs, strict=True)
+
+
+def _let_go(model: EngineModel) -> None:
+    """Of the float32 copies that Megatron's optimizer hangs on each parameter, whole on every rank
+    (megatron/core/optimizer/optimizer.py: `param.main_param = main_param`)."""
+    for parameter in model.module.parameters():
+        vars(parameter).pop("main_param", None)
 
 
 def _parts(whole: Any) -> Sequence[Any]:
