@@ -151,8 +151,10 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
         step, done = optimizer.step, 0
 
         def write_gradients() -> None:
-            if folder and done == 1:
-                write("gradients.pt", reduced if engine else lambda parameter: parameter.main_grad)
+            if folder and done == 1:  # and nothing is sent in a step of which nothing is written
+                with whole_parameters(engine) if engine else contextlib.nullcontext():
+                    of = reduced if engine else lambda parameter: parameter.main_grad
+                    write("gradients.pt", of)
 
         def reduced(parameter: Any) -> Any:
             from deepspeed.utils import safe_get_full_grad
@@ -176,8 +178,7 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
             take = engine._take_model_step
 
             def looked(*given: Any) -> None:
-                with whole_parameters(engine):
-                    write_gradients()
+                write_gradients()
                 take(*given)
 
             engine._take_model_step = looked

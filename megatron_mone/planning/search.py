@@ -269,11 +269,16 @@ def search(
         progress: told (planned, limit, layout).
 
     Raises:
-        ValueError: one line; Megatron refuses the model in every layout.
+        ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed steps it.
     """
     found = Found()
     known: dict[tuple[int, ...], Held] = {}
     facts = _facts(planner, job, gpus)
+    if facts.zero_stage is not None:
+        raise ValueError(
+            f"{job.name}: a search with engine = 'deepspeed' is not made: what ZeRO shards is not "
+            "composed of layers; plan its layouts one by one, or give engine = megatron"
+        )
     tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
     left = iter(tried)
     composer = Composer(planner)

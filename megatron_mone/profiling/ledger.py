@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common import phases
+from megatron_mone.deepspeed.held import held
 from megatron_mone.profiling.communication import tensors_in
 
 WEIGHTS = "weights"
@@ -56,10 +57,12 @@ def persistent_tensors(
 
     Args:
         model_chunks: modules, wrapped in Megatron's DistributedDataParallel or not.
-        optimizer: a MegatronOptimizer, chained, distributed or neither, or a torch optimizer.
+        optimizer: a MegatronOptimizer, chained, distributed or neither, a torch optimizer, or
+            DeepSpeed's engine as one.
         of_experts: only what belongs to routed experts, that expert parallelism shards. Megatron
             marks their parameters with `allreduce` = False and keeps their gradients in buffers,
-            and their state in optimizers, of their own (get_megatron_optimizer).
+            and their state in optimizers, of their own (get_megatron_optimizer). Of DeepSpeed's
+            engine weights alone.
     """
     buffers = ("expert_parallel_buffers",) if of_experts else ("buffers", "expert_parallel_buffers")
     found: dict[str, list[Tensor]] = {WEIGHTS: [], GRADIENTS: [], OPTIMIZER: []}
@@ -79,6 +82,9 @@ def persistent_tensors(
         groups = getattr(single, "param_groups", ())
         if not of_experts or (groups and all(g.get("is_expert_parallel") for g in groups)):
             found[OPTIMIZER] += tensors_in(list(vars(single).values()))
+    if not of_experts and (engine := getattr(optimizer, "engine", None)) is not None:
+        for kind, tensors in zip((WEIGHTS, GRADIENTS, OPTIMIZER), held(engine), strict=True):
+            found[kind] += tensors
     for parameter in found[WEIGHTS] + found[OPTIMIZER]:
         if parameter.is_leaf:  # torch warns about `.grad` of any other
             found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])

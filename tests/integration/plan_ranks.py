@@ -1,11 +1,13 @@
 """Ranks of test_planned_against_ranks: what real training steps held, and the most of it at once.
 
 `run` is a job of `tests.training_cases` whose routers send tokens as the planner assumes; each rank
-writes its weights, gradients, optimizer state and the most bytes that autograd kept at one time to
+writes its weights, gradients, optimizer state as the last micro-batch of a step begins, what other
+floating tensors Python can reach then, and the most bytes that autograd kept at one time to
 CASE/most-RANK.json, every number read from real tensors. It touches those files alone.
 """
 
 import functools
+import gc
 import json
 from collections import Counter
 from pathlib import Path
@@ -36,7 +38,8 @@ class Kept:
         """What autograd holds in place of a tensor that it saves."""
         address = tensor.untyped_storage().data_ptr()
         # Inside a backward pass there is a graph task: what a recompute saves is of that pass.
-        if torch._C._current_graph_task_id() != -1 or address in self._left_out:
+        is_weight = isinstance(tensor, torch.nn.Parameter) or address in self._left_out
+        if torch._C._current_graph_task_id() != -1 or is_weight:
             return _Saved(tensor, None)
         return _Saved(tensor, self)
 
@@ -68,10 +71,27 @@ class _Saved:
             self._kept.change(self.tensor, -1)
 
 
+_before: set[int] = set()
+
+
+def built(build: Any) -> Any:
+    """`setup_model_and_optimizer` that notes what is left of the runs before this one."""
+
+    @functools.wraps(build)
+    def noted(*arguments: Any, **keywords: Any) -> Any:
+        _before.clear()
+        _before.update(_sizes([value for value in gc.get_objects() if _is_float(value)]))
+        return build(*arguments, **keywords)
+
+    return noted
+
+
 def measured(train_step: Any) -> Any:
     """`train_step` with what it found in CASE/most-RANK.json."""
+    from megatron.core.pipeline_parallel import schedules
     from megatron.training import get_args
 
+    from megatron_mone.common.patch import Replaced
     from megatron_mone.profiling.ledger import persistent_tensors
 
     @functools.wraps(train_step)
@@ -79,19 +99,37 @@ def measured(train_step: Any) -> Any:
         model, optimizer = arguments[2], arguments[3]
         before = persistent_tensors(model, optimizer)
         kept = Kept(set().union(*(_sizes(tensors) for tensors in before.values())))
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        found: dict[str, int] = {}
+        forward_step = schedules.forward_step
+
+        def looked(*given: Any, **named: Any) -> Any:
+            seen: set[int] = set()
+            for kind, tensors in persistent_tensors(model, optimizer).items():
+                sizes = _sizes(tensors)
+                found[kind] = sum(size for address, size in sizes.items() if address not in seen)
+                seen |= set(sizes)
+            gc.collect()
+            known = seen | _before
+            others = _sizes([t for t in gc.get_objects() if _is_float(t)]).items()
+            found["others"] = sum(size for address, size in others if address not in known)
+            return forward_step(*given, **named)
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack),
+            Replaced(schedules, "forward_step", looked),
+        ):
             result = train_step(*arguments, **keywords)
-        found: dict[str, int] = {"activations": kept.most}
-        seen: set[int] = set()
-        for kind, tensors in persistent_tensors(model, optimizer).items():
-            sizes = _sizes(tensors)
-            found[kind] = sum(size for address, size in sizes.items() if address not in seen)
-            seen |= set(sizes)
+        found["activations"] = kept.most
         args = get_args()
         Path(args.tensorboard_dir, f"most-{args.rank}.json").write_text(json.dumps(found))
         return result
 
     return step
+
+
+def _is_float(value: Any) -> bool:
+    """Whether it is a tensor with values; messages of objects are bytes."""
+    return type(value) in (torch.Tensor, torch.nn.Parameter) and value.is_floating_point()
 
 
 def _sizes(tensors: list[torch.Tensor]) -> dict[int, int]:
@@ -105,6 +143,7 @@ def run(todo: str, folder: str) -> None:
 
     from megatron_mone.planning.tracing.stand_ins.values import known_routing
 
+    training.setup_model_and_optimizer = built(training.setup_model_and_optimizer)
     training.train_step = measured(training.train_step)
     with known_routing():
         training_cases._main(todo, folder)

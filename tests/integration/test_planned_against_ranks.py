@@ -19,7 +19,7 @@ from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.cost.rank_memory import RankMemory
 from megatron_mone.planning.plan_parts import model_document
 from megatron_mone.planning.tracing.trace_cache import TraceCache
-from megatron_mone.planning.tracing.trace_server import TracedJob
+from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 from megatron_mone.profiling.communication import sent_bytes
 from tests import forked_ranks
 from tests.integration import plan_ranks
@@ -28,6 +28,8 @@ from tests.training_cases import MOCK, MONE, TINY
 
 pytestmark = pytest.mark.slow
 
+Layouts = dict[str, tuple[int, tuple[str, ...]]]
+"""{name: (ranks, flags)}; what the name does not say is 1, or data parallel."""
 Traffic = dict[str, tuple[int, int]]
 """{"kind group": (calls of a step, bytes that a rank sends in them)}."""
 
@@ -50,8 +52,7 @@ def samples(count: int) -> tuple[str, str]:
     return "--global-batch-size", str(count)
 
 
-# name: (ranks, flags); what the name does not say is 1, or data parallel
-LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
+LAYOUTS: Layouts = {
     "EP2 PP2": (4, (*NATIVE, *EP2, *PP2, *samples(16), *SHARED)),
     "PP2 VPP2": (4, (*NATIVE, *PP2, *VPP2, *layers(4), *samples(16))),
     "ETP2 EP2": (4, (*NATIVE, *ETP2, *EP2, *samples(16), *DISTRIBUTED_OPTIMIZER)),
@@ -104,12 +105,16 @@ class Stage:
 def found(shared_tracer, tmp_path_factory) -> dict[tuple[str, int], Stage]:
     """Of every layout and stage."""
     folder = tmp_path_factory.mktemp("planned")
-    for ranks in sorted({ranks for ranks, _ in LAYOUTS.values()}):
-        _run([name for name, (count, _) in LAYOUTS.items() if count == ranks], ranks, folder)
+    return planned_and_run(LAYOUTS, shared_tracer(TraceCache(folder / "cache")), folder)
+
+
+def planned_and_run(layouts: Layouts, tracer: Tracer, folder: Path) -> dict[tuple[str, int], Stage]:
+    """Plan layouts and run them; of every layout and stage."""
+    for ranks in sorted({ranks for ranks, _ in layouts.values()}):
+        _run({name: one for name, (count, one) in layouts.items() if count == ranks}, ranks, folder)
     cluster = load_cluster("cpu-avx2")
     stages = {}
-    tracer = shared_tracer(TraceCache(folder / "cache"))
-    for name, (ranks, flags) in LAYOUTS.items():
+    for name, (ranks, flags) in layouts.items():
         job = tracer.trace(flags, ranks)
         prediction = predict(job.traces, job.facts, cluster, Efficiency())
         for stage, memory in enumerate(prediction.memory_P):
@@ -121,11 +126,11 @@ def found(shared_tracer, tmp_path_factory) -> dict[tuple[str, int], Stage]:
     return stages
 
 
-def _run(names: list[str], ranks: int, folder: Path) -> None:
-    for name in names:
+def _run(layouts: dict[str, tuple[str, ...]], ranks: int, folder: Path) -> None:
+    for name in layouts:
         (folder / name).mkdir()
     todo, log = folder / f"cases-{ranks}.json", folder / f"log-{ranks}"
-    todo.write_text(json.dumps([[name, [*LAYOUTS[name][1], *PROFILED], False] for name in names]))
+    todo.write_text(json.dumps([[name, [*one, *PROFILED], False] for name, one in layouts.items()]))
     job = forked_ranks.start(ranks, plan_ranks.run, (str(todo), str(folder)), log)
     try:
         status = job.wait(timeout=300)

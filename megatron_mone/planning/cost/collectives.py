@@ -99,7 +99,7 @@ def collective_cost(
     Args:
         operation: of OPERATIONS, named as the profiler does.
         size: bytes this rank puts in: its part of an all_gather; all of what is reduced of an
-            all_reduce or reduce_scatter; what goes to all peers, itself included, of an
+            all_reduce, reduce_scatter or reduce; what goes to all peers, itself included, of an
             all_to_all.
         placement: of the group; send and recv are between the two ranks of a group of 2.
         cluster: gives latencies and bandwidths.
@@ -236,6 +236,7 @@ OPERATIONS: dict[str, Callable[[float, Placement, Links], dict[str, float]]] = {
     "all_gather": lambda size, p, links: _reduce_scatter(p.size * size, p, links),
     "reduce_scatter": _reduce_scatter,
     "all_to_all": lambda size, p, links: {"pairwise": max(pairwise_parts(size, p, links))},
+    "reduce": lambda size, p, links: {"ring": _flat(1, 1.0, size, p, links)},
     "broadcast": lambda size, p, links: {"ring": _flat(1, 1.0, size, p, links)},
     "send": _send,
     "recv": _send,

@@ -158,7 +158,8 @@ def predict(
     }
     parts = _parts(costs_PV[last], facts.micro_batches, sum(passes.values()))
     parts["bubble"] = max(0.0, float(run.end_P[last]) - sum(passes.values()))
-    parts["data parallel"] = float(ends_P[last] - run.end_P[last]) + before
+    once = float(ends_P[last] - run.end_P[last]) + before
+    parts["data parallel"] = parts.get("data parallel", 0.0) + once
     parts["optimizer"] = optimizer
     return Prediction(
         facts=facts,
@@ -275,7 +276,7 @@ def _parts(chunks: Sequence[ChunkCost], micro_batches: int, passes: float) -> di
 
 _GROUPS = {
     "tp": "tensor", "tp-cp": "tensor", "cp": "context", "ep": "expert", "etp": "expert tensor",
-    "tp-ep": "expert tensor", "edp": "expert data",
+    "tp-ep": "expert tensor", "edp": "expert data", "dp-cp": "data", "world": "data",
 }  # fmt: skip
 
 

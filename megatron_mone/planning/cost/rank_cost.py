@@ -8,6 +8,9 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
   `tp_comm_overlap` forward and backward alike, but for the first of the tp pieces of each.
 - context parallel: a ring step goes on beside attention on the piece before, the first excepted.
 - expert parallel: nothing, unless `overlap_moe_expert_parallel_comm`.
+And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
+- with `overlap_comm` all goes on beside all of the pass's compute, but for one bucket: the first of
+  parameters gathered, the last of gradients reduced; without it nothing does.
 May touch: nothing.
 """
 
@@ -32,6 +35,7 @@ from megatron_mone.planning.tracing.trace import Collective, Op, Trace
 
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
+_REPLICAS = ("dp-cp", "edp", "world")
 _HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
 
 
@@ -126,11 +130,14 @@ def _pass_cost(
             products[op.phase] += seconds
     exposed: dict[str, float] = defaultdict(float)
     expert = hidden = 0.0
-    for group, phase, share, seconds in _communication(collectives, facts, cluster):
+    buckets = sum(one.count for one in collectives if _of_zero(one))
+    for group, phase, share, seconds in _communication(collectives, facts, cluster, buckets):
         if phase in (DISPATCH, COMBINE):
             expert += seconds
             continue
         window = products[ATTENTION] if group == "cp" else products[phase]
+        if group in _REPLICAS:
+            window = max(0.0, sum(by_phase.values()) - hidden)
         behind = min(share * seconds, window) * efficiency.hidden_share
         exposed[group] += seconds - behind
         hidden += behind
@@ -165,19 +172,31 @@ def launch_seconds(op: Op, efficiency: Efficiency) -> float:
 
 
 def _communication(
-    collectives: list[Collective], facts: JobFacts, cluster: Cluster
+    collectives: list[Collective], facts: JobFacts, cluster: Cluster, buckets: int
 ) -> Iterator[tuple[str, str, float, float]]:
-    """(group, phase, share that can be hidden, seconds) of all collectives of a kind and phase."""
+    """(group, phase, share that can be hidden, seconds) of all collectives of a kind and phase.
+
+    Args:
+        collectives, facts, cluster: as of `_pass_cost`.
+        buckets: collectives that ZeRO has among them.
+    """
     found: dict[tuple[str, str, float], float] = defaultdict(float)
     for one in collectives:
         seconds = one.count * collective_seconds(one, facts, cluster)
-        found[one.group, one.phase, _hideable(one, facts)] += seconds
+        found[one.group, one.phase, _hideable(one, facts, buckets)] += seconds
     for (group, phase, share), seconds in found.items():
         yield group, phase, share, seconds
 
 
-def _hideable(one: Collective, facts: JobFacts) -> float:
+def _of_zero(one: Collective) -> bool:
+    """Whether ZeRO sends it in a pass: parameters or gradients over their replicas."""
+    return bool(one.in_pass) and one.group in _REPLICAS
+
+
+def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:
     """Share of a collective that can go on beside compute of its own pass."""
+    if _of_zero(one) and facts.overlap_zero:
+        return 1.0 - 1.0 / buckets
     if one.group == "cp":
         return 1.0 - 1.0 / one.ranks
     if one.group != "tp":
@@ -218,7 +237,7 @@ def _destinations(facts: JobFacts, placement: Placement) -> tuple[float, float]:
     return parts(placement.domains), parts(placement.size)
 
 
-REDUCTIONS = ("reduce_scatter", "all_reduce")
+REDUCTIONS = ("reduce_scatter", "all_reduce", "reduce")
 _SMALL = 4096  # bytes; norms, flags and losses, which are agreed on once and not for each chunk
 
 

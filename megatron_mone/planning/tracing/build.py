@@ -15,8 +15,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-from megatron_mone.common.patch import Replaced
+from megatron_mone.common.patch import Replaced, install
+from megatron_mone.deepspeed.settings import is_deepspeed, settings_of
 from megatron_mone.planning.tracing.trace import Trace, merged
+from megatron_mone.planning.tracing.zero_step import MICRO_BATCHES, last_micro_batch
+from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 
 def trace_step(job: dict[str, Any]) -> Trace:
@@ -39,6 +42,10 @@ def trace_step(job: dict[str, Any]) -> Trace:
     prepare(is_gpu_job(flags))
     from megatron.training import global_vars
 
+    from megatron_mone.deepspeed import attach
+
+    install(attach.PATCHES)
+
     with (
         Replaced(global_vars, "_set_tensorboard_writer", lambda args: None),
         Replaced(global_vars, "_set_wandb_writer", lambda args: None),
@@ -51,12 +58,13 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
     from megatron.training.initialize import initialize_megatron
 
+    from megatron_mone.deepspeed import model as engine
     from megatron_mone.planning.tracing.loopback import Loopback
     from megatron_mone.planning.tracing.recorder import Recorder
     from megatron_mone.planning.tracing.traced_backend import TRACED, install
     from megatron_mone.planning.tracing.unknown_values import UnknownValues
-    from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
+    settings = settings_of(args) if is_deepspeed(args) else {}
     micro_batches = _fewest_micro_batches(args)
     args.global_batch_size = micro_batches * args.micro_batch_size * args.data_parallel_size
     reconfigure_num_microbatches_calculator(
@@ -75,7 +83,12 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     config = model_config.transformer
     _one_micro_batch_at_a_time(args, config)
     backend = install(config)
-    with _stand_ins(args, config, recorder, rows), UnknownValues(recorder.saw_operator):
+    steps = {**settings, "gradient_accumulation_steps": micro_batches}
+    with (
+        _stand_ins(args, config, recorder, rows),
+        UnknownValues(recorder.saw_operator),
+        Replaced(engine, "settings_of", lambda args: steps),
+    ):
         trace = _step(args, model_config, recorder, micro_batches)
     return replace(trace, backend=backend) if backend and trace.backend == TRACED else trace
 
@@ -143,13 +156,16 @@ def _one_micro_batch_at_a_time(args: Namespace, config: Any) -> None:
 
 
 def _fewest_micro_batches(args: Namespace) -> int:
-    """1; an interleaved schedule takes multiples of the pipeline's length."""
+    """1; an interleaved schedule takes multiples of the pipeline's length, and what DeepSpeed holds
+    is there after the first."""
+    if is_deepspeed(args):
+        return MICRO_BATCHES
     interleaved = args.virtual_pipeline_model_parallel_size is not None
     return args.pipeline_model_parallel_size if interleaved else 1
 
 
 def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int) -> Trace:
-    from megatron_mone.planning.tracing.recorder import stage_memory
+    from megatron_mone.planning.tracing.recorder import held_bytes, stage_memory
     from megatron_mone.profiling.baselines import RunSpec
     from megatron_mone.profiling.instrument import Instruments, moe_layers
     from megatron_mone.profiling.ledger import persistent_tensors
@@ -163,26 +179,35 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
     run.step()
     run.leave()
     run.enter()
-    rows = _count_rows(moe_layers(model))
-    recorder.clock.begin()
-    with recorder.watch_kept():
-        run.step()
+    rows = _count_rows(moe_layers(model), recorder.clock)
+
+    def held() -> dict[str, list[Any]]:
+        return persistent_tensors(model, optimizer)
+
+    if is_deepspeed(args):
+        with last_micro_batch(recorder, held) as kept, recorder.watch_kept():
+            run.step()
+    else:
+        recorder.clock.begin()
+        with recorder.watch_kept():
+            run.step()
+        kept = held_bytes(held())
     recorder.clock.end()
-    held = persistent_tensors(model, optimizer)
+    of_experts = persistent_tensors(model, optimizer, of_experts=True)
     return Trace(
         world_size=args.world_size,
         rank=args.rank,
-        micro_batches=micro_batches,
+        micro_batches=1 if is_deepspeed(args) else micro_batches,
         backend=run.run.backend,
         rows=rows,
         ops=merged(recorder.ops),
         collectives=merged(recorder.collectives),
-        memory=stage_memory(held, persistent_tensors(model, optimizer, of_experts=True), recorder),
+        memory=stage_memory(kept, held_bytes(of_experts), recorder),
     )
 
 
-def _count_rows(layers: Sequence[Any]) -> dict[int, int]:
-    """{layer, 1-based: rows that its experts take}, filled by hooks from here on."""
+def _count_rows(layers: Sequence[Any], clock: PhaseClock) -> dict[int, int]:
+    """{layer, 1-based: rows that its experts take}, filled by hooks while the clock runs."""
     import torch
 
     from megatron_mone.profiling.load_facts import layer_number
@@ -191,7 +216,8 @@ def _count_rows(layers: Sequence[Any]) -> dict[int, int]:
 
     def watch(layer: Any) -> None:
         def count(_experts: Any, inputs: tuple) -> None:
-            if torch.is_grad_enabled():  # not the first of two passes of a recomputed layer
+            # not the first of two passes of a recomputed layer
+            if clock.running and torch.is_grad_enabled():
                 rows[layer_number(layer)] += int(inputs[1].sum())
 
         layer.experts.register_forward_pre_hook(count)

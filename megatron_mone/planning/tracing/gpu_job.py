@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_mone.common.patch import Replaced
-from megatron_mone.deepspeed.settings import is_deepspeed
+from megatron_mone.deepspeed.settings import is_deepspeed, settings_of
 
 CAPABILITY = (9, 0)
 """Reported compute capability: Hopper's, the least with fp8."""
@@ -30,9 +30,9 @@ def is_gpu_job(flags: Sequence[str]) -> bool:
     Raises:
         ValueError: the run file cannot be read.
     """
-    found = _last(flags, "--transformer-impl")
+    found = last_value(flags, "--transformer-impl")
     if found is None:
-        run = _last(flags, "--config")
+        run = last_value(flags, "--config")
         if run is not None:
             from megatron_mone.model.run_config import load_run
 
@@ -40,8 +40,13 @@ def is_gpu_job(flags: Sequence[str]) -> bool:
     return found in (None, "transformer_engine")
 
 
-def _last(flags: Sequence[str], name: str) -> str | None:
-    """The value of a flag: of the last, as argparse has it."""
+def last_value(flags: Sequence[str], name: str) -> str | None:
+    """The value of a flag: of the last, as argparse has it; None where it is not given.
+
+    Args:
+        flags: words of a command line.
+        name: of the flag.
+    """
     found = None
     for place, flag in enumerate(flags):
         if flag == name and place + 1 < len(flags):
@@ -111,11 +116,6 @@ def check_traceable(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
-    if is_deepspeed(args):
-        raise ValueError(
-            "engine = 'deepspeed' cannot be planned: the planner knows Megatron's gradients and "
-            "optimizers alone; plan with engine: megatron"
-        )
     for name in (
         "fp8_dot_product_attention",
         "fp8_multi_head_attention",
@@ -126,6 +126,12 @@ def check_traceable(args: Namespace) -> None:
     ):
         if getattr(args, name, False):
             raise ValueError(f"{name} = True cannot be planned: its work is not modelled; unset it")
+    zero = settings_of(args)["zero_optimization"] if is_deepspeed(args) else {}
+    for name in ("offload_optimizer", "offload_param"):
+        device = zero.get(name, {}).get("device", "none")
+        if device != "none":
+            raise ValueError(f"zero_optimization.{name}.device = {device!r} cannot be planned: its "
+                             "work is not modelled; leave it out")  # fmt: skip
     exchanges = args.cp_comm_type or []
     if args.context_parallel_size > 1 and "a2a+p2p" in exchanges:
         raise ValueError("cp_comm_type = 'a2a+p2p' cannot be planned: use p2p, all_gather or a2a")

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import StrictBool
 
 from megatron_mone.common.documents import AnyText, Number, Text, Whole
+from megatron_mone.deepspeed.settings import is_deepspeed, settings_of
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class JobFacts:
             and TFLOP/s divide by time.
         executed_flops_per_step, active_flops_per_step: the same with the experts as they run, and
             with the kept neurons alone.
+        zero_stage: of DeepSpeed's engine; None where Megatron's steps.
+        overlap_zero: whether what that sends in a pass goes on beside compute.
     """
 
     world_size: Whole
@@ -88,6 +91,8 @@ class JobFacts:
     model_flops_per_step: Number
     executed_flops_per_step: Number
     active_flops_per_step: Number
+    zero_stage: Whole | None = None
+    overlap_zero: StrictBool = False
 
 
 def job_facts(args: Namespace, model_config: Any) -> JobFacts:
@@ -120,6 +125,7 @@ def job_facts(args: Namespace, model_config: Any) -> JobFacts:
         model_flops_per_step=float(num_floating_point_operations(args, args.global_batch_size)),
         executed_flops_per_step=executed,
         active_flops_per_step=active,
+        **_zero(args),
     )
 
 
@@ -174,6 +180,18 @@ def _overlap(args: Namespace) -> dict[str, Any]:
         "overlap_expert_parallel": args.overlap_moe_expert_parallel_comm,
         "overlap_p2p": args.overlap_p2p_comm,
         "delay_wgrad": args.delay_wgrad_compute,
+    }
+
+
+def _zero(args: Namespace) -> dict[str, Any]:
+    if not is_deepspeed(args):
+        return {}
+    zero = settings_of(args)["zero_optimization"]
+    # Without a value, as `overlap_comm_valid` of DeepSpeedZeroConfig has it.
+    overlap = zero.get("overlap_comm")
+    return {
+        "zero_stage": zero["stage"],
+        "overlap_zero": zero["stage"] == 3 if overlap is None else bool(overlap),
     }
 
 

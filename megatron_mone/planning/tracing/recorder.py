@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import Parameter
 
 from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import BACKWARD, FORWARD, RECOMPUTE
@@ -36,10 +37,12 @@ class LiveBytes:
     Attributes:
         now: bytes that are held.
         peaks: pass -> the most bytes that were held in it.
+        base: of `now`, what was there when the step was begun to be watched.
     """
 
     def __init__(self, pass_of: Callable[[], str]) -> None:
         self._pass_of = pass_of
+        self.base = 0
         self._sizes: dict[int, int] = {}
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self.now = 0
@@ -53,6 +56,12 @@ class LiveBytes:
             return
         self._references[key] = weakref.ref(storage, lambda _gone: self._forget(key))
         self._change(key, storage.nbytes())
+
+    def begin_with(self, tensors: Iterable[Tensor]) -> None:
+        """Know tensors that are there from before, so that their end is seen; no part of peaks."""
+        for tensor in tensors:
+            self.note(tensor)
+        self.base, self.peaks = self.now, {}
 
     @contextmanager
     def watching_sizes(self) -> Iterator[None]:
@@ -95,6 +104,7 @@ class Recorder:
         clock: of the phases.
         ops, collectives: in order, not merged.
         live: bytes of what the step makes; its passes are those of the clock, and the optimizer.
+        in_pass: as of the collectives that are noted.
     """
 
     def __init__(self, clock: PhaseClock) -> None:
@@ -104,6 +114,7 @@ class Recorder:
         self._formulas = FlopCounter().flop_registry
         self._kept: dict[int, torch.UntypedStorage] = {}
         self.live = LiveBytes(self._pass)
+        self.in_pass: bool | None = None
 
     def _pass(self) -> str:
         return OPTIMIZER_PHASE if self.clock.phase == OPTIMIZER_PHASE else self.clock.pass_
@@ -182,6 +193,7 @@ class Recorder:
                 stride=ranks[1] - ranks[0],
                 phase=self.clock.phase,
                 pass_=self.clock.pass_,
+                in_pass=self.in_pass,
             )
         )
 
@@ -190,7 +202,9 @@ class Recorder:
         """Note every tensor that autograd keeps, but not in a recompute inside a backward pass."""
 
         def pack(tensor: Tensor) -> Tensor:
-            if torch._C._current_graph_task_id() == -1:
+            if isinstance(tensor, Parameter):
+                return tensor  # a weight, whose storage ZeRO 3 frees meanwhile
+            if self.clock.running and torch._C._current_graph_task_id() == -1:
                 storage = tensor.untyped_storage()
                 self._kept[storage._cdata] = storage
             return tensor.detach()
@@ -206,41 +220,47 @@ class Recorder:
         return dict(self._kept)
 
 
-def stage_memory(
-    held: Mapping[str, Iterable[Tensor]],
-    of_experts: Mapping[str, Iterable[Tensor]],
-    recorder: Recorder,
-) -> StageMemory:
-    """Bytes by kind; a storage that two kinds share belongs to the first.
+def held_bytes(held: Mapping[str, Iterable[Tensor]]) -> dict[str, dict[int, int]]:
+    """{kind: {storage, by identity, as addresses of tensors without values are all 0: bytes}}; a
+    storage that two kinds share belongs to the first.
 
     Args:
-        held: from step to step, by kind; of ledger.persistent_tensors.
+        held: by kind; of ledger.persistent_tensors.
+    """
+    seen: set[int] = set()
+    found = {}
+    for kind in (WEIGHTS, GRADIENTS, OPTIMIZER):
+        storages = {s._cdata: s.nbytes() for s in (t.untyped_storage() for t in held.get(kind, ()))}
+        # An empty one ends when ZeRO 3 gathers the parameter, and its identity serves again.
+        found[kind] = {key: size for key, size in storages.items() if size and key not in seen}
+        seen |= set(storages)
+    return found
+
+
+def stage_memory(
+    held: Mapping[str, Mapping[int, int]],
+    of_experts: Mapping[str, Mapping[int, int]],
+    recorder: Recorder,
+) -> StageMemory:
+    """Bytes by kind; activations are neither weights nor the optimizer's. Of gradients the identity
+    may serve again: DeepSpeed's end within the step.
+
+    Args:
+        held: from step to step, or from micro-batch to micro-batch; of `held_bytes`.
         of_experts: which of them are of routed experts; as `held`.
         recorder: of the step.
     """
-    found = {kind: _storages(held[kind]) for kind in (WEIGHTS, GRADIENTS, OPTIMIZER)}
-    found["activations"] = recorder.kept()
-    seen: set[int] = set()
-    sizes = {}
-    for kind, storages in found.items():
-        own = {key: s for key, s in storages.items() if key not in seen}
-        sizes[kind] = sum(s.nbytes() for s in own.values())
-        if kind in of_experts:
-            experts = own.keys() & _storages(of_experts[kind]).keys()
-            sizes[f"expert_{kind}"] = sum(own[key].nbytes() for key in experts)
-        seen |= set(storages)
-    peaks = recorder.live.peaks
-    return StageMemory(
-        **sizes,
-        forward_peak=peaks.get(FORWARD, 0),
-        backward_peak=max(peaks.get(BACKWARD, 0), peaks.get(RECOMPUTE, 0)),
+    sizes = {kind: sum(found.values()) for kind, found in held.items()}
+    for kind, found in held.items():
+        sizes[f"expert_{kind}"] = sum(found[key] for key in found.keys() & of_experts[kind].keys())
+    others = held[WEIGHTS].keys() | held[OPTIMIZER].keys()
+    kept = recorder.kept().items()
+    sizes["activations"] = sum(s.nbytes() for key, s in kept if key not in others)
+    live = recorder.live
+    forward, backward, again = (
+        max(0, live.peaks.get(one, 0) - live.base) for one in (FORWARD, BACKWARD, RECOMPUTE)
     )
-
-
-def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
-    """By identity: addresses of tensors without values are all 0."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return {storage._cdata: storage for storage in found}
+    return StageMemory(**sizes, forward_peak=forward, backward_peak=max(backward, again))
 
 
 @cache  # of a few hundred operators, asked tens of thousands of times

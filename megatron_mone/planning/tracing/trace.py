@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+from pydantic import StrictBool
+
 from megatron_mone.common.checked_json import Fault, Field, load
 from megatron_mone.common.documents import Kind, Text, Whole, record_of
 from megatron_mone.common.files import atomic_write
@@ -86,6 +88,8 @@ class Collective:
         stride: from the group's first rank to its second, by number in the job.
         phase, pass_: in which it was launched.
         count: how many.
+        in_pass: of a step that DeepSpeed makes, whether it was launched within a pass; None where
+            Megatron makes it, whose groups and phases tell.
     """
 
     kind: Text
@@ -96,10 +100,13 @@ class Collective:
     phase: Phase
     pass_: PassName
     count: Whole = 1
+    in_pass: StrictBool | None = None
 
     @property
     def of_micro_batch(self) -> bool:
         """Whether every micro-batch has it, not every step once."""
+        if self.in_pass is not None:
+            return self.in_pass
         if self.phase in _PER_STEP:
             return False
         # Replicas of experts add up loads for the balance loss; their gradients have a phase.

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from megatron_mone.common.checked_json import load
 from megatron_mone.common.documents import AnyText, Whole, record_of
-from megatron_mone.planning.tracing.gpu_job import is_gpu_job
+from megatron_mone.planning.tracing.gpu_job import is_gpu_job, last_value
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.stages import Place, in_job, stage_job
 from megatron_mone.planning.tracing.trace import Trace
@@ -138,7 +139,7 @@ class Tracer:
             RuntimeError: one line; a process failed.
         """
         job = {"flags": list(flags), "world_size": world_size}
-        key = cache_key(kind=DESCRIBE, **job)
+        key = _key(DESCRIBE, job)
         described = []
 
         def take(_index: int, path: Path) -> None:
@@ -198,7 +199,7 @@ class Tracer:
         self, asked: dict[Place, Request], progress: Progress
     ) -> tuple[dict[Place, Trace], int]:
         """The traces asked for, and how many had to be made."""
-        keys = {place: cache_key(kind=TRACE, **request.job) for place, request in asked.items()}
+        keys = {place: _key(TRACE, request.job) for place, request in asked.items()}
         made: dict[Place, Trace] = {}
         for place, key in keys.items():
             found = self._cache.get(key, Trace.read)
@@ -216,6 +217,12 @@ class Tracer:
             requests = [asked[place] for place in missing]
             self._pool(requests[0].job["flags"]).answer(requests, take)
         return made, len(missing)
+
+
+def _key(kind: str, job: Mapping[str, Any]) -> str:
+    """Of the cache; DeepSpeed's JSON is read by its path, and may have changed since."""
+    path = Path(last_value(job["flags"], "--deepspeed-config") or "")
+    return cache_key(kind=kind, **job, json=path.read_text() if path.is_file() else "")
 
 
 def _stage_request(job: JobDescription, place: Place, rows: Sequence[int] | None) -> Request:

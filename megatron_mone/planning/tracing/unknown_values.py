@@ -111,8 +111,11 @@ def _bincount(values: Tensor, weights: Tensor | None = None, minlength: int = 0)
 
 
 def _scalar(value: Tensor) -> bool | float:
-    """What Python reads off an unknown tensor: no fault was found, and a norm or loss is 1."""
-    if value.dtype == torch.bool:
+    """What Python reads off an unknown tensor: no fault was found, and a norm or loss is 1.
+
+    DeepSpeed keeps its fault in a byte.
+    """
+    if value.dtype in (torch.bool, torch.uint8):
         return False
     if value.dtype.is_floating_point:
         return 1.0

@@ -44,12 +44,29 @@ def test_what_is_not_modelled_is_refused_in_one_line():
     for changed in (
         {"use_megatron_fsdp": True},
         {"cpu_offloading": True},
-        {"engine": "deepspeed"},
         {"cp_comm_type": ["a2a+p2p"]},
     ):
         with pytest.raises(ValueError, match=next(iter(changed))) as failure:
             check_traceable(arguments(**changed))
         assert "\n" not in str(failure.value)
+
+
+def test_deepspeeds_offload_is_refused(tmp_path):
+    given = tmp_path / "zero.json"
+    given.write_text('{"zero_optimization": {"offload_param": {"device": "cpu"}}}')
+    sizes = ("world_size", "tensor_model_parallel_size", "pipeline_model_parallel_size",
+             "context_parallel_size", "global_batch_size", "micro_batch_size")  # fmt: skip
+    job = Namespace(
+        **dict.fromkeys(sizes, 1), engine="deepspeed", zero_stage=3, clip_grad=1.0, bf16=True,
+        zero_offload_optimizer=False, deepspeed_config=None, cp_comm_type=None,
+    )  # fmt: skip
+    check_traceable(job)
+    for changed, name in (
+        ({"zero_offload_optimizer": True}, "offload_optimizer"),
+        ({"deepspeed_config": str(given)}, "offload_param"),
+    ):
+        with pytest.raises(ValueError, match=rf"{name}.device = 'cpu' cannot be planned"):
+            check_traceable(Namespace(**{**vars(job), **changed}))
 
 
 def test_depths_that_travel_behind_an_mtp_stage():

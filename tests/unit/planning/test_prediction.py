@@ -4,7 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, RECOMPUTE
+from megatron_mone.common.phases import (
+    ATTENTION,
+    BACKWARD,
+    EXPOSED_COMMUNICATION,
+    FORWARD,
+    RECOMPUTE,
+)
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
@@ -277,6 +283,39 @@ def test_loads_of_expert_replicas_are_added_for_every_micro_batch():
         "expert data parallel"
         in predicted({place: trace(*STAGE.ops, loads) for place in TRACES}).parts
     )
+
+
+def zero(count, *, in_pass=True):
+    """Reductions of 7 ms each over 8 ranks of a domain, by DeepSpeed's engine."""
+    return Collective("reduce_scatter", 8_000_000, "dp-cp", 8, 1, EXPOSED_COMMUNICATION, BACKWARD,
+                      count, in_pass)  # fmt: skip
+
+
+def zero_step(*records, **changes):
+    """Prediction of 4 micro-batches, of 10 ms forward and 20 ms backward."""
+    stage = trace(product(10), product(20, BACKWARD), *records)
+    of = facts(pp=1, ep=1, edp=8, dispatcher="", zero_stage=2, **changes)
+    return predict({(0, 0): stage}, of, CLUSTER, EXACT)
+
+
+def test_zero_reduces_in_every_micro_batch_or_once():
+    assert zero_step(zero(2)).parts["data parallel"] == pytest.approx(4 * 0.014)
+    once = zero_step(zero(2, in_pass=False))
+    assert once.parts["data parallel"] == pytest.approx(0.014)
+    assert once.seconds == pytest.approx(4 * 0.030 + 0.014)
+
+
+@pytest.mark.parametrize(("buckets", "left"), [(1, 7.0), (2, 7.0), (4, 8.0)])
+def test_zero_hides_all_but_one_bucket_in_the_compute_of_a_pass(buckets, left):
+    """Of 28 ms the 20 ms of the backward hide that much; the last bucket waits for its end."""
+    found = zero_step(zero(buckets), overlap_zero=True)
+    assert found.parts["data parallel"] == pytest.approx(4 * left / 1e3)
+    assert found.hidden == pytest.approx(4 * (7 * buckets - left) / 1e3)
+
+
+def test_zero_has_no_scaling_curve():
+    assert scaled_facts(facts(pp=1, zero_stage=1), 32) is None
+    assert scaled_facts(facts(pp=1), 32) is not None
 
 
 def test_phases_add_up_to_compute_and_a_late_host_is_in_other():

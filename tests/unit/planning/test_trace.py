@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, ROUTER
-from megatron_mone.planning.tracing.recorder import Recorder, stage_memory
+from megatron_mone.planning.tracing.recorder import Recorder, held_bytes, stage_memory
 from megatron_mone.planning.tracing.stand_ins.values import balanced_rows, routing_map
 from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace, merged
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
@@ -215,7 +215,7 @@ def test_what_two_kinds_share_is_the_first_ones(recorder):
         x = torch.ones(10, requires_grad=True)
         (x * weight).sin()  # keeps the weight, and the argument of sin
     held = {"weights": [weight, weight[:3]], "gradients": [gradient, weight], "optimizer": []}
-    found = stage_memory(held, {}, recorder)
+    found = stage_memory(held_bytes(held), held_bytes({}), recorder)
     assert found == StageMemory(weights=40, gradients=24, optimizer=0, activations=40)
 
 
@@ -223,7 +223,7 @@ def test_what_is_of_experts_is_told_apart(recorder):
     dense, expert, state = torch.zeros(10), torch.zeros(6), torch.zeros(3)
     held = {"weights": [dense, expert], "gradients": [], "optimizer": [state, expert]}
     of_experts = {"weights": [expert], "gradients": [], "optimizer": [state, expert]}
-    found = stage_memory(held, of_experts, recorder)
+    found = stage_memory(held_bytes(held), held_bytes(of_experts), recorder)
     assert (found.weights, found.expert_weights) == (64, 24)
     assert (found.optimizer, found.expert_optimizer) == (12, 12)
     assert (found.gradients, found.expert_gradients) == (0, 0)
