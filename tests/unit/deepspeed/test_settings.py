@@ -85,6 +85,8 @@ def test_a_json_is_merged(given):
         ({"bf16": {"enabled": True}}, (), "bf16.enabled = True, but the run has False (--bf16)"),
         ({"train_batch_size": 9}, (), "train_batch_size = 9, but the run has 8"),
         ({"comms_logger": "auto"}, (), "comms_logger = 'auto': nothing here fills it in"),
+        ({"zero_optimization": {"stage": 1, "overlap_comm": True}}, (),
+         "overlap_comm = true: ZeRO 1 reduces when the step comes"),
         ({"zero_optimization": {"stage": 3}}, ("--expert-model-parallel-size", "2"),
          "expert_model_parallel_size = 2 does not go with engine = deepspeed: ZeRO 3 cuts"),
     ],
