@@ -207,9 +207,10 @@ def settings_of(args: Namespace) -> dict[str, Any]:
         _differ(args, "train_batch_size", given["train_batch_size"], args.global_batch_size,
                 "--global-batch-size")  # fmt: skip
     given.pop("train_batch_size", None)
-    if given.get("zero_optimization", {}).get("overlap_comm") is True and stage_of(args) < 2:
+    stage = stage_of(args)
+    if given.get("zero_optimization", {}).get("overlap_comm") is True and stage < 2:
         raise ValueError(
-            f"{args.deepspeed_config}: zero_optimization.overlap_comm = true: ZeRO {stage_of(args)} "
+            f"{args.deepspeed_config}: zero_optimization.overlap_comm = true: ZeRO {stage} "
             "reduces when the step comes: leave it out, or give --zero-stage 2"
         )
     return _merged(args, ours, given, free)
