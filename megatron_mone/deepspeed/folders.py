@@ -19,33 +19,11 @@ from megatron_mone.checkpoint.verify import CheckpointRefusedError
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.patch import Replaced
 from megatron_mone.deepspeed import state
+from megatron_mone.deepspeed.settings import LATEST, tag_of
 
-LATEST, UNIVERSAL = "latest", "latest_universal"
 _TAG = "global_step{}"
 _CARRIED = ("params", "step")  # of a group, what a checkpoint says and the flags do not
 _ITERATION, _SAMPLES = "iteration", "consumed_train_samples"  # of what a run adds
-
-
-def tag_of(folder: Path) -> tuple[str, bool]:
-    """The tag to load, and whether it is of a universal checkpoint.
-
-    Raises:
-        ValueError: the folder is not DeepSpeed's, or what it names is missing; one line.
-    """
-    for name, universal in ((UNIVERSAL, True), (LATEST, False)):
-        if not (folder / name).is_file():
-            continue
-        tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
-        if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
-            raise ValueError(
-                f"load_deepspeed = {str(folder)!r}: {name} names {tag!r}, no folder there: write "
-                "the name of one into it"
-            )
-        return tag, universal
-    raise ValueError(
-        f"load_deepspeed = {str(folder)!r} holds no {LATEST} and no {UNIVERSAL}: name a folder "
-        "that DeepSpeed's engine saved to"
-    )
 
 
 def save(engine: Any, folder: Path, args: Namespace, iteration: int) -> None:

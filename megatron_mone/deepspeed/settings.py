@@ -61,6 +61,8 @@ ELSEWHERE = {
 }
 """Keys of DeepSpeed's that are refused -> why, and what says it here."""
 
+LATEST, UNIVERSAL = "latest", "latest_universal"
+"""Files of a folder of DeepSpeed's that name its newest checkpoint."""
 MOOT = {
     "--use-distributed-optimizer": "ZeRO shards the optimizer, see --zero-stage",
     "--overlap-grad-reduce": "DeepSpeed reduces gradients itself, see overlap_comm of its JSON",
@@ -148,6 +150,28 @@ def given_json(args: Namespace) -> dict[str, Any]:
     if not isinstance(given.get("zero_optimization", {}), dict):
         raise ValueError(f"{path}: zero_optimization must be an object, such as {{'stage': 2}}")
     return given
+
+
+def tag_of(folder: Path) -> tuple[str, bool]:
+    """The tag to load, and whether it is of a universal checkpoint.
+
+    Raises:
+        ValueError: the folder is not DeepSpeed's, or what it names is missing; one line.
+    """
+    for name, universal in ((UNIVERSAL, True), (LATEST, False)):
+        if not (folder / name).is_file():
+            continue
+        tag = (folder / name).read_text(encoding="utf-8", errors="replace").strip()
+        if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+            raise ValueError(
+                f"load_deepspeed = {str(folder)!r}: {name} names {tag!r}, no folder there: write "
+                "the name of one into it"
+            )
+        return tag, universal
+    raise ValueError(
+        f"load_deepspeed = {str(folder)!r} holds no {LATEST} and no {UNIVERSAL}: name a folder "
+        "that DeepSpeed's engine saved to"
+    )
 
 
 def stage_of(args: Namespace) -> int:

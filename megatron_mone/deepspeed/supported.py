@@ -11,8 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_mone.deepspeed.folders import tag_of
-from megatron_mone.deepspeed.settings import AUTO, given_json, is_deepspeed, settings_of, stage_of
+from megatron_mone.deepspeed.settings import (
+    AUTO,
+    given_json,
+    is_deepspeed,
+    settings_of,
+    stage_of,
+    tag_of,
+)
 
 _MEGATRON = "leave it out, or give --engine megatron"
 

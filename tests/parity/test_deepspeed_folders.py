@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_mone.deepspeed.folders import LATEST, UNIVERSAL
+from megatron_mone.deepspeed.settings import LATEST, UNIVERSAL
 from tests.parity.layouts import TP2, TRAIN
 from tests.training_cases import Case, run_cases, scalars
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_mone.deepspeed.folders import LATEST, UNIVERSAL, _data_alone, tag_of
+from megatron_mone.deepspeed.folders import _data_alone
+from megatron_mone.deepspeed.settings import LATEST, UNIVERSAL, tag_of
 
 
 def test_the_tag_is_named_by_the_folder(tmp_path):
