@@ -45,6 +45,8 @@ def check_local(spec: LaunchSpec) -> None:
             f"rendezvous_suffix = {spec.rendezvous_suffix!r}: ranks of run meet on this machine; "
             "use submit, or leave it out"
         )
+    if spec.hostfile:
+        raise ValueError("hostfile = True: ranks of run are on this machine; leave it out")
     for name in {"MASTER_ADDR", "MASTER_PORT"} & spec.environment.keys():
         raise ValueError(
             f"environment: {name} = {spec.environment[name]!r}: ranks of run meet on this machine; "

@@ -30,7 +30,7 @@ from launch.spec.launch_spec import LaunchSpec
 from launch.spec.pre_submit import PreSubmitChecks, Refused, pre_submit_checks
 from launch.spec.profile_sizes import Size, Sizes
 from launch.spec.sbatch_options import without_gpus
-from launch.spec.training_job import data_prefixes, training_variables
+from launch.spec.training_job import check_hostfile, data_prefixes, training_variables
 from megatron_mone.common.files import atomic_write
 from megatron_mone.common.places import program_words
 from megatron_mone.common.program import parse
@@ -178,6 +178,7 @@ def _size_job(
 ) -> LaunchSpec:  # fmt: skip
     """The job of --nodes, from which those of other sizes are made."""
     # A profile that is stopped or lost is not made again: the report names it.
+    check_hostfile(site, values, words)
     once = {"requeue": False, "signal_lead_seconds": 0, "hang_seconds": 0}
     spec = LaunchSpec(
         name=name,
@@ -226,6 +227,7 @@ def _report_job(sweep: ProfileSweep, job_ids: Sequence[str]) -> LaunchSpec:
             exclusive=False,
             preflight=False,
             spare_nodes=0,
+            hostfile=False,
             time_limit=limit,
             dependency=":".join(["afterany", *job_ids]) if job_ids else None,
             folder=str(sweep.folder),

@@ -9,13 +9,15 @@ here is checked, what is not is named. May touch: the tracer's processes and cac
 from __future__ import annotations
 
 import functools
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.spec.megatron_flags import flag_parser
 from megatron_mone.data import blend
+from megatron_mone.deepspeed.supported import check_zero
 from megatron_mone.model.run_config import to_flags
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def check_flags(tracer: Tracer, job: JobSpec, ranks: int, gpus: bool) -> JobDesc
     blend.check_sources(values)
     flags = to_flags(_values_here(job), megatron_parser(), Path(job.name))
     megatron_parser().parse_args(flags)
+    _check_deepspeed_json(values)
     if not gpus and values.get("transformer_impl", "transformer_engine") != "local":
         raise ValueError(
             "transformer_impl = 'transformer_engine' needs GPUs: give --gpus-per-node, or "
@@ -84,6 +87,12 @@ def check_flags(tracer: Tracer, job: JobSpec, ranks: int, gpus: bool) -> JobDesc
         if any("in parse_arguments" in note for note in getattr(error, "__notes__", ())):
             raise ValueError(f"Megatron cannot read these flags: {error}") from error
         raise
+
+
+def _check_deepspeed_json(values: Mapping[str, Any]) -> None:
+    """What DeepSpeed itself makes of its JSON, which the ranks would find out; where it is here."""
+    if find_spec("deepspeed") is not None:
+        check_zero(Namespace(deepspeed_config=values.get("deepspeed_config")))
 
 
 def knows_vocabulary(job: JobSpec) -> bool:

@@ -41,6 +41,7 @@ _HELP = {
     "hang_seconds": "end ranks that show no progress for so long; 0: never",
     "spare_nodes": "nodes to ask for beyond --nodes, taken in place of bad ones",
     "preflight_limits": "NAME=VALUE: what a good node must reach; may be repeated",
+    "hostfile": "write DeepSpeed's hostfile into the run folder (engine: deepspeed)",
     "array": "task numbers, like 0-7%2",
     "modules": "MODULE to load; may be repeated",
     "environment": "NAME=VALUE; may be repeated",

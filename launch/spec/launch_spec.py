@@ -113,6 +113,8 @@ class LaunchSpec:
     """Variables of the ranks; a MASTER_ADDR or MASTER_PORT wins over the launcher's."""
     rendezvous_suffix: str | None = None
     """Put after the first node's name in MASTER_ADDR: its name in the network of the ranks."""
+    hostfile: bool = False
+    """Write the nodes of the ranks as DeepSpeed's `hostfile` into the run folder."""
     planner_cluster: str | None = None
     """Hardware of configs/cluster/hardware, or a YAML file: for the verdict on memory."""
     sbatch: Mapping[str, str] = field(default_factory=dict)

@@ -15,7 +15,9 @@ from launch.spec.environment import gpu_variables, job_variables
 from launch.spec.grid import Point, read_grid
 from launch.spec.launch_spec import Case, LaunchSpec, Variable
 from launch.spec.megatron_flags import stated, stated_words
+from megatron_mone.common import checked_json
 from megatron_mone.data import blend
+from megatron_mone.deepspeed.settings import DEEPSPEED, MEGATRON
 from megatron_mone.model.run_config import find_run, load_run
 from megatron_mone.model.trackers import flags as trackers
 
@@ -92,6 +94,7 @@ def job_of_values(
     folder = runs.resolve() / (name or config.stem)
     points = read_grid(grid, values, words)
     identity = {"values": values, "arguments": list(words), "sweep": bool(points)}
+    identity |= _settings(values, words)
     cases = grid_cases(folder, grown(read_cases(folder), points), identity) if points else ()
     own = () if cases else _own_flags(folder, SINGLE, identity)
     spec = LaunchSpec(
@@ -105,9 +108,34 @@ def job_of_values(
         **site,
     )
     spec = replace(spec, command=(spec.python, *spec.command))
+    check_hostfile(site, values, words, cases)
     read = [data_prefixes(values, [*words, *case.arguments]) for case in cases or (Case("", ()),)]
     data = tuple(dict.fromkeys(prefix for prefixes in read for prefix in prefixes))
     return Job(checked(spec), identity, data, points)
+
+
+def check_hostfile(
+    site: Mapping[str, Any], values: Mapping[str, Any], words: Sequence[str],
+    cases: Sequence[Case] = (),
+) -> None:  # fmt: skip
+    """Refuse DeepSpeed's hostfile where no run, or not every case, is DeepSpeed's.
+
+    Args:
+        site: fields of the launch file and of flags.
+        values: Megatron arguments of the run file.
+        words: Megatron flags after them.
+        cases: of a grid.
+
+    Raises:
+        ValueError: one line.
+    """
+    for case in cases or (Case("", ()),):
+        engine = stated("engine", values, [*words, *case.arguments]) or MEGATRON
+        if site.get("hostfile") and engine != DEEPSPEED:
+            raise ValueError(
+                f"hostfile = True is DeepSpeed's, and engine = {engine!r}: give --engine "
+                "deepspeed, or leave it out"
+            )
 
 
 def grid_cases(
@@ -154,6 +182,8 @@ def program_job(name: str | None, runs: Path, words: Sequence[str], site: Mappin
     """
     if not words:
         raise ValueError("nothing to run: give --config FILE, or a program after --")
+    if site.get("hostfile"):
+        raise ValueError("hostfile = True is for training with engine = deepspeed; leave it out")
     name = name or Path(words[0]).name
     spec = LaunchSpec(
         name=name,
@@ -193,6 +223,14 @@ def data_prefixes(values: Mapping[str, Any], words: Sequence[str]) -> tuple[str,
     given: dict[str, Any] = {name: stated_words(name, values, words) for name in blend.WORDS}
     data = blend.read_data(given | {name: stated(name, values, words) for name in blend.FILES})
     return (*data.prefixes, *(path for _, path in data.unread))
+
+
+def _settings(values: Mapping[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """What DeepSpeed's JSON says, which decides the result and may be edited between two starts."""
+    path = stated("deepspeed_config", values, words)
+    if path is None:
+        return {}
+    return {"deepspeed_config": checked_json.load(Path(path), "give DeepSpeed's JSON")}
 
 
 def _own_flags(folder: Path, case: SweepCase, config: Mapping[str, Any]) -> tuple[str, ...]:

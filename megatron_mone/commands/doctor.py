@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,8 @@ def works() -> dict[str, str]:
     gpus = torch.cuda.device_count()
     gloo = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     found["ranks on CPUs"] = "" if gloo else "this torch was built without gloo"
+    absent = "" if find_spec("deepspeed") else "the package deepspeed is not installed"
+    found["engine deepspeed"] = absent
     found["ranks on GPUs"] = "" if gpus else "torch finds no CUDA device"
     for name, backend in BACKENDS.items():
         reasons = [backend.why_not(Call(device)) for device in ("cpu", "cuda")[: 1 + bool(gpus)]]
@@ -120,6 +123,7 @@ def lacking(words: Sequence[str]) -> list[str]:
         from megatron_mone import cpu_emulation
 
         cpu_emulation.install()
+    from megatron_mone.deepspeed.supported import check_package
     from megatron_mone.model.arguments import parse_given, written_out
     from megatron_mone.model.checks.machine import machine_faults
     from megatron_mone.model.checks.optimizer import check_optimizer_package
@@ -129,10 +133,11 @@ def lacking(words: Sequence[str]) -> list[str]:
     # megatron/training/arguments.py: validate_args, which wants the ranks of the run
     args.params_dtype = torch.half if args.fp16 else torch.bfloat16 if args.bf16 else torch.float
     found = [*machine_faults(args), *package_faults(args)]
-    try:
-        check_optimizer_package(args)
-    except ValueError as error:
-        found.append(str(error))
+    for check in (check_optimizer_package, check_package):
+        try:
+            check(args)
+        except ValueError as error:
+            found.append(str(error))
     return found
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from megatron_mone.deepspeed.settings import (
     AUTO,
@@ -156,21 +155,38 @@ def check_package(args: Namespace) -> None:
     Raises:
         ValueError: deepspeed is not installed.
     """
-    if not is_deepspeed(args):
-        return
-    if find_spec("deepspeed") is None:
+    if is_deepspeed(args) and find_spec("deepspeed") is None:
         raise ValueError(
             "engine = 'deepspeed' needs the package deepspeed: pip install "
             "'megatron-mone[deepspeed]', or give --engine megatron"
         )
+
+
+def check_files(args: Namespace) -> None:
+    """Where the run is to run, with the package: what its files hold.
+
+    Raises:
+        ValueError: one line.
+    """
+    if not is_deepspeed(args):
+        return
     if args.load_deepspeed:
         tag_of(Path(args.load_deepspeed))
-    if zero := given_json(args).get("zero_optimization"):
-        _check_zero(args.deepspeed_config, zero)
+    check_zero(args)
 
 
-def _check_zero(path: str, given: dict[str, Any]) -> None:
-    """By DeepSpeed's own model of these settings."""
+def check_zero(args: Namespace) -> None:
+    """What the JSON says of ZeRO, by DeepSpeed's own model of it; the package is there.
+
+    Args:
+        args: Megatron's, of which `deepspeed_config` is read.
+
+    Raises:
+        ValueError: one line.
+    """
+    given = given_json(args).get("zero_optimization")
+    if not given:
+        return
     from pydantic import ValidationError
 
     from megatron_mone.deepspeed.package import package
@@ -183,4 +199,5 @@ def _check_zero(path: str, given: dict[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, ("zero_optimization", *first["loc"])))
-        raise ValueError(f"{path}: {place} = {first['input']!r}: {first['msg']}") from None
+        where = f"{args.deepspeed_config}: {place}"
+        raise ValueError(f"{where} = {first['input']!r}: {first['msg']}") from None

@@ -28,11 +28,20 @@ STEPS = 12
 RANKS = 2
 
 
-def flags(save: Path, *more: str) -> list[str]:
-    """A tiny MoNE run with EP 2 and a distributed optimizer that saves every second step."""
+EP = ("--expert-model-parallel-size", str(RANKS))
+ENGINES = {
+    "Megatron": (*EP, "--use-distributed-optimizer"),
+    "ZeRO 1": (*EP, "--engine", "deepspeed", "--zero-stage", "1"),
+    "ZeRO 3": ("--engine", "deepspeed", "--zero-stage", "3"),
+}
+"""Each shards the optimizer over the ranks."""
+
+
+def flags(save: Path, *more: str, engine: str = "Megatron") -> list[str]:
+    """A tiny MoNE run of one of ENGINES that saves every second step."""
     return [
-        *(*TINY, *MONE, *MOCK, "--expert-model-parallel-size", str(RANKS)),
-        *("--use-distributed-optimizer", "--global-batch-size", "4", "--train-iters", str(STEPS)),
+        *(*TINY, *MONE, *MOCK, *ENGINES[engine]),
+        *("--global-batch-size", "4", "--train-iters", str(STEPS)),
         *("--save", str(save), "--load", str(save), "--save-interval", "2", *more),
     ]
 
@@ -155,7 +164,9 @@ def _serve() -> None:
     os.dup2(2, 1)  # for what the imports print
     importlib.import_module("tests.rank_imports")
     from megatron_mone import pretrain
+    from megatron_mone.deepspeed.package import package
 
+    package()  # a second of each rank's start
     print(json.dumps({"ready": []}), file=answers)
     for line in sys.stdin:
         command = json.loads(line)

@@ -1,12 +1,14 @@
 """Whatever ends a run, the next start goes on as if nothing had happened, bit for bit.
 
 Two ranks, EP 2, distributed optimizer, a save every second step of twelve; every loss of every
-interrupted run is compared with those of a run that was never stopped.
+interrupted run is compared with those of a run that was never stopped. Kills at random moments meet
+DeepSpeed's engine as often as Megatron's.
 """
 
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import random
 import re
@@ -14,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,8 @@ from tests.integration.crash_ranks import RANKS, STEPS, RankServer, flags, wait_
 
 pytestmark = pytest.mark.slow
 KILLS = 20
+TURNS = ("Megatron", "ZeRO 1", "Megatron", "ZeRO 3")
+"""Whose run each kill in turn meets."""
 SEED = 20
 
 
@@ -37,21 +42,26 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="module")
 def whole(server: RankServer) -> dict[int, str]:
     """The losses of the run that is never stopped; its checkpoints are in whole-save."""
-    assert server.run("whole", flags(server.folder / "whole-save")) == [0] * RANKS
-    losses = server.losses("whole")
+    return run_whole(server, "whole", flags(server.folder / "whole-save"))
+
+
+def run_whole(server: RankServer, name: str, argv: list[str]) -> dict[int, str]:
+    """The losses of a run that is not stopped."""
+    assert server.run(name, argv) == [0] * RANKS, server.log(name)[-3000:]
+    losses = server.losses(name)
     assert sorted(losses) == list(range(1, STEPS + 1))
     return losses
 
 
-def pace(server: RankServer) -> tuple[float, float]:
-    """Seconds of the whole run and of its longest save, on this machine as busy as it is now."""
-    folder = server.folder / "whole-save"
-    start = (server.folder / "whole.0.log").stat().st_ctime
+def pace(server: RankServer, name: str) -> tuple[float, float]:
+    """Seconds of a whole run and of its longest save, on this machine as busy as it is now."""
+    folder = server.folder / f"{name}-save"
+    start = (server.folder / f"{name}.0.log").stat().st_ctime
     saves = []
     for number in iterations(folder):
         times = [path.stat().st_mtime for path in (folder / f"iter_{number:07d}").iterdir()]
         saves.append(max(times) - min(times))
-    lines = (server.folder / "whole.0.log").read_text()
+    lines = (server.folder / f"{name}.0.log").read_text()
     begun = re.search(r"before library-setup\] datetime: (\S+ \S+)", lines)
     assert begun is not None
     began = datetime.datetime.fromisoformat(begun[1]).timestamp()
@@ -124,41 +134,87 @@ def test_a_run_nobody_waited_for_is_ended_before_the_next(server):
     server.end()
 
 
-def test_twenty_kills(server, whole):
+@dataclass
+class Lineage:
+    """Runs of one engine in one folder after another, each gone on with until it is finished.
+
+    Attributes:
+        engine: of `crash_ranks.ENGINES`.
+        whole: losses of the run that is never stopped.
+        pace: of that run, as `pace` returns it.
+        finished: how many folders are.
+        runs: in the folder that is not.
+    """
+
+    engine: str
+    whole: dict[int, str]
+    pace: tuple[float, float]
+    finished: int = 0
+    runs: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the folder."""
+        return f"{self.engine}-{self.finished}"
+
+
+def lineage_of(server: RankServer, engine: str) -> Lineage:
+    """One that has not begun."""
+    name = f"whole-{engine}"
+    losses = run_whole(server, name, flags(server.folder / f"{name}-save", engine=engine))
+    return Lineage(engine, losses, pace(server, name))
+
+
+def kill_once(server: RankServer, lineage: Lineage, chance: random.Random) -> bool | None:
+    """Start or resume its run and kill a rank at a random moment, most often in a save.
+
+    Returns:
+        Whether a half-written checkpoint was left; None where the run had just ended.
+    """
+    save = server.folder / lineage.name
+    name = f"kill-{lineage.name}-{len(lineage.runs)}"
+    lineage.runs.append(name)
+    run_seconds, save_seconds = lineage.pace
+    started = time.time()
+    pids = server.start(name, flags(save, engine=lineage.engine))
+    victim = chance.randrange(RANKS)
+    if chance.random() < 0.7:
+        log = server.folder / f"{name}.0.log"
+        wait_for(functools.partial(has_begun, log, chance.choice((1, 1, 2)), pids), 300)
+        time.sleep(chance.uniform(0, 1.5 * save_seconds))
+    else:
+        time.sleep(chance.uniform(0, run_seconds))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pids[victim], signal.SIGKILL)
+    statuses = server.wait()
+    agrees(server, lineage.whole, name)
+    assert statuses[victim] in (0, -signal.SIGKILL), server.log(name)[-3000:]
+    if statuses[1 - victim] == 1:
+        said = (server.folder / f"{name}.{1 - victim}.log").read_text(errors="replace")
+        assert "onnection" in said[-3000:], said[-3000:]  # gloo noticed before the server
+    half_written = check_resumable(save, started) if statuses[victim] != 0 else None
+    if read_tracker(save) == str(STEPS):
+        assert agrees(server, lineage.whole, *lineage.runs) == set(lineage.whole)
+        lineage.finished, lineage.runs = lineage.finished + 1, []
+    return half_written
+
+
+def test_twenty_kills(server):
     """A rank killed at 20 random moments, most of them in a save, leaves nothing unresumable."""
     chance = random.Random(SEED)
-    kills, half_written, lineage, runs = 0, 0, 0, []
-    run_seconds, save_seconds = pace(server)
-    while kills < KILLS:
-        save = server.folder / f"lineage{lineage}"
-        runs.append(f"kill{lineage}-{kills}")
-        started = time.time()
-        pids = server.start(runs[-1], flags(save))
-        victim = chance.randrange(RANKS)
-        if chance.random() < 0.7:
-            log = server.folder / f"{runs[-1]}.0.log"
-            saves = chance.choice((1, 1, 2))
-            wait_for(functools.partial(has_begun, log, saves, pids), 300)
-            time.sleep(chance.uniform(0, 1.5 * save_seconds))
-        else:
-            time.sleep(chance.uniform(0, run_seconds))
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pids[victim], signal.SIGKILL)
-        statuses = server.wait()
-        agrees(server, whole, runs[-1])
-        assert statuses[victim] in (0, -signal.SIGKILL), server.log(runs[-1])[-3000:]
-        if statuses[1 - victim] == 1:
-            said = (server.folder / f"{runs[-1]}.{1 - victim}.log").read_text(errors="replace")
-            assert "onnection" in said[-3000:], said[-3000:]  # gloo noticed before the server
-        if statuses[victim] != 0:  # else it had just ended: this kill does not count
-            kills += 1
-            half_written += check_resumable(save, started)
-        if read_tracker(save) == str(STEPS):
-            assert agrees(server, whole, *runs) == set(whole)
-            lineage, runs = lineage + 1, []
-    print(f"{kills} kills in {lineage + 1} runs, {half_written} left a half-written checkpoint")
-    assert half_written >= 4
-    resume(server, whole, "after-kills", flags(save))
+    lineages = {engine: lineage_of(server, engine) for engine in dict.fromkeys(TURNS)}
+    turns = itertools.cycle(TURNS)
+    left: list[bool] = []
+    while len(left) < KILLS:
+        lineage = lineages[next(turns)]
+        while (half_written := kill_once(server, lineage, chance)) is None:
+            pass
+        left.append(half_written)
+    print(f"{KILLS} kills, {sum(left)} left a half-written checkpoint")
+    assert sum(left) >= 4
+    for one in lineages.values():
+        argv = flags(server.folder / one.name, engine=one.engine)
+        resume(server, one.whole, f"after-kills-{one.engine}", argv)
 
 
 def test_kill_at_each_stage_of_a_save(server, whole):

@@ -2,12 +2,14 @@
 
 One run goes through undisturbed; the others are stopped by their time limit, lose a node or lose
 their controller's trust (split-brain), are started again by Slurm, and must end with the losses of
-the first.
+the first. Both engines are stopped and go on.
 """
 
 import hashlib
 import json
+import math
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from launch.slurm.records import JobState
 from megatron_mone.common.command_line import ERROR
 from tests.slurm.cluster import Cluster, processes_with
 from tests.slurm.conftest import Boot
-from tests.slurm.jobs import wait_end, wait_until
+from tests.slurm.jobs import one, wait_end, wait_until
 from tests.slurm.training import (
     FLAGS,
     STEPS,
@@ -37,6 +39,12 @@ from tests.slurm.training import (
 
 pytestmark = pytest.mark.slow
 
+ENGINES = {
+    "megatron": (),
+    "deepspeed": ("--hostfile", "--", "--engine", "deepspeed", "--zero-stage", "2"),
+}
+Losses = dict[str, dict[int, float]]
+
 
 @pytest.fixture
 def cluster(slurm_cluster: Boot) -> Iterator[Cluster]:
@@ -51,44 +59,62 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm_cluster: Boot, runs: Path) -> dict[int, float]:
-    """The losses of two nodes that nobody disturbs."""
+def undisturbed(slurm_cluster: Boot, runs: Path) -> Losses:
+    """The losses, by engine, of two nodes that nobody disturbs."""
     with slurm_cluster(6, owner="training").selected():
-        state = wait_end(submit_training(runs, "whole"))
-    assert state.state == "COMPLETED", _said(runs / "whole")
-    found = losses(runs / "whole")
-    assert sorted(found) == list(range(1, STEPS + 1))
+        jobs = {
+            engine: submit_training(runs, f"whole-{one}", *ENGINES[engine]) for engine in ENGINES
+        }
+        ends = {engine: wait_end(job) for engine, job in jobs.items()}
+    found = {}
+    for engine, end in ends.items():
+        run = runs / f"whole-{engine}"
+        assert end.state == "COMPLETED", _said(run)
+        found[engine] = losses(run)
+        assert sorted(found[engine]) == list(range(1, STEPS + 1))
+    assert found["megatron"] != found["deepspeed"]  # in the last bits: the engine was another
     return found
 
 
-def test_two_nodes_give_the_losses_of_two_ranks_here(
-    undisturbed: dict[int, float], tmp_path: Path
-) -> None:
+def test_two_nodes_give_the_losses_of_two_ranks_here(undisturbed: Losses, tmp_path: Path) -> None:
     flags = [*FLAGS, "--expert-model-parallel-size", "2"]
     where = ["--runs", str(tmp_path), "--name", "here", "--tasks-per-node", "2"]
     curve = ["--tensorboard-dir", str(tmp_path / "here" / "curve")]
     launch("run", "--config", "configs/demo-mone.yaml", *where, "--", *flags, *curve)
-    assert losses(tmp_path / "here") == undisturbed
+    assert losses(tmp_path / "here") == undisturbed["megatron"]
 
 
 def test_stopped_by_its_time_limit_a_run_goes_on_as_if_it_never_was(
-    cluster: Cluster, undisturbed: dict[int, float], runs: Path
+    cluster: Cluster, undisturbed: Losses, runs: Path
 ) -> None:
-    job = submit_training(runs, "timed", "--time-limit", "3", "--signal-lead-seconds", "70")
-    ranks = freeze_at(runs / "timed", f"{job}.0", 5)
-    wait_for_signal(ranks, signal.SIGUSR1)
-    slurm_commands.update(job, TimeLimit="30")  # one stop is looked at, however slow this machine
-    thaw(ranks)
-    assert _wait_second_start(job).state == "COMPLETED", _said(runs / "timed")
-    first, second = _attempts(runs / "timed")
-    assert (first["status"], first["reason"]) == (75, "requeued after a checkpoint")
-    assert (second["status"], second["reason"]) == (0, "finished")
-    # The step at which it was stopped was saved: nothing is done twice.
-    assert losses(runs / "timed") == undisturbed
+    names = {engine: f"timed-{engine}" for engine in ENGINES}
+    limits = ("--time-limit", "30", "--signal-lead-seconds", "70")
+    jobs = {
+        engine: submit_training(runs, names[engine], *limits, *ENGINES[engine])
+        for engine in ENGINES
+    }
+    ranks = {engine: freeze_at(runs / names[engine], f"{job}.0", 5) for engine, job in jobs.items()}
+    for job in jobs.values():
+        _end_soon(job)
+    for engine, job in jobs.items():
+        wait_for_signal(ranks[engine], signal.SIGUSR1)
+        slurm_commands.update(job, TimeLimit="30")  # one stop is looked at, however slow it is here
+        thaw(ranks[engine])
+    for engine, job in jobs.items():
+        run = runs / names[engine]
+        assert _wait_second_start(job).state == "COMPLETED", _said(run)
+        first, second = _attempts(run)
+        assert (first["status"], first["reason"]) == (75, "requeued after a checkpoint")
+        assert (second["status"], second["reason"]) == (0, "finished")
+        # The step at which it was stopped was saved: nothing is done twice.
+        assert losses(run) == undisturbed[engine]
+    nodes = _names(_attempts(runs / names["deepspeed"])[-1]["node_list"])
+    hostfile = (runs / names["deepspeed"] / "hostfile").read_text()
+    assert hostfile.splitlines() == [f"{node} slots=1" for node in nodes]
 
 
 def test_a_run_that_lost_a_node_is_requeued_and_completes(
-    cluster: Cluster, undisturbed: dict[int, float], runs: Path
+    cluster: Cluster, undisturbed: Losses, runs: Path
 ) -> None:
     job = submit_training(runs, "lost")
     ranks = freeze_at(runs / "lost", f"{job}.0", 5)
@@ -99,7 +125,7 @@ def test_a_run_that_lost_a_node_is_requeued_and_completes(
     second = _attempts(runs / "lost")[-1]
     assert second["reason"] == "finished"
     assert nodes[-1] not in _names(second["node_list"])
-    assert losses(runs / "lost") == undisturbed
+    assert losses(runs / "lost") == undisturbed["megatron"]
 
 
 def test_a_rank_on_a_node_that_slurm_gave_up_never_writes_again(
@@ -137,6 +163,13 @@ def test_cancel_leaves_no_process(cluster: Cluster, runs: Path) -> None:
     assert f"job {job} is cancelled" in launch("cancel", "--runs", str(runs), "cancelled")
     assert wait_end(job).state == "CANCELLED"
     assert not processes_with(str(runs / "cancelled"))
+
+
+def _end_soon(job: str) -> None:
+    """Lower the time limit of a job that runs, so that it passes in one to two minutes."""
+    begun = one(job).start
+    assert begun is not None
+    slurm_commands.update(job, TimeLimit=str(math.ceil((time.time() - begun) / 60) + 1))
 
 
 def _wait_second_start(job: str) -> JobState:

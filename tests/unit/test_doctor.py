@@ -5,9 +5,11 @@ import sys
 
 import pytest
 
+from megatron_mone.commands import doctor
 from megatron_mone.commands.doctor import main
 from megatron_mone.common import installed
 from megatron_mone.common.places import CONFIG_ROOT
+from megatron_mone.deepspeed import supported
 
 DEMO = str(CONFIG_ROOT / "demo-mone.yaml")
 
@@ -73,6 +75,18 @@ def test_a_run_file_needs_nothing_or_each_thing_is_named(capsys):
         *("moe_flex_dispatcher_backend", "backend", "transformer_impl"),
     ]
     assert "pip install tiktoken" in lines[1]
+
+
+def test_deepspeed_is_named_where_it_is_not_installed(capsys, monkeypatch):
+    deepspeed = ["--config", DEMO, "--", "--engine", "deepspeed"]
+    said = found(capsys, *deepspeed)
+    assert (said["missing"], said["works"]["engine deepspeed"]) == ([], "")
+    for module in (doctor, supported):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    said = found(capsys, *deepspeed, status=2)
+    assert said["works"]["engine deepspeed"] == "the package deepspeed is not installed"
+    (line,) = said["missing"]
+    assert line.startswith("engine = 'deepspeed' needs the package deepspeed: pip install")
 
 
 @pytest.mark.parametrize(

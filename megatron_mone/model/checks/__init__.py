@@ -10,7 +10,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from megatron_mone.config import check_doors
-from megatron_mone.deepspeed.supported import check_engine, check_package, check_settings
+from megatron_mone.deepspeed.supported import (
+    check_engine,
+    check_files,
+    check_package,
+    check_settings,
+)
 from megatron_mone.kernels.measured import check_table
 from megatron_mone.model.checks.combinations import check_combinations
 from megatron_mone.model.checks.files import (
@@ -44,6 +49,7 @@ def check_run(args: Namespace) -> None:
     check_values(args)
     check_optimizer_package(args)
     check_package(args)
+    check_files(args)
     check_data(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))

@@ -100,7 +100,7 @@ def test_a_wrong_json_is_one_line(given, content, words, line):
 def test_deepspeeds_own_model_judges_the_rest(given, monkeypatch):
     args = given({"zero_optimization": {"nonsense": 3}})
     with pytest.raises(ValueError, match=r"zero_optimization\.nonsense = 3: Extra inputs"):
-        supported.check_package(args)
+        supported.check_files(args)
     monkeypatch.setattr(supported, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package deepspeed: pip install"):
         supported.check_package(args)

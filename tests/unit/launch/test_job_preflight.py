@@ -43,6 +43,12 @@ def test_the_ranks_run_on_the_nodes_that_were_chosen(tmp_path):
     assert (tmp_path / "run/preflight/excluded").read_text() == "n4\n"
 
 
+def test_the_hostfile_has_the_nodes_that_were_chosen(tmp_path):
+    checked = _job(tmp_path, hostfile=True)
+    assert checked.run(GOOD="n3 n5", BAD="n4").returncode == 0
+    assert (tmp_path / "run/hostfile").read_text() == "n3 slots=4\nn5 slots=4\n"
+
+
 @pytest.mark.parametrize(
     ("fields", "address"),
     [

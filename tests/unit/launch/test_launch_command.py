@@ -121,6 +121,25 @@ def test_another_config_under_the_same_name_is_not_submitted(here, capsys):
     assert (here / "runs/x/job.sbatch").read_text() == script
 
 
+def test_an_edited_json_of_deepspeed_is_another_config(here, capsys):
+    path = here / "ds.json"
+    words = ["submit", "--config", DEMO, "--name", "x", "--"]
+    words += ["--engine", "deepspeed", "--deepspeed-config", str(path)]
+    for size, status in ((2e8, 0), (200_000_000, 0), (1e8, 2)):
+        path.write_text(json.dumps({"zero_optimization": {"reduce_bucket_size": size}}))
+        assert main(words) == status, capsys.readouterr().err
+    assert "run of another config" in capsys.readouterr().err
+
+
+def test_deepspeed_s_stages_are_a_grid_and_each_case_writes_its_hostfile(here, capsys):
+    grid = ["--grid", "zero_stage=0,1,2", "--hostfile", "--no-preflight", "--dry-run"]
+    assert main(["submit", "--config", DEMO, *grid, "--", "--engine", "deepspeed"]) == 0
+    script = capsys.readouterr().out
+    assert "--array=0-2" in sbatch_words(script)
+    assert [f"--zero-stage {stage})" in script for stage in (0, 1, 2)] == [True] * 3
+    assert '\nwrite_hostfile "${named[@]}"\n' in script
+
+
 def test_a_grid_is_an_array_with_a_folder_for_each_case(here, capsys):
     grid = ["--grid", "mone_neuron_ratio=0.5,0.25", "--grid", "seed=1,2"]
     assert main(["submit", "--config", DEMO, *grid]) == 0
@@ -155,8 +174,17 @@ def test_a_grid_is_an_array_with_a_folder_for_each_case(here, capsys):
         (["run", "--nodes", "2", "--", "true"], "nodes = 2"),
         (["submit", "--config", DEMO, "--", "--data-path", "0.5 a 0.5 b"], "this is one word"),
         (["run", "--config", DEMO, "--", "--data-path", "a.bin"], "data_path = 'a.bin'"),
+        (["submit", "--config", DEMO, "--hostfile"], "hostfile = True is DeepSpeed's, and engine"),
+        (["submit", "--config", DEMO, "--hostfile", "--profile"], "hostfile = True is DeepSpeed's"),
+        (["submit", "--config", DEMO, "--hostfile", "--grid", "engine=deepspeed,megatron"],
+         "engine = 'megatron': give --engine deepspeed"),
+        (["submit", "--hostfile", "--", "true"], "hostfile = True is for training"),
+        (["run", "--config", DEMO, "--hostfile", "--", "--engine", "deepspeed"],
+         "hostfile = True: ranks of run are on this machine"),
+        (["submit", "--config", DEMO, "--", "--deepspeed-config", "absent.json"],
+         "absent.json: cannot be read"),
     ],
-)
+)  # fmt: skip
 def test_a_mistake_is_one_line_and_status_2(here, capsys, words, said):
     try:
         status = main(words)

@@ -129,6 +129,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
         ({"container": Container("pyxis", "x")}, "container = pyxis"),
         ({"modules": ("cuda",)}, "modules = cuda"),
         ({"rendezvous_suffix": "i"}, "rendezvous_suffix = 'i': ranks of run meet on this machine"),
+        ({"hostfile": True}, "hostfile = True: ranks of run are on this machine"),
         ({"environment": {"MASTER_ADDR": "x"}}, "MASTER_ADDR = 'x': ranks of run meet on this"),
     ],
 )

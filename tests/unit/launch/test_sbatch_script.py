@@ -99,6 +99,14 @@ def test_ranks_meet_in_the_network_that_the_user_names(tmp_path, fields, address
     assert f"at {address}:{15000 + 70000 % 15000}\n" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_nodes_are_written_as_deepspeed_reads_them(tmp_path, wanted):
+    spec = job(hostfile=wanted, nodes=2, tasks_per_node=4)
+    _, done = _run(tmp_path, spec, "cat run/hostfile || echo none")
+    said = "n0 slots=4\nn1 slots=4\n" if wanted else "none\n"
+    assert done.stdout.startswith(said), done.stderr
+
+
 def test_a_port_of_the_user_s_wins(tmp_path):
     (tmp_path / "slurm").mkdir()
     slurm = FakeSlurm(tmp_path / "slurm")

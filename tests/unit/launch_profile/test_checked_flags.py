@@ -61,6 +61,42 @@ def test_what_they_would_refuse_is_one_line(tracer, words, said):
     assert said in str(caught.value)
 
 
+DEEPSPEED = ["--mock-data", "--engine", "deepspeed"]
+
+
+@pytest.mark.parametrize("words", [
+    DEEPSPEED,
+    [*DEEPSPEED, "--zero-stage", "3", "--expert-model-parallel-size", "1"],
+])  # fmt: skip
+def test_deepspeed_s_engine_is_taken(tracer, words):
+    """The planner may know it or not."""
+    check(tracer, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([*DEEPSPEED, "--zero-stage", "3"], "expert_model_parallel_size = 2 does not go with"),
+        ([*DEEPSPEED, "--fp16"], "fp16 = True does not go with engine = deepspeed"),
+        (["--mock-data", "--zero-stage", "2"], "zero_stage = 2 would have no effect"),
+        ([*DEEPSPEED, "--zero-stage", "4"], "--zero-stage: invalid choice: 4"),
+        ([*DEEPSPEED, "--zero-stage", "1", "--deepspeed-config",
+          '{"zero_optimization": {"stage": 2}}'],
+         "zero_optimization.stage = 2, and zero_stage = 1"),
+        # By DeepSpeed itself.
+        ([*DEEPSPEED, "--deepspeed-config", '{"zero_optimization": {"reduce_bucket_size": -1}}'],
+         "zero_optimization.reduce_bucket_size = -1: Input should be greater than"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_s_engine_does_not_train_is_one_line(tracer, tmp_path, words, said):
+    if words[-1].startswith("{"):
+        (tmp_path / "ds.json").write_text(words[-1])
+        words = [*words[:-1], str(tmp_path / "ds.json")]
+    with pytest.raises(ValueError, match=r"^[^\n]+$") as caught:
+        check(tracer, *words)
+    assert said in str(caught.value)
+
+
 def test_an_unknown_key_of_the_run_file_is_refused(tracer):
     with pytest.raises(ValueError, match=r"unknown key 'num_layer' .*'num_layers'"):
         check(tracer, values={**DEMO, "num_layer": 3, "mock_data": True})
