@@ -45,7 +45,10 @@ class EngineModel(DistributedDataParallel):
         self.ddp_config = ddp_config
         self.groups = pg_collection
         self.force_all_reduce = False
-        self.bucket_groups: list = []  # of gradient buffers, of which there are none
+        # Gradient buffers, of which there are none; Megatron looks for them, at a stop too.
+        self.buffers: Any = []
+        self.expert_parallel_buffers: list = []
+        self.bucket_groups: list = []
         self.expert_parallel_bucket_groups: list = []
         init_distributed()
         self.has_experts = bool(mark_experts(module.parameters(), pg_collection))

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +30,8 @@ pytestmark = pytest.mark.slow
 KILLS = 20
 TURNS = ("Megatron", "ZeRO 1", "Megatron", "ZeRO 3")
 """Whose run each kill in turn meets."""
+WHOLE = "whole-Megatron-save"
+"""The checkpoints of Megatron's run that is never stopped."""
 SEED = 20
 
 
@@ -40,28 +43,36 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def whole(server: RankServer) -> dict[int, str]:
-    """The losses of the run that is never stopped; its checkpoints are in whole-save."""
-    return run_whole(server, "whole", flags(server.folder / "whole-save"))
+def whole_of(server: RankServer) -> Callable[[str], dict[int, str]]:
+    """engine -> the losses of its run that is never stopped, and leaves whole-ENGINE-save."""
+
+    @functools.cache
+    def run(engine: str) -> dict[int, str]:
+        name = f"whole-{engine}"
+        argv = flags(server.folder / f"{name}-save", engine=engine)
+        assert server.run(name, argv) == [0] * RANKS, server.log(name)[-3000:]
+        losses = server.losses(name)
+        assert sorted(losses) == list(range(1, STEPS + 1))
+        return losses
+
+    return run
 
 
-def run_whole(server: RankServer, name: str, argv: list[str]) -> dict[int, str]:
-    """The losses of a run that is not stopped."""
-    assert server.run(name, argv) == [0] * RANKS, server.log(name)[-3000:]
-    losses = server.losses(name)
-    assert sorted(losses) == list(range(1, STEPS + 1))
-    return losses
+@pytest.fixture
+def whole(whole_of) -> dict[int, str]:
+    """Of Megatron's engine."""
+    return whole_of("Megatron")
 
 
-def pace(server: RankServer, name: str) -> tuple[float, float]:
-    """Seconds of a whole run and of its longest save, on this machine as busy as it is now."""
-    folder = server.folder / f"{name}-save"
-    start = (server.folder / f"{name}.0.log").stat().st_ctime
+def pace(server: RankServer, engine: str) -> tuple[float, float]:
+    """Seconds of its whole run and of the longest save, on this machine as busy as it is now."""
+    folder, log = server.folder / f"whole-{engine}-save", server.folder / f"whole-{engine}.0.log"
+    start = log.stat().st_ctime
     saves = []
     for number in iterations(folder):
         times = [path.stat().st_mtime for path in (folder / f"iter_{number:07d}").iterdir()]
         saves.append(max(times) - min(times))
-    lines = (server.folder / f"{name}.0.log").read_text()
+    lines = log.read_text()
     begun = re.search(r"before library-setup\] datetime: (\S+ \S+)", lines)
     assert begun is not None
     began = datetime.datetime.fromisoformat(begun[1]).timestamp()
@@ -158,13 +169,6 @@ class Lineage:
         return f"{self.engine}-{self.finished}"
 
 
-def lineage_of(server: RankServer, engine: str) -> Lineage:
-    """One that has not begun."""
-    name = f"whole-{engine}"
-    losses = run_whole(server, name, flags(server.folder / f"{name}-save", engine=engine))
-    return Lineage(engine, losses, pace(server, name))
-
-
 def kill_once(server: RankServer, lineage: Lineage, chance: random.Random) -> bool | None:
     """Start or resume its run and kill a rank at a random moment, most often in a save.
 
@@ -199,10 +203,13 @@ def kill_once(server: RankServer, lineage: Lineage, chance: random.Random) -> bo
     return half_written
 
 
-def test_twenty_kills(server):
+def test_twenty_kills(server, whole_of):
     """A rank killed at 20 random moments, most of them in a save, leaves nothing unresumable."""
     chance = random.Random(SEED)
-    lineages = {engine: lineage_of(server, engine) for engine in dict.fromkeys(TURNS)}
+    lineages = {
+        engine: Lineage(engine, whole_of(engine), pace(server, engine))
+        for engine in dict.fromkeys(TURNS)
+    }
     turns = itertools.cycle(TURNS)
     left: list[bool] = []
     while len(left) < KILLS:
@@ -240,11 +247,20 @@ def test_kill_at_each_stage_of_a_save(server, whole):
     assert agrees(server, whole, *runs) == {1, 2}
 
 
-@pytest.mark.parametrize(("number", "rank"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 1)])
-def test_signal_to_one_rank(server, whole, number, rank):
+@pytest.mark.parametrize(
+    ("number", "rank", "engine"),
+    [
+        (signal.SIGTERM, 0, "Megatron"),
+        (signal.SIGUSR1, 1, "Megatron"),
+        (signal.SIGTERM, 1, "ZeRO 3"),
+    ],
+)
+def test_signal_to_one_rank(server, whole_of, number, rank, engine):
     """All ranks save at the step's end and exit 75; the rest of the run matches."""
-    name, save = number.name, server.folder / number.name
-    pids = server.start(name, flags(save), ends_others=False)
+    whole, name = whole_of(engine), f"{number.name}-{engine}"
+    save = server.folder / name
+    argv = flags(save, engine=engine)
+    pids = server.start(name, argv, ends_others=False)
     losses = server.folder / f"{name}.{rank}.loss"
     assert wait_for(lambda: losses.is_file() and len(losses.read_text().splitlines()) >= 3, 300)
     os.kill(pids[rank], number)
@@ -253,7 +269,7 @@ def test_signal_to_one_rank(server, whole, number, rank):
     assert 3 <= stopped < STEPS
     assert stopped == max(agrees(server, whole, name))
     assert not check_resumable(save)
-    steps = resume(server, whole, f"{name}-after", flags(save))
+    steps = resume(server, whole, f"{name}-after", argv)
     assert min(steps) == stopped + 1
 
 
@@ -311,7 +327,7 @@ def small_disk(tmp_path: Path):
 
 def test_real_full_disk(server, whole, small_disk, tmp_path):
     """Whichever of a checkpoint's files is the first that does not fit."""
-    parts = server.folder / "whole-save" / "iter_0000004"
+    parts = server.folder / WHOLE / "iter_0000004"
     pages = {path.name: -(-path.stat().st_size // 4096) for path in parts.iterdir()}
     one = sum(pages.values())
     shards = pages["__0_0.distcp"] + pages["__1_0.distcp"]
@@ -341,7 +357,7 @@ def flip_bit(path: Path) -> None:
 def test_damaged_checkpoint_is_refused_and_the_one_before_resumes(server, whole):
     """Both newest are damaged, in shards of different ranks: the third newest is offered."""
     save = server.folder / "damaged"
-    shutil.copytree(server.folder / "whole-save", save)
+    shutil.copytree(server.folder / WHOLE, save)
     with (save / "iter_0000012" / "__1_0.distcp").open("r+b") as file:
         file.truncate(1000)
     flip_bit(save / "iter_0000010" / "__0_0.distcp")
@@ -360,7 +376,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_resumes(server, whole)
 def test_kill_while_overwriting_the_newest_checkpoint(server, whole):
     """After --ckpt-step took the run back, the tracker must not name what is being replaced."""
     save = server.folder / "overwrite"
-    shutil.copytree(server.folder / "whole-save", save)
+    shutil.copytree(server.folder / WHOLE, save)
     shutil.rmtree(save / "iter_0000012")
     (save / TRACKER_NAME).write_text("10")
     argv = flags(save, "--ckpt-step", "8")

@@ -63,7 +63,7 @@ def undisturbed(slurm_cluster: Boot, runs: Path) -> Losses:
     """The losses, by engine, of two nodes that nobody disturbs."""
     with slurm_cluster(6, owner="training").selected():
         jobs = {
-            engine: submit_training(runs, f"whole-{one}", *ENGINES[engine]) for engine in ENGINES
+            engine: submit_training(runs, f"whole-{engine}", *ENGINES[engine]) for engine in ENGINES
         }
         ends = {engine: wait_end(job) for engine, job in jobs.items()}
     found = {}
