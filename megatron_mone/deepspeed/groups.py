@@ -54,19 +54,19 @@ class MegatronGroups:
     get_tensor_model_parallel_rank = get_model_parallel_rank
 
 
-def mark_experts(parameters: Iterable[Parameter], groups: ProcessGroupCollection) -> str:
+def mark_experts(parameters: Iterable[Parameter], groups: ProcessGroupCollection) -> bool:
     """Tell DeepSpeed which parameters are experts', and over which ranks each of them is one.
 
     Megatron marks them by `allreduce` = False, as DeepSpeed does, which also asks for the name of
     their group.
 
     Returns:
-        The name; empty where the rank has none: without expert parallelism they are like others.
+        Whether the rank has any: without expert parallelism they are like others.
     """
     from deepspeed.utils import groups as table
 
     name = f"ep_size_{groups.ep.size()}"
-    experts = [one for one in parameters if not getattr(one, "allreduce", True)]
+    experts = [one for one in parameters if _is_experts(one)]
     for one in experts:
         one.group_name = name  # type: ignore[attr-defined]
     ranks = torch.distributed.get_process_group_ranks
@@ -74,10 +74,13 @@ def mark_experts(parameters: Iterable[Parameter], groups: ProcessGroupCollection
     table._EXPERT_PARALLEL_GROUP_RANKS = {name: ranks(groups.ep)}
     table._EXPERT_DATA_PARALLEL_GROUP = {name: groups.expt_dp}
     table._EXPERT_DATA_PARALLEL_GROUP_RANKS = {name: ranks(groups.expt_dp)}
-    return name if experts else ""
+    return bool(experts)
 
 
 def copies(parameter: Parameter, groups: ProcessGroupCollection) -> int:
     """Ranks of data parallelism that hold the same parameter."""
-    of_expert = not getattr(parameter, "allreduce", True)
-    return (groups.expt_dp if of_expert else groups.dp_cp).size()
+    return (groups.expt_dp if _is_experts(parameter) else groups.dp_cp).size()
+
+
+def _is_experts(parameter: Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)

@@ -51,7 +51,7 @@ class EngineModel(DistributedDataParallel):
         self.bucket_groups: list = []
         self.expert_parallel_bucket_groups: list = []
         init_distributed()
-        self.has_experts = bool(mark_experts(module.parameters(), pg_collection))
+        self.has_experts = mark_experts(module.parameters(), pg_collection)
         self.engine: Any = None
 
     def forward(self, *inputs: Any, **named: Any) -> Any:

@@ -163,12 +163,12 @@ def _add_weights(
         own = found if len(parts) == 1 else found[number]
         if "state" not in own:  # bf16: they are there
             continue
-        known = get_param_id_to_sharded_param_map(model, part.get_parameters())
+        weights = part.get_parameters()
+        known = get_param_id_to_sharded_param_map(model, weights)
         for place, moments in own["state"].items():
             if isinstance(place, int):
-                weight = part.get_parameters()[place]
                 moments["param"] = make_sharded_optimizer_tensor(
-                    known[place], weight, "optimizer.state.fp32_param"
+                    known[place], weights[place], "optimizer.state.param"
                 )
 
 

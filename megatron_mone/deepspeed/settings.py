@@ -69,6 +69,12 @@ MOOT = {
     "--overlap-param-gather": "DeepSpeed gathers parameters itself",
 }
 """Flags of Megatron's engine that the files of configs/ give -> why they change nothing here."""
+OF_MEGATRON = tuple(flag[2:].replace("-", "_") for flag in MOOT)
+"""The arguments that they set."""
+OF_DEEPSPEED = (
+    "zero_stage", "zero_offload_optimizer", "deepspeed_config", "load_deepspeed", "save_deepspeed",
+)  # fmt: skip
+"""The arguments that only this engine reads."""
 _UNFUSED = "--no-gradient-accumulation-fusion"  # there is no main_grad to add into
 
 
@@ -125,8 +131,9 @@ def for_engine(words: Sequence[str]) -> tuple[list[str], list[str]]:
     own.add_argument("--engine")
     if own.parse_known_args(words)[0].engine != DEEPSPEED:
         return list(words), []
-    lines = [f"{flag[2:].replace('-', '_')} = True has no effect with engine = deepspeed: {why}"
-             for flag, why in MOOT.items() if flag in words]  # fmt: skip
+    lines = [f"{name} = True has no effect with engine = deepspeed: {why}"
+             for name, (flag, why) in zip(OF_MEGATRON, MOOT.items(), strict=True) if flag in words
+             ]  # fmt: skip
     return [*(word for word in words if word not in MOOT), _UNFUSED], lines
 
 
@@ -209,13 +216,14 @@ def settings_of(args: Namespace) -> dict[str, Any]:
     micro_batches = args.global_batch_size // (
         args.micro_batch_size * (replicas // args.context_parallel_size)
     )
+    stage = stage_of(args)
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": args.micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": float(args.clip_grad),
         "managed_gradient_accumulation": False,
         "bf16": {"enabled": bool(args.bf16)},
-        "zero_optimization": {"stage": stage_of(args), **_offload(args)},
+        "zero_optimization": {"stage": stage, **_offload(args)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -231,7 +239,6 @@ def settings_of(args: Namespace) -> dict[str, Any]:
         _differ(args, "train_batch_size", given["train_batch_size"], args.global_batch_size,
                 "--global-batch-size")  # fmt: skip
     given.pop("train_batch_size", None)
-    stage = stage_of(args)
     if given.get("zero_optimization", {}).get("overlap_comm") is True and stage < 2:
         raise ValueError(
             f"{args.deepspeed_config}: zero_optimization.overlap_comm = true: ZeRO {stage} "

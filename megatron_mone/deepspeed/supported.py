@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_mone.deepspeed.settings import (
     AUTO,
+    OF_DEEPSPEED,
     given_json,
     is_deepspeed,
     settings_of,
@@ -20,10 +21,6 @@ from megatron_mone.deepspeed.settings import (
 )
 
 _MEGATRON = "leave it out, or give --engine megatron"
-
-_FLAGS = (
-    "zero_stage", "zero_offload_optimizer", "deepspeed_config", "load_deepspeed", "save_deepspeed",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +117,7 @@ def check_engine(args: Namespace) -> None:
         ValueError: one line that names the argument, its value and the fix.
     """
     if not is_deepspeed(args):
-        for name in _FLAGS:
+        for name in OF_DEEPSPEED:
             if getattr(args, name, None) not in (None, False):
                 raise ValueError(
                     f"{name} = {getattr(args, name)!r} would have no effect: the engine is "

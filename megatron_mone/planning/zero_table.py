@@ -7,22 +7,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_mone.common.progress import Say
-from megatron_mone.deepspeed.settings import DEEPSPEED
+from megatron_mone.deepspeed.settings import DEEPSPEED, OF_MEGATRON
 from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.plan_parts import GIB
 from megatron_mone.planning.planner import Planner
 
 CLUSTER = "h100-ndr"
 EXPERT_PARALLEL = (1, 2, 4, 8, 16, 32)
-_OF_MEGATRON = (
-    "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather",
-    "pipeline_model_parallel_size",
-)  # fmt: skip
 ENGINES: Mapping[str, Mapping[str, Any]] = {
     "Megatron, distributed optimizer": {},
-    "Megatron, DDP": dict.fromkeys(_OF_MEGATRON[:3]) | {"overlap_grad_reduce": True},
+    "Megatron, DDP": dict.fromkeys(OF_MEGATRON) | {"overlap_grad_reduce": True},
     **{
-        f"DeepSpeed, ZeRO {stage}": dict.fromkeys(_OF_MEGATRON)
+        f"DeepSpeed, ZeRO {stage}": dict.fromkeys((*OF_MEGATRON, "pipeline_model_parallel_size"))
         | {"engine": DEEPSPEED, "zero_stage": stage, "gradient_accumulation_fusion": False}
         for stage in range(4)
     },

@@ -22,7 +22,13 @@ import yaml
 
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.common.yaml_values import read_scalar
-from megatron_mone.deepspeed.settings import DEEPSPEED, MEGATRON, is_deepspeed
+from megatron_mone.deepspeed.settings import (
+    DEEPSPEED,
+    MEGATRON,
+    OF_DEEPSPEED,
+    OF_MEGATRON,
+    is_deepspeed,
+)
 from megatron_mone.deepspeed.supported import check_engine, check_package, check_settings
 
 MAIN = "mone"
@@ -103,7 +109,7 @@ def _deepspeed(args: Namespace) -> None:
             "megatron for Megatron's engine, or NAME:zero_stage=N"
         )
     args.engine = DEEPSPEED
-    for name in _OF_MEGATRONS_ENGINE:
+    for name in (*OF_MEGATRON, "gradient_accumulation_fusion"):
         setattr(args, name, False)
 
 
@@ -114,7 +120,7 @@ def _megatron(args: Namespace) -> None:
             "deepspeed for DeepSpeed's engine"
         )
     args.engine = MEGATRON
-    for name in _OF_DEEPSPEED:
+    for name in OF_DEEPSPEED:
         setattr(args, name, None)
 
 
@@ -124,11 +130,6 @@ def _deepspeed_moe(args: Namespace) -> None:
         _deepspeed(args)
 
 
-_OF_DEEPSPEED = ("zero_stage", "deepspeed_config", "zero_offload_optimizer")
-_OF_MEGATRONS_ENGINE = (
-    "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather",
-    "gradient_accumulation_fusion",
-)  # fmt: skip
 _MONE_SWITCHES = (
     "mone_neuron_ratio", "mone_neurons_per_token", "mone_record_masks", "mone_replay_masks",
 )  # fmt: skip
