@@ -80,25 +80,39 @@ def _finalized(finalize: Callable[..., Any]) -> Callable[..., Any]:
     return finalized
 
 
+def _engine_among(given: tuple[Any, ...]) -> Any:
+    """The engine of the model that a call of Megatron's was given; None: it has none."""
+    models = [one[0] for one in given if isinstance(one, list) and one]
+    return next((one.engine for one in models if getattr(one, "engine", None) is not None), None)
+
+
 def _whole(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(checkpoint)
     def whole(*given: Any, **named: Any) -> Any:
-        models = [one[0] for one in given if isinstance(one, list) and one]
-        engines = [one.engine for one in models if getattr(one, "engine", None) is not None]
-        if not engines:
+        if (engine := _engine_among(given)) is None:
             return checkpoint(*given, **named)
-        from megatron.training import get_args
-
-        from megatron_mone.deepspeed import folders
         from megatron_mone.deepspeed.state import whole_parameters
 
-        with whole_parameters(engines[0]):
-            done = checkpoint(*given, **named)
-        if checkpoint.__name__ == "save_checkpoint" and (folder := get_args().save_deepspeed):
-            folders.save(engines[0], Path(folder), get_args(), iteration=given[0])
-        return done
+        with whole_parameters(engine):
+            return checkpoint(*given, **named)
 
     return whole
+
+
+def _saved(save_checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save_checkpoint)
+    def saved(iteration: int, *given: Any, **named: Any) -> Any:
+        from megatron.training import get_args
+
+        done = save_checkpoint(iteration, *given, **named)
+        engine, args = _engine_among(given), get_args()
+        if engine is not None and args.save_deepspeed:
+            from megatron_mone.deepspeed import folders
+
+            folders.save(engine, Path(args.save_deepspeed), args, iteration)
+        return done
+
+    return saved
 
 
 def _started(setup: Callable[..., Any]) -> Callable[..., Any]:
@@ -152,6 +166,11 @@ PATCHES = (
         _whole,
         why="ZeRO 3 leaves no rank a whole parameter",
         needed_while="load_checkpoint(\n",
+    ),
+    wrapping(
+        "deepspeed-folder-out", "megatron.training.training: save_checkpoint", _saved,
+        why="DeepSpeed writes its own form itself, of parameters that are cut again",
+        needed_while="    save_checkpoint(\n",
     ),
     wrapping(
         "deepspeed-folder", "megatron.training.training: setup_model_and_optimizer", _started,
