@@ -22,7 +22,9 @@ from megatron_mone.deepspeed.groups import MegatronGroups, mark_experts
 from megatron_mone.deepspeed.package import init_distributed, package
 from megatron_mone.deepspeed.settings import settings_of
 
-_ENGINE = "deepspeed_engine"  # attribute of the model's config, which the schedule has at hand
+# Attributes of the model's config, which the schedule has at hand.
+_ENGINE = "deepspeed_engine"
+_SETTINGS = "deepspeed_settings"
 
 
 class EngineModel(DistributedDataParallel):
@@ -92,11 +94,18 @@ class EngineModel(DistributedDataParallel):
         _sum_over_tensor_ranks(self.module, self.config, self.groups)
         with _experts_known(self.has_experts):
             self.engine, *_ = package().initialize(
-                model=self.module, optimizer=optimizer, config=settings_of(args),
+                model=self.module, optimizer=optimizer,
+                config=getattr(self.config, _SETTINGS, None) or settings_of(args),
                 mpu=MegatronGroups(self.groups), dist_init_required=False,
             )  # fmt: skip
         setattr(self.config, _ENGINE, self.engine)
         return self.engine
+
+
+def start_with(config: Any, settings: dict[str, Any]) -> None:
+    """Let DeepSpeed start with `settings` for the model of a config, whatever the flags say: a
+    planner's step has fewer micro-batches than the run's JSON may name."""
+    setattr(config, _SETTINGS, settings)
 
 
 def engine_of(config: Any) -> Any:

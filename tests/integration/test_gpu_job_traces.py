@@ -64,6 +64,7 @@ LAYOUTS = {
 PATCHES = {
     "MoNE": ((*MONE, *SELECTIVE, "moe", "--mone-ng-loss-type", "bias"), 2, 0),
     "keep-all": ((*MONE, "--mone-neuron-ratio", 1), 2, 0),
+    "ZeRO 2": ((*MONE, "--engine", "deepspeed", "--zero-stage", 2), 2, 0),
 }
 # name: (flags, world size, rank); rank 1 of 3 stages has layers alone
 GPU = {

@@ -58,7 +58,7 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
     from megatron.training.initialize import initialize_megatron
 
-    from megatron_mone.deepspeed import model as engine
+    from megatron_mone.deepspeed.model import start_with
     from megatron_mone.planning.tracing.loopback import Loopback
     from megatron_mone.planning.tracing.recorder import Recorder
     from megatron_mone.planning.tracing.traced_backend import TRACED, install
@@ -83,12 +83,9 @@ def _trace(args: Namespace, model_config: Any, rows: Sequence[int] | None) -> Tr
     config = model_config.transformer
     _one_micro_batch_at_a_time(args, config)
     backend = install(config)
-    steps = {**settings, "gradient_accumulation_steps": micro_batches}
-    with (
-        _stand_ins(args, config, recorder, rows),
-        UnknownValues(recorder.saw_operator),
-        Replaced(engine, "settings_of", lambda args: steps),
-    ):
+    if settings:
+        start_with(config, {**settings, "gradient_accumulation_steps": micro_batches})
+    with _stand_ins(args, config, recorder, rows), UnknownValues(recorder.saw_operator):
         trace = _step(args, model_config, recorder, micro_batches)
     return replace(trace, backend=backend) if backend and trace.backend == TRACED else trace
 
