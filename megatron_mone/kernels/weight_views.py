@@ -12,6 +12,7 @@ Shapes: E experts, F neurons, H hidden, all of this rank.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -61,6 +62,33 @@ def weight_views(
     if later is not None:
         gate.grad_later = later
     return gate, up, down
+
+
+def kept_for_backward(*parameters: Parameter) -> AbstractContextManager[Any]:
+    """What the kernels run in, so that autograd keeps no weights that are about to be freed.
+
+    ZeRO 3 gathers a parameter's data for a pass and frees it afterwards. A saved parameter finds
+    the data of its next pass; a saved view would hold the data of this one until then. So a view
+    is kept as the place that it has in its parameter.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):  # DeepSpeed's mark
+        return nullcontext()
+    owners = {parameter.untyped_storage().data_ptr(): parameter for parameter in parameters}
+
+    def pack(kept: Tensor) -> Tensor | tuple[Parameter, tuple, tuple, int]:
+        owner = owners.get(kept.untyped_storage().data_ptr()) if kept.numel() else None
+        if owner is None:
+            return kept
+        place = kept.storage_offset() - owner.storage_offset()
+        return owner, tuple(kept.shape), kept.stride(), place
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        owner, shape, stride, place = packed
+        return owner.detach().as_strided(shape, stride, owner.storage_offset() + place)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def sinks_of(weights: tuple[Tensor, Tensor, Tensor]) -> list[Sink | None]:

@@ -48,7 +48,7 @@ from megatron_mone.kernels import (
 )
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.weight_views import add_later, weight_views
+from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
 
 EXTRA_STATE = "._extra_state"
@@ -145,17 +145,18 @@ class MoNEExperts(MegatronModule):
         self._keep_float32()
         choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
         fused = self.config.gradient_accumulation_fusion
-        return grouped_mlp_with_gates(
-            x_NH,
-            probs_N,
-            tokens_per_expert if rows_ER is None else rows_ER,
-            *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later()),
-            choose=choose,
-            activation=self.config.mone_activation,
-            etp_group=self.etp_group,
-            all_gates=self.all_gates,
-            backend=self.config.mone_backend,
-        )
+        with kept_for_backward(self.linear_fc1, self.linear_fc2):
+            return grouped_mlp_with_gates(
+                x_NH,
+                probs_N,
+                tokens_per_expert if rows_ER is None else rows_ER,
+                *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later()),
+                choose=choose,
+                activation=self.config.mone_activation,
+                etp_group=self.etp_group,
+                all_gates=self.all_gates,
+                backend=self.config.mone_backend,
+            )
 
     def _choice(self, tokens_per_expert: Tensor) -> Choose:
         """The rule in a form that kernels run themselves, where it needs no other rank or bias."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels.cpu import backend as cpu
@@ -171,3 +172,26 @@ def test_native_gradients_of_gate_and_up_are_made_in_place():
 
 def backward_of(experts, y):
     return torch.autograd.grad(y, list(experts.parameters()), torch.ones_like(y))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_freed_weights_are_read_again_where_they_are_by_then(backend):
+    """As ZeRO 3 does between the passes: `data` is let go of, and gathered at another place."""
+    experts, x, probs = experts_and_inputs(backend)
+    backward(experts, x, probs)
+    wanted = [p.grad.clone() for p in experts.parameters()]
+    experts.zero_grad()
+    for parameter in experts.parameters():
+        parameter.ds_id = 0
+    y = experts(x, COUNTS, probs).y_NH
+    gathered = []
+    for parameter in experts.parameters():
+        storage = StorageWeakRef(parameter.untyped_storage())
+        gathered.append(torch.cat([torch.full((5,), torch.nan), parameter.data.flatten()]))
+        parameter.data = torch.empty(0)
+        assert storage.expired()
+    for parameter, flat, gradient in zip(experts.parameters(), gathered, wanted, strict=True):
+        parameter.data = flat[5:].view_as(gradient)
+    y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+    for parameter, gradient in zip(experts.parameters(), wanted, strict=True):
+        assert torch.equal(parameter.grad, gradient)
