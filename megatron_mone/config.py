@@ -25,6 +25,7 @@ from megatron_mone.config_checks import (
     check_ranges,
     check_router_loss,
     check_selection,
+    expert_hidden,
     is_mone,
     layer_pattern,
     mask_steps,
@@ -39,7 +40,7 @@ LossScope = Literal["micro_batch", "global_batch"]
 RouterLossProbs = Literal["before_topk", "after_topk"]
 Backend = Literal["auto", "reference", "cpu", "triton", "te", "sparse24"]
 
-__all__ = ["layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
+__all__ = ["expert_hidden", "layer_pattern", "mask_steps", "neurons_per_token", "selection_bounds"]
 
 CONFIG_ENV = "MONE_CONFIG"
 OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]

@@ -58,6 +58,11 @@ def neurons_per_token(config: Any) -> int:
     return kept
 
 
+def expert_hidden(config: Any) -> int:
+    """H of routed experts: moe_latent_size where tokens are projected to it, else hidden_size."""
+    return config.moe_latent_size or config.hidden_size
+
+
 def selection_bounds(config: Any) -> tuple[int, int]:
     """(S_min, S_max) neurons kept per routed token; equal for topk selection."""
     kept = neurons_per_token(config)
@@ -152,7 +157,6 @@ def check_model(config: Any) -> None:
         (config.gated_linear_unit, "gated_linear_unit", "True (--swiglu): a neuron is a gate, an "
          "up and a down vector"),
         (not config.add_bias_linear, "add_bias_linear", "False (--disable-bias-linear)"),
-        (not config.moe_latent_size, "moe_latent_size", "unset with MoNE"),
         (not config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "False with MoNE: the "
          "router's probability is applied before fc2"),
         (not config.fp8, "fp8", "unset with MoNE (no --fp8-format)"),

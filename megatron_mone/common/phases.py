@@ -13,6 +13,7 @@ ATTENTION = "attention"
 LAYER_NORM = "layer norm"
 DENSE_MLP = "dense MLP"
 ROUTER = "router"
+LATENT = "latent projection"
 PERMUTE = "permute"
 DISPATCH = "dispatch"
 GATE_GEMM = "gate GEMM"
@@ -38,6 +39,7 @@ PHASES = {
     LAYER_NORM: "norm and residual around the MLP or the experts",
     DENSE_MLP: "the MLP of a layer without experts",
     ROUTER: "logits, top-k, auxiliary losses",
+    LATENT: "tokens projected to the width of their experts and back (moe_latent_size)",
     PERMUTE: "sorting rows by expert before and after the exchange",
     DISPATCH: "all-to-all or all-gather of rows to their experts, token counts included",
     GATE_GEMM: "W_gate of every routed row (MoNE; a stock expert has it in up/down GEMM)",

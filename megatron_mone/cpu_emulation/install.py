@@ -9,6 +9,7 @@ from megatron_mone.cpu_emulation import (
     cuda_calls,
     device,
     distributed,
+    latent,
     memory,
     moe,
     norms,
@@ -32,6 +33,7 @@ PATCHES: tuple[Patch, ...] = (
     *rng.PATCHES[1:],
     *norms.PATCHES,
     *moe.PATCHES,
+    *latent.PATCHES,
     *optimizer.PATCHES,
     *specs.PATCHES,
 )

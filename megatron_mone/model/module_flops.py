@@ -11,9 +11,9 @@ loss have no products and count nothing. Conventions:
 - A product counts in the phase that its time falls in. `gate GEMM` is the product of W_gate that
   neurons are chosen by; the gate's gradients are made in one with up's, in `up/down GEMM`, and so
   is the whole gate of the reference backend. Projections of multi-token prediction are in `loss`.
-- What is not known is left out rather than guessed: the attention phase of an experimental variant,
-  and latent projections around experts. A mask that is replayed (mone_replay_masks) saves the
-  native backend part of the gate, which is not taken off.
+- What is not known is left out rather than guessed: the attention phase of an experimental variant.
+  A mask that is replayed (mone_replay_masks) saves the native backend part of the gate, which is
+  not taken off.
 `flop_counter.py` counts the same from what really ran. May touch: config, the backends' own rules.
 Symbols as in docs/MODEL.md: E_l experts and F_l neurons of this rank, H hidden, N rows, S kept.
 """
@@ -29,13 +29,14 @@ from megatron_mone.common.phases import (
     ATTENTION,
     DENSE_MLP,
     GATE_GEMM,
+    LATENT,
     LOSS,
     PHASES,
     ROUTER,
     SHARED_EXPERTS,
     UP_DOWN_GEMM,
 )
-from megatron_mone.config import chosen_by_rule, needs_all_gates
+from megatron_mone.config import chosen_by_rule, expert_hidden, needs_all_gates
 
 Kind = Literal["dense", "moe", "mone"]
 WHOLE_LAYER = frozenset(("attention", "mlp", "moe", "mtp"))
@@ -143,6 +144,9 @@ def _layer(config: Any, share: RankShare, layer: LayerShare) -> dict[str, Work]:
         return works
     own = tokens / share.tp if config.sequence_parallel else tokens
     works[ROUTER] = _product(2.0 * own * hidden * config.num_moe_experts, "moe" in again)
+    if config.moe_latent_size:  # down and up, of the tokens that this rank routes
+        both = 2.0 * own * 2 * hidden * config.moe_latent_size
+        works[LATENT] = _product(both, "moe" in again)
     if config.moe_shared_expert_intermediate_size:
         width = _matrices(config) * config.moe_shared_expert_intermediate_size
         forward = 2.0 * tokens * hidden * width / share.tp
@@ -189,7 +193,7 @@ def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, W
     then 6 of the kept.
     """
     dense, kept = _entries(config, share, layer)
-    unit, again = 2.0 * _expert_hidden(config), int("moe" in layer.repeats)
+    unit, again = 2.0 * expert_hidden(config), int("moe" in layer.repeats)
     if layer.kind == "moe":
         needed = _product(unit * _matrices(config) * dense, again)
         if layer.computed is None:
@@ -213,10 +217,6 @@ def _entries(config: Any, share: RankShare, layer: LayerShare) -> tuple[float, f
     """(all, kept) neurons of this rank for the layer's rows."""
     dense = layer.rows * config.moe_ffn_hidden_size / share.etp
     return dense, dense if layer.kept is None else layer.kept
-
-
-def _expert_hidden(config: Any) -> int:
-    return config.moe_latent_size or config.hidden_size
 
 
 class _Route(NamedTuple):
@@ -254,7 +254,7 @@ def _route(config: Any, share: RankShare, layer: LayerShare) -> _Route:
         rows=round(layer.rows / share.micro_batches),
         experts=share.local_experts,
         neurons=neurons,
-        hidden=_expert_hidden(config),
+        hidden=expert_hidden(config),
         kept_share=kept_share,
     )
     name = choose_backend(config.mone_backend, call).backend.name
@@ -281,13 +281,13 @@ def expert_bytes(config: Any, share: RankShare) -> dict[str, float]:
     moved: dict[str, float] = defaultdict(float)
     size = config.params_dtype.itemsize
     index = 2 if config.moe_ffn_hidden_size <= 32767 else 4
-    weight = share.local_experts * config.moe_ffn_hidden_size / share.etp * _expert_hidden(config)
+    weight = share.local_experts * config.moe_ffn_hidden_size / share.etp * expert_hidden(config)
     weight *= size * share.micro_batches
     for layer in share.layers:
         if not layer.rows:
             continue
         passes = 1 + ("moe" in layer.repeats)
-        rows = layer.rows * _expert_hidden(config) * size
+        rows = layer.rows * expert_hidden(config) * size
         _, kept = _entries(config, share, layer)
         if layer.kind == "mone":
             apart = UP_DOWN_GEMM if _route(config, share, layer).one_gemm else GATE_GEMM

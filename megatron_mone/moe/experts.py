@@ -2,7 +2,8 @@
 
 May touch: Megatron's MLP (to initialise exactly as it does), its sharded tensors, `kernels/`.
 Weights are neuron-major: a neuron is three H-vectors, so that a kernel gathers whole rows.
-Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ETP), H hidden.
+Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ETP), H hidden
+(`expert_hidden`: the latent width where there is one).
 """
 
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from torch.distributed import ProcessGroup
 from megatron_mone.config import (
     MoNEConfig,
     chosen_by_rule,
+    expert_hidden,
     is_mone,
     needs_all_gates,
     neurons_per_token,
@@ -406,5 +408,5 @@ def backend_of(config: Any) -> str:
         groups=config.mone_neuron_groups,
         neurons=neurons,
         kept_share=kept_share,
-        hidden=config.hidden_size,
+        hidden=expert_hidden(config),
     )

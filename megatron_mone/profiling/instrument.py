@@ -115,10 +115,14 @@ class Instruments:
 
     def _wrap_moe_layer(self, layer: MoELayer) -> None:
         self._wrap(layer, "route", phases.ROUTER)
+        is_latent = bool(layer.config.moe_latent_size)
+        if is_latent:
+            self._wrap(layer.fc1_latent_proj, "forward", phases.LATENT)
         for name, phase in _DISPATCHER.items():
             self._wrap(layer.token_dispatcher, name, phase)
         self._wrap(layer.experts, "forward", phases.UP_DOWN_GEMM)
-        self._wrap(layer, "postprocess", phases.COMBINE)
+        # beside the dispatcher's part: the projection back, and what shared experts give
+        self._wrap(layer, "postprocess", phases.LATENT if is_latent else phases.COMBINE)
         if layer.use_shared_expert:
             self._wrap(layer, "shared_experts_compute", phases.SHARED_EXPERTS)
         if hasattr(layer, "balance"):

@@ -52,6 +52,7 @@ ONE_RANK = {
     "softmax": (*MONE, "--mone-activation", "softmax"),
     "shared experts": (*NATIVE, *SHARED),
     "shared experts with a gate": (*SHARED, "--moe-shared-expert-gate"),
+    "latent experts, experts recompute": (*NATIVE, "--moe-latent-size", "16", *MOE_RECOMPUTE),
     "grouped queries": GQA,
     "dense first layer": DENSE_FIRST,
     "one MoNE layer of two, threshold": (

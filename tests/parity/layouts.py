@@ -45,6 +45,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "blocks of 11": ("--moe-ffn-hidden-size", "88", "--mone-neuron-block", "11"),
     "one block of 22": ("--moe-ffn-hidden-size", "88", "--mone-neuron-block", "22"),
     "shared experts": ("--moe-shared-expert-intermediate-size", "32"),
+    "latent experts": ("--moe-latent-size", "16"),
     "per-token loss": ("--calculate-per-token-loss",),
     "token dropping": ("--moe-expert-capacity-factor", "1.0"),
     "padding to capacity": (
@@ -64,8 +65,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     ),
 }
 # Variants that change nothing in a model that keeps every neuron and has no balance loss.
-STOCK_VARIANTS = ("plain", "four layers", "shared experts", "per-token loss", "token dropping",
-                  "padding to capacity")  # fmt: skip
+STOCK_VARIANTS = ("plain", "four layers", "shared experts", "latent experts", "per-token loss",
+                  "token dropping", "padding to capacity")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,10 @@ _ONE_DISPATCHER = {
     "TP2 ETP2, shared experts": Layout(2, "shared experts", TP2),
     "EP2, shared experts overlapped": Layout(2, "shared experts", (*EP2, *OVERLAP)),
     "TP2 ETP2, shared experts overlapped": Layout(2, "shared experts", (*TP2, *OVERLAP)),
+    "EP2, latent experts": Layout(2, "latent experts", EP2),
+    "TP2 ETP1, latent experts": Layout(2, "latent experts", (*TP2, *ETP1)),
+    "TP2 ETP2, latent experts": Layout(2, "latent experts", TP2),
+    "EP2 PP2, latent experts": Layout(4, "latent experts", (*EP2, *PP2)),
     "EP2, per-token loss": Layout(2, "per-token loss", EP2),
     "CP2, per-token loss": Layout(2, "per-token loss", CP2),
     "EP2, token dropping": Layout(2, "token dropping", EP2),

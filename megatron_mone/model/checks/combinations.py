@@ -84,6 +84,8 @@ def _model(args: Namespace) -> list[tuple[object, str, str]]:
         (splits_moe, "sequence_parallel", f"does not go with num_experts = {args.num_experts} and "
          f"tensor_model_parallel_size = {sizes}, whose MoE layers Megatron trains with it alone: "
          "pass --sequence-parallel"),
+        (args.moe_latent_size and args.moe_shared_expert_overlap, "moe_shared_expert_overlap",
+         "does not go with moe_latent_size in training: leave one of them out"),
         (args.position_embedding_type == "mrope", "position_embedding_type", "needs positions in "
          "three dimensions, of images: give rope"),
     ]  # fmt: skip

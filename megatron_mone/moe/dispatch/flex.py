@@ -21,7 +21,7 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from torch import Tensor
 
-from megatron_mone.config import MoNEConfig
+from megatron_mone.config import MoNEConfig, expert_hidden
 from megatron_mone.moe.dispatch.carrier import MaskCarrier, check_rows, predicted_mask_bytes
 from megatron_mone.moe.faults import FaultWatch, deferred
 from megatron_mone.moe.padding import mark_padding
@@ -54,7 +54,7 @@ def predicted_flex_mask_bytes(copies: int, config: MoNEConfig) -> int:
     K * (2 + ceil(F / 8)) bytes, rounded up to 32 (deepep) or to whole token rows of 2 * H bytes
     (hybridep).
     """
-    return copies * sum(_wire_widths(config, config.hidden_size))
+    return copies * sum(_wire_widths(config, expert_hidden(config)))
 
 
 class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):

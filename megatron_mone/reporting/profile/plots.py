@@ -41,7 +41,8 @@ WIDTH = 9.0
 # hatched: waiting for other ranks.
 PHASE_COLOURS = {
     "data": "#C9C9C9", "embedding": "#B8D8EE", "attention": "#0072B2", "layer norm": "#56B4E9",
-    "dense MLP": "#12456B", "router": "#F0E442", "permute": "#C9B037", "dispatch": "#CC79A7",
+    "dense MLP": "#12456B", "router": "#F0E442", "latent projection": "#A68A64",
+    "permute": "#C9B037", "dispatch": "#CC79A7",
     "gate GEMM": "#F2B447", "selection": "#009E73", "up/down GEMM": "#D55E00",
     "balance loss": "#8FD3B6", "combine": "#E3B3CE", "shared experts": "#8C4A1A",
     "loss": "#7B8794", "grad reduce": "#9B5B8F", "clipping": "#8A8A8A", "optimizer": "#4A4A4A",

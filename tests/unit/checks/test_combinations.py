@@ -48,6 +48,8 @@ CASES = [  # the refused, what the line says, and a way out
      {"tensor_model_parallel_size": 2, "num_experts": None}),
     ({"position_embedding_type": "mrope"}, "position_embedding_type = 'mrope' .*give rope",
      {"position_embedding_type": "yarn"}),
+    ({"moe_latent_size": 8, "moe_shared_expert_overlap": True},
+     "moe_shared_expert_overlap = True does not go with moe_latent_size", {"moe_latent_size": 8}),
     ({"init_method_xavier_uniform": True, "use_mup": True}, "init_method_xavier_uniform = True",
      {"init_method_xavier_uniform": True}),
     ({"spec": ["none.such", "spec"]}, "spec = 'none.such spec' cannot be imported: No module",

@@ -39,7 +39,6 @@ CASES = {
     "profile": (True, "--use-pytorch-profiler"),
     "recompute_modules": (["core_attn", "layernorm"], "transformer-engine"),
     "moe_router_fusion": (True, "transformer-engine"),
-    "moe_latent_size": (16, "transformer-engine"),
     "moe_mlp_glu_interleave_size": (32, "transformer-engine"),
     "fused_residual_rmsnorm": (True, "transformer-engine"),
     "use_te_activation_func": (True, "transformer-engine"),

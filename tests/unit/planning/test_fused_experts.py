@@ -520,6 +520,26 @@ def test_a_hot_rank_and_what_mone_saves_of_its_experts(traced):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [(), (*MONE, "0.25")], ids=["stock", "MoNE"])
+def test_experts_of_a_latent_width_are_planned_in_it(traced, model):
+    """Products and traffic of that width; each token is projected to it and back once."""
+    latent = HIDDEN // 4
+    trace = traced(*model, "--moe-latent-size", str(latent))
+    rows, probs = TOKENS * TOPK, 4 * TOKENS * TOPK
+    products = {"mone.gate_product", "fused.grouped_gemm"}
+    [flops] = {op.flops for op in trace.ops if op.name in products and op.pass_ == "forward"} - {
+        2 * rows * WIDTH * latent * 2  # gate and up of a stock expert are one
+    }
+    assert flops == 2 * rows * WIDTH * latent
+    ways = {c.bytes for c in trace.collectives if c.group == "tp-ep" and c.kind == "dispatch"}
+    assert ways == {2 * TOKENS * latent + probs, 2 * TOKENS * latent}
+    around = [op for op in trace.ops if op.phase == "latent projection"]
+    assert sum(op.count * op.flops for op in around) == LAYERS * 3 * 2 * (
+        2 * TOKENS * HIDDEN * latent
+    )
+
+
+@pytest.mark.slow
 def test_a_layer_is_planned_as_the_launches_that_it_makes(traced):
     """Check of NaN, counters and balance loss included, as test_no_waits.py counts them."""
     ops = [op for op in traced(*MONE, "0.25").ops if op.name.startswith("mone.")]

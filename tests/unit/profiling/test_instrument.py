@@ -115,6 +115,14 @@ def test_shared_experts_and_dense_layers_have_phases():
         assert {"shared experts", "dense MLP"} <= set(of_pass(found, pass_)), pass_
 
 
+def test_latent_projections_have_a_phase():
+    forward = without_callers(of_pass(spans(build(moe_latent_size=8)), "forward"))
+    at = [place for place, phase in enumerate(forward) if phase == "latent projection"]
+    assert forward[at[0] - 1 : at[0] + 2] == ["router", "latent projection", "permute"]
+    assert forward[at[1] - 1] == "combine"
+    assert "latent projection" in of_pass(spans(build(moe_latent_size=8)), "backward")
+
+
 def test_nothing_is_left_behind():
     from megatron.core.pipeline_parallel import schedules
 

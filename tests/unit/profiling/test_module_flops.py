@@ -13,6 +13,7 @@ from megatron_mone.common.phases import (
     ATTENTION,
     DENSE_MLP,
     GATE_GEMM,
+    LATENT,
     LOSS,
     ROUTER,
     SHARED_EXPERTS,
@@ -67,6 +68,19 @@ def test_each_part_by_hand():
     assert found[LOSS] == both(6 * 96 * 16 * 640)
     assert count(DENSE, config)[DENSE_MLP] == both(6 * 96 * 16 * 3 * 32)
     assert list(found) == [ATTENTION, ROUTER, UP_DOWN_GEMM, SHARED_EXPERTS, LOSS]
+
+
+def test_experts_of_a_latent_width_and_the_projections_around_them():
+    """8 wide inside; each token goes down and up once, whatever its number of experts."""
+    config = config_of(moe_latent_size=8)
+    again = replace(STOCK, repeats=frozenset({"moe"}))
+    found = count(STOCK, config)
+    assert found[UP_DOWN_GEMM] == both(6 * 8 * 3 * ALL)
+    assert found[LATENT] == both(6 * 96 * 2 * 16 * 8)
+    assert count(again, config)[LATENT]["executed"] == 8 * 96 * 2 * 16 * 8
+    assert LATENT not in count(STOCK)
+    whole, mone = count(MONE)[UP_DOWN_GEMM], count(MONE, config)[UP_DOWN_GEMM]
+    assert mone == {kind: work / 2 for kind, work in whole.items()}
 
 
 def test_grouped_queries_output_gate_and_latent_attention():
