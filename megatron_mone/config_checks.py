@@ -163,10 +163,6 @@ def check_model(config: Any) -> None:
         (not config.fp4, "fp4", "unset with MoNE (no --fp4-format)"),
         (config.glu_linear_offset == 0.0, "glu_linear_offset", "0 with MoNE"),
         (config.activation_func_clamp_value is None, "activation_func_clamp_value", "unset"),
-        (not config.overlap_dispatch_backward_with_experts_wgrad,
-         "overlap_dispatch_backward_with_experts_wgrad", "False with MoNE"),
-        (not config.delay_wgrad_compute, "delay_wgrad_compute", "False with MoNE: its weight "
-         "gradients are made with the input gradients"),
     ]  # fmt: skip
     if config.mone_qk_norm_all_heads:
         beside = "with mone_qk_norm_all_heads"

@@ -17,6 +17,7 @@ from megatron_mone.cpu_emulation import (
     rng,
     specs,
     training,
+    weight_gradients,
 )
 
 # Compilers first: torch._dynamo keeps tables of torch's functions by identity, so it is loaded
@@ -30,6 +31,7 @@ PATCHES: tuple[Patch, ...] = (
     *distributed.PATCHES,
     *compilers.PATCHES[1:],
     *training.PATCHES,
+    *weight_gradients.PATCHES,
     *rng.PATCHES[1:],
     *norms.PATCHES,
     *moe.PATCHES,

@@ -14,7 +14,9 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, promised
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import apply_rule
+from megatron_mone.kernels.reference_products import Waiting, product
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
+from megatron_mone.kernels.weight_views import later_of
 
 
 def grouped_mlp(
@@ -31,13 +33,13 @@ def grouped_mlp(
     all_gates: bool = False,
 ) -> GroupedMLPOutput:
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
-    rows_x = x_NH.split(tokens_per_expert)
-    gate_up_N2F = torch.cat(
-        [
-            x.matmul(torch.cat((w_gate, w_up)).t())
-            for x, w_gate, w_up in zip(rows_x, w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True)
-        ]
-    )
+    later = later_of((w_gate_EFH, w_up_EFH, w_down_EFH))
+    waiting = None if later is None else Waiting(later)
+    pairs = zip(w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True)
+    gate_up_N2F = product(
+        x_NH, tokens_per_expert, (torch.cat(pair) for pair in pairs),
+        waiting and waiting.of("gate_up"),
+    )  # fmt: skip
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
     enter(SELECTION)
@@ -50,13 +52,9 @@ def grouped_mlp(
 
     h_NF = (gate_NF * u_NF) * probs_N.unsqueeze(-1)
     h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)
-    y_NH = torch.cat(
-        [
-            # contiguous [H, F], as a stock fc2 holds it: the same GEMM, the same bits
-            h.matmul(w_down.t().contiguous().t())
-            for h, w_down in zip(h_NF.split(tokens_per_expert), w_down_EFH.unbind(), strict=True)
-        ]
-    )
+    # contiguous [H, F], as a stock fc2 holds it: the same GEMM, the same bits
+    downs_HF = (w_down.t().contiguous() for w_down in w_down_EFH.unbind())
+    y_NH = product(h_NF, tokens_per_expert, downs_HF, waiting and waiting.of("down"))
     return GroupedMLPOutput(y_NH, mask, gate_NF[mask_NF], gate_NF if all_gates else None)
 
 

@@ -7,6 +7,10 @@ as halves of one tensor. Where Megatron accumulates gradients in its linears
 LinearWithGradAccumulationAndAsyncCommunication.backward (megatron/core/tensor_parallel/layers.py):
 a backend that finds `grad_sink` on a view adds to the tensor that it returns and gives no gradient
 of its own; what others give is added here.
+Where Megatron puts weight gradients off (delay_wgrad_compute,
+overlap_dispatch_backward_with_experts_wgrad) a backward pass stops at the views, and `add_later`
+lets the parameters' own nodes of autograd have the gradients: whoever waits for those there
+(DDP's hooks, which reduce them) sees a gradient when it is made, and once.
 May touch: torch, the parameters' Megatron attributes.
 Shapes: E experts, F neurons, H hidden, all of this rank.
 """
@@ -49,10 +53,13 @@ def weight_views(
         linear_fc1: parameter [E, 2, F, H], gate and up vectors; `main_grad` is Megatron's.
         linear_fc2: parameter [E, F, H], down vectors.
         fused: add gradients to `main_grad` and leave `.grad` a placeholder.
-        later: a backend that can puts there what makes the gradients, and gives none: `add_later`
-            makes them.
+        later: where gradients wait for `add_later`. A backend that can puts there what makes them,
+            and gives none; what others give waits there as it is.
     """
-    gate, up, down = _WeightViews.apply(linear_fc1, linear_fc2, fused)
+    given = linear_fc1, linear_fc2
+    if later is not None:
+        given = tuple(p.detach().requires_grad_(p.requires_grad) for p in given)
+    gate, up, down = _WeightViews.apply(*given, fused, later)
     if fused and gate.requires_grad:
         # asked for in the backward pass: a gradient buffer may be set or moved until then
         gate.grad_sink = lambda: linear_fc1.main_grad[:, 0]
@@ -129,29 +136,33 @@ def _goals_of_halves(weight_EFH: Tensor, new: Callable[..., Tensor]) -> list[Goa
     return [lambda: Gradient(both()[:, 0], False), lambda: Gradient(both()[:, 1], False)]
 
 
+def later_of(weights: tuple[Tensor, Tensor, Tensor]) -> list | None:
+    """Where what makes the gradients of gate, up and down waits; None: they are made at once."""
+    return getattr(weights[0], "grad_later", None)
+
+
 @torch.no_grad()
-def add_later(linear_fc1: Parameter, linear_fc2: Parameter, later: list) -> None:
-    """Make the gradients that were put off, in their order, and add them where autograd would.
+def add_later(linear_fc1: Parameter, linear_fc2: Parameter, fused: bool, later: list) -> None:
+    """Make the gradients that were put off, in their order, and end their backward passes.
 
     Args:
-        linear_fc1, linear_fc2: of `weight_views`.
-        later: its list; empty afterwards. An entry gives the gradients of gate, up and down, None
-            for one that it added to its sink.
+        linear_fc1, linear_fc2, fused: of `weight_views`.
+        later: its list, an entry for each backward pass; empty afterwards. An entry gives the
+            gradients of gate, up and down, None for one that it added to its sink.
     """
     waiting, later[:] = list(later), []
+    parameters = linear_fc1, linear_fc2
     for make in waiting:
-        dgate, dup, ddown = make()
-        for parameter, gradient in (
-            (linear_fc1, _side_by_side(linear_fc1, dgate, dup)), (linear_fc2, ddown),
-        ):  # fmt: skip
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        gradients = _of_parameters(*parameters, fused, *make())
+        made = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
+        if made:
+            torch.autograd.backward(*zip(*made, strict=True))
 
 
 class _WeightViews(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, fc1: Parameter, fc2: Parameter, fused: bool):
-        ctx.parameters, ctx.fused = (fc1, fc2), fused
+    def forward(ctx: Any, fc1: Tensor, fc2: Tensor, fused: bool, later: list | None):
+        ctx.parameters, ctx.fused, ctx.later = (fc1, fc2), fused, later
         ctx.set_materialize_grads(False)
         gate, up, down = fc1[:, 0], fc1[:, 1], fc2.view_as(fc2)
         frozen = [] if fc1.requires_grad else [gate, up]
@@ -160,16 +171,27 @@ class _WeightViews(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dgate, dup, ddown):
-        fc1, fc2 = ctx.parameters
-        if not ctx.fused:
-            return _side_by_side(fc1, dgate, dup), ddown, None
-        for half, gradient in ((0, dgate), (1, dup)):
-            if gradient is not None:
-                fc1.main_grad[:, half].add_(gradient)
-        if ddown is not None:
-            fc2.main_grad.add_(ddown)
-        return *(_placeholder(p) if p.requires_grad else None for p in (fc1, fc2)), None
+    def backward(ctx: Any, *gradients):
+        if ctx.later is None:
+            return *_of_parameters(*ctx.parameters, ctx.fused, *gradients), None, None
+        if any(gradient is not None for gradient in gradients):
+            ctx.later.append(lambda: gradients)
+        return None, None, None, None
+
+
+def _of_parameters(
+    fc1: Any, fc2: Any, fused: bool, dgate: Tensor | None, dup: Tensor | None, ddown: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What autograd is to have for fc1 and fc2, after what goes to `main_grad` went there."""
+    if not fused:
+        return _side_by_side(fc1, dgate, dup), ddown
+    for half, gradient in ((0, dgate), (1, dup)):
+        if gradient is not None:
+            fc1.main_grad[:, half].add_(gradient)
+    if ddown is not None:
+        fc2.main_grad.add_(ddown)
+    first, second = (_placeholder(p) if p.requires_grad else None for p in (fc1, fc2))
+    return first, second
 
 
 def halves_of_one(first_EFH: Tensor, second_EFH: Tensor) -> bool:

@@ -152,7 +152,7 @@ class MoNEExperts(MegatronModule):
                 x_NH,
                 probs_N,
                 tokens_per_expert if rows_ER is None else rows_ER,
-                *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later()),
+                *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later(x_NH)),
                 choose=choose,
                 activation=self.config.mone_activation,
                 etp_group=self.etp_group,
@@ -174,13 +174,18 @@ class MoNEExperts(MegatronModule):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
-    def _later(self) -> list | None:
-        return self._delayed if self.config.delay_wgrad_compute else None
+    def _later(self, x_NH: Tensor) -> list | None:
+        """Where weight gradients wait for `backward_dw`, which nobody calls below rows that need no
+        gradient."""
+        config = self.config
+        put_off = config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad
+        return self._delayed if put_off and x_NH.requires_grad else None
 
     def backward_dw(self) -> None:
-        """Make the weight gradients that backward passes put off (delay_wgrad_compute); a backend
-        that puts nothing off made them there, and then this does nothing."""
-        add_later(self.linear_fc1, self.linear_fc2, self._delayed)
+        """Make the weight gradients that backward passes put off; Megatron calls it, once for each,
+        with delay_wgrad_compute or overlap_dispatch_backward_with_experts_wgrad."""
+        fused = self.config.gradient_accumulation_fusion
+        add_later(self.linear_fc1, self.linear_fc2, fused, self._delayed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

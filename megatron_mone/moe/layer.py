@@ -5,7 +5,11 @@ May touch: Megatron's MoELayer, the files of this folder. Process groups come fr
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import (
+    MoELayer,
+    MoESubmodules,
+    _RecordExpertDgradCompletion,
+)
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
@@ -103,6 +107,10 @@ class MoNELayer(MoELayer):
         self, hidden_states: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Steps 3 and 4 on the dispatched rows; see MoELayer.routed_experts_compute."""
+        if self.config.overlap_dispatch_backward_with_experts_wgrad:
+            hidden_states = _RecordExpertDgradCompletion.apply(
+                self._delayed_wgrad_event, hidden_states
+            )
         rows, tokens_per_expert, row_probs = self.token_dispatcher.dispatch_postprocess(
             hidden_states, probs
         )

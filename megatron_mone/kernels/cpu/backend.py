@@ -14,7 +14,7 @@ neurons, H hidden, K kept entries.
 
 from collections.abc import Sequence
 from ctypes import byref
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ from megatron_mone.kernels.cpu.products import (
 from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
-from megatron_mone.kernels.weight_views import Goal, gradient_goals, sinks_of
+from megatron_mone.kernels.weight_views import Goal, gradient_goals, later_of, sinks_of
 
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
@@ -121,7 +121,8 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         y_NH = products.accumulate([(h_K, w_down)], x_NH.dtype)
         ctx.save_for_backward(x_NH, probs_N, w_gate, w_up, w_down, a_K, u_K, indices_K, offsets_N1)
         ctx.counts, ctx.activation, ctx.block = counts, activation, block
-        ctx.sinks = sinks_of((w_gate, w_up, w_down))
+        weights = (w_gate, w_up, w_down)
+        ctx.sinks, ctx.later = sinks_of(weights), later_of(weights)
         ctx.mark_non_differentiable(a_K, indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
         return y_NH, gate_K, a_K, indices_K, offsets_N1
@@ -134,7 +135,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, ctx.block)
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else unit_stride(dy_NH)
         da_K, du_K = (empty(a_K.shape, torch.float32) for _ in range(2))
-        h_K = scratch("h", a_K.shape, torch.float32)
+        h_K = (empty if ctx.later is not None else partial(scratch, "h"))(a_K.shape, torch.float32)
         products.sampled(dy_NH, w_down, da_K)
         dprobs_N = empty(probs_N.shape, torch.float32)
         a_K, u_K = a_K.float(), u_K.float()
@@ -153,10 +154,24 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx_NH = products.accumulate([(da_K, w_gate), (du_K, w_up)], x_NH.dtype)
         goals = gradient_goals((w_gate, w_up, w_down), ctx.sinks, ctx.needs_input_grad[2:5], empty)
-        dw = _weight_grads(products, [(da_K, goals[0]), (du_K, goals[1])], x_NH)
+        terms = [([(da_K, goals[0]), (du_K, goals[1])], x_NH), ([(h_K, goals[2])], dy_NH)]
         del da_K, du_K
-        dw += _weight_grads(products, [(h_K, goals[2])], dy_NH)
+        dw: list[Tensor | None] = [None] * 3
+        if ctx.later is None:
+            dw = _all_weight_grads(products, terms)
+        else:
+            ctx.later.append(partial(_all_weight_grads, products, terms))
         return dx_NH, dprobs_N.to(probs_N.dtype), *dw, None, None, None
+
+
+def _all_weight_grads(
+    products: Products, terms: list[tuple[list[tuple[Tensor, Goal | None]], Tensor]]
+) -> list[Tensor | None]:
+    """`_weight_grads` of each (terms, x_NH), which goes as soon as it was used."""
+    made: list[Tensor | None] = []
+    while terms:
+        made += _weight_grads(products, *terms.pop(0))
+    return made
 
 
 def _weight_grads(

@@ -34,7 +34,7 @@ from megatron_mone.kernels.triton.decode import DecodeProducts, takes_decode
 from megatron_mone.kernels.triton.ops import Blocks, BlockSums, Counters, Entries, Slope, Weighing
 from megatron_mone.kernels.triton.products import Products, our_products
 from megatron_mone.kernels.triton.row_map import RowMap, row_map
-from megatron_mone.kernels.weight_views import gradient_goals, sinks_of
+from megatron_mone.kernels.weight_views import gradient_goals, later_of, sinks_of
 
 
 @dataclass
@@ -198,8 +198,7 @@ class _MaskedExperts(torch.autograd.Function):
         y_NH = products.down(h, w_down, entries.bad_N)
         weights = (w_gate, w_up, w_down)
         ctx.save_for_backward(x_NH, p_N, *weights, entries.a_NS, u_NS, entries.words_NW)
-        ctx.call, ctx.sinks = call, sinks_of(weights)
-        ctx.later = getattr(w_gate, "grad_later", None)
+        ctx.call, ctx.sinks, ctx.later = call, sinks_of(weights), later_of(weights)
         call.entries = entries
         ctx.mark_non_differentiable(entries.words_NW)
         ctx.set_materialize_grads(False)

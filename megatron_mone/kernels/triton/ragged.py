@@ -13,7 +13,8 @@ are over rows of [N, F], so the same bits on every run.
 Not run on a GPU yet. Shapes: N rows grouped by expert, E experts, F neurons, H hidden, K kept.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import apply_rule
 from megatron_mone.kernels.triton.products import GroupedLinears
+from megatron_mone.kernels.weight_views import later_of
+
+# v and x of a weight's gradient v^T x, which of the two is a gradient, whether the weight wants one
+Terms = list[tuple[Tensor, Tensor, Literal["v", "x"], bool]]
 
 
 def ragged_grouped_mlp(
@@ -77,7 +82,7 @@ class _RaggedGroupedMLP(torch.autograd.Function):
         y_NH = linears.rows_by_hidden((entries.spread(h_K.to(x_NH.dtype)), w_down))
         indices_K, offsets_N1 = entries.mask.indices_K, entries.mask.offsets_N1
         ctx.save_for_backward(x_NH, probs_N, *weights, a_K, u_K, indices_K, offsets_N1)
-        ctx.activation, ctx.linears = activation, linears
+        ctx.activation, ctx.linears, ctx.later = activation, linears, later_of(weights)
         ctx.mark_non_differentiable(indices_K, offsets_N1)
         ctx.set_materialize_grads(False)
         return y_NH, gate_K, indices_K, offsets_N1
@@ -107,13 +112,28 @@ class _RaggedGroupedMLP(torch.autograd.Function):
         dx_NH = None
         if ctx.needs_input_grad[0]:
             dx_NH = linears.rows_by_hidden((da_NF, w_gate), (du_NF, w_up), gradient=True)
-        products = ((da_NF, x_NH, "v"), (du_NF, x_NH, "v"), (h_NF, dy_NH, "x"))
+        wanted = ctx.needs_input_grad[2:5]
+        terms: Terms = [
+            (da_NF, x_NH, "v", wanted[0]), (du_NF, x_NH, "v", wanted[1]),
+            (h_NF, dy_NH, "x", wanted[2]),
+        ]  # fmt: skip
+        make = partial(_weight_grads, linears, terms, w_gate)
         dw: list[Tensor | None] = [None] * 3
-        for place, (rows_NF, of_NH, kind) in enumerate(products):
-            if ctx.needs_input_grad[2 + place]:
-                dw[place] = out_EFH = w_gate.new_empty(w_gate.shape)
-                linears.weight_grad(rows_NF, of_NH, out_EFH, False, kind)
+        if ctx.later is None:
+            dw = make()
+        else:
+            ctx.later.append(make)
         return dx_NH, dp_N, *dw, None, None, None
+
+
+def _weight_grads(linears: GroupedLinears, terms: Terms, like_EFH: Tensor) -> list[Tensor | None]:
+    """Of gate, up and down; None where none is wanted."""
+    made: list[Tensor | None] = []
+    for v_NF, x_NH, kind, wanted in terms:
+        made.append(like_EFH.new_empty(like_EFH.shape) if wanted else None)
+        if made[-1] is not None:
+            linears.weight_grad(v_NF, x_NH, made[-1], False, kind)
+    return made
 
 
 class _Entries:

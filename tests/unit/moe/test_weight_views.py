@@ -6,7 +6,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels.cpu import backend as cpu
-from megatron_mone.kernels.weight_views import halves_of_one
+from megatron_mone.kernels.weight_views import add_later, halves_of_one, weight_views
 from tests.unit.moe.builders import build_experts
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -195,3 +195,99 @@ def test_freed_weights_are_read_again_where_they_are_by_then(backend):
     y.backward(torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
     for parameter, gradient in zip(experts.parameters(), wanted, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+PUT_OFF = ["delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"]
+
+
+def ended_backwards(experts, keep):
+    """{name: passes that reached the parameter}, counted where DDP's hooks hang; these move each
+    gradient to `main_grad` as DDP's do. `keep` holds the nodes."""
+    reached = {}
+    for name, parameter in experts.named_parameters():
+        parameter.main_grad = torch.zeros(parameter.shape)
+        parameter.grad_added_to_main_grad = False
+        reached[name] = 0
+
+        def hook(*_unused, name=name, parameter=parameter):
+            reached[name] += 1
+            if not parameter.grad_added_to_main_grad:
+                parameter.main_grad.add_(parameter.grad)
+            parameter.grad = None
+
+        keep.append(parameter.expand_as(parameter).grad_fn.next_functions[0][0])
+        keep[-1].register_hook(hook)
+    return reached
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flag", PUT_OFF)
+def test_gradients_that_wait_are_the_same_bits(backend, fused, dtype, flag):
+    """Of two micro-batches: none before `backward_dw`, then the same where DDP takes them."""
+    nodes, made, y = [], [], []
+    for put_off in (False, True):
+        experts, x, probs = experts_and_inputs(
+            backend, params_dtype=dtype, bf16=dtype == torch.bfloat16
+        )
+        if made:
+            experts.load_state_dict(made[0].state_dict())
+        made.append(experts)
+        experts.config.gradient_accumulation_fusion = fused
+        setattr(experts.config, flag, put_off)
+        reached = ended_backwards(experts, nodes)
+        for micro_batch in (1, 2):
+            rows = (x / micro_batch).requires_grad_()
+            backward(experts, rows, probs)
+            y.append(rows.grad)
+            if put_off:
+                assert list(reached.values()) == [micro_batch - 1] * 2
+                assert all(p.grad is None for p in experts.parameters())
+            experts.backward_dw()
+            assert list(reached.values()) == [micro_batch] * 2
+        experts.backward_dw()  # nothing is left
+        assert list(reached.values()) == [2, 2]
+    assert all(torch.equal(first, then) for first, then in zip(y[:2], y[2:], strict=True))
+    for first, then in zip(made[0].parameters(), made[1].parameters(), strict=True):
+        assert torch.equal(first.main_grad, then.main_grad)
+        assert first.main_grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2"])
+def test_a_frozen_parameter_waits_for_no_gradient(backend, frozen):
+    experts, x, probs = experts_and_inputs(backend)
+    getattr(experts, frozen).requires_grad_(False)
+    (free,) = (p for p in experts.parameters() if p.requires_grad)
+    backward(experts, x, probs)
+    wanted, free.grad = free.grad, None
+    experts.config.delay_wgrad_compute = True
+    backward(experts, x.requires_grad_(), probs)
+    assert free.grad is None
+    experts.backward_dw()
+    assert torch.equal(free.grad, wanted)
+    assert getattr(experts, frozen).grad is None
+
+
+def test_a_gradient_that_was_made_at_once_waits_too():
+    """Of a backend that puts nothing off: it gets what autograd gives the views."""
+    experts, _, _ = experts_and_inputs("reference")
+    weights = experts.linear_fc1, experts.linear_fc2
+    later = []
+    gate, up, down = weight_views(*weights, False, later)
+    (gate * up * down).sum().backward()
+    assert all(weight.grad is None for weight in weights)
+    add_later(*weights, False, later)
+    waited = [weight.grad for weight in weights]
+    experts.zero_grad()
+    (weights[0][:, 0] * weights[0][:, 1] * weights[1]).sum().backward()
+    assert all(torch.equal(*pair) for pair in zip(waited, (w.grad for w in weights), strict=True))
+
+
+def test_nothing_waits_below_rows_that_need_no_gradient():
+    """No backward pass of a dispatch would come for it."""
+    experts, x, probs = experts_and_inputs("reference")
+    experts.config.overlap_dispatch_backward_with_experts_wgrad = True
+    backward(experts, x, probs)
+    assert all(p.grad.abs().sum() > 0 for p in experts.parameters())
