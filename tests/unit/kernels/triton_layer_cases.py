@@ -112,8 +112,9 @@ def weight_gradients_come_later_when_they_are_put_off() -> None:
         experts = build_experts(2, mone_backend="triton", params_dtype=torch.float32)
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter)
-        experts.config.delay_wgrad_compute = later  # Megatron ties the flag to Transformer Engine
+        experts.config.delay_wgrad_compute = later
         for rows, probs in zip(x, p, strict=True):
+            rows.requires_grad_()
             experts(rows, torch.tensor([3, 4]), probs).y_NH.square().sum().backward()
         assert all((weight.grad is None) is later for weight in experts.parameters())
         experts.backward_dw()
