@@ -1,4 +1,4 @@
-"""The local norm, with the two settings that Megatron's wrapper of torch's norm refuses."""
+"""The local norm, with the settings that Megatron's wrapper of torch's norm refuses or lacks."""
 
 import copy
 from collections.abc import Callable
@@ -20,6 +20,10 @@ def _allowing(original: Callable[..., Any]) -> Callable[..., Any]:
             # Read by finalize_model_grads, which sums these gradients over the TP group: every
             # rank normalises its own part of the sequence with the same weight.
             parameter.sequence_parallel = config.sequence_parallel
+        if config.fp32_residual_connection:
+            # Of a residual stream in float32 too, the linears behind it get their own type, as from
+            # Transformer Engine's norms.
+            norm.register_forward_hook(lambda module, given, made: made.to(config.params_dtype))
         return norm
 
     return new

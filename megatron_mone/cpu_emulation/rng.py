@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_mone.common.patch import Patch, megatron_source, raises
+from megatron_mone.common.patch import Patch, megatron_source, raises, wrapping
 from megatron_mone.cpu_emulation.cuda_calls import put
 
 _host_state: torch.Tensor | None = None
@@ -109,6 +109,14 @@ def _loader_draws_from_default() -> bool:
     return not torch.equal(before, torch.get_rng_state())
 
 
+def _without_fp8(init: Any) -> Any:
+    @functools.wraps(init)
+    def __init__(self: Any, fp8: Any = None) -> None:
+        init(self, fp8 or None)
+
+    return __init__
+
+
 PATCHES = (
     Patch(
         name="rng-states",
@@ -138,5 +146,13 @@ PATCHES = (
         "device's, it would set the replicated dropout of TP ranks apart",
         apply=_apply_loader,
         still_needed=_loader_draws_from_default,
+    ),
+    wrapping(
+        "recompute-without-output",
+        "megatron.core.tensor_parallel.random: CheckpointWithoutOutput.__init__",
+        _without_fp8,
+        why="its default fp8=False counts as fp8, for it is not None: the norm's recompute "
+        "(recompute_modules = layernorm) then asks Transformer Engine, which is not there",
+        needed_while="self.fp8 = fp8 is not None",
     ),
 )

@@ -8,6 +8,9 @@ from importlib import import_module
 from megatron_mone.config import OUR_SPEC
 from megatron_mone.config_checks import is_mone
 
+KEPT = "gate, up and index of each kept neuron"
+"""What the kernels of MoNE keep for the backward pass beside the experts' input."""
+
 
 def check_combinations(args: Namespace) -> None:
     """What Megatron's own checks let through.
@@ -86,6 +89,9 @@ def _model(args: Namespace) -> list[tuple[object, str, str]]:
          "pass --sequence-parallel"),
         (args.moe_latent_size and args.moe_shared_expert_overlap, "moe_shared_expert_overlap",
          "does not go with moe_latent_size in training: leave one of them out"),
+        (args.use_grouped_gemm_for_dense_mlp and args.num_experts, "use_grouped_gemm_for_dense_mlp",
+         f"would have no effect with num_experts = {args.num_experts}: Megatron's layer specs have "
+         "it of models without experts alone; leave it out"),
         (args.position_embedding_type == "mrope", "position_embedding_type", "needs positions in "
          "three dimensions, of images: give rope"),
     ]  # fmt: skip
@@ -107,10 +113,16 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
          "apart, and a checkpoint that mixes them would be read wrongly: leave it out"),
         (args.moe_paged_stash, "moe_paged_stash", "it keeps Megatron's experts' activations; leave "
          "it out"),
-        (args.moe_single_grouped_weight, "moe_single_grouped_weight", "it is of Transformer "
-         "Engine's experts; leave it out"),
+        *((getattr(args, name), name, "it is of Transformer Engine's experts; leave it out")
+          for name in ("moe_single_grouped_weight", "moe_single_grouped_bias")),
         (offloaded, "offload_modules", f"{', '.join(sorted(offloaded))} of MoNE experts stay on "
-         "the device: name other modules"),
+         f"the device, their input and {KEPT}: name other modules"),
+        (args.cpu_offloading_num_layers, "cpu_offloading_num_layers", "what its experts keep, "
+         f"their input and {KEPT}, would stay on the device: leave it out; --recompute-modules moe "
+         "frees it"),
+        ("moe_act" in (args.recompute_modules or ()) and args.mone_backend == "reference",
+         "recompute_modules", "mone_backend = reference keeps all that it computes: name moe "
+         "instead of moe_act, or another mone_backend"),
         (captures_experts, "cuda_graph_impl", "its experts "
          "wait for the device, which cannot be captured: name modules without moe in "
          "--cuda-graph-modules"),

@@ -67,10 +67,23 @@ MOOT: dict[str, str] = {
 """Names -> why they change nothing; published scripts give them, so the run goes on with a line."""
 
 MOOT_WITH_MONE: dict[str, str] = {
-    "moe_grouped_gemm": "MoNE experts have their own kernels, see --mone-backend",
-    "use_transformer_engine_op_fuser": "MoNE experts have their own kernels, see --mone-backend",
+    "moe_grouped_gemm": "their kernels are grouped over experts always, see --mone-backend",
+    "use_transformer_engine_op_fuser": "they have their own kernels, see --mone-backend",
+    "use_te_activation_func": "theirs is mone_activation",
+    "use_fused_weighted_squared_relu": "their activation is mone_activation",
 }
-"""The same, of flags that stock experts read."""
+"""Flags that stock experts read -> why MoNE's do not."""
+
+ONLY_WITH: dict[str, str] = {
+    "moe_paged_stash": "moe_paged_stash_page_size moe_paged_stash_buffer_size_factor_*",
+    "fine_grained_activation_offloading": (
+        "offload_modules min_offloaded_tensor_size activation_offload_fraction "
+        "delta_offload_bytes_across_pp_ranks delay_offload_until_cuda_graph "
+        "fine_grained_offloading_max_inflight_offloads"
+    ),
+    "use_grouped_gemm_for_shared_expert": "moe_shared_expert_glu_interleave_size",
+}
+"""A switch -> names and patterns of names that Megatron reads where it is on."""
 
 
 def check_flags(args: Namespace, defaults: Mapping[str, Any]) -> None:
@@ -89,6 +102,14 @@ def check_flags(args: Namespace, defaults: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} = {getattr(args, name)!r} would have no effect: {reason}; leave it out"
             )
+    for switch, names in ONLY_WITH.items():
+        unread = [n for n in given if any(fnmatchcase(n, p) for p in names.split())]
+        if unread and not getattr(args, switch, False):
+            name = unread[0]
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} would have no effect without {switch}: give "
+                f"--{switch.replace('_', '-')} too, or leave it out"
+            )
 
 
 def refusal(name: str) -> str | None:
@@ -105,13 +126,23 @@ def notices(args: Namespace) -> list[str]:
     Args:
         args: Megatron's, validated.
     """
-    mone = is_mone(args)
-    moot = {**MOOT, **(MOOT_WITH_MONE if mone else {})}
     lines = [
-        f"{name} = True has no effect: {why}" for name, why in moot.items() if getattr(args, name)
+        f"{name} = True has no effect: {why}" for name, why in MOOT.items() if getattr(args, name)
     ]
-    if mone and "moe_act" in (args.recompute_modules or ()):
+    if args.recompute_modules and args.recompute_granularity != "selective":
         lines.append(
-            "recompute_modules = moe_act has no effect: MoNE experts keep the chosen neurons alone"
+            f"recompute_modules = {args.recompute_modules} has no effect with "
+            f"recompute_granularity = {args.recompute_granularity}: it is read with selective"
+        )
+    if not is_mone(args):
+        return lines
+    lines += [
+        f"{name} = True has no effect on MoNE's experts: {why}"
+        for name, why in MOOT_WITH_MONE.items() if getattr(args, name)
+    ]  # fmt: skip
+    if "moe_act" in (args.recompute_modules or ()):
+        lines.append(
+            "recompute_modules = moe_act changes nothing in MoNE's experts: they keep gate, up and "
+            "index of each chosen neuron and make their product again in the backward pass always"
         )
     return lines

@@ -59,6 +59,7 @@ TRANSFORMER_ENGINE: dict[str, Callable[[Any], bool]] = {
     "fused_residual_rmsnorm": bool,
     "use_te_activation_func": bool,
     "use_transformer_engine_op_fuser": bool,
+    "use_grouped_gemm_for_shared_expert": bool,
     "use_precision_aware_optimizer": bool,
     "te_precision_config_file": bool,
     "cpu_offloading_num_layers": bool,
@@ -72,7 +73,7 @@ TRANSFORMER_ENGINE: dict[str, Callable[[Any], bool]] = {
 }
 """Arguments whose work is Transformer Engine's alone -> whether a value asks for it."""
 
-EMULATED = frozenset({"moe_latent_size"})
+EMULATED = frozenset({"moe_latent_size", "recompute_modules"})
 """Of these, what the CPU emulation gives CPU ranks."""
 
 CUDA: dict[str, Callable[[Any], bool]] = {

@@ -50,6 +50,9 @@ CASES = [  # the refused, what the line says, and a way out
      {"position_embedding_type": "yarn"}),
     ({"moe_latent_size": 8, "moe_shared_expert_overlap": True},
      "moe_shared_expert_overlap = True does not go with moe_latent_size", {"moe_latent_size": 8}),
+    ({"use_grouped_gemm_for_dense_mlp": True},
+     "use_grouped_gemm_for_dense_mlp = True would have no effect with num_experts = 4",
+     {"use_grouped_gemm_for_dense_mlp": True, "num_experts": None}),
     ({"init_method_xavier_uniform": True, "use_mup": True}, "init_method_xavier_uniform = True",
      {"init_method_xavier_uniform": True}),
     ({"spec": ["none.such", "spec"]}, "spec = 'none.such spec' cannot be imported: No module",
@@ -65,6 +68,9 @@ WITH_MONE = [
     {"moe_mlp_glu_interleave_size": 32},
     {"moe_paged_stash": True},
     {"moe_single_grouped_weight": True},
+    {"moe_single_grouped_bias": True},
+    {"cpu_offloading_num_layers": 1},
+    {"recompute_modules": ["core_attn", "moe_act"], "mone_backend": "reference"},
     {"offload_modules": ["attn_norm", "moe_act"]},
     {"offload_modules": ["expert_fc1"]},
     {"cuda_graph_impl": "full_iteration"},
@@ -77,6 +83,8 @@ BESIDE_MONE = [
     {"offload_modules": ["attn_norm"]},
     {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]},
     {"moe_grouped_gemm": True},
+    {"recompute_modules": ["moe_act"]},
+    {"recompute_modules": ["moe"], "mone_backend": "reference"},
 ]
 
 

@@ -71,7 +71,12 @@ def test_what_only_the_stock_script_reads_is_read_here_too_or_refused(defaults, 
 def test_the_tables_name_flags_alone(defaults):
     patterns = [p for names in flags.REFUSED.values() for p in names.split()]
     unmatched = [p for p in patterns if not any(flags.fnmatchcase(n, p) for n in defaults)]
+    unmatched += [
+        pattern for names in flags.ONLY_WITH.values() for pattern in names.split()
+        if not any(flags.fnmatchcase(name, pattern) for name in defaults)
+    ]  # fmt: skip
     assert unmatched == []
+    assert set(flags.ONLY_WITH) <= set(defaults)
     assert {*flags.MOOT, *flags.MOOT_WITH_MONE, *TRANSLATED.split()} <= set(defaults)
 
 
@@ -102,13 +107,39 @@ def test_a_flag_without_effect_is_one_line(defaults, name, value, says):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "switch"),
+    [
+        ("moe_paged_stash_page_size", 128, "moe_paged_stash"),
+        ("moe_paged_stash_buffer_size_factor_cpu", 1.0, "moe_paged_stash"),
+        ("offload_modules", ["core_attn"], "fine_grained_activation_offloading"),
+        ("min_offloaded_tensor_size", 1, "fine_grained_activation_offloading"),
+        ("moe_shared_expert_glu_interleave_size", 32, "use_grouped_gemm_for_shared_expert"),
+    ],
+)
+def test_a_flag_without_its_switch_is_one_line(defaults, name, value, switch):
+    flags.check_flags(Namespace(**{**defaults, name: value, switch: True}), defaults)
+    with pytest.raises(ValueError, match=f"^{name} = .* no effect without {switch}: ") as error:
+        flags.check_flags(Namespace(**{**defaults, name: value}), defaults)
+    assert "\n" not in str(error.value)
+
+
+def test_modules_that_are_not_recomputed_are_named(defaults):
+    given = {**defaults, "recompute_modules": ["mlp"]}
+    [line] = flags.notices(Namespace(**given))
+    assert line.startswith("recompute_modules = ['mlp'] has no effect with")
+    assert flags.notices(Namespace(**{**given, "recompute_granularity": "selective"})) == []
+
+
 def test_what_changes_nothing_is_said_and_trains(defaults):
     given = {**defaults, "use_flash_attn": True, "moe_grouped_gemm": True}
     assert flags.notices(Namespace(**defaults)) == []
     flags.check_flags(Namespace(**given), defaults)
     stock = flags.notices(Namespace(**given))
     assert [line.split(":")[0] for line in stock] == ["use_flash_attn = True has no effect"]
-    mone = Namespace(**{**given, "mone_neuron_ratio": 0.25, "recompute_modules": ["moe_act"]})
+    of_experts = {name: True for name in flags.MOOT_WITH_MONE}
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
+    mone = Namespace(**{**given, **of_experts, **recompute, "mone_neuron_ratio": 0.25})
     assert [line.split(" = ")[0] for line in flags.notices(mone)] == [
-        "use_flash_attn", "moe_grouped_gemm", "recompute_modules",
+        "use_flash_attn", *flags.MOOT_WITH_MONE, "recompute_modules",
     ]  # fmt: skip

@@ -37,7 +37,6 @@ CASES = {
     "use_megatron_fsdp": (True, "these are CPU ranks"),
     "pipeline_model_parallel_comm_backend": ("ucc", "these are CPU ranks"),
     "profile": (True, "--use-pytorch-profiler"),
-    "recompute_modules": (["core_attn", "layernorm"], "transformer-engine"),
     "moe_router_fusion": (True, "transformer-engine"),
     "moe_mlp_glu_interleave_size": (32, "transformer-engine"),
     "fused_residual_rmsnorm": (True, "transformer-engine"),
