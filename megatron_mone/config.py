@@ -141,6 +141,15 @@ class MoNEFields:
     stream, as in Granite, > 0. Its other multipliers are Megatron's of MuP. The stock models that a
     profile or plan compares with have none."""
 
+    mone_plain_checkpoint: bool = False
+    """Checkpoints have the keys of a stock MoE model: stock tools read them, as a model that keeps
+    every neuron. Else they stop at keys that are missing."""
+
+    mone_change_choice: bool = False
+    """Load a checkpoint that was trained with another choice of neurons (how many, by which rule,
+    groups, blocks, activation, layers) than this run's; otherwise the first that differs is an
+    error."""
+
     @property
     def mone_enabled(self) -> bool:
         """Whether this model selects neurons at all."""

@@ -55,12 +55,15 @@ def all_gather_reduced(chunks: Iterable[Any]) -> None:
 
 
 def _pieces(state: Any) -> Iterable[tuple]:
-    """(key, global shape, place, data) of every main replica's tensor in a sharded state dict."""
+    """(key, global shape, place, data) of every main replica's tensor in a sharded state dict; a
+    stock model's key where experts choose neurons."""
     from megatron.core.dist_checkpointing.mapping import (
         ShardedTensor,
         ShardedTensorFactory,
         is_main_replica,
     )
+
+    from megatron_mone.moe.stored_choice import stock_key
 
     if isinstance(state, dict):
         state = list(state.values())
@@ -71,7 +74,12 @@ def _pieces(state: Any) -> Iterable[tuple]:
         yield from _pieces(state.build())
     elif isinstance(state, ShardedTensor) and is_main_replica(state.replica_id):
         assert state.data is not None
-        yield state.key, state.global_shape, state.global_slice(), state.data.detach().clone()
+        yield (
+            stock_key(state.key),
+            state.global_shape,
+            state.global_slice(),
+            state.data.detach().clone(),
+        )
 
 
 def _unwrap(model: Any) -> Any:

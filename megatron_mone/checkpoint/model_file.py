@@ -56,7 +56,9 @@ def check_model_file(folder: Path, args: Namespace) -> None:
                 f"checkpoint {folder} holds a model with {name} = {shape[name]}, this run has "
                 f"{name} = {now}: give another --load and --save, or the same model"
             )
-    changed = [n for n in MONE_FIELD_NAMES if n in mone and mone[n] != getattr(args, n, None)]
+    beside = {"mone_plain_checkpoint", "mone_change_choice"}
+    names = [name for name in MONE_FIELD_NAMES if name in mone and name not in beside]
+    changed = [n for n in names if mone[n] != getattr(args, n, None)]
     for name in changed:
         warnings.warn(
             f"checkpoint {folder} was trained with {name} = {mone[name]}, this run has "

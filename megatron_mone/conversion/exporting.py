@@ -74,8 +74,9 @@ def export_model(
             )
         heads = any(key.startswith("mtp.") for key in reader.keys)
         words = words_of(like, None, () if heads else (MORE_TOKENS,))
-        with bare_model(words, rows) as model:
+        with bare_model(words, rows, held=reader.keys) as model:
             _check_model_file(iteration.parent, model.args)
+            _refuse_choice(iteration, model.args)
             return _export(
                 reader, model, family, out, step, shard_bytes,
                 lambda folder, dtype: copy_beside(source, folder),
@@ -85,7 +86,7 @@ def export_model(
     source = iteration.parent / SOURCE
     if not source.is_dir():
         source = Path(str(saved.get("tokenizer_model")))
-    with bare_model(words_of_saved(saved, iteration, length), rows) as model:
+    with bare_model(words_of_saved(saved, iteration, length), rows, held=reader.keys) as model:
         made = mone_folder.config_of(
             model.args, model.config, "float32"
         )  # refuses before it writes
@@ -151,6 +152,20 @@ def _check_model_file(folder: Path, args: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of mone_* fields: the weights are the same
         check_model_file(folder, args)
+
+
+def _refuse_choice(iteration: Path, args: Any) -> None:
+    """A model of another class keeps every neuron."""
+    from megatron_mone.checkpoint.choice import saved_choice
+
+    choice = saved_choice(iteration) or {}
+    kept = choice.get("mone_neurons_per_token", args.moe_ffn_hidden_size)
+    if kept != args.moe_ffn_hidden_size or choice.get("mone_selection") == "threshold":
+        raise ValueError(
+            f"checkpoint {iteration} keeps {kept} of {args.moe_ffn_hidden_size} neurons "
+            f"(mone_selection = {choice['mone_selection']}): written as a model that keeps every "
+            "one it would compute something else: add --mone"
+        )
 
 
 def _whole(reader: Reader, slot: Slot) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_mone.common.files import atomic_write, write_json
 from megatron_mone.conversion.dist_checkpoint import Writer
 from megatron_mone.conversion.families import Family, family_of
+from megatron_mone.conversion.families.mone import FAMILY as MONE
 from megatron_mone.conversion.folders import (
     RELEASE,
     SOURCE,
@@ -159,7 +160,8 @@ def write_checkpoint(
     from megatron_mone.checkpoint.tracker import TRACKER_NAME
 
     weights = origin.weights
-    with bare_model(origin.words) as model:
+    # Weights of another family were trained to keep every neuron, whatever --mone says.
+    with bare_model(origin.words, plain=origin.family is not MONE) as model:
         found = placed(model, origin.family)
         tied = not model.args.untie_embeddings_and_output_weights
         left_out = check_folder(weights, found, origin.family, tied)

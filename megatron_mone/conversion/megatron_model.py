@@ -12,7 +12,7 @@ import io
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,12 +105,17 @@ class BareModel:
 
 
 @contextmanager
-def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> Iterator[BareModel]:
+def bare_model(
+    words: Sequence[str], padded_vocab_size: int | None = None, *,
+    held: Collection[str] | None = None, plain: bool = False,
+) -> Iterator[BareModel]:  # fmt: skip
     """Build the model of `words`, Megatron's flags and ours, in this process.
 
     Args:
         words: of one rank.
         padded_vocab_size: rows of the embedding; those that the flags give when None.
+        held: keys of a checkpoint that is read, which are then the model's; None: of one written.
+        plain: one that is written has the keys of a stock model (mone_plain_checkpoint).
 
     Raises:
         ValueError: one line: Megatron or a check of ours refuses the flags.
@@ -122,13 +127,18 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
     if not torch.cuda.is_available():
         cpu_emulation.install()
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedObject,
+        ShardedTensor,
+        ShardedTensorFactory,
+    )
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.training import destroy_global_state
 
     from megatron_mone.model import patches
     from megatron_mone.model.arguments import parse_arguments
     from megatron_mone.model.config_builder import build_model_config
+    from megatron_mone.moe.stored_choice import name_as_held
 
     patches.install()
     before = {name: os.environ.get(name) for name in _ALONE}
@@ -143,18 +153,23 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         config.transformer.perform_initialization = False
+        config.transformer.mone_plain_checkpoint = plain
         builder = config.get_builder_cls()(config)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         alone = Replaced(torch.distributed, "all_gather_object", _of_one_rank)
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         with alone, fake, _all_chosen(config.transformer) as choosing:
             model = builder.build_model(groups, pre_process=True, post_process=True)
-            state = model.sharded_state_dict()
+            state = model.sharded_state_dict(metadata=_metadata(config.transformer, held, plain))
+        if held is not None:
+            name_as_held(state, held)
+        elif not plain:
+            _state_choice(state, config.transformer, choosing)
         objects = [leaf for leaf in state.values() if isinstance(leaf, ShardedObject)]
         slots = [
             Slot.of(name, leaf, args.num_layers)
             for name, leaf in state.items()
-            if not isinstance(leaf, ShardedObject)
+            if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
         ]
         slots = [one for one in slots if one.within not in OF_CHOICE or choosing(one.layer)]
         yield BareModel(args, config.transformer, slots, objects)
@@ -168,6 +183,33 @@ def bare_model(words: Sequence[str], padded_vocab_size: int | None = None) -> It
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _metadata(config: Any, held: Collection[str] | None, plain: bool) -> dict[str, bool]:
+    """Whether each layer has keys of its own, as Megatron's `sharded_state_dict` is told."""
+    from megatron_mone.moe.stored_choice import is_mixed
+
+    alone = not plain and hasattr(config, "mone_layer_freq") and is_mixed(config)
+    if held is not None:
+        alone = any(LAYER_NAME.match(key) for key in held if key.startswith("decoder."))
+    return {"non_homogeneous_layers": alone}
+
+
+def _state_choice(
+    state: dict[str, Any], config: Any, choosing: Callable[[int | None], bool]
+) -> None:
+    """Of a state that is written: what the layers that choose do, and stock keys of the others,
+    which were built as if they chose."""
+    from megatron_mone.moe.stored_choice import CHOICE, choice_of, stock_key
+
+    for name, leaf in list(state.items()):
+        if choosing(Slot.of(name, leaf, config.num_layers).layer):
+            if name.endswith(f".{CHOICE}"):
+                leaf.data = choice_of(config)
+        elif name.endswith(f".{CHOICE}"):
+            del state[name]
+        else:
+            leaf.key = stock_key(leaf.key)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from megatron_mone.config import attach_fields_from_env, layer_pattern, neurons_
 from megatron_mone.model.qk_norm import with_all_heads_norms
 from megatron_mone.model.residual import with_scaled_parts
 from megatron_mone.model.step_flops import follow_training
+from megatron_mone.moe import stored_choice
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of
 from megatron_mone.moe.layer import MoNELayer
@@ -65,7 +66,8 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
     check_packages(transformer)
     # On every rank: stages without MoNE layers take part in its collectives.
     follow_training(install_tracker(), transformer)
-    install(PATCHES)
+    install((*PATCHES, *stored_choice.PATCHES))
+    stored_choice.note_model(transformer)
     neurons_per_token(transformer)  # one of the two fields is set
     block = stock_block(transformer, vp_stage)
     whole = layer_pattern(transformer)

@@ -1,7 +1,7 @@
 """Every lasting change of Megatron and torch in a training process, in one table.
 
 Each stands beside the code that it calls. Not here: the CPU ranks' (cpu_emulation), and what holds
-for a while (common/patch.py: Replaced). A model that another script builds needs the first two
+for a while (common/patch.py: Replaced). A model that another script builds needs the first three
 alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
 """
 
@@ -10,11 +10,12 @@ from megatron_mone.common import patch
 from megatron_mone.deepspeed import attach
 from megatron_mone.model import layer_spec, liveness
 from megatron_mone.model.trackers import attach as trackers
-from megatron_mone.moe import matrix_stack
+from megatron_mone.moe import matrix_stack, stored_choice
 
 PATCHES = (
     *matrix_stack.PATCHES,
     *layer_spec.PATCHES,
+    *stored_choice.PATCHES,
     *liveness.PATCHES,
     *save.PATCHES,
     *verify.PATCHES,

@@ -59,7 +59,7 @@ def model_values(saved: Mapping[str, Any]) -> dict[str, Any]:
 
     own = {field.name for field in fields(MLATransformerConfig)}
     own -= {field.name for field in fields(ModelParallelConfig)}
-    own |= set(MONE_FIELD_NAMES)
+    own |= set(MONE_FIELD_NAMES) - {"mone_plain_checkpoint", "mone_change_choice"}
     found = {}
     for action in flag_parser()._actions:
         name = action.dest

@@ -52,6 +52,7 @@ from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
+from megatron_mone.moe.stored_choice import CHOICE, check_choice, choice_of, our_key
 
 EXTRA_STATE = "._extra_state"
 
@@ -60,8 +61,9 @@ class MoNEExperts(MegatronModule):
     """E_l experts whose neurons are chosen per routed row.
 
     Parameters are seen through `w_gate_EFH`, `w_up_EFH`, `w_down_EFH`, each [E_l, F_l, H]. Gate and
-    up share one parameter, as Megatron's linear_fc1 does. Checkpoints hold the stock keys and
-    layouts, `experts.linear_fc1.weight` [E, 2F, H] and `experts.linear_fc2.weight` [E, H, F].
+    up share one parameter, as Megatron's linear_fc1 does. Checkpoints hold the stock layouts,
+    `experts.mone_linear_fc1.weight` [E, 2F, H] and `experts.mone_linear_fc2.weight` [E, H, F]; the
+    stock keys with mone_plain_checkpoint (stored_choice.py).
 
     Args:
         num_local_experts: E_l.
@@ -190,7 +192,8 @@ class MoNEExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """The keys, shapes and splits of stock experts, so that checkpoints go both ways."""
+        """The shapes and splits of stock experts, so that checkpoints go both ways, under keys that
+        stock models do not ask for, and the choice; see stored_choice.py."""
         singleton = (metadata or {}).get("singleton_local_shards", False)
         layout = _ExpertLayout(
             prefix=f"{prefix}experts.",
@@ -222,9 +225,20 @@ class MoNEExperts(MegatronModule):
                 state[f"{prefix}local_experts.{e}.{linear}{EXTRA_STATE}"] = layout.extra_state(
                     linear, e, object_replica
                 )
+        if self.config.mone_plain_checkpoint:
+            return state
+        for leaf in state.values():
+            leaf.key = our_key(leaf.key)
+        state[f"{prefix}{CHOICE}"] = make_sharded_object_for_checkpoint(
+            choice_of(self.config), f"{prefix}experts.{CHOICE}", sharded_offsets,
+            (self.ep_group.rank(), self.etp_group.rank(), self.dp_group.rank()),
+        )  # fmt: skip
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        choice = state_dict.pop(f"{prefix}{CHOICE}", None)
+        if choice is not None:
+            check_choice(choice, self.config, f"the checkpoint of {prefix.removesuffix('.')}")
         for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(EXTRA_STATE)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -13,7 +13,7 @@ pytest.importorskip("emerging_optimizers")
 
 SAVED, STEPS = 2, 4
 BATCH = ("--global-batch-size", "4")  # of one rank two micro-batches, of two one each
-KINDS = {"keep-all": (*KEEP_ALL, *BATCH), "stock": (*STOCK, *BATCH)}
+KINDS = {"keep-all": (*KEEP_ALL, *BATCH, "--mone-plain-checkpoint"), "stock": (*STOCK, *BATCH)}
 WHOLE_MATRICES = ("--muon-tp-mode", "duplicated")
 SHARDED = ("--bf16", "--use-distributed-optimizer")
 LAYOUTS = {

@@ -42,7 +42,7 @@ def runs(tmp_path_factory):
         return (*until(step), "--save", f"{folder}/{name}", "--save-interval", str(step))
 
     start = Case("start", (*TRAIN, "--train-iters", "1", "--save", f"{folder}/begin",
-                           "--save-interval", "1"))  # fmt: skip
+                           "--save-interval", "1", "--mone-plain-checkpoint"))  # fmt: skip
     all_steps = ("--finetune", "--train-iters", str(STEPS))
     whole = case("whole", "one rank", "begin", *all_steps)
     stock = case("stock", "one rank", "begin", *all_steps, model=STOCK)
@@ -58,7 +58,7 @@ def runs(tmp_path_factory):
             first = (*saves(SAVED, "stock"), "--finetune")
             saving.append(case("stock in TP2", "TP2 ETP2", "begin", *first, model=STOCK))
         if ranks == 4:
-            then = saves(SAVED + 1, "keep-all")
+            then = (*saves(SAVED + 1, "keep-all"), "--mone-plain-checkpoint")
             saving.append(case("keep-all in EP2", "EP2 PP2", "stock", *then, model=KEEP_ALL))
         run_cases(saving, ranks, folder)
     for ranks in (1, 2, 4):

@@ -56,7 +56,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                        "--save-interval", "2")),
         Case("stock again", (*train, *three, "--load", f"{stock}")),
         Case("stock in MoNE", (*train, *KEEP_ALL, *three, "--load", f"{stock}",
-                               "--save", f"{mone}", "--save-interval", "3")),
+                               "--save", f"{mone}", "--save-interval", "3",
+                               "--mone-plain-checkpoint")),
         Case("MoNE in stock", (*train, *three, "--load", f"{mone}")),
         Case("MoNE again", (*train, *KEEP_ALL, *three, "--load", f"{mone}")),
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_mone.checkpoint.choice import check_stored_choice
 from megatron_mone.checkpoint.model_file import check_engine_of, check_model_file
 from megatron_mone.checkpoint.tracker import TRACKER_NAME
 from megatron_mone.checkpoint.verify import folder_to_load
@@ -111,7 +112,9 @@ def check_checkpoint(args: Namespace) -> None:
     if args.load and (Path(args.load) / TRACKER_NAME).is_file():
         check_model_file(Path(args.load), args)
         check_engine_of(Path(args.load), args)
-    folder_to_load(args)
+    folder = folder_to_load(args)
+    if folder is not None:
+        check_stored_choice(folder, args)
 
 
 def _check_remote(prefix: str, args: Namespace) -> None:
