@@ -65,6 +65,7 @@ class MoNELayer(MoELayer):
         self.neuron_balancer = NeuronBalancer(
             config, self.experts, pg_collection, is_mtp_layer=is_mtp_layer
         )
+        self.neuron_load = self.neuron_balancer.load
         self.finite_check = FiniteCheck(self.local_expert_indices[0], self._table_number)
         self.recompute_masks = RecomputeMasks()
         self.mask_tape = MaskTape(config, pg_collection)
@@ -161,6 +162,10 @@ class MoNELayer(MoELayer):
         self.neuron_balancer.end_step()
         self.recompute_masks.clear()
         self.mask_tape.end_step()
+
+    def forget_step(self) -> None:
+        """Count the step anew; see metrics.TrackedLayer."""
+        self.neuron_load.forget_step()
 
     def table_row(self) -> int | None:
         """Of the metrics table; see metrics.TrackedLayer."""

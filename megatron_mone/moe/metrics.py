@@ -36,6 +36,9 @@ class TrackedLayer(Protocol):
     def end_step(self) -> None:
         """Called on every rank after the optimizer step."""
 
+    def forget_step(self) -> None:
+        """What was counted of the step under way was of no training: a CUDA graph's warm-up."""
+
     def summary(self) -> LoadSummary:
         """Collective over the stage: load facts since the last call."""
 
@@ -57,6 +60,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         super().__init__()
         self._layers: list[weakref.ref[Any]] = []
         self._steps_in_window = 0
+        self._reporting = False  # after `end_step`, which has nothing more to forget
         self.log_interval = 1
         self.interval_seconds: Callable[[], float] | None = None
         self.step_flops: Callable[[], tuple[float, float]] | None = None
@@ -111,17 +115,27 @@ class MoNEMetricsTracker(MoEMetricsTracker):
 
         return get_args().curr_iteration + 1
 
+    def clear(self) -> None:
+        """Megatron's, at the end of a step and after the warm-up of CUDA graphs, whose forward
+        passes no layer is to count either."""
+        super().clear()
+        if not self._reporting:
+            for layer in self._alive():
+                layer.forget_step()
+
     def report(  # type: ignore[override]
         self, loss_scale: float, iteration: int, **kwargs: Any
     ) -> str:
         """Megatron's report, with the MoNE metrics; returns its log line extended by ours."""
-        layers = [layer for ref in self._layers if (layer := ref()) is not None]
+        layers = self._alive()
         for layer in layers:
             layer.end_step()
         writer = kwargs.get("writer")
         num_layers = (kwargs.get("num_layers") or 0) + (kwargs.get("mtp_num_layers") or 0)
         line = self._report_loss(loss_scale, iteration, num_layers, kwargs)
+        self._reporting = True
         line = super().report(loss_scale, iteration, **kwargs) + line
+        self._reporting = False
         self._steps_in_window += 1
         if num_layers and iteration % self.log_interval == 0:
             group = _pipeline_group(kwargs.get("pg_collection"))
@@ -131,6 +145,9 @@ class MoNEMetricsTracker(MoEMetricsTracker):
             line += self._throughput(iteration, writer)
             self._steps_in_window = 0
         return line
+
+    def _alive(self) -> list[Any]:
+        return [layer for ref in self._layers if (layer := ref()) is not None]
 
     def _report_loss(
         self, loss_scale: float, iteration: int, num_layers: int, kwargs: dict[str, Any]

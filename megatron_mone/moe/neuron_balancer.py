@@ -165,7 +165,7 @@ class NeuronBalancer:
             )  # fmt: skip
         sums = entries.block_sums(
             blocks, shares=self.has_loss, scale_free=scale_free,
-            counters=Counters(self.load.step_counts_EF, self.load.window_rows_E),
+            counters=Counters(self.load.step_counts_EF, self.load.step_rows_E),
             weighing=weighing if whole_here or not self.by_microbatch else None,
         )  # fmt: skip
         if weighing is None:

@@ -18,18 +18,29 @@ SUMMARY_FIELDS = (
 )  # fmt: skip
 
 
-class NeuronLoad:
+class NeuronLoad(torch.nn.Module):
     """Kept counts of one layer on one rank, by step (for the bias) and by window (for the log).
 
+    They are buffers that no checkpoint has: Megatron restores a layer's buffers after the forward
+    passes with which it warms up a CUDA graph (core/transformer/cuda_graphs.py).
+
     Attributes:
-        step_counts_EF: [E_l, F_l] int64, rows of this step that kept the neuron.
-        window_counts_EF, window_rows_E: the same and the routed rows, since the last summary.
+        step_counts_EF, step_rows_E: [E_l, F_l] int64, rows of this step that kept the neuron; [E_l]
+            its routed rows.
+        window_counts_EF, window_rows_E: the same of the steps since the last summary.
     """
 
+    step_counts_EF: Tensor
+    step_rows_E: Tensor
+    window_counts_EF: Tensor
+    window_rows_E: Tensor
+
     def __init__(self, experts: int, neurons: int, device: torch.device) -> None:
-        self.step_counts_EF = torch.zeros(experts, neurons, dtype=torch.int64, device=device)
-        self.window_counts_EF = torch.zeros_like(self.step_counts_EF)
-        self.window_rows_E = torch.zeros(experts, dtype=torch.int64, device=device)
+        super().__init__()
+        for name, shape in (("counts_EF", (experts, neurons)), ("rows_E", (experts,))):
+            for since in ("step", "window"):
+                zeros = torch.zeros(shape, dtype=torch.int64, device=device)
+                self.register_buffer(f"{since}_{name}", zeros, persistent=False)
 
     @torch.no_grad()
     def add(self, counts_BF: Tensor, rows_B: Tensor) -> None:
@@ -42,12 +53,18 @@ class NeuronLoad:
         """
         experts, neurons = self.step_counts_EF.shape
         self.step_counts_EF += counts_BF.view(experts, -1, neurons).sum(dim=1)
-        self.window_rows_E += rows_B.view(experts, -1).sum(dim=1)
+        self.step_rows_E += rows_B.view(experts, -1).sum(dim=1)
 
     def end_step(self) -> None:
         """Move the step's counts into the window."""
         self.window_counts_EF += self.step_counts_EF
+        self.window_rows_E += self.step_rows_E
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Count the step anew."""
         self.step_counts_EF.zero_()
+        self.step_rows_E.zero_()
 
     def take_window(self) -> tuple[Tensor, Tensor]:
         """The window's (counts_EF, rows_E); a new window begins."""

@@ -7,6 +7,7 @@ from importlib import import_module
 
 from megatron_mone.config import OUR_SPEC
 from megatron_mone.config_checks import is_mone
+from megatron_mone.model.checks.graphs import check_graphs
 
 KEPT = "gate, up and index of each kept neuron"
 """What the kernels of MoNE keep for the backward pass beside the experts' input."""
@@ -31,6 +32,7 @@ def check_combinations(args: Namespace) -> None:
                 raise ValueError(
                     f"{name} = {getattr(args, name)!r} is not allowed with MoNE: {says}"
                 )
+        check_graphs(args)
 
 
 def _general(args: Namespace) -> list[tuple[object, str, str]]:
@@ -101,9 +103,6 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
     """Of what stock experts read and MoNE's do not."""
     layers = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(args.offload_modules or ())
-    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ()}
-    # None named is the whole layer (cuda_graph_modules in transformer_config.py).
-    captures_experts = args.cuda_graph_impl != "none" and (not modules or "moe" in modules)
     return [
         (args.spec and args.spec != OUR_SPEC, "spec", "its layers would be trained in place of "
          "MoNE's: leave one of them out"),
@@ -123,9 +122,6 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
         ("moe_act" in (args.recompute_modules or ()) and args.mone_backend == "reference",
          "recompute_modules", "mone_backend = reference keeps all that it computes: name moe "
          "instead of moe_act, or another mone_backend"),
-        (captures_experts, "cuda_graph_impl", "its experts "
-         "wait for the device, which cannot be captured: name modules without moe in "
-         "--cuda-graph-modules"),
         (layers, "heterogeneous_layers_config_path", "Megatron builds another config class of it, "
          "without mone_* fields: leave it out"),
     ]  # fmt: skip

@@ -73,9 +73,6 @@ WITH_MONE = [
     {"recompute_modules": ["core_attn", "moe_act"], "mone_backend": "reference"},
     {"offload_modules": ["attn_norm", "moe_act"]},
     {"offload_modules": ["expert_fc1"]},
-    {"cuda_graph_impl": "full_iteration"},
-    {"cuda_graph_impl": "local"},
-    {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe"]},
     {"heterogeneous_layers_config_path": "x"},
 ]
 BESIDE_MONE = [

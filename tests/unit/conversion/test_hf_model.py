@@ -99,7 +99,7 @@ def megatron_model(fields, arguments):
         position_embedding_type="rope",
         **{"share_embeddings_and_output_weights": False, **arguments},
     ).eval()  # fmt: skip
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in filter(torch.is_floating_point, (*model.parameters(), *model.buffers())):
         norm = tensor.dim() == 1 and bool((tensor == 1).all())
         tensor.data.normal_(float(norm), 0.25)
     return model

@@ -53,7 +53,7 @@ def layer_of(backend: str, changes: dict, padded: bool):
         output.backward(torch.randn_like(output))
         found += [output.detach(), hidden.grad]
     found += [p.grad for p in layer.parameters() if p.grad is not None]
-    found += [layer.neuron_balancer.load.step_counts_EF, layer.neuron_balancer.load.window_rows_E]
+    found += [layer.neuron_balancer.load.step_counts_EF, layer.neuron_balancer.load.step_rows_E]
     entry = install_tracker()._metrics.get("ng_loss")
     if entry is not None:
         found.append(entry.values.clone())

@@ -114,7 +114,8 @@ def fake_layer(expert_parallel, experts, device, **changes):
     dispatcher = layer.token_dispatcher
     dispatcher._maybe_dtoh_and_synchronize = partial(known_counts, dispatcher)
     for name in ("sort_input_by_local_experts", "restore_output_by_local_experts"):
-        setattr(dispatcher, name, getattr(dispatcher, name).numpy())
+        if hasattr(dispatcher, name):  # not of allgather
+            setattr(dispatcher, name, getattr(dispatcher, name).numpy())
     return layer, mode
 
 
@@ -180,6 +181,79 @@ def a_layer(expert_parallel, experts, padded, changes):
             with no_waits():
                 layer.neuron_balancer.end_step()
     assert not megatrons, megatrons
+
+
+STATIC = {
+    "moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True,
+    "mone_check_for_nan": False, "mone_backend": "triton",
+}  # fmt: skip
+
+
+def a_captured_layer(experts, changes, refused=False):
+    """As a CUDA graph holds it, router included: nobody waits, and no step of the host that a
+    replay leaves out changes anything; where the run check refuses a capture it is not so."""
+    if not refused:
+        _captured(experts, changes)
+        return
+    with pytest.raises((AssertionError, DynamicOutputShapeException, RuntimeError)):
+        _captured(experts, changes, refused)
+
+
+def _captured(experts, changes, refused=False):
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    from megatron_mone.moe import faults
+    from megatron_mone.moe.metrics import install_tracker
+
+    device = [torch.device("cpu")]
+    with job(2, device), launch.recording(lambda one: None):
+        layer, fake = fake_layer(2, experts, device, **{**STATIC, **changes})
+        check_capture(layer.config, refused)
+        vars(layer.token_dispatcher).pop("_maybe_dtoh_and_synchronize")  # Megatron's own
+        balancer, tracker = layer.neuron_balancer, install_tracker()
+        layer.neuron_load = balancer.load
+
+        def held():
+            own = {name: id(one) for name, one in vars(balancer).items()}
+            counted = [(id(b), b.shape) for b in layer.buffers()]
+            logged = {name: id(entry.values) for name, entry in tracker.metrics.items()}
+            lasting = (len(faults._kept), layer.recompute_masks.bytes_held, len(balancer._tables))
+            return own, counted, logged, lasting, layer.bytes_sent()
+
+        with fake:
+            MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=CUDA))  # as a run has one
+            seen = []
+            for _ in range(3):
+                hidden = torch.empty(SEQUENCE, BATCH, HIDDEN, device=CUDA, requires_grad=True)
+                with no_waits() as waited:
+                    output, _ = layer(hidden)
+                    leaves = backward(output, torch.empty_like(output))
+                assert leaves[hidden].shape == hidden.shape
+                assert leaves[layer.experts.linear_fc1].shape == layer.experts.linear_fc1.shape
+                assert not waited.megatrons, waited.megatrons
+                seen.append(held())
+    assert seen[1] == seen[2], seen
+    assert seen[0][-2] == (0, 0, 1)
+
+
+def check_capture(config, refused):
+    """What the run check says of the model."""
+    from argparse import Namespace
+
+    from megatron_mone.model.arguments import flag_parser
+    from megatron_mone.model.checks.graphs import captures_experts, check_graphs
+
+    args = Namespace(**{**vars(flag_parser().parse_args([])), **vars(config)})
+    args.cuda_graph_impl, args.cuda_graph_modules = "local", ["attn", "moe"]
+    assert captures_experts(args)
+    try:
+        check_graphs(args)
+    except ValueError as error:
+        if not refused:
+            raise AssertionError(str(error)) from error
+        return
+    if refused:
+        raise SystemExit("not refused")
 
 
 class Launches(TorchDispatchMode):
@@ -594,7 +668,26 @@ KERNELS = {
     )
 }
 RULE = {a_bias_reaches_its_experts_rows.__name__: a_bias_reaches_its_experts_rows}
-CASES = {**HARNESS, **KERNELS, **RULE, **FLEX, **LAYERS}
+CAPTURED = {
+    _words(2, experts, False, changes): partial(a_captured_layer, experts, changes)
+    for experts, changes in (
+        (4, {}), (2, {}), (8, {"mone_neuron_block": 2}), (4, {"mone_ng_loss_type": "entropy"}),
+        (4, {"mone_ng_loss_coeff": 0.0}), (4, {"mone_router_loss_probs": "after_topk",
+                                               "moe_aux_loss_coeff": 0.1}),
+        (4, {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}),
+    )
+}  # fmt: skip
+CAPTURED |= {
+    "refused: " + _words(2, 4, False, changes): partial(a_captured_layer, 4, changes, refused=True)
+    for changes in (
+        {"mone_check_for_nan": True}, {"mone_ng_loss_scope": "global_batch"},
+        {"mone_ng_loss_type": "bias"}, {"mone_selection": "threshold"},
+        {"moe_pad_expert_input_to_capacity": False},
+        {"moe_token_dispatcher_type": "allgather", "moe_pad_expert_input_to_capacity": False,
+         "moe_expert_capacity_factor": None},
+    )
+}  # fmt: skip
+CASES = {**HARNESS, **KERNELS, **RULE, **FLEX, **LAYERS, **CAPTURED}
 
 
 def run(folder):

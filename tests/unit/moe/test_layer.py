@@ -327,7 +327,7 @@ def test_rows_padded_to_capacity_leave_no_trace():
         seen.append(
             (
                 layer.neuron_balancer.load.step_counts_EF.clone(),
-                layer.neuron_balancer.load.window_rows_E.clone(),
+                layer.neuron_balancer.load.step_rows_E.clone(),
                 install_tracker().metrics["ng_loss"].values.clone(),
                 layer.experts.linear_fc1.grad,
             )

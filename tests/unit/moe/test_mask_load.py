@@ -62,7 +62,7 @@ def test_a_layers_own_counters_say_the_same(tmp_path):
     trace.save(tmp_path, step=1)
     found, own = count(tmp_path).layers[1], layer.neuron_balancer.load
     assert torch.equal(found.kept_EF, own.step_counts_EF)
-    assert torch.equal(found.rows_E, own.window_rows_E)
+    assert torch.equal(found.rows_E, own.step_rows_E)
     assert found.tokens == 2 * 7 * 2
 
 

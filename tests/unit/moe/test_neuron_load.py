@@ -7,7 +7,9 @@ from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.gate_shares import kept_counts
+from megatron_mone.moe.metrics import install_tracker
 from megatron_mone.moe.neuron_load import SUMMARY_FIELDS, NeuronLoad, summarise_counts
+from tests.unit.moe.builders import build_layer
 
 
 def facts(counts, rows):
@@ -57,3 +59,24 @@ def test_steps_flow_into_the_window():
     assert counts.tolist() == [[1, 0, 0], [3, 2, 0]]
     assert rows.tolist() == [1, 3]
     assert load.take_window()[0].sum() == 0
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_the_warm_up_of_a_graph_is_not_counted():
+    """Megatron ends it by clearing its metrics, and puts back a layer's buffers."""
+    layer = build_layer()
+    load, tracker = layer.neuron_balancer.load, install_tracker()
+    tracker.register(layer)
+    layer(torch.randn(5, 1, 16))
+    layer.end_step()
+    window = load.window_rows_E.clone()
+    layer(torch.randn(5, 1, 16))
+    assert load.step_rows_E.sum() == load.step_counts_EF.sum() / 6 == 10
+    tracker.clear()
+    assert not load.step_rows_E.any()
+    assert not load.step_counts_EF.any()
+    assert torch.equal(load.window_rows_E, window)
+    of_layer = {id(buffer) for buffer in layer.buffers()}
+    assert {id(load.step_counts_EF), id(load.step_rows_E)} <= of_layer
+    assert {id(load.window_counts_EF), id(load.window_rows_E)} <= of_layer
+    assert not [name for name in layer.state_dict() if "load" in name]

@@ -57,3 +57,9 @@ def test_choosing_by_a_bias_waits_for_nothing(failures, name):
 def test_the_kernels_of_a_layer(failures, name):
     """With the Triton experts in place: no wait, launches and bytes kept counted."""
     assert failures[name] == ""
+
+
+@pytest.mark.parametrize("name", no_waits_cases.CAPTURED)
+def test_a_layer_that_a_cuda_graph_may_hold(failures, name):
+    """Router to combination, Megatron's own waits too; and what is refused would not do."""
+    assert failures[name] == ""

@@ -37,13 +37,12 @@ def balance_of(x, padding, *, loss_alone=True, steps=1, **changes):
         y, _ = layer(x.clone().requires_grad_(), padding_mask=padding)
         (y * 0 if loss_alone else y.square()).sum().backward()
         counts = layer.neuron_balancer.load.step_counts_EF.clone()
-        rows = layer.neuron_balancer.load.window_rows_E.clone()
         metrics = {n: e.values.clone() for n, e in install_tracker().metrics.items()}
         layer.end_step()
     return {
         **metrics,
         "counts": counts,
-        "rows": rows,
+        "rows": layer.neuron_balancer.load.window_rows_E,
         "fc1": layer.experts.linear_fc1.grad,
         "y": y.detach(),
         "bias": layer.experts.neuron_bias,
