@@ -21,6 +21,7 @@ from megatron_mone.common.spelling import nearest_name
 from megatron_mone.common.yaml_values import read_mapping
 from megatron_mone.config_checks import (
     check,
+    check_flex,
     check_model,
     check_ranges,
     check_router_loss,
@@ -274,6 +275,7 @@ def validate(config: Any) -> None:
         return
     check_model(config)
     check_selection(config)
+    check_flex(config)
     check_router_loss(config)
     if config.mone_record_masks is not None:
         kind = config.moe_token_dispatcher_type

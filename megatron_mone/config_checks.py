@@ -202,6 +202,31 @@ def check_router_loss(config: Any) -> None:
     )
 
 
+def check_flex(config: Any) -> None:
+    """Of the flex dispatcher's libraries, what leaves rows that the experts cannot tell apart."""
+    backend = config.moe_flex_dispatcher_backend
+    if config.moe_token_dispatcher_type != "flex":
+        return
+    factor = config.moe_expert_rank_capacity_factor
+    of_te = f"False with MoNE and moe_flex_dispatcher_backend = {backend}"
+    needs = [
+        (not config.moe_pad_expert_input_to_capacity, "moe_pad_expert_input_to_capacity",
+         "False with MoNE and moe_token_dispatcher_type = flex: the library does not say which "
+         "rows it padded (alltoall does)"),
+        (backend == "hybridep" or not config.use_transformer_engine_op_fuser,
+         "use_transformer_engine_op_fuser", f"False with MoNE and moe_flex_dispatcher_backend = "
+         f"{backend}: rows padded for it are not told from others"),
+        (backend != "ncclep" or factor is not None, "moe_expert_rank_capacity_factor",
+         "set with moe_flex_dispatcher_backend = ncclep: it sizes the buffer of what a rank gets"),
+        (backend != "ncclep" or not config.moe_ncclep_static_shape, "moe_ncclep_static_shape",
+         f"{of_te}: rows beyond the routed ones hold what was there before"),
+        (backend != "ncclep" or not config.moe_ncclep_zero_copy, "moe_ncclep_zero_copy",
+         f"{of_te}: its buffers are for Transformer Engine's own experts"),
+    ]  # fmt: skip
+    for met, name, allowed in needs:
+        check(met, name, getattr(config, name), allowed)
+
+
 def check_selection(config: Any) -> None:
     """Kept neurons, groups, blocks and bounds fit each other and the experts' width."""
     width, groups = config.moe_ffn_hidden_size, config.mone_neuron_groups

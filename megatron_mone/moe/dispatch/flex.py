@@ -1,18 +1,21 @@
-"""Megatron's flex token dispatcher (DeepEP, HybridEP), carrying a neuron mask with each pair.
+"""Megatron's flex token dispatcher (DeepEP, HybridEP, NCCL EP), carrying a neuron mask with each
+pair.
 
-The same contract as in carrier.py. Both libraries move whole rows of 16-bit numbers and
+The same contract as in carrier.py. The libraries move whole rows of 16-bit numbers and
 change no bit of them on dispatch, so a second dispatch with the handle of the tokens' dispatch
 brings the masks to where the tokens went. A token reaches a rank once, however many of its experts
 live there; so its row holds a slot for each expert it is routed to, [expert + 1 | packed mask], and
 the receiver picks the slot of its own expert. Slots are cut to the width of a token's row, which
-the handle of HybridEP fixes and the buffers of DeepEP hold.
-Not run on a GPU, nor with the real libraries: tested on CPU ranks, where a stand-in for deep_ep
-moves the bytes. May touch: Megatron's flex dispatcher and its deep_ep buffers, NeuronMask.
+the handle of HybridEP and the group of NCCL EP fix and the buffers of DeepEP hold.
+Not run on a GPU, nor with the real libraries: tested on CPU ranks, where stand-ins for deep_ep and
+for Transformer Engine's ep move the bytes. May touch: Megatron's flex dispatcher and its libraries'
+buffers, NeuronMask.
 
 Shapes: as in carrier.py, and K experts of a token (`moe_router_topk`), S = 2 + B bytes of a
 slot, W = K * S bytes of a token's row, M rows that arrived, H the tokens' width.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -38,13 +41,19 @@ INSTALL = {
 
 
 def check_flex_packages(config: MoNEConfig) -> None:
-    """That the library which a flex dispatcher needs can be imported; cheap, no process group.
+    """That the library which a flex dispatcher needs can be imported, and has what is asked of it;
+    cheap, no process group.
 
     Raises:
         ValueError: it cannot; names the field, its value and what to install. One line.
     """
-    if config.moe_token_dispatcher_type == "flex":
-        _check_backend(config.moe_flex_dispatcher_backend)
+    if config.moe_token_dispatcher_type != "flex":
+        return
+    _check_backend(config.moe_flex_dispatcher_backend)
+    if config.moe_flex_dispatcher_backend == "hybridep":
+        _check_fused(config)
+    if config.moe_flex_dispatcher_backend == "ncclep":
+        _check_ncclep()
 
 
 def predicted_flex_mask_bytes(copies: int, config: MoNEConfig) -> int:
@@ -52,7 +61,7 @@ def predicted_flex_mask_bytes(copies: int, config: MoNEConfig) -> int:
 
     A token counts once for each other rank that holds an expert of it, and all its slots travel:
     K * (2 + ceil(F / 8)) bytes, rounded up to 32 (deepep) or to whole token rows of 2 * H bytes
-    (hybridep).
+    (hybridep, ncclep).
     """
     return copies * sum(_wire_widths(config, expert_hidden(config)))
 
@@ -64,7 +73,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     2. token_dispatch: send these rows with the handle of the tokens
     3. dispatch_postprocess: of each row, in expert order, pick the slot of its expert
 
-    The way back (`return_mask`) is not there: both libraries add rows up on combine, in bf16.
+    The way back (`return_mask`) is not there: the libraries add rows up on combine, in bf16.
 
     Attributes:
         bytes_carried: see MaskCarrier; a token's row counts once for each rank that gets it.
@@ -92,8 +101,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         """See MaskCarrier.
 
         Raises:
-            ValueError: also for the ncclep backend, and where rows are padded to a capacity or
-                an expert rank has one.
+            ValueError: also where rows are padded for quantization.
         """
         if bits_NB is not None:
             _check_carried(self.config)
@@ -151,6 +159,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         Raises:
             ValueError: rows that a fused kernel padded: their order is not known here.
         """
+        # Rows of a rank's capacity beyond its routed ones keep no neuron.
         processed = super().dispatch_postprocess(hidden_states, probs)
         slots_MW, self._slots_MW = self._slots_MW, None
         if slots_MW is None:
@@ -161,17 +170,17 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
             map_ME = self._comm_manager.dispatched_routing_map
             expert_N, row_N = map_ME.T.nonzero(as_tuple=True)
         else:  # permuted by the library, the slots as the tokens
-            expert_N = torch.arange(self.num_local_experts).repeat_interleave(
-                tokens_per_expert.cpu()
-            )
-            row_N = torch.arange(slots_MW.shape[0], device=slots_MW.device)
-        if expert_N.numel() != rows.shape[0] or row_N.numel() != rows.shape[0]:
+            row_N = torch.arange(rows.shape[0], device=slots_MW.device)
+            end_E = self.rows_on_device(tokens_per_expert).cumsum(0)
+            expert_N = torch.searchsorted(end_E, row_N, right=True)
+        if expert_N.numel() != rows.shape[0]:
             raise ValueError(
                 f"the experts got {rows.shape[0]} rows for {expert_N.numel()} routed ones: rows "
                 "padded for quantization carry no masks; unset fp8, fp4 and "
                 "use_transformer_engine_op_fuser"
             )
-        expert_N = torch.tensor(self.local_expert_indices)[expert_N.cpu()].to(slots_MW.device)
+        beyond_N = expert_N >= self.num_local_experts
+        expert_N = torch.where(beyond_N, -1, expert_N + self.local_expert_indices[0])
         self._arrived_NB = _pick_slots(slots_MW, row_N, expert_N, self.config)
         return processed
 
@@ -179,20 +188,15 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     def rows_by_source(self, tokens_per_expert: Tensor) -> Tensor:
         """See MaskCarrier; from the row counts of every rank, which the libraries do not give.
 
-        Both lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
-        prefix sums of its handle, HybridEP by a scan of the gathered routing map.
+        All lay an expert's rows by source rank of the ETP x EP group, then by token: DeepEP by the
+        prefix sums of its handle, HybridEP and NCCL EP by a scan of the gathered routing map.
 
         Raises:
-            ValueError: a backend whose row layout is not known; rows padded or dropped there, on a
-                GPU at the end of the step (moe/faults.py).
+            ValueError: rows padded or dropped there, on a GPU at the end of the step
+                (moe/faults.py).
         """
         manager: Any = self._comm_manager
-        backend, experts = self.config.moe_flex_dispatcher_backend, self.num_local_experts
-        if backend not in ("deepep", "hybridep"):
-            raise ValueError(
-                f"moe_flex_dispatcher_backend = {backend!r}: its row layout is not known; use "
-                "deepep or hybridep with a neuron-granular balance loss of scope micro_batch"
-            )
+        experts = self.num_local_experts
         ranks, me = manager.group.size(), manager.group.rank()
         sent_X = _rows_sent(manager, ranks * experts)
         parts = [torch.empty_like(sent_X) for _ in range(ranks)]
@@ -227,18 +231,22 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     def _is_deepep(self) -> bool:
         return self.config.moe_flex_dispatcher_backend == "deepep"
 
+    @property
+    def _is_hybridep(self) -> bool:
+        return self.config.moe_flex_dispatcher_backend == "hybridep"
+
     @torch.no_grad()
     def _send(self, slots_TW: Tensor) -> Tensor:
-        """[M, W] (hybridep: [N, W], permuted): rows where the tokens went, piece by piece."""
+        """[M, W] (all but deepep: [N, W], permuted): rows where the tokens went, piece by piece."""
         manager: Any = self._comm_manager
         widths = _wire_widths(self.config, self.hidden_shape[-1])
         self.bytes_carried += self._copies_to_others() * sum(widths)
         pad_T = 0
-        if not self._is_deepep:  # as the manager pads tokens to the longest rank
+        if self._is_hybridep:  # as the manager pads tokens to the longest rank
             pad_T = manager.routing_map.shape[0] - slots_TW.shape[0]
         row_bytes = slots_TW.shape[1]
         slots_TW = torch.nn.functional.pad(slots_TW, (0, sum(widths) - row_bytes, 0, pad_T))
-        send = _send_deepep if self._is_deepep else _send_hybridep
+        send = _SEND[self.config.moe_flex_dispatcher_backend]
         arrived = [
             send(piece.contiguous().view(torch.bfloat16), manager).contiguous().view(torch.uint8)
             for piece in slots_TW.split(widths, dim=1)
@@ -249,8 +257,8 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         """Rows that leave this rank: tokens, each once for every other rank it goes to."""
         manager: Any = self._comm_manager
         ranks = self.tp_size * self.ep_size
-        if self._is_deepep:
-            # DeepEP routes by the indices: its topk may name experts beyond the routing map.
+        if not self._is_hybridep:
+            # The others route by indices: their topk may name experts beyond the routing map.
             index_TK = manager.token_indices
             rank_TK = torch.where(index_TK < 0, ranks, index_TK // self.num_local_experts)
             goes_TR = torch.zeros(
@@ -291,11 +299,21 @@ def _send_hybridep(rows: Tensor, manager: Any) -> Tensor:
     )[0]
 
 
+def _send_ncclep(rows: Tensor, manager: Any) -> Tensor:
+    """A dispatch like that of the tokens: the same routing has the same slots again, which a scan
+    assigns (em_scan_kernel of NCCL's contrib/nccl_ep). A group has one row width."""
+    probs_TK = manager.token_probs.detach().float()
+    return fused_a2a.nccl_ep_dispatch(manager._buffer, rows, manager.token_indices, probs_TK)[0]  # type: ignore[misc]
+
+
+_SEND = {"deepep": _send_deepep, "hybridep": _send_hybridep, "ncclep": _send_ncclep}
+
+
 def _wire_widths(config: MoNEConfig, hidden: int) -> list[int]:
     """Bytes of the pieces of a token's slots, none wider than a token of `hidden` 16-bit numbers.
 
     A width at which the library already moved the tokens is one that its kernels and its buffers
-    take. A handle of HybridEP holds that width, so there all pieces have it.
+    take. A handle of HybridEP and a group of NCCL EP hold that width: there all pieces have it.
     """
     row_bytes = config.moe_router_topk * _slot_bytes(config)
     whole, rest = divmod(row_bytes, 2 * hidden)
@@ -331,11 +349,11 @@ def _fill_slots(bits_NB: Tensor, map_TE: Tensor, topk: int) -> Tensor:
 def _pick_slots(slots_MW: Tensor, row_N: Tensor, expert_N: Tensor, config: MoNEConfig) -> Tensor:
     """[N, B]: of each row `row_N` the slot of expert `expert_N`; zeros where there is none.
 
-    There is none where DeepEP's topk filled up with an expert of probability 0.
+    There is none where a topk filled up with an expert of probability 0; -1 is no expert.
     """
     slots_MKS = slots_MW.view(-1, config.moe_router_topk, _slot_bytes(config))
     tag_MK = slots_MKS[:, :, 0].long() + 256 * slots_MKS[:, :, 1].long()
-    is_it_NK = tag_MK[row_N] == (expert_N + 1).unsqueeze(1)
+    is_it_NK = (tag_MK[row_N] == (expert_N + 1).unsqueeze(1)) & (expert_N >= 0).unsqueeze(1)
     bits_NB = slots_MKS[row_N, is_it_NK.to(torch.uint8).argmax(dim=1), TAG_BYTES:]
     return bits_NB * is_it_NK.any(dim=1, keepdim=True)
 
@@ -349,16 +367,39 @@ def _check_backend(backend: str) -> None:
         )
 
 
+def _check_fused(config: MoNEConfig) -> None:
+    """Megatron permutes apart, with a warning, where the library has no fused permutation."""
+    asked = ("moe_permute_fusion_into_hybridep", "moe_hybridep_num_blocks_permute",
+             "moe_hybridep_num_blocks_unpermute")  # fmt: skip
+    name = next((name for name in asked if getattr(config, name)), None)
+    if name is None:
+        return
+    known = inspect.signature(fused_a2a.HybridEPBuffer.dispatch_with_permute).parameters
+    if "fuse_permute_dispatch" not in known:
+        raise ValueError(
+            f"{name} = {getattr(config, name)!r} needs a HybridEP that permutes while it sends, "
+            f"which the installed one does not: install a newer {INSTALL['hybridep'][1]}; or "
+            "leave it out"
+        )
+
+
+def _check_ncclep() -> None:
+    """Later releases of Transformer Engine ask for more than Megatron 0.19 gives."""
+    library = getattr(fused_a2a, "te_ep", None)
+    asked = inspect.signature(library.ep_bootstrap).parameters if library is not None else {}
+    if "num_topk" in asked and asked["num_topk"].default is inspect.Parameter.empty:
+        raise ValueError(
+            "moe_flex_dispatcher_backend = 'ncclep': the installed transformer-engine asks for "
+            "num_topk, which this Megatron does not give: install an older one, or set "
+            "moe_flex_dispatcher_backend to 'hybridep'"
+        )
+
+
 def _check_carried(config: MoNEConfig) -> None:
-    for refused, name, fix in (
-        (config.moe_flex_dispatcher_backend == "ncclep", "moe_flex_dispatcher_backend",
-         "set it to 'deepep' or 'hybridep'"),
-        (config.moe_pad_expert_input_to_capacity, "moe_pad_expert_input_to_capacity", "unset it"),
-        (config.moe_expert_rank_capacity_factor is not None, "moe_expert_rank_capacity_factor",
-         "unset it"),
-    ):  # fmt: skip
-        if refused:
+    for name in ("fp8", "fp4", "moe_router_padding_for_quantization"):
+        if getattr(config, name):
             raise ValueError(
                 f"{name} = {getattr(config, name)!r}: the flex dispatcher carries no neuron masks "
-                f"with it; {fix}, or set moe_token_dispatcher_type to 'alltoall'"
+                "with rows padded for quantization; unset it, or set moe_token_dispatcher_type to "
+                "'alltoall'"
             )

@@ -232,6 +232,7 @@ class HybridEPBuffer:
         pad_multiple=None,
         handle=None,
         non_blocking=False,
+        fuse_permute_dispatch=False,
     ):
         assert hidden.element_size() == 2  # UINT16
         assert hidden.is_contiguous()
@@ -240,12 +241,13 @@ class HybridEPBuffer:
         _record("dispatch_with_permute", handle is not None, hidden, routing_map, probs)
         cached = handle is not None
         if cached:
-            layout, local_ME, tokens, width, overflow = handle
-            assert num_permuted_tokens == int(local_ME.sum())
+            layout, local_ME, tokens, width, fused, overflow = handle
+            assert num_permuted_tokens >= int(local_ME.sum())
+            assert fuse_permute_dispatch == fused
         else:
             assert routing_map.dtype == torch.bool
             assert probs.dtype == torch.float32
-            assert num_permuted_tokens is None
+            assert non_blocking == (num_permuted_tokens is not None)
             tokens, width = hidden.shape
             longest = torch.tensor([tokens, -tokens])
             dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.group)
@@ -254,20 +256,37 @@ class HybridEPBuffer:
             layout = _Layout(map_TRE.any(dim=2), self.group)
             local_ME = self._mine(layout.send(routing_map), num_of_experts_per_rank)
             overflow = torch.zeros(1, dtype=torch.int32)
+            if num_permuted_tokens is not None and int(local_ME.sum()) > num_permuted_tokens:
+                overflow += 1  # the last rows, in their order, are dropped
+                kept = torch.arange(int(local_ME.sum())) < num_permuted_tokens
+                local_EM = local_ME.T.contiguous()
+                local_EM[local_EM.clone()] = kept
+                local_ME = local_EM.T
         assert hidden.shape == (tokens, width)  # the handle's template config has the width
         layout.count(hidden, cached)
         row_N = local_ME.T.nonzero()[:, 1]
         permuted_probs = None
         if probs is not None:
             permuted_probs = self._mine(layout.send(probs), local_ME.shape[1]).T[local_ME.T]
-        handle = (layout, local_ME, tokens, width, overflow)
+        handle = (layout, local_ME, tokens, width, fuse_permute_dispatch, overflow)
         per_expert = local_ME.sum(dim=0).int()
-        return layout.send(hidden)[row_N], permuted_probs, None, per_expert, handle
+        rows = layout.send(hidden)[row_N]
+        if num_permuted_tokens is not None:  # of a rank's capacity; the rest is as it was
+            rest = num_permuted_tokens - rows.shape[0]
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, rest), value=torch.nan)
+            if permuted_probs is not None:
+                permuted_probs = torch.nn.functional.pad(permuted_probs, (0, rest))
+        return rows, permuted_probs, None, per_expert, handle
 
-    def combine_with_unpermute(self, *, hidden, probs=None, handle=None, pad_multiple=None):
+    def combine_with_unpermute(
+        self, *, hidden, probs=None, handle=None, pad_multiple=None, fuse_unpermute_combine=False
+    ):  # fmt: skip
         _record("combine_with_unpermute", True, hidden, probs)
-        layout, local_ME, _, width, _ = handle
+        layout, local_ME, _, width, fused, _ = handle
+        assert fuse_unpermute_combine == fused
         assert hidden.shape[1] == width
+        hidden = hidden[: int(local_ME.sum())]
+        probs = None if probs is None else probs[: hidden.shape[0]]
         rows_MH = torch.zeros(local_ME.shape[0], width)
         rows_MH.index_add_(0, local_ME.T.nonzero()[:, 1], hidden.float())
         combined_probs = None

@@ -1,7 +1,8 @@
 """A mask given with a routed pair arrives with that pair's row through the flex dispatcher, with
 either library; without a mask the dispatcher is Megatron's own.
 
-Not run on a GPU: a stand-in for deep_ep moves the bytes (stand_in_deep_ep.py)."""
+Not run on a GPU: stand-ins for deep_ep and for Transformer Engine's ep move the bytes
+(stand_in_deep_ep.py, stand_in_te_ep.py)."""
 
 import multiprocessing
 from contextlib import ExitStack
@@ -11,19 +12,20 @@ from unittest import mock
 import pytest
 import torch
 
+from megatron_mone.config_checks import check_flex
 from megatron_mone.kernels.neuron_bits import pack_bits
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe.padding import unmark_padding
 from tests.conftest import mone_config
 from tests.unit.cpu_emulation.emulation_ranks import run_cases
-from tests.unit.moe import stand_in_deep_ep
+from tests.unit.moe import stand_in_deep_ep, stand_in_te_ep
 from tests.unit.moe.test_mask_dispatch import InLayout, all_ranks, combine, dispatch, pairs, routing
 
 if multiprocessing.current_process().name != "MainProcess":  # the ranks' launcher, before Megatron
     stand_in_deep_ep.install()
 
 WORLD, HIDDEN, TOPK = 4, 16, 2  # a token's row has 32 bytes
-BACKENDS = ("deepep", "hybridep")
+BACKENDS = ("deepep", "hybridep", "ncclep", "hybridep, fused", "hybridep, rank capacity")
 NEURONS = (20, 120)  # 3 and 15 bytes of mask: two slots of 5 bytes, and of 17, beyond a token's row
 LAYOUTS = {
     "ep2": {"expert_model_parallel_size": 2},
@@ -37,8 +39,14 @@ LAYOUTS = {
 }
 
 
-def flex_config(backend, **changes):
+def flex_config(kind, **changes):
+    """Of a kind: a library, and how it is asked."""
+    backend, _, how = kind.partition(", ")
+    more = {"fused": {"moe_permute_fusion_into_hybridep": True}}.get(how, {})
+    if backend == "ncclep":
+        more = {"moe_expert_rank_capacity_factor": 4.0}  # of every row to one rank
     fields = dict(
+        **more,
         moe_token_dispatcher_type="flex",
         moe_flex_dispatcher_backend=backend,
         moe_router_topk=TOPK,
@@ -49,6 +57,18 @@ def flex_config(backend, **changes):
     return mone_config(**{**fields, **changes})
 
 
+def by_indices(kind):
+    """Whether its library is told a token's experts by number, as many as topk."""
+    return not kind.startswith("hybridep")
+
+
+def set_rank_capacity(config, kind):
+    """For which Megatron's config asks for Transformer Engine's op fuser."""
+    if kind == "hybridep, rank capacity":
+        config.moe_expert_rank_capacity_factor = 4.0
+        config.use_transformer_engine_op_fuser = True
+
+
 def build(backend, experts, neurons=20, stock=False, **changes):
     """One dispatcher of this rank, Megatron's or ours."""
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -56,11 +76,13 @@ def build(backend, experts, neurons=20, stock=False, **changes):
 
     from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
 
+    stand_in_te_ep.install()
     stand_in_deep_ep.forget()
     groups = ProcessGroupCollection.use_mpu_process_groups()
     config = flex_config(backend, num_moe_experts=experts, moe_ffn_hidden_size=neurons, **changes)
     local = experts // groups.ep.size()
     first = groups.ep.rank() * local
+    set_rank_capacity(config, backend)
     cls = MoEFlexTokenDispatcher if stock else MaskFlexTokenDispatcher
     return cls(local, list(range(first, first + local)), config, groups)
 
@@ -125,6 +147,17 @@ def check_arrival(dispatcher, seed, *, same_tokens, exact_topk):
     marked = dispatcher.mark_padding(probs, torch.arange(probs.shape[0]) % 3 == 0)
     rows, per_expert, row_probs = dispatch(dispatcher, hidden, maps[rank].clone(), marked)
     got = dispatcher.take_mask()
+    beyond = rows.shape[0] - int(per_expert.sum())
+    assert all_ranks(
+        (beyond > 0)
+        == (
+            config.moe_expert_rank_capacity_factor is not None
+            and config.moe_flex_dispatcher_backend == "hybridep"
+        )
+    )
+    assert not got.to_bool()[rows.shape[0] - beyond :].any()
+    rows, row_probs = rows[: len(rows) - beyond], row_probs[: len(rows) - beyond]
+    got = NeuronMask.from_bool(got.to_bool()[: len(rows)])
     row_probs, padding = unmark_padding(row_probs)
     assert dispatcher.take_mask() is None
     row_expert = torch.tensor(dispatcher.local_expert_indices).repeat_interleave(per_expert.cpu())
@@ -145,7 +178,8 @@ def check_arrival(dispatcher, seed, *, same_tokens, exact_topk):
     check_sources(dispatcher, rows, per_expert)
     sent = dispatcher.bytes_carried - carried
     assert all_ranks(sent == stand_in_deep_ep.WIRE["cached"] - wire)
-    combine(dispatcher, rows)  # ends the handle, as in a layer
+    all_rows = torch.nn.functional.pad(rows, (0, 0, 0, beyond))
+    combine(dispatcher, all_rows)  # ends the handle, as in a layer
     return sent, copies_by_hand(dispatcher, maps, rank), rows.shape[0] - len(arrived)
 
 
@@ -162,7 +196,7 @@ def masks_arrive(backend):
             dispatcher = build(backend, experts, neurons)
             for seed in range(2):  # the same dispatcher again, as over micro-batches
                 sent, copies, _ = check_arrival(
-                    dispatcher, seed, same_tokens=backend == "hybridep", exact_topk=True
+                    dispatcher, seed, same_tokens=backend != "deepep", exact_topk=True
                 )
                 wanted = copies * row_bytes_by_hand(backend, neurons)
                 assert all_ranks(sent == wanted)
@@ -175,7 +209,10 @@ def masks_arrive_with_dropped_pairs(backend):
     for experts in (4, 8):
         dispatcher = build(backend, experts, **changes)
         sent, copies, more = check_arrival(dispatcher, 4, same_tokens=True, exact_topk=False)
-        assert all_ranks(sent == copies * 32 and more == 0)
+        if backend == "ncclep":  # which Megatron tells of no dropped pair
+            assert all_ranks(sent >= copies * 32)
+        else:
+            assert all_ranks(sent == copies * 32 and more == 0)
 
 
 def masks_arrive_where_topk_fills_up(backend):
@@ -184,7 +221,7 @@ def masks_arrive_where_topk_fills_up(backend):
     sent, copies, more = check_arrival(dispatcher, 4, same_tokens=True, exact_topk=False)
     unrouted = torch.tensor(more)
     torch.distributed.all_reduce(unrouted)
-    if backend == "deepep":
+    if by_indices(backend):
         assert unrouted > 0
         assert all_ranks(sent >= copies * 32)
     else:
@@ -194,9 +231,10 @@ def masks_arrive_where_topk_fills_up(backend):
 
 def masks_arrive_from_uneven_ranks(backend):
     """HybridEP wants as many tokens of every rank; Megatron pads them."""
-    changes = {} if backend == "deepep" else {"moe_hybridep_pad_uneven_dispatch_inputs": True}
-    dispatcher = build(backend, 8, **changes)
-    sent, copies, _ = check_arrival(dispatcher, 3, same_tokens=False, exact_topk=True)
+    padded = {"moe_hybridep_pad_uneven_dispatch_inputs": True}
+    dispatcher = build(backend, 8, **({} if by_indices(backend) else padded))
+    same = backend == "ncclep"  # whose stand-in asks for as many
+    sent, copies, _ = check_arrival(dispatcher, 3, same_tokens=same, exact_topk=True)
     assert all_ranks(sent == copies * 32)
 
 
@@ -220,7 +258,8 @@ def rows_that_are_not_those_routed_are_told(backend):
             faults.look()
         told.append(str(error.value))
     routed = per_expert.tolist()
-    assert f"{backend!r}: the experts got {[n + 1 for n in routed]} rows for {routed}" in told[0]
+    library = dispatcher.config.moe_flex_dispatcher_backend
+    assert f"{library!r}: the experts got {[n + 1 for n in routed]} rows for {routed}" in told[0]
     assert told[1] == told[0]
     combine(dispatcher, rows)
 
@@ -256,15 +295,17 @@ def without_a_mask_it_is_the_stock_dispatcher(backend):
         again, again_calls = round_trip(ours, None)  # the mask served one dispatch
         assert ours.take_mask() is None
         for outputs in (plain, carried, again):
-            same = [torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True)]
+            same = [torch.equal(a.nan_to_num(), b.nan_to_num())
+                    for a, b in zip(outputs, wanted, strict=True)]  # fmt: skip
             assert all_ranks(all(same)), same
         assert all_ranks(plain_calls == again_calls == stock_calls)
         # The two pieces of a row go right after the tokens; all else is as it was.
         first = next(i for i, call in enumerate(stock_calls) if call[0].startswith("dispatch"))
         name = stock_calls[first][0]
-        more = mask_calls[first + 1 : first + 3]
-        assert all_ranks([call[:2] for call in more] == [(name, True)] * 2)
-        del mask_calls[first + 1 : first + 3]
+        made = 2 if backend == "ncclep" else 1  # the stand-in makes a buffer for each
+        more = mask_calls[first + 1 : first + 1 + 2 * made]
+        assert all_ranks([call[:2] for call in more][made - 1 :: made] == [(name, True)] * 2)
+        del mask_calls[first + 1 : first + 1 + 2 * made]
         assert all_ranks(mask_calls == stock_calls)
 
 
@@ -297,10 +338,11 @@ def layer_pass(dispatcher_type, backend, experts):
     from megatron_mone.moe.dispatch.flex import MaskFlexTokenDispatcher
     from megatron_mone.moe.dispatch.stock import MaskAlltoAllTokenDispatcher
 
+    stand_in_te_ep.install()
     stand_in_deep_ep.forget()
     tensor_parallel = parallel_state.get_tensor_model_parallel_world_size()
     config = flex_config(
-        backend,
+        backend if dispatcher_type == "flex" else "deepep",
         num_moe_experts=experts,
         moe_token_dispatcher_type=dispatcher_type,
         tensor_model_parallel_size=tensor_parallel,
@@ -314,6 +356,8 @@ def layer_pass(dispatcher_type, backend, experts):
         mone_ng_loss_coeff=0.5,
     )
     config.mone_layer_freq = [1]
+    if dispatcher_type == "flex":
+        set_rank_capacity(config, backend)
     kinds = {"flex": MaskFlexTokenDispatcher, "alltoall": MaskAlltoAllTokenDispatcher}
     spec = mone_layer_spec(config).layer_specs[0]
     model_parallel_cuda_manual_seed(11, force_reset_rng=True)
@@ -334,6 +378,8 @@ def layer_pass(dispatcher_type, backend, experts):
 
 def a_layer_is_that_of_alltoall(backend):
     """The same layer, its balance loss of scope micro_batch too; sums run in another order."""
+    if backend == "hybridep, rank capacity":
+        return  # no backend of CPU ranks takes rows of no expert; see no_waits_cases.py
     for experts in (4, 8):
         wanted, wanted_loss = layer_pass("alltoall", backend, experts)
         got, got_loss = layer_pass("flex", backend, experts)
@@ -361,9 +407,8 @@ def wrong_masks_are_refused(backend):
     with pytest.raises(ValueError, match="moe_router_topk = 2: a token is routed to 4 experts"):
         dispatcher.dispatch_preprocess(hidden[:5], everywhere, probs[:5])
     for name, value in (
-        ("moe_flex_dispatcher_backend", "ncclep"),
-        ("moe_pad_expert_input_to_capacity", True),
-        ("moe_expert_rank_capacity_factor", 1.5),
+        ("fp8", "hybrid"),
+        ("moe_router_padding_for_quantization", True),
         ("cuda_graph_impl", "local"),
     ):
         before = getattr(dispatcher.config, name)
@@ -450,3 +495,65 @@ def test_a_missing_library_is_one_line_that_says_what_to_install(
     monkeypatch.setattr(fused_a2a, flag, False)
     config.moe_token_dispatcher_type = "alltoall"
     check_flex_packages(config)
+
+
+@pytest.mark.parametrize("field", ["moe_permute_fusion_into_hybridep",
+                                   "moe_hybridep_num_blocks_permute"])  # fmt: skip
+def test_a_library_without_a_fused_permutation_is_one_line(monkeypatch, field):
+    """Megatron would permute apart, with a warning."""
+    from megatron.core.transformer.moe import fused_a2a
+
+    from megatron_mone.moe.dispatch.flex import check_flex_packages
+
+    class Older:
+        def dispatch_with_permute(self, *, hidden):
+            raise AssertionError
+
+    monkeypatch.setattr(fused_a2a, "HAVE_HYBRIDEP", True)
+    monkeypatch.setattr(fused_a2a, "HybridEPBuffer", Older, raising=False)
+    check_flex_packages(flex_config("hybridep"))
+    with pytest.raises(ValueError, match=f"{field} = (True|8) needs a HybridEP that permutes whi"):
+        check_flex_packages(flex_config("hybridep", **{field: 8 if "num" in field else True}))
+    monkeypatch.setattr(fused_a2a, "HybridEPBuffer", stand_in_deep_ep.HybridEPBuffer)
+    check_flex_packages(flex_config("hybridep, fused"))
+
+
+def test_an_ep_that_megatron_cannot_start_is_one_line(monkeypatch):
+    from megatron.core.transformer.moe import fused_a2a
+
+    from megatron_mone.moe.dispatch.flex import check_flex_packages
+
+    monkeypatch.setattr(fused_a2a, "HAVE_TE_EP", True)
+    for bootstrap in (lambda ep_group, num_experts: None, lambda group, num_topk=None: None):
+        library = SimpleNamespace(ep_bootstrap=bootstrap)
+        monkeypatch.setattr(fused_a2a, "te_ep", library, raising=False)
+        check_flex_packages(flex_config("ncclep"))
+    library.ep_bootstrap = lambda group, num_topk: None
+    with pytest.raises(ValueError, match="'ncclep': the installed transformer-engine asks for num"):
+        check_flex_packages(flex_config("ncclep"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "says"),
+    [
+        ("hybridep", {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
+         "moe_pad_expert_input_to_capacity = True"),
+        ("ncclep", {"moe_expert_rank_capacity_factor": None},
+         "moe_expert_rank_capacity_factor = None"),
+        ("ncclep", {"moe_ncclep_static_shape": True}, "moe_ncclep_static_shape = True"),
+        ("ncclep", {"moe_ncclep_zero_copy": True}, "moe_ncclep_zero_copy = True"),
+        ("ncclep", {"use_transformer_engine_op_fuser": True},
+         "use_transformer_engine_op_fuser = True"),
+        ("deepep", {"use_transformer_engine_op_fuser": True},
+         "use_transformer_engine_op_fuser = True"),
+    ],
+)  # fmt: skip
+def test_rows_that_experts_cannot_tell_apart_are_refused(kind, changes, says):
+    """Before a model is built, in one line."""
+    config = flex_config(kind)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=f"^{says} is not allowed: it must be ") as error:
+        check_flex(config)
+    assert "\n" not in str(error.value)
+    check_flex(flex_config(kind))
