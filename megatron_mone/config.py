@@ -45,6 +45,7 @@ __all__ = ["expert_hidden", "layer_pattern", "mask_steps", "neurons_per_token", 
 
 CONFIG_ENV = "MONE_CONFIG"
 OUR_SPEC = ["megatron_mone.layer_spec", "mone_layer_spec"]
+OUR_HYBRID_SPEC = ["megatron_mone.layer_spec", "mone_hybrid_spec"]
 
 
 @dataclass
@@ -218,7 +219,7 @@ def check_doors(args: Any) -> None:
     """
     path, spec = os.environ.get(CONFIG_ENV), getattr(args, "spec", None)
     enabled = is_mone(args)
-    ours = list(spec or ()) == OUR_SPEC
+    ours = list(spec or ()) == our_spec(args)
     if enabled and spec and not ours:
         raise ValueError(
             f"spec = {' '.join(spec)!r} builds another model than the mone_* fields ask for: drop "
@@ -227,7 +228,7 @@ def check_doors(args: Any) -> None:
     if path and (enabled or not ours):
         raise ValueError(
             f"{CONFIG_ENV} = {path!r} is not read here, where mone_* fields are flags or stand in "
-            f"the run file: unset it (only --spec {' '.join(OUR_SPEC)} reads it)"
+            f"the run file: unset it (only --spec {' '.join(our_spec(args))} reads it)"
         )
     if enabled or ours:
         return
@@ -238,6 +239,11 @@ def check_doors(args: Any) -> None:
                 f"{field.name} = {value!r} has no effect: neither mone_neuron_ratio nor "
                 "mone_neurons_per_token is set; give one of them, or leave it out"
             )
+
+
+def our_spec(args: Any) -> list[str]:
+    """The two words of --spec that build MoNE layers, in a GPT or a hybrid model."""
+    return OUR_HYBRID_SPEC if getattr(args, "hybrid_layer_pattern", None) else OUR_SPEC
 
 
 def needs_all_gates(config: Any) -> bool:

@@ -112,6 +112,7 @@ def _train(
     ownership.begin(args)
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
+    tracker.decoder_layers = model_config.transformer.num_layers
     tracker.log_interval = args.log_interval
     tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
     tracker.interval_seconds = lambda: get_timers()("interval-time").elapsed(reset=False)

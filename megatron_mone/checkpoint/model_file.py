@@ -17,8 +17,8 @@ MODEL_FILE_NAME = "mone_model.json"
 SCHEMA = "megatron-mone/model/1"
 _MEGATRON = "megatron"  # the engine where none is named
 SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
+    "hybrid_layer_pattern", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+    "num_query_groups", "kv_channels", "num_experts", "moe_ffn_hidden_size", "moe_layer_freq",
     "moe_shared_expert_intermediate_size", "mtp_num_layers", "multi_latent_attention",
     "untie_embeddings_and_output_weights", "position_embedding_type", "normalization", "swiglu",
     "mone_qk_norm_all_heads",
@@ -29,7 +29,7 @@ def write_model_file(folder: Path, args: Namespace) -> None:
     """Record the model of `args` in `folder`, atomically; rank 0 calls it."""
     model = {
         "schema": SCHEMA,
-        "shape": {name: getattr(args, name, None) for name in SHAPE_FIELDS},
+        "shape": {name: _shape(args, name) for name in SHAPE_FIELDS},
         "mone": {name: getattr(args, name, None) for name in MONE_FIELD_NAMES},
         "engine": getattr(args, "engine", _MEGATRON),
     }
@@ -49,8 +49,11 @@ def check_model_file(folder: Path, args: Namespace) -> None:
     if saved is None:
         return
     shape, mone = saved["shape"], saved["mone"]
+    becomes_hybrid = args.hybrid_layer_pattern and not shape.get("hybrid_layer_pattern")
     for name in SHAPE_FIELDS:
-        now = getattr(args, name, None)
+        now = _shape(args, name)
+        if becomes_hybrid and name in ("hybrid_layer_pattern", "num_layers"):
+            continue  # a GPT layer's attention and MLP are layers there; Megatron pairs and checks
         if name in shape and shape[name] != now:
             raise ValueError(
                 f"checkpoint {folder} holds a model with {name} = {shape[name]}, this run has "
@@ -65,6 +68,12 @@ def check_model_file(folder: Path, args: Namespace) -> None:
             f"{getattr(args, name, None)}",
             stacklevel=2,
         )
+
+
+def _shape(args: Namespace, name: str) -> Any:
+    """A value of SHAPE_FIELDS; of a hybrid pattern what is the model's, not the layout's."""
+    value = getattr(args, name, None)
+    return value.replace("|", "") if name == "hybrid_layer_pattern" and value else value
 
 
 def check_engine_of(folder: Path, args: Namespace) -> None:

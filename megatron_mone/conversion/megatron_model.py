@@ -137,6 +137,7 @@ def bare_model(
 
     from megatron_mone.model import patches
     from megatron_mone.model.arguments import parse_arguments
+    from megatron_mone.model.checks.hybrid import check_gpt
     from megatron_mone.model.config_builder import build_model_config
     from megatron_mone.moe.stored_choice import name_as_held
 
@@ -146,6 +147,7 @@ def bare_model(
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # Megatron's table of all arguments
             args = parse_arguments(words, elsewhere=True)
+            check_gpt(args, "converted")
         args.padded_vocab_size = padded_vocab_size or args.padded_vocab_size or args.vocab_size
         config = build_model_config(args, elsewhere=True)
         store = torch.distributed.HashStore()

@@ -9,6 +9,7 @@ from megatron_mone.cpu_emulation import (
     cuda_calls,
     device,
     distributed,
+    hybrid,
     latent,
     memory,
     moe,
@@ -38,6 +39,7 @@ PATCHES: tuple[Patch, ...] = (
     *latent.PATCHES,
     *optimizer.PATCHES,
     *specs.PATCHES,
+    *hybrid.PATCHES,  # after the attention that its layers take
 )
 
 _installed = False

@@ -71,6 +71,7 @@ REFUSALS = (
             "give --bf16, or --engine megatron"),
     Refusal("bf16", lambda args: args.bf16 and stage_of(args) == 0,
             "at ZeRO 0 DeepSpeed adds gradients up in bf16", "give --zero-stage 1", "with ZeRO 0"),
+    _given("hybrid_layer_pattern", "hybrid models were not tried under ZeRO"),
     _given("fp8", "what Transformer Engine keeps beside its weights was not tried under ZeRO"),
     _given("fp4", "what Transformer Engine keeps beside its weights was not tried under ZeRO"),
     _given("use_megatron_fsdp", "ZeRO shards the parameters", "give --zero-stage 3"),

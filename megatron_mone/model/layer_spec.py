@@ -61,22 +61,36 @@ def mone_layer_spec(config: Any, vp_stage: int | None = None) -> TransformerBloc
         ValueError: a mone_* field does not fit the model.
     """
     transformer = getattr(config, "transformer", config)
-    if not hasattr(transformer, "mone_neuron_ratio"):
-        attach_fields_from_env(transformer)
-    check_packages(transformer)
-    # On every rank: stages without MoNE layers take part in its collectives.
-    follow_training(install_tracker(), transformer)
-    install((*PATCHES, *stored_choice.PATCHES))
-    stored_choice.note_model(transformer)
-    neurons_per_token(transformer)  # one of the two fields is set
+    prepare(transformer)
     block = stock_block(transformer, vp_stage)
     whole = layer_pattern(transformer)
     pattern = [whole[i] for i in _stage_layers(transformer, vp_stage)]
     layers = [
-        _layer(transformer, spec, kind)
+        made_ours(transformer, spec, kind)
         for spec, kind in zip(block.layer_specs or (), pattern, strict=True)
     ]
     return MoNEBlockSubmodules(layer_specs=layers, layer_norm=block.layer_norm)
+
+
+def prepare(transformer: Any) -> None:
+    """What a model of MoNE layers needs of its process, before its layers are built; on every rank:
+    stages without MoNE layers take part in the tracker's collectives.
+
+    Args:
+        transformer: TransformerConfig; without mone_* fields it gets them from MONE_CONFIG's YAML.
+
+    Raises:
+        ValueError: a mone_* field does not fit the model, or a package is missing.
+    """
+    if not hasattr(transformer, "mone_neuron_ratio"):
+        attach_fields_from_env(transformer)
+    check_packages(transformer)
+    tracker = install_tracker()
+    tracker.decoder_layers = transformer.num_layers
+    follow_training(tracker, transformer)
+    install((*PATCHES, *stored_choice.PATCHES))
+    stored_choice.note_model(transformer)
+    neurons_per_token(transformer)  # one of the two fields is set
 
 
 def check_packages(config: Any, elsewhere: bool = False) -> None:
@@ -154,7 +168,7 @@ def mtp_block_spec(
         qk_l2_norm=transformer.qk_l2_norm,
         vp_stage=vp_stage,
     )[-1]
-    spec = _layer(transformer, spec, layer_pattern(transformer)[-1])
+    spec = made_ours(transformer, spec, layer_pattern(transformer)[-1])
     return get_gpt_mtp_block_spec(
         transformer, spec, use_transformer_engine=use_te, vp_stage=vp_stage
     )
@@ -171,7 +185,7 @@ PATCHES = (
 )
 
 
-def _layer(config: Any, spec: Any, kind: int) -> ModuleSpec:
+def made_ours(config: Any, spec: Any, kind: int) -> ModuleSpec:
     """A stock layer's spec made ours, of a kind of `layer_pattern`."""
     if config.mone_qk_norm_all_heads:
         spec = with_all_heads_norms(spec)

@@ -9,6 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_mone.config import layer_pattern, neurons_per_token
+from megatron_mone.model.checks.hybrid import moe_layers
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.metrics import MoNEMetricsTracker
 
@@ -30,6 +31,9 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     if not getattr(config, "mone_enabled", False):
         return dense, dense
     pattern = layer_pattern(config)
+    if args.hybrid_layer_pattern is not None:
+        experts = moe_layers(args.hybrid_layer_pattern)
+        pattern = [kind * is_moe for kind, is_moe in zip(pattern, experts, strict=True)]
     layers = pattern.count(2) + (config.mtp_num_layers or 0) * (pattern[-1] == 2)
     tokens = batch_size * args.seq_length
     rows = tokens * config.moe_router_topk

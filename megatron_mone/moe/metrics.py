@@ -50,6 +50,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
     """Megatron's tracker plus, per MoNE layer: balance loss, kept ratio, neuron and expert load.
 
     Attributes:
+        decoder_layers: of the model; Megatron's `report` is told a hybrid model's MoE layers alone.
         log_interval: steps between summaries (Megatron's --log-interval).
         interval_seconds: seconds of training since the last summary, evaluation left out.
         step_flops: (executed, active) floating-point operations of one step over all ranks, or
@@ -61,6 +62,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self._layers: list[weakref.ref[Any]] = []
         self._steps_in_window = 0
         self._reporting = False  # after `end_step`, which has nothing more to forget
+        self.decoder_layers = 0
         self.log_interval = 1
         self.interval_seconds: Callable[[], float] | None = None
         self.step_flops: Callable[[], tuple[float, float]] | None = None
@@ -109,6 +111,12 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         entry.needs_dp_avg = needs_dp_avg
         return entry.values[layer_number - 1]
 
+    def ensure_initialized(
+        self, name: str, num_layers: int, device: torch.device | str | int | None = None
+    ) -> None:
+        """As Megatron's, in the size of the stages that have MoE layers."""
+        super().ensure_initialized(name, max(num_layers, self.decoder_layers), device)
+
     def step(self) -> int:
         """The training step under way, 1-based, as Megatron's loop counts it."""
         from megatron.training.global_vars import get_args
@@ -131,7 +139,8 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         for layer in layers:
             layer.end_step()
         writer = kwargs.get("writer")
-        num_layers = (kwargs.get("num_layers") or 0) + (kwargs.get("mtp_num_layers") or 0)
+        decoder = max(kwargs.get("num_layers") or 0, self.decoder_layers)
+        num_layers = decoder + (kwargs.get("mtp_num_layers") or 0)
         line = self._report_loss(loss_scale, iteration, num_layers, kwargs)
         self._reporting = True
         line = super().report(loss_scale, iteration, **kwargs) + line

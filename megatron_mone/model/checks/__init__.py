@@ -24,6 +24,7 @@ from megatron_mone.model.checks.files import (
     check_tokenizer,
     check_writable,
 )
+from megatron_mone.model.checks.hybrid import check_pattern
 from megatron_mone.model.checks.layout import check_layout
 from megatron_mone.model.checks.machine import check_machine
 from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
@@ -67,4 +68,5 @@ def check_values(args: Namespace) -> None:
     check_optimizer(args)
     check_engine(args)
     check_combinations(args)
+    check_pattern(args)
     check_trackers(args)

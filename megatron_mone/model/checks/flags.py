@@ -32,13 +32,13 @@ REFUSED: dict[str, str] = {
     ),
     "it is of text generation; this entry trains": (
         "inference_[!r]* use_legacy_static_engine enable_chunked_prefill num_speculative_tokens "
+        "mamba_inference_* "
         "decode_only_cuda_graphs offset_sampling_seed_by_dp_rank max_tokens_to_oom flash_decode "
         "nccl_all_reduce_for_prefill mlp_chunks_for_prefill "
         "moe_pad_experts_for_cuda_graph_inference"
     ),
-    _NOT_A_GPT.format("hybrid models, Megatron-LM's pretrain_hybrid.py"): (
-        "hybrid_layer_pattern hybrid_override_pattern mtp_hybrid_override_pattern is_hybrid_model "
-        "mamba_* use_mamba_mem_eff_path"
+    "hybrid_layer_pattern alone makes a hybrid model, multi-token prediction behind its /": (
+        "hybrid_override_pattern mtp_hybrid_override_pattern is_hybrid_model"
     ),
     _NOT_A_GPT.format("vision models"): (
         "vision_* dino_* swin_backbone_type num_classes img_h img_w num_channels patch_dim "
@@ -59,6 +59,22 @@ REFUSED: dict[str, str] = {
     ),
 }
 """Why they are refused and what to do -> names and patterns of names."""
+
+OF_MAMBA = (
+    "mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads",
+    "use_mamba_mem_eff_path", "mamba_training_ssm_states_dtype",
+)  # fmt: skip
+"""Names that only Mamba layers read."""
+
+NOT_OF_HYBRID = {
+    "moe_layer_freq": "hybrid_layer_pattern names its layers of experts (E)",
+    "qk_layernorm": "its attention layers have no norms of q and k",
+    "qk_l2_norm": "its attention layers have no norms of q and k",
+    "use_rope_scaling": "Megatron 0.19 hands it to GPT models alone",
+    "heterogeneous_layers_config_path": "hybrid_layer_pattern says what each layer is",
+    "heterogeneous_layers_config_encoded_json": "hybrid_layer_pattern says what each layer is",
+}
+"""Names that a hybrid model does not read -> why."""
 
 MOOT: dict[str, str] = {
     "deprecated_use_mcore_models": "Megatron 0.19 has no other models",
@@ -109,6 +125,23 @@ def check_flags(args: Namespace, defaults: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name} = {getattr(args, name)!r} would have no effect without {switch}: give "
                 f"--{switch.replace('_', '-')} too, or leave it out"
+            )
+    _check_hybrid(args, given)
+
+
+def _check_hybrid(args: Namespace, given: list[str]) -> None:
+    """What GPT models alone read, or hybrid ones."""
+    pattern = args.hybrid_layer_pattern
+    for name in given:
+        if name in OF_MAMBA and "M" not in (pattern or ""):
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} would have no effect: it is of Mamba layers, M "
+                f"in hybrid_layer_pattern = {pattern!r}; leave it out"
+            )
+        if pattern and name in NOT_OF_HYBRID:
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} would have no effect in a hybrid model: "
+                f"{NOT_OF_HYBRID[name]}; leave it out"
             )
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from megatron_mone.model.checks.hybrid import hybrid_faults
+
 
 @dataclass(frozen=True)
 class Need:
@@ -117,6 +119,7 @@ def machine_faults(args: Namespace) -> Iterator[str]:
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
     yield from _async_save(args)
+    yield from hybrid_faults(args)
     for need in PACKAGES:
         if need.given(getattr(args, need.name)) and find_spec(need.package) is None:
             yield (

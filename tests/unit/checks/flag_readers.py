@@ -22,16 +22,16 @@ OURS = Path(megatron_mone.__file__).parent
 
 VALIDATION = re.compile(r"training/(arguments|yaml_arguments)\.py")
 UNREACHED = re.compile(
-    r"core/(inference|export|ssm|post_training|resharding)/"
-    r"|core/models/(mimo|vision|multimodal|hybrid|mamba|T5|bert|huggingface|audio)/"
+    r"core/(inference|export|post_training|resharding)/"
+    r"|core/models/(mimo|vision|multimodal|mamba|T5|bert|huggingface|audio)/"
     r"|core/tokenizers/vision/|core/datasets/(masked|bert|t5|multimodal)"
     r"|core/safe_globals\.py"
     r"|training/(distillation/cached|theoretical_memory_usage|inprocess_restart)"
-    r"|training/datasets/(sft|fim)_dataset|training/models/hybrid|training/config/inference_config"
+    r"|training/datasets/(sft|fim)_dataset|training/config/inference_config"
 )
-"""Files that no training of a GPT model from megatron_mone.pretrain comes to."""
+"""Files that no training from megatron_mone.pretrain comes to."""
 UNREACHED_FUNCTIONS = {
-    "hybrid_config_from_args", "inference_cfg_from_args", "inference_cfg_container_from_args",
+    "inference_cfg_from_args", "inference_cfg_container_from_args",
     "vlm_config_from_args",
 }  # fmt: skip
 

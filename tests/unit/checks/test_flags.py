@@ -91,7 +91,8 @@ def test_the_tables_name_flags_alone(defaults):
         ("perform_rl_step", True, "train_rl.py"),
         ("grpo_group_size", 3, "train_rl.py"),
         ("inference_max_requests", 9, "this entry trains"),
-        ("hybrid_layer_pattern", "M*", "pretrain_hybrid.py"),
+        ("hybrid_override_pattern", "M*", "hybrid_layer_pattern alone"),
+        ("mamba_state_dim", 64, "M in hybrid_layer_pattern"),
         ("vision_pretraining", True, "vision"),
         ("bert_binary_head", False, "BERT"),
         ("rampup_batch_size", [8, 8, 64], "--step-batch-size-schedule"),
@@ -129,6 +130,14 @@ def test_modules_that_are_not_recomputed_are_named(defaults):
     [line] = flags.notices(Namespace(**given))
     assert line.startswith("recompute_modules = ['mlp'] has no effect with")
     assert flags.notices(Namespace(**{**given, "recompute_granularity": "selective"})) == []
+
+
+def test_a_hybrid_model_reads_its_own_flags(defaults):
+    hybrid = {**defaults, "hybrid_layer_pattern": "M*E", "mamba_state_dim": 64}
+    flags.check_flags(Namespace(**hybrid), defaults)
+    for name, value in (("moe_layer_freq", 2), ("qk_layernorm", True), ("use_rope_scaling", True)):
+        with pytest.raises(ValueError, match=f"^{name} = {value} would .* in a hybrid model: "):
+            flags.check_flags(Namespace(**{**hybrid, name: value}), defaults)
 
 
 def test_what_changes_nothing_is_said_and_trains(defaults):

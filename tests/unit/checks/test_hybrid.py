@@ -1,0 +1,70 @@
+"""Hybrid models are refused in one line where their pattern, packages or a command do not fit."""
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_mone.model.arguments import flag_parser
+from megatron_mone.model.checks import hybrid
+from megatron_mone.model.hybrid_spec import check_hybrid
+
+
+@pytest.fixture
+def args():
+    given = flag_parser().parse_args(["--num-experts", "4", "--mone-neuron-ratio", "0.25"])
+    given.hybrid_layer_pattern = "M*E"
+    return given
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"num_experts": None}, "hybrid_layer_pattern = 'M[*]E' has layers of experts"),
+        ({"hybrid_layer_pattern": "M*-"}, "num_experts = 4 would have no effect"),
+        ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm = True"),
+        ({"mone_profile_steps": "2:3"}, "mone_profile_steps = '2:3' does not go"),
+    ],
+)
+def test_pattern(args, changed, says):
+    hybrid.check_pattern(args)
+    vars(args).update(changed)
+    with pytest.raises(ValueError, match=f"^{says}"):
+        hybrid.check_pattern(args)
+
+
+def test_kinds_of_layers_that_cpu_ranks_have_not(args):
+    assert list(hybrid.hybrid_faults(args)) == []
+    args.hybrid_layer_pattern = "GE"
+    assert [line.split(",")[0] for line in hybrid.hybrid_faults(args)] == [
+        "hybrid_layer_pattern = 'GE': G"
+    ]
+
+
+def test_what_gpus_need(args, monkeypatch):
+    monkeypatch.setattr(hybrid.torch.cuda, "is_available", lambda: True)
+    args.transformer_impl = "local"
+    layers, kernels = hybrid.hybrid_faults(args)
+    assert "--transformer-impl transformer_engine" in layers
+    assert kernels.endswith("pip install mamba-ssm")
+
+
+def test_commands_of_gpt_models_say_so(args):
+    with pytest.raises(ValueError, match="are trained, not profiled"):
+        hybrid.check_gpt(args, "profiled")
+    args.hybrid_layer_pattern = None
+    hybrid.check_gpt(args, "profiled")
+
+
+def test_layers_of_experts():
+    assert hybrid.moe_layers("M*E|ME-/*E/*E") == [0, 0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"mone_qk_norm_all_heads": True}, {"mone_residual_multiplier": 0.5}, {"mtp_num_layers": 1}],
+)
+def test_what_mone_has_in_gpt_models_alone(changed):
+    fits = {"mone_qk_norm_all_heads": False, "mone_residual_multiplier": 1, "mtp_num_layers": None}
+    check_hybrid(Namespace(**fits))
+    with pytest.raises(ValueError, match=f"^{next(iter(changed))} = "):
+        check_hybrid(Namespace(**{**fits, **changed}))
