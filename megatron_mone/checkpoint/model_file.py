@@ -49,7 +49,7 @@ def check_model_file(folder: Path, args: Namespace) -> None:
     if saved is None:
         return
     shape, mone = saved["shape"], saved["mone"]
-    becomes_hybrid = args.hybrid_layer_pattern and not shape.get("hybrid_layer_pattern")
+    becomes_hybrid = _shape(args, "hybrid_layer_pattern") and not shape.get("hybrid_layer_pattern")
     for name in SHAPE_FIELDS:
         now = _shape(args, name)
         if becomes_hybrid and name in ("hybrid_layer_pattern", "num_layers"):

@@ -31,7 +31,7 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     if not getattr(config, "mone_enabled", False):
         return dense, dense
     pattern = layer_pattern(config)
-    if args.hybrid_layer_pattern is not None:
+    if getattr(args, "hybrid_layer_pattern", None) is not None:
         experts = moe_layers(args.hybrid_layer_pattern)
         pattern = [kind * is_moe for kind, is_moe in zip(pattern, experts, strict=True)]
     layers = pattern.count(2) + (config.mtp_num_layers or 0) * (pattern[-1] == 2)

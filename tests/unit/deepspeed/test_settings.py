@@ -112,6 +112,7 @@ MET = {
     "expert_model_parallel_size": ("--expert-model-parallel-size", "2", "--zero-stage", "3"),
     "optimizer": ("--optimizer", "lion"),
     "bf16": ("--bf16", "--zero-stage", "0"),
+    "hybrid_layer_pattern": ("--hybrid-layer-pattern", "*E"),
     "fp4": ("--fp4-format", "e2m1", "--bf16"),
     "fp8": ("--fp8-format", "e4m3", "--bf16"),
     "zero_offload_optimizer": ("--zero-offload-optimizer", "--zero-stage", "0"),
