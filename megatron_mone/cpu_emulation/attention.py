@@ -65,8 +65,13 @@ class EmulatedDotProductAttention(DotProductAttention):
     ) -> torch.Tensor:
         """Attend: query [s, b, n, dk], key [s, b, g, dk], value [s, b, g, dv] -> [s, b, n * dv].
 
-        `attention_mask` ([1 or b, 1, s, s], True where masked) is used at CP 1 only.
+        `attention_mask` ([1 or b, 1, s, s], True where masked) is used at CP 1 only. Packed
+        sequences, with `packed_seq_params` (thd), have no b: [t, n, dk] -> [t, n * dv].
         """
+        if packed_seq_params is not None:
+            mask = document_mask(packed_seq_params.cu_seqlens_q, len(query))
+            query, key, value = (part.unsqueeze(1) for part in (query, key, value))
+            return self.forward(query, key, value, mask, attn_mask_type, attention_bias).squeeze(1)
         if self.config.context_parallel_size > 1:
             mask_type = self.attn_mask_type if attn_mask_type is None else attn_mask_type
             attention_mask = self._mask(query, mask_type)
@@ -82,7 +87,6 @@ class EmulatedDotProductAttention(DotProductAttention):
             attention_mask,
             attn_mask_type,
             attention_bias,
-            packed_seq_params,
         )
 
     def _mask(self, query: torch.Tensor, mask_type: AttnMaskType) -> torch.Tensor | None:
@@ -97,6 +101,19 @@ class EmulatedDotProductAttention(DotProductAttention):
             f"attn_mask_type={mask_type} under context parallelism: the CPU emulation knows causal "
             "and no_mask; use context_parallel_size 1"
         )
+
+
+def document_mask(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """[1, 1, t, t], True where a key is later than the query or of another document.
+
+    Args:
+        cu_seqlens: [documents + 1], where each begins and the last ends.
+        length: t; what lies behind the last document is one more.
+    """
+    places = torch.arange(length, device=cu_seqlens.device)
+    of = torch.searchsorted(cu_seqlens, places, right=True)
+    hidden = (places[None, :] > places[:, None]) | (of[None, :] != of[:, None])
+    return hidden[None, None]
 
 
 def _check_context_parallel(config: Any) -> None:

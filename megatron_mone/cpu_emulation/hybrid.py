@@ -188,6 +188,7 @@ def _apply_kernels() -> None:
     mamba_mixer.HAVE_MAMBA_SSM = True
     mamba_mixer.mamba_split_conv1d_scan_combined = split_conv1d_scan
     mamba_mixer.ExtendedRMSNorm = GroupedRMSNorm
+    mamba_mixer._check_mamba_sequence_packing_support = lambda **_of: (True, None)
 
 
 PATCHES = (

@@ -12,14 +12,17 @@ import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.utils import (
     StragglerDetector,
+    flatten_batch_for_packed_sequences,
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
@@ -29,6 +32,8 @@ from megatron_mone.model.loss_check import check_loss
 
 _stragglers = StragglerDetector()  # one a process; it times nothing unless --log-straggler is given
 BATCH_KEYS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
+PACKED_KEYS = ("cu_seqlens", "max_seqlen")
+"""Of documents that know nothing of each other: where they begin and end, and the longest."""
 
 
 def forward_step(
@@ -61,9 +66,29 @@ def forward_step(
             batch["attention_mask"],
             labels=batch["labels"],
             loss_mask=batch["loss_mask"],
+            **_packing(batch),
         )
     loss_mask: Any = batch["loss_mask"]
     return output, partial(loss_func, loss_mask)
+
+
+def _packing(batch: dict[str, Any]) -> dict[str, PackedSeqParams]:
+    """What the model is told of a batch of packed documents; nothing of another."""
+    if batch.get("cu_seqlens") is None:
+        return {}
+    bounds, longest = batch["cu_seqlens"][0], int(batch["max_seqlen"])
+    update_seqlen_stats_from_cu_seqlens(bounds)  # attention's part in TFLOP/s
+    return {
+        "packed_seq_params": PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=bounds,
+            cu_seqlens_kv=bounds,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            total_tokens=int(bounds[-1]),
+            tokens_per_sample=get_args().seq_length,
+        )
+    }
 
 
 def loss_func(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -91,22 +116,26 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
 
     Returns:
         BATCH_KEYS -> [b, s / CP] tensors (attention mask [b, 1, s, s] or None); all None on a
-        pipeline stage without embedding, loss and multi-token prediction.
+        pipeline stage without embedding, loss and multi-token prediction. With
+        --dataloader-inter-document-masking [1, b s], and on every stage PACKED_KEYS:
+        cu_seqlens [1, documents + 1], max_seqlen [1].
     """
     args = get_args()
     first = mpu.is_pipeline_first_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     last = mpu.is_pipeline_last_stage(ignore_virtual=vp_stage is None, vp_stage=vp_stage)
     mtp = _has_mtp(vp_stage)
-    if not (first or last or mtp):
+    packed = args.dataloader_inter_document_masking
+    keys = (*BATCH_KEYS, *PACKED_KEYS) if packed else BATCH_KEYS
+    if not (first or last or mtp or packed):
         return dict.fromkeys(BATCH_KEYS)
     batch: dict[str, Any] = {}
     if mpu.get_tensor_model_parallel_rank() == 0:
         assert data_iterator is not None
         data = next(data_iterator)
-        batch = {k: data[k].cuda(non_blocking=True) if k in data else None for k in BATCH_KEYS}
+        batch = {k: data[k].cuda(non_blocking=True) if k in data else None for k in keys}
     batch = get_batch_on_this_tp_rank(
         batch,
-        has_cu_seqlens=False,
+        has_cu_seqlens=packed,
         is_hybrid_cp=False,
         create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
@@ -120,7 +149,9 @@ def get_batch(data_iterator: Iterator | None, vp_stage: int | None) -> dict[str,
         is_pipeline_first_stage=first,
         is_pipeline_last_stage=last,
     )
-    batch = {k: batch.get(k) for k in BATCH_KEYS}
+    batch = {k: batch.get(k) for k in keys}
+    if packed:  # check_packing: CP 1
+        return flatten_batch_for_packed_sequences(batch)
     return get_batch_on_this_cp_rank(batch, False, mpu.get_context_parallel_group())
 
 
@@ -171,6 +202,7 @@ def dataset_config(args: Namespace) -> GPTDatasetConfig:
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
+        inter_document_masking=args.dataloader_inter_document_masking,
         create_attention_mask=args.create_attention_mask_in_dataloader,
     )
 
@@ -188,6 +220,7 @@ def _leave_out_unread(config: GPTDatasetConfig, samples: Sequence[int]) -> None:
 def _reads_data() -> bool:
     """Whether this rank feeds tokens or labels to its TP group."""
     stage = mpu.is_pipeline_first_stage() or mpu.is_pipeline_last_stage() or _has_mtp()
+    stage = stage or get_args().dataloader_inter_document_masking
     return stage and mpu.get_tensor_model_parallel_rank() == 0
 
 

@@ -21,10 +21,7 @@ _NOT_A_GPT = "it is of {}; this entry trains GPT models"
 _NOWHERE = "Megatron 0.19 parses it and {}"
 
 REFUSED: dict[str, str] = {
-    STOCK_SCRIPT: (
-        "sft dataloader_inter_document_masking fim_* hybrid_context_parallel "
-        "max_seqlen_per_dp_cp_rank logits_load_*"
-    ),
+    STOCK_SCRIPT: ("sft fim_* hybrid_context_parallel max_seqlen_per_dp_cp_rank logits_load_*"),
     "ranks are not started again inside their processes here; `python -m launch` starts a job "
     "again from its last checkpoint": "inprocess_*",
     "reinforcement learning is Megatron-LM's train_rl.py, which its package does not hold": (

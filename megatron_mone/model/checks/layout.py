@@ -20,6 +20,8 @@ def check_layout(args: Namespace) -> None:
     _check_widths(args)
     _check_layer_kinds(args)
     _check_stages(args)
+    _check_packing(args)
+    _check_context_parallel(args)
     for kind in ("", "eval_"):
         _check_micro_batches(args, kind)
 
@@ -146,6 +148,60 @@ def _check_stages(args: Namespace) -> None:
         raise ValueError(
             f"a stage of {_listed(sizes)} layers has no {chunks} chunks of equal size: give "
             "another num_virtual_stages_per_pipeline_rank or num_layers_per_virtual_pipeline_stage"
+        )
+
+
+def _check_packing(args: Namespace) -> None:
+    """Documents that know nothing of each other lie behind one another, [micro-batch x s, 1, H]."""
+    if not args.dataloader_inter_document_masking:
+        return
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            f"context_parallel_size = {args.context_parallel_size} does not go with "
+            "dataloader_inter_document_masking: rotary positions are cut by document, and "
+            "documents have lengths of any number: leave one of them out"
+        )
+    size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    if args.micro_batch_size > 1 and size > 1:
+        raise ValueError(
+            f"micro_batch_size = {args.micro_batch_size} does not go with "
+            f"dataloader_inter_document_masking at tensor x pipeline parallel = {size}: Megatron "
+            "sends stages, and cuts for tensor parallelism, what it takes for one sequence a "
+            "sample: pass --micro-batch-size 1"
+        )
+
+
+def _check_context_parallel(args: Namespace) -> None:
+    """How attention exchanges keys and values: transformer_engine.py asserts it, or ends deep in
+    attention."""
+    cp, kinds = args.context_parallel_size, args.cp_comm_type
+    if cp == 1:
+        return
+    known = ("p2p", "all_gather", "a2a", "a2a+p2p")
+    sizes = args.hierarchical_context_parallel_sizes
+    tp = args.tensor_model_parallel_size
+    latent, grouped = args.multi_latent_attention, args.group_query_attention
+    heads = args.num_query_groups if grouped and not latent else args.num_attention_heads
+    for kind in kinds:
+        if kind not in known:
+            raise ValueError(f"cp_comm_type = {kind!r} must be one of {', '.join(known)}")
+        if kind == "a2a+p2p" and not sizes:
+            raise ValueError(
+                "cp_comm_type = 'a2a+p2p' needs hierarchical_context_parallel_sizes: give the "
+                "ranks of its inner (a2a) and outer (p2p) groups, such as 2 2"
+            )
+        over = {"a2a": cp, "a2a+p2p": sizes[0] if sizes else 1}.get(kind, 1)
+        if heads % (tp * over):
+            raise ValueError(
+                f"cp_comm_type = {kind!r} gives heads to ranks: {heads} of them "
+                f"{'(num_query_groups) ' if heads != args.num_attention_heads else ''}must be a "
+                f"multiple of tensor_model_parallel_size = {tp} x {over} ranks: give all_gather or "
+                "p2p"
+            )
+    if len(kinds) not in (1, args.num_layers):
+        raise ValueError(
+            f"cp_comm_type has {len(kinds)} entries, and num_layers = {args.num_layers}: give one, "
+            "or one for each layer"
         )
 
 
