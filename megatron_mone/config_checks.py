@@ -104,6 +104,8 @@ def layer_pattern(config: Any) -> list[int]:
 
 def _moe_layers(config: Any) -> list[int]:
     """For each decoder layer, 1 where it is an MoE layer."""
+    if pattern := getattr(config, "hybrid_layer_pattern", None):
+        return hybrid_moe_layers(pattern)
     freq, layers = config.moe_layer_freq, config.num_layers
     allowed = f"an integer >= 1, or one 0 or 1 for each of the {layers} decoder layers"
     if isinstance(freq, int):
@@ -112,6 +114,11 @@ def _moe_layers(config: Any) -> list[int]:
     fits = isinstance(freq, list | tuple) and len(freq) == layers and set(freq) <= {0, 1}
     check(fits, "moe_layer_freq", freq, allowed)
     return list(freq)
+
+
+def hybrid_moe_layers(hybrid_layer_pattern: str) -> list[int]:
+    """For each decoder layer of a pattern, 1 where it is a layer of experts: a moe_layer_freq."""
+    return [int(kind == "E") for kind in hybrid_layer_pattern.partition("/")[0].replace("|", "")]
 
 
 def mask_steps(text: str, name: str = "mone_record_mask_steps") -> tuple[int, int]:

@@ -51,12 +51,14 @@ def _hybrid(args: argparse.Namespace, mone: bool) -> Any:
     from megatron.training.argument_utils import hybrid_config_from_args
     from megatron.training.models.hybrid import HybridModelConfig
 
-    from megatron_mone.model.checks.hybrid import moe_layers
+    from megatron_mone.config_checks import hybrid_moe_layers
     from megatron_mone.model.hybrid_spec import MoNEHybridModelConfig, check_hybrid
 
     if not mone:
         return hybrid_config_from_args(args, _transformer(args, mone), HybridModelConfig)
-    transformer = _transformer(args, mone, moe_layer_freq=moe_layers(args.hybrid_layer_pattern))
+    transformer = _transformer(
+        args, mone, moe_layer_freq=hybrid_moe_layers(args.hybrid_layer_pattern)
+    )
     check_hybrid(transformer)
     return hybrid_config_from_args(args, transformer, MoNEHybridModelConfig)
 

@@ -9,7 +9,7 @@ from argparse import Namespace
 from typing import Any
 
 from megatron_mone.config import layer_pattern, neurons_per_token
-from megatron_mone.model.checks.hybrid import moe_layers
+from megatron_mone.config_checks import hybrid_moe_layers
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.metrics import MoNEMetricsTracker
 
@@ -32,7 +32,7 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
         return dense, dense
     pattern = layer_pattern(config)
     if getattr(args, "hybrid_layer_pattern", None) is not None:
-        experts = moe_layers(args.hybrid_layer_pattern)
+        experts = hybrid_moe_layers(args.hybrid_layer_pattern)
         pattern = [kind * is_moe for kind, is_moe in zip(pattern, experts, strict=True)]
     layers = pattern.count(2) + (config.mtp_num_layers or 0) * (pattern[-1] == 2)
     tokens = batch_size * args.seq_length

@@ -90,6 +90,9 @@ def check_choice(saved: Choice, config: Any, where: str) -> None:
         )
     for name, value in choice_of(config).items():
         before = saved.get(name)
+        if name == "mone_layer_freq" and before and len(before) != len(value):
+            # A GPT's checkpoint in a hybrid model, whose layers of experts stand by themselves.
+            value = [int(kind == 2) for kind in layer_pattern(config) if kind]
         if before == value:
             continue
         said = f"{where} was trained with {name} = {before}, this run has {name} = {value}"

@@ -27,6 +27,7 @@ LAYOUTS = {
     "EP2, full recompute": (*EP2, *FULL_RECOMPUTE),
 }
 ADAM = TRAIN[-2:]  # its eps
+PLAIN = "--mone-plain-checkpoint"  # for stock models to read
 BY_FREQUENCY = ("--mone-layer-freq", "[0,0,1,0,0,0]")
 
 
@@ -56,7 +57,7 @@ def runs(tmp_path_factory, request):
         Case("gpt start run", (*TRAIN, *save("gpt start"))),
         Case("gpt", (*TRAIN, *load("gpt start"))),
         Case("gpt as hybrid", (*TRAIN, *pattern("*E*E"), *load("gpt start"))),
-        Case("hybrid start run", (*TRAIN, *MAMBA, *pattern(PATTERN), *save("hybrid start"))),
+        Case("hybrid start run", (*TRAIN, *MAMBA, *pattern(PATTERN), *save("hybrid start"), PLAIN)),
         hybrid("one rank", TRAIN),
         hybrid("by frequency", TRAIN, *BY_FREQUENCY),
     ]

@@ -65,7 +65,8 @@ def runs(tmp_path_factory):
 
     def one_rank(name, *words):
         save = ("--train-iters", "1", "--save", f"{folder}/start {name}", "--save-interval", "1")
-        cases[1].append(Case(f"start run {name}", (*words, *save)))
+        plain = "--mone-plain-checkpoint"  # for stock models to read
+        cases[1].append(Case(f"start run {name}", (*words, *save, plain)))
         add(1, name, name, *words, "--mone-record-masks", f"{folder}/{name} masks")
 
     for name, (flags, layouts) in VARIANTS.items():

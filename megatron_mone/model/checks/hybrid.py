@@ -11,11 +11,6 @@ _KERNELS = {"M": ("mamba_ssm", "mamba-ssm"), "G": ("fla", "flash-linear-attentio
 """Symbol -> module and package whose kernels the layer calls on a GPU."""
 
 
-def moe_layers(hybrid_layer_pattern: str) -> list[int]:
-    """For each decoder layer of a pattern, 1 where it is a layer of experts: a moe_layer_freq."""
-    return [int(kind == "E") for kind in hybrid_layer_pattern.partition("/")[0].replace("|", "")]
-
-
 def check_pattern(args: Namespace) -> None:
     """Experts and the pattern's layers of them.
 

@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_mone.config_checks import hybrid_moe_layers
 from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks import hybrid
 from megatron_mone.model.hybrid_spec import check_hybrid
@@ -56,7 +57,7 @@ def test_commands_of_gpt_models_say_so(args):
 
 
 def test_layers_of_experts():
-    assert hybrid.moe_layers("M*E|ME-/*E/*E") == [0, 0, 1, 0, 1, 0]
+    assert hybrid_moe_layers("M*E|ME-/*E/*E") == [0, 0, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(
