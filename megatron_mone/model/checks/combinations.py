@@ -5,7 +5,7 @@ they were not there. Imports the module that --spec names; touches nothing else.
 from argparse import Namespace
 from importlib import import_module
 
-from megatron_mone.config import our_spec
+from megatron_mone.config import OUR_SPEC
 from megatron_mone.config_checks import is_mone
 from megatron_mone.model.checks.graphs import check_graphs
 
@@ -104,8 +104,8 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
     layers = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
     offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(args.offload_modules or ())
     return [
-        (args.spec and args.spec != our_spec(args), "spec", "its layers would be trained in place "
-         "of MoNE's: leave one of them out"),
+        (args.spec and args.spec != OUR_SPEC, "spec", "its layers would be trained in place of "
+         "MoNE's: leave one of them out"),
         (args.quick_geglu, "quick_geglu", "its experts' activation is mone_activation: give "
          "--swiglu"),
         (args.moe_mlp_glu_interleave_size, "moe_mlp_glu_interleave_size", "its gates and ups lie "
