@@ -6,6 +6,9 @@ of config.py.
 
 from typing import Any
 
+FULL_ITERATION = "full_iteration"
+"""A value of cuda_graph_impl."""
+
 
 def check(condition: bool, name: str, value: Any, allowed: str) -> None:
     """Raise the one-line ValueError of a field unless the condition is met."""
@@ -207,6 +210,36 @@ def check_router_loss(config: Any) -> None:
         config.moe_router_fusion,
         f"False with mone_router_loss_probs = {config.mone_router_loss_probs}",
     )
+
+
+def captured(args: Any) -> tuple[str, frozenset[str]]:
+    """What Megatron's arguments capture, its older flags among them.
+
+    Args:
+        args: Megatron's, parsed or validated, or a config.
+
+    Returns:
+        "none", "local", "transformer_engine" or "full_iteration", and names of modules, none for
+        whole layers.
+    """
+    kind = args.cuda_graph_impl
+    if getattr(args, "enable_cuda_graph", False):
+        kind = "local"
+    elif getattr(args, "external_cuda_graph", False):
+        kind = "transformer_engine"
+    given: Any = getattr(args, "cuda_graph_scope_deprecated", None) or args.cuda_graph_modules or ()
+    if isinstance(given, str):
+        given = given.split(",")
+    names = {getattr(module, "name", str(module)) for module in given} - {"full"}
+    if FULL_ITERATION in names and kind != "none":
+        kind = FULL_ITERATION
+    return kind, frozenset(names)
+
+
+def captures_experts(args: Any) -> bool:
+    """Whether the experts of an MoE layer are inside a graph."""
+    kind, modules = captured(args)
+    return kind != "none" and (kind == FULL_ITERATION or not modules or "moe" in modules)
 
 
 def check_flex(config: Any) -> None:

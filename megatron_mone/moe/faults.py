@@ -55,12 +55,17 @@ class FaultWatch:
     Args:
         error: what to raise, from the facts given to `keep` as lists of numbers.
         layer_number: 1-based, 0 where there is none.
+        lasting: keep them in one place, and look there after every step: a CUDA graph that holds
+            the check writes there again, and has no host say so.
     """
 
     def __init__(
-        self, error: Callable[..., Exception], layer_number: Callable[[], int] = lambda: 0
+        self,
+        error: Callable[..., Exception],
+        layer_number: Callable[[], int] = lambda: 0,
+        lasting: bool = False,
     ) -> None:
-        self.error, self._layer_number = error, layer_number
+        self.error, self._layer_number, self.lasting = error, layer_number, lasting
         self._calls = 0
         self._sizes: list[int] = []
         self._first: Tensor | None = None  # number of a forward pass, then its facts
@@ -81,7 +86,8 @@ class FaultWatch:
             self._first = now
         else:
             was_found = self._first[1 : 1 + found_E.numel()].any()
-            self._first = torch.where(was_found, self._first, now)
+            first = torch.where(was_found, self._first, now)
+            self._first = self._first.copy_(first) if self.lasting else first
         _kept[self] = None
 
     def keep_by(self, note: Callable[[Tensor, int], None], experts: int, like: Tensor) -> None:
@@ -102,13 +108,23 @@ class FaultWatch:
 
     def take(self) -> Tensor:
         """What was kept since the last call."""
-        first, self._first, self._calls = self._first, None, 0
-        first_EX, self._first_EX = self._first_EX, None
-        if first_EX is not None:
+        self._calls = 0
+        if self._first_EX is not None:
             self._sizes = []
-            return first_EX.flatten()
+        first = self._first if self._first_EX is None else self._first_EX
         assert first is not None
-        return first
+        if self.lasting:
+            taken = first.clone()
+            self.forget()
+        else:
+            taken, self._first, self._first_EX = first, None, None
+        return taken.flatten()
+
+    def forget(self) -> None:
+        """Empty what lasts."""
+        for first in (self._first, self._first_EX):
+            if first is not None and self.lasting:
+                first.zero_()
 
     def read(self, numbers: list[int]) -> _Found | None:
         """The fault in what `take` gave, brought to the host; None where there is none."""
@@ -154,6 +170,7 @@ def look(refused: bool = False) -> None:
     """
     watches = list(_kept)
     _kept.clear()
+    _kept.update((watch, None) for watch in watches if watch.lasting)
     own = None
     if watches:
         kept = [watch.take() for watch in watches]

@@ -25,11 +25,15 @@ class FiniteCheck:
     Args:
         first_expert: number of the first local expert in the model.
         layer_number: 1-based, for the message; None where the layer has no number.
+        lasting: as of FaultWatch, which the layer also empties by `forget`.
     """
 
-    def __init__(self, first_expert: int, layer_number: Callable[[], int | None]) -> None:
+    def __init__(
+        self, first_expert: int, layer_number: Callable[[], int | None], lasting: bool = False
+    ) -> None:
         self._first_expert, self._layer_number = first_expert, layer_number
-        self._watch = FaultWatch(self._error, lambda: layer_number() or 0)
+        self._watch = FaultWatch(self._error, lambda: layer_number() or 0, lasting)
+        self.forget = self._watch.forget
 
     @torch.no_grad()
     def __call__(

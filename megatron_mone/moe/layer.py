@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from torch import Tensor
 
 from megatron_mone.config import MoNEConfig
+from megatron_mone.config_checks import captures_experts
 from megatron_mone.kernels import GroupedMLPOutput
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.moe import faults
@@ -66,7 +67,9 @@ class MoNELayer(MoELayer):
             config, self.experts, pg_collection, is_mtp_layer=is_mtp_layer
         )
         self.neuron_load = self.neuron_balancer.load
-        self.finite_check = FiniteCheck(self.local_expert_indices[0], self._table_number)
+        self.finite_check = FiniteCheck(
+            self.local_expert_indices[0], self._table_number, lasting=captures_experts(config)
+        )
         self.recompute_masks = RecomputeMasks()
         self.mask_tape = MaskTape(config, pg_collection)
         self.mask_tape.follow_config(lambda: install_tracker().step() if self.training else None)
@@ -166,6 +169,7 @@ class MoNELayer(MoELayer):
     def forget_step(self) -> None:
         """Count the step anew; see metrics.TrackedLayer."""
         self.neuron_load.forget_step()
+        self.finite_check.forget()
 
     def table_row(self) -> int | None:
         """Of the metrics table; see metrics.TrackedLayer."""

@@ -10,41 +10,9 @@ nothing.
 """
 
 from argparse import Namespace
-from typing import Any
 
 from megatron_mone.config import needs_all_gates
-
-FULL_ITERATION = "full_iteration"
-
-
-def captured(args: Namespace) -> tuple[str, frozenset[str]]:
-    """What Megatron's arguments capture, its older flags among them.
-
-    Args:
-        args: parsed or validated.
-
-    Returns:
-        "none", "local", "transformer_engine" or "full_iteration", and names of modules, none for
-        whole layers.
-    """
-    kind = args.cuda_graph_impl
-    if getattr(args, "enable_cuda_graph", False):
-        kind = "local"
-    elif getattr(args, "external_cuda_graph", False):
-        kind = "transformer_engine"
-    given: Any = getattr(args, "cuda_graph_scope_deprecated", None) or args.cuda_graph_modules or ()
-    if isinstance(given, str):
-        given = given.split(",")
-    names = {getattr(module, "name", str(module)) for module in given} - {"full"}
-    if FULL_ITERATION in names and kind != "none":
-        kind = FULL_ITERATION
-    return kind, frozenset(names)
-
-
-def captures_experts(args: Namespace) -> bool:
-    """Whether the experts of an MoE layer are inside a graph."""
-    kind, modules = captured(args)
-    return kind != "none" and (kind == FULL_ITERATION or not modules or "moe" in modules)
+from megatron_mone.config_checks import FULL_ITERATION, captured, captures_experts
 
 
 def check_graphs(args: Namespace) -> None:
@@ -83,15 +51,21 @@ def _reasons(args: Namespace, kind: str) -> list[tuple[object, str, str]]:
     """(whether it is so, why that cannot be captured, what to set instead)."""
     dispatcher = args.moe_token_dispatcher_type
     padded = args.moe_pad_expert_input_to_capacity and args.moe_expert_capacity_factor is not None
+    backend, factor = args.moe_flex_dispatcher_backend, args.moe_expert_rank_capacity_factor
+    bounded = backend == "hybridep" and factor is not None
+    put_off = args.delay_wgrad_compute or args.overlap_dispatch_backward_with_experts_wgrad
     recomputed = args.recompute_granularity == "full" or "moe" in (args.recompute_modules or ())
     scope = args.mone_ng_loss_scope
     ranks = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     return [
-        (dispatcher != "alltoall",
-         f"moe_token_dispatcher_type = {dispatcher!r} gives them as many rows as were routed, or "
-         "has the host check their number",
+        (dispatcher == "allgather",
+         "moe_token_dispatcher_type = 'allgather' gives them as many rows as were routed",
          "set it to alltoall"),
-        (not padded, "the number of rows they get is known when they are routed",
+        (dispatcher == "flex" and not bounded,
+         "the flex dispatcher has the host ask how many rows they get",
+         "set moe_flex_dispatcher_backend to hybridep, with --moe-expert-rank-capacity-factor"),
+        (dispatcher == "alltoall" and not padded,
+         "the number of rows they get is known when they are routed",
          "give every expert as many, --moe-expert-capacity-factor FACTOR and "
          "--moe-pad-expert-input-to-capacity"),
         (args.moe_router_padding_for_quantization,
@@ -117,9 +91,12 @@ def _reasons(args: Namespace, kind: str) -> list[tuple[object, str, str]]:
         (scope == "global_batch" and args.mone_ng_loss_coeff > 0,
          "mone_ng_loss_scope = 'global_batch' adds up a step on the host",
          "set it to micro_batch"),
-        (args.mone_check_for_nan,
-         "mone_check_for_nan keeps what it finds by a step of the host",
-         "--no-mone-check-for-nan"),
+        (args.cuda_graph_warmup_steps < 1,
+         "their tables come to the device in the first step, before a capture",
+         "set --cuda-graph-warmup-steps to 1 or more"),
+        (put_off and kind != FULL_ITERATION,
+         "the weight gradients that they put off are made by the host",
+         "leave out --delay-wgrad-compute and --overlap-dispatch-backward-with-experts-wgrad"),
         (recomputed, "a recomputed layer takes the neurons of its first pass from the host",
          "recompute other modules than moe"),
         (kind == FULL_ITERATION and args.check_for_spiky_loss,

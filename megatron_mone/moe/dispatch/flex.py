@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatche
 from torch import Tensor
 
 from megatron_mone.config import MoNEConfig, expert_hidden
+from megatron_mone.config_checks import captures_experts
 from megatron_mone.moe.dispatch.carrier import MaskCarrier, check_rows, predicted_mask_bytes
 from megatron_mone.moe.faults import FaultWatch, deferred
 from megatron_mone.moe.padding import mark_padding
@@ -95,7 +96,7 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
     ) -> None:
         _check_backend(config.moe_flex_dispatcher_backend)
         super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
-        self._rows_differ = FaultWatch(self._rows_error)
+        self._rows_differ = FaultWatch(self._rows_error, lasting=captures_experts(config))
 
     def set_mask(self, bits_NB: Tensor | None) -> None:
         """See MaskCarrier.

@@ -4,10 +4,11 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.model.checks.graphs import captured, captures_experts, check_graphs
+from megatron_mone.config_checks import captured, captures_experts
+from megatron_mone.model.checks.graphs import check_graphs
 
 STATIC = {
-    "mone_neuron_ratio": 0.25, "mone_check_for_nan": False, "mone_backend": "triton",
+    "mone_neuron_ratio": 0.25, "mone_backend": "triton",
     "moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 1.5,
     "moe_pad_expert_input_to_capacity": True,
 }  # fmt: skip
@@ -31,7 +32,19 @@ WAITS = [
     ({"moe_expert_capacity_factor": None}, "the number of rows they get is known when"),
     ({"moe_pad_expert_input_to_capacity": False}, "the number of rows they get is known when"),
     ({"moe_token_dispatcher_type": "allgather"}, "moe_token_dispatcher_type = 'allgather' gives"),
-    ({"moe_token_dispatcher_type": "flex"}, "moe_token_dispatcher_type = 'flex' gives"),
+    ({"moe_token_dispatcher_type": "flex"}, "the flex dispatcher has the host ask"),
+    (
+        {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"},
+        "the flex dispatcher has the host ask",
+    ),
+    (
+        {
+            "moe_token_dispatcher_type": "flex",
+            "moe_flex_dispatcher_backend": "ncclep",
+            "moe_expert_rank_capacity_factor": 1.5,
+        },
+        "the flex dispatcher has the host ask",
+    ),
     ({"moe_router_padding_for_quantization": True}, "moe_router_padding_for_quantization pads"),
     ({"mone_backend": "reference"}, "mone_backend = 'reference' waits"),
     ({"mone_backend": "te"}, "mone_backend = 'te' waits"),
@@ -40,7 +53,7 @@ WAITS = [
     ({"mone_ng_loss_type": "normalized"}, "mone_ng_loss_type = 'normalized' asks for"),
     ({"mone_ng_loss_scope": "global_batch"}, "mone_ng_loss_scope = 'global_batch' adds up"),
     ({"tensor_model_parallel_size": 2}, "mone_neuron_groups = 1 has the 2 ranks"),
-    ({"mone_check_for_nan": True}, "mone_check_for_nan keeps what it finds"),
+    ({"cuda_graph_warmup_steps": 0}, "their tables come to the device"),
     ({"recompute_granularity": "full"}, "a recomputed layer takes the neurons"),
     ({"recompute_granularity": "selective", "recompute_modules": ["moe"]}, "a recomputed layer"),
 ]
@@ -75,6 +88,23 @@ def test_what_waits_is_refused(defaults, graph, given, says):
     with pytest.raises(ValueError, match=f"^cuda_graph_impl = '{kind}'.*{says}") as error:
         check_graphs(args)
     assert "\n" not in str(error.value)
+
+
+def test_a_rank_capacity_is_a_static_shape(defaults):
+    given = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep",
+             "moe_expert_rank_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": False,
+             "moe_expert_capacity_factor": None}  # fmt: skip
+    check_graphs(Namespace(**{**defaults, **STATIC, **WHOLE[0], **given}))
+
+
+@pytest.mark.parametrize(
+    "field", ["delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"]
+)
+def test_weight_gradients_are_made_inside(defaults, field):
+    """Those that are put off, by a call after the backward pass that a whole iteration holds."""
+    check_graphs(Namespace(**{**defaults, **STATIC, **WHOLE[0], field: True}))
+    with pytest.raises(ValueError, match="the weight gradients that they put off are made by the"):
+        check_graphs(Namespace(**{**defaults, **STATIC, **WHOLE[1], field: True}))
 
 
 def test_losses_are_not_waited_for(defaults):

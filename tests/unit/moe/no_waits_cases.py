@@ -185,7 +185,7 @@ def a_layer(expert_parallel, experts, padded, changes):
 
 STATIC = {
     "moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True,
-    "mone_check_for_nan": False, "mone_backend": "triton",
+    "mone_backend": "triton", "cuda_graph_impl": "full_iteration",
 }  # fmt: skip
 
 
@@ -218,6 +218,9 @@ def _captured(experts, changes, refused=False):
             counted = [(id(b), b.shape) for b in layer.buffers()]
             logged = {name: id(entry.values) for name, entry in tracker.metrics.items()}
             lasting = (len(faults._kept), layer.recompute_masks.bytes_held, len(balancer._tables))
+            watches = [(id(one._first), id(one._first_EX)) for one in faults._kept]
+            assert all(one.lasting for one in faults._kept)
+            counted += watches
             return own, counted, logged, lasting, layer.bytes_sent()
 
         with fake:
@@ -233,18 +236,18 @@ def _captured(experts, changes, refused=False):
                 assert not waited.megatrons, waited.megatrons
                 seen.append(held())
     assert seen[1] == seen[2], seen
-    assert seen[0][-2] == (0, 0, 1)
+    assert seen[0][-2] == (int(layer.config.mone_check_for_nan), 0, 1)
 
 
 def check_capture(config, refused):
     """What the run check says of the model."""
     from argparse import Namespace
 
+    from megatron_mone.config_checks import captures_experts
     from megatron_mone.model.arguments import flag_parser
-    from megatron_mone.model.checks.graphs import captures_experts, check_graphs
+    from megatron_mone.model.checks.graphs import check_graphs
 
     args = Namespace(**{**vars(flag_parser().parse_args([])), **vars(config)})
-    args.cuda_graph_impl, args.cuda_graph_modules = "local", ["attn", "moe"]
     assert captures_experts(args)
     try:
         check_graphs(args)
@@ -471,8 +474,9 @@ def flex_rows(backend):
         assert not seen.megatrons
 
 
-def a_layer_on_hybridep(capacity):
-    """The whole layer and its kernels; with a rank capacity its rows are a bound."""
+def a_layer_on_hybridep(capacity, captured=False):
+    """The whole layer and its kernels; with a rank capacity its rows are a bound, and a CUDA graph
+    may hold it."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 
@@ -500,16 +504,20 @@ def a_layer_on_hybridep(capacity):
         ),
         launch.recording(lambda one: None),
     ):
-        layer, fake = fake_layer(ranks, ranks * local, device, mone_backend="triton")
+        graph = {"cuda_graph_impl": "full_iteration"} if captured else {}
+        layer, fake = fake_layer(ranks, ranks * local, device, mone_backend="triton", **graph)
         layer.config.moe_flex_dispatcher_backend = "hybridep"
         layer.config.moe_expert_rank_capacity_factor = capacity
         layer.config.use_transformer_engine_op_fuser = capacity is not None  # it asks for both
         groups = ProcessGroupCollection.use_mpu_process_groups()
         with fake:
             layer.token_dispatcher = MaskFlexTokenDispatcher(local, [0, 1], layer.config, groups)
+            kept = []
             for _ in range(2):
                 megatrons = through_a_layer(layer, padded=False)
+                kept.append([(id(one), id(one._first), id(one._first_EX)) for one in faults._kept])
             assert len(faults._kept) == 2  # a NaN, and rows dropped over the budget
+            assert not captured or kept[0] == kept[1]
             faults._kept.clear()
             with no_waits():
                 layer.neuron_balancer.end_step()
@@ -655,6 +663,7 @@ FLEX |= {
     f"hybridep, rank capacity {capacity}": partial(a_layer_on_hybridep, capacity)
     for capacity in (None, 1.5)
 }
+FLEX["hybridep, rank capacity 1.5, captured"] = partial(a_layer_on_hybridep, 1.5, captured=True)
 LAYERS = {_words(*case): partial(a_layer, *case) for case in _layers()}
 KERNELS = {
     case.__name__: case
@@ -672,15 +681,15 @@ CAPTURED = {
     _words(2, experts, False, changes): partial(a_captured_layer, experts, changes)
     for experts, changes in (
         (4, {}), (2, {}), (8, {"mone_neuron_block": 2}), (4, {"mone_ng_loss_type": "entropy"}),
-        (4, {"mone_ng_loss_coeff": 0.0}), (4, {"mone_router_loss_probs": "after_topk",
-                                               "moe_aux_loss_coeff": 0.1}),
+        (4, {"mone_ng_loss_coeff": 0.0}), (4, {"mone_check_for_nan": False}),
+        (4, {"mone_router_loss_probs": "after_topk", "moe_aux_loss_coeff": 0.1}),
         (4, {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}),
     )
 }  # fmt: skip
 CAPTURED |= {
     "refused: " + _words(2, 4, False, changes): partial(a_captured_layer, 4, changes, refused=True)
     for changes in (
-        {"mone_check_for_nan": True}, {"mone_ng_loss_scope": "global_batch"},
+        {"mone_ng_loss_scope": "global_batch"},
         {"mone_ng_loss_type": "bias"}, {"mone_selection": "threshold"},
         {"moe_pad_expert_input_to_capacity": False},
         {"moe_token_dispatcher_type": "allgather", "moe_pad_expert_input_to_capacity": False,

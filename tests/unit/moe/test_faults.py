@@ -141,3 +141,43 @@ def test_ranks_agree_on_what_came_first(deferring, monkeypatch):
     store.add("megatron-mone/fault", 1)
     assert words_later() == "layer 4"
     assert faults.words() == "layer 4"
+
+
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_what_a_replayed_graph_writes_is_told(by_kernel):
+    """It runs none of the host's code again: the place is the same, and is looked at every step."""
+
+    def error(found, rows):
+        return ValueError(f"found {found} of {rows}")
+
+    watch = faults.FaultWatch(error, lasting=True)
+    clean, rows = torch.zeros(2, dtype=torch.int64), torch.tensor([5, 7])
+    if by_kernel:
+        watch.keep_by(lambda first_EX, call: None, 2, clean)
+    else:
+        watch.keep(clean, rows)
+    place = watch._first_EX if by_kernel else watch._first
+    faults.look()
+    for step in (1, 2):
+        fault = torch.tensor([[0, 0, 0], [step, 3, 7]] if by_kernel else [step, 0, 3, 5, 7])
+        place.copy_(fault)
+        with pytest.raises(ValueError, match=r"found \[0, 3\] of \[(0|5), 7\]"):
+            faults.look()
+        assert not place.any()
+        faults.look()
+        place.copy_(fault)
+        watch.forget()  # a warm-up
+        faults.look()
+    assert (watch._first_EX if by_kernel else watch._first) is place
+
+
+def test_a_watch_of_no_graph_does_not_last():
+    watch = faults.FaultWatch(lambda found, rows: ValueError("found"))
+    watch.keep(torch.zeros(2, dtype=torch.int64), torch.tensor([5, 7]))
+    faults.look()
+    assert not faults._kept
+
+
+def test_checks_last_where_a_graph_holds_the_experts():
+    for changes, lasting in (({}, False), ({"cuda_graph_impl": "full_iteration"}, True)):
+        assert build_layer(**changes).finite_check._watch.lasting == lasting
