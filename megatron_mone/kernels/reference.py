@@ -14,7 +14,7 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, promised
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import apply_rule
-from megatron_mone.kernels.reference_products import Waiting, product
+from megatron_mone.kernels.reference_products import product, put_of
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 from megatron_mone.kernels.weight_views import later_of
 
@@ -33,13 +33,11 @@ def grouped_mlp(
     all_gates: bool = False,
 ) -> GroupedMLPOutput:
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there."""
-    later = later_of((w_gate_EFH, w_up_EFH, w_down_EFH))
-    waiting = None if later is None else Waiting(later)
+    put = put_of(later_of((w_gate_EFH, w_up_EFH, w_down_EFH)))
     pairs = zip(w_gate_EFH.unbind(), w_up_EFH.unbind(), strict=True)
     gate_up_N2F = product(
-        x_NH, tokens_per_expert, (torch.cat(pair) for pair in pairs),
-        waiting and waiting.of("gate_up"),
-    )  # fmt: skip
+        x_NH, tokens_per_expert, (torch.cat(pair) for pair in pairs), put("gate_up")
+    )
     a_NF, u_NF = gate_up_N2F.chunk(2, dim=-1)
     gate_NF = gate_activation(activation, a_NF, etp_group)
     enter(SELECTION)
@@ -54,7 +52,7 @@ def grouped_mlp(
     h_NF = h_NF.to(x_NH.dtype).masked_fill(~mask_NF, 0.0)
     # contiguous [H, F], as a stock fc2 holds it: the same GEMM, the same bits
     downs_HF = (w_down.t().contiguous() for w_down in w_down_EFH.unbind())
-    y_NH = product(h_NF, tokens_per_expert, downs_HF, waiting and waiting.of("down"))
+    y_NH = product(h_NF, tokens_per_expert, downs_HF, put("down"))
     return GroupedMLPOutput(y_NH, mask, gate_NF[mask_NF], gate_NF if all_gates else None)
 
 

@@ -59,19 +59,18 @@ def _weight_grads(dys: Sequence[Tensor], xs: Sequence[Tensor]) -> Tensor:
     return torch.stack([dy.t().matmul(x) for dy, x in zip(dys, xs, strict=True)])
 
 
-class Waiting:
-    """The weight gradients of one call of the reference, an entry of `later` from its backward on.
+def put_of(later: list | None) -> Callable[[str], Put | None]:
+    """Of one call of the reference: where to put its gradients of "gate_up" [E, 2F, H] and "down"
+    [E, H, F], which are an entry of `later` (see `weight_views`) from the backward pass on."""
+    return (lambda name: None) if later is None else _Waiting(later).put_of
 
-    Args:
-        later: of `weight_views`.
-    """
 
+class _Waiting:
     def __init__(self, later: list) -> None:
         self._later = later
         self._makers: dict[str, Callable[[], Tensor]] = {}
 
-    def of(self, name: str) -> Put:
-        """Where to put those of "gate_up" [E, 2F, H] or "down" [E, H, F]."""
+    def put_of(self, name: str) -> Put:
         return partial(self._put, name)
 
     def _put(self, name: str, make: Callable[[], Tensor]) -> None:

@@ -86,7 +86,7 @@ def kept_for_backward(*parameters: Parameter) -> AbstractContextManager[Any]:
         owner = owners.get(kept.untyped_storage().data_ptr()) if kept.numel() else None
         if owner is None:
             return kept
-        place = kept.storage_offset() - owner.storage_offset()
+        place = int(kept.storage_offset() - owner.storage_offset())
         return owner, tuple(kept.shape), kept.stride(), place
 
     def unpack(packed: Any) -> Tensor:
@@ -153,10 +153,10 @@ def add_later(linear_fc1: Parameter, linear_fc2: Parameter, fused: bool, later: 
     waiting, later[:] = list(later), []
     parameters = linear_fc1, linear_fc2
     for make in waiting:
-        gradients = _of_parameters(*parameters, fused, *make())
+        gradients = _of_parameters(parameters, fused, make())
         made = [pair for pair in zip(parameters, gradients, strict=True) if pair[1] is not None]
         if made:
-            torch.autograd.backward(*zip(*made, strict=True))
+            torch.autograd.backward([p for p, _ in made], [gradient for _, gradient in made])
 
 
 class _WeightViews(torch.autograd.Function):
@@ -173,16 +173,17 @@ class _WeightViews(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients):
         if ctx.later is None:
-            return *_of_parameters(*ctx.parameters, ctx.fused, *gradients), None, None
+            return *_of_parameters(ctx.parameters, ctx.fused, gradients), None, None
         if any(gradient is not None for gradient in gradients):
             ctx.later.append(lambda: gradients)
         return None, None, None, None
 
 
 def _of_parameters(
-    fc1: Any, fc2: Any, fused: bool, dgate: Tensor | None, dup: Tensor | None, ddown: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+    parameters: tuple[Any, Any], fused: bool, gradients: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     """What autograd is to have for fc1 and fc2, after what goes to `main_grad` went there."""
+    (fc1, fc2), (dgate, dup, ddown) = parameters, gradients
     if not fused:
         return _side_by_side(fc1, dgate, dup), ddown
     for half, gradient in ((0, dgate), (1, dup)):
@@ -190,8 +191,7 @@ def _of_parameters(
             fc1.main_grad[:, half].add_(gradient)
     if ddown is not None:
         fc2.main_grad.add_(ddown)
-    first, second = (_placeholder(p) if p.requires_grad else None for p in (fc1, fc2))
-    return first, second
+    return tuple(_placeholder(p) if p.requires_grad else None for p in parameters)
 
 
 def halves_of_one(first_EFH: Tensor, second_EFH: Tensor) -> bool:
