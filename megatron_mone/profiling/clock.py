@@ -1,8 +1,8 @@
 """PhaseClock: which phase a training step is in, and how long each lasted.
 
 At any moment of a step there is one current phase, so the times of the phases add up to the step.
-On a CPU a moment is a reading of the monotonic clock; on CUDA it is an event on the current stream,
-read one step later, so that measuring never makes the host wait. May touch: torch.cuda events and
+On a CPU a moment is a reading of the monotonic clock; on CUDA it is an event on one stream, read
+one step later, so that measuring never makes the host wait. May touch: torch.cuda events and
 NVTX ranges; nothing of Megatron.
 """
 
@@ -46,12 +46,16 @@ class HostStamps:
 
 
 class CudaStamps:
-    """Events on the current CUDA stream. Not run on a GPU yet."""
+    """Events on the CUDA stream that is current when this is made, that of a step's computing: what
+    others do beside it takes the time that it waits for them. Not run on a GPU yet."""
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.current_stream()
 
     def now(self) -> torch.cuda.Event:
         """An event recorded here."""
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self._stream)
         return event
 
     def ms(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:

@@ -25,6 +25,7 @@ from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import watch_communication
 from megatron_mone.profiling.deepspeed_moe import DeepSpeedMoE
+from megatron_mone.profiling.schedule_plan import watch_schedule_plans
 from megatron_mone.profiling.step_parts import BUCKETS, GRAD_SYNC, step_parts
 
 # Method of a token dispatcher -> phase. Collectives within permute count as dispatch.
@@ -78,6 +79,7 @@ class Instruments:
             for part in step_parts(optimizer):
                 self._wrap_within(*part)
         self._attached.callback(watch_communication(self.clock))
+        self._attached.callback(watch_schedule_plans(self.clock))
 
     def attach_modules(self, model: Sequence[torch.nn.Module]) -> None:
         """Wrap the model alone, which says what phase the forward or backward of a module is in."""
@@ -103,8 +105,10 @@ class Instruments:
             self._wrap(module, "_forward_attention", phases.ATTENTION)
             self._wrap(module, "_forward_mlp", phases.LAYER_NORM)
             self._wrap(module, "_forward_pre_mlp_layernorm", phases.LAYER_NORM)
+            self._wrap_later(module.self_attention, phases.ATTENTION)
             if not isinstance(module.mlp, MoELayer):
                 self._wrap(module.mlp, "forward", phases.DENSE_MLP)
+                self._wrap_later(module.mlp, phases.DENSE_MLP)
         elif isinstance(module, DeepSpeedMoE):
             self._wrap_deepspeed_moe(module)
         elif isinstance(module, MoELayer):
@@ -112,19 +116,24 @@ class Instruments:
         elif isinstance(module, MultiTokenPredictionLayer):
             # Forward it lies within the model's _postprocess; backward it follows on attention.
             self._wrap(module.eh_proj, "forward", phases.LOSS)
+            self._wrap_later(module.eh_proj, phases.LOSS)
 
     def _wrap_moe_layer(self, layer: MoELayer) -> None:
         self._wrap(layer, "route", phases.ROUTER)
         is_latent = bool(layer.config.moe_latent_size)
         if is_latent:
             self._wrap(layer.fc1_latent_proj, "forward", phases.LATENT)
+            self._wrap_later(layer.fc1_latent_proj, phases.LATENT)
+            self._wrap_later(layer.fc2_latent_proj, phases.LATENT)
         for name, phase in _DISPATCHER.items():
             self._wrap(layer.token_dispatcher, name, phase)
         self._wrap(layer.experts, "forward", phases.UP_DOWN_GEMM)
+        self._wrap_later(layer.experts, phases.UP_DOWN_GEMM)
         # beside the dispatcher's part: the projection back, and what shared experts give
         self._wrap(layer, "postprocess", phases.LATENT if is_latent else phases.COMBINE)
         if layer.use_shared_expert:
             self._wrap(layer, "shared_experts_compute", phases.SHARED_EXPERTS)
+            self._wrap_later(layer.shared_experts, phases.SHARED_EXPERTS)
         if hasattr(layer, "balance"):
             self._wrap(layer, "balance", phases.BALANCE_LOSS)
 
@@ -190,6 +199,22 @@ class Instruments:
 
         self._set(owner, name, timed)
 
+    def _wrap_later(self, module: Any, phase: str) -> None:
+        """The weight gradients that a module makes when it is told to."""
+        if not hasattr(module, "backward_dw"):
+            return
+        original, clock = module.backward_dw, self.clock
+
+        def backward_dw(*args: Any, **kwargs: Any) -> Any:
+            before = clock.phase, clock.pass_
+            clock.enter_backward(phase)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                clock.switch(*before)
+
+        self._set(module, "backward_dw", backward_dw)
+
     def _wrap_backward_step(self) -> None:
         """Before the first marked node a backward is in the loss, on the last stage."""
         original, clock = schedules.backward_step, self.clock
@@ -211,12 +236,7 @@ class Instruments:
 
 
 def check_visible(config: Any) -> None:
-    """Raise ValueError where Megatron does not call the modules of a layer one after another."""
-    if getattr(config, "overlap_moe_expert_parallel_comm", False):
-        raise ValueError(
-            "overlap_moe_expert_parallel_comm = True is not allowed under the profiler: Megatron "
-            "then runs two micro-batches at once and phases overlap; turn it off to profile"
-        )
+    """Raise ValueError where Megatron does not call the modules of a layer."""
     if getattr(config, "cuda_graph_impl", "none") not in (None, "none"):
         raise ValueError(
             f"cuda_graph_impl = {config.cuda_graph_impl!r} is not allowed under the profiler: a "

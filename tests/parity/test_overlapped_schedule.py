@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_mone.moe.masks.trace import mask_file
+from megatron_mone.profiling.rank_record import read_record
 from tests.training_cases import MOCK, MONE, TINY, Case, recorded, run_cases
 
 pytestmark = pytest.mark.slow
@@ -65,8 +66,12 @@ def runs(request, tmp_path_factory) -> Path:
     cases = []
     for model, (fields, schedules) in of_models.items():
         for name, flags in ((model, []), *((f"{model} {s}", f) for s, f in schedules.items())):
-            masks = ["--mone-record-masks", f"{folder}/{name} masks"] if model == "MoNE" else []
-            cases.append(Case(name, (*BASE, *fields, *layout, *masks, *flags), tensors=True))
+            watched = []
+            if model == "MoNE":
+                watched += ["--mone-record-masks", f"{folder}/{name} masks"]
+                watched += ["--mone-profile-steps", "2:2"]
+                watched += ["--mone-profile-dir", f"{folder}/{name} profile"]
+            cases.append(Case(name, (*BASE, *fields, *layout, *watched, *flags), tensors=True))
     run_cases(cases, ranks, folder)
     return folder
 
@@ -117,3 +122,28 @@ def test_overlap_records_the_same_masks(runs):
             for name in ("MoNE", "MoNE overlapped", "MoNE delayed")
         ]
         assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
+
+
+@pytest.mark.parametrize("runs", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("schedule", MODELS["MoNE"][1])
+def test_a_profile_reads_the_same_work(runs, schedule):
+    """Phases and passes, rows, and what is sent over every group, of each rank."""
+    plain, other = (profiled(runs / f"{name} profile") for name in ("MoNE", f"MoNE {schedule}"))
+    assert len(plain) == len(other) > 1
+    for first, then in zip(plain, other, strict=True):
+        assert {p: set(ran) for p, ran in then.phases.items()} == {
+            p: set(ran) for p, ran in first.phases.items()
+        }
+        assert then.rows == first.rows
+        assert sent(then) == sent(first)
+        total = sum(ms for passes in then.phases.values() for (ms,) in passes.values())
+        assert total == pytest.approx(then.step_ms[0], abs=0.01)
+
+
+def profiled(folder: Path):
+    """The run of each rank's record."""
+    return [read_record(path).runs[0] for path in sorted(folder.glob("ranks/*.json"))]
+
+
+def sent(run):
+    return {kind: (traffic.calls, traffic.bytes) for kind, traffic in run.communication.items()}

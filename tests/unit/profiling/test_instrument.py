@@ -162,11 +162,7 @@ def test_rows_and_neurons_are_counted():
     assert sum(neurons["histogram"]) == used * 24
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("overlap_moe_expert_parallel_comm", True), ("cuda_graph_impl", "full_iteration")],
-)
-def test_models_that_pass_modules_by_are_refused(field, value):
-    config = type("Config", (), {field: value})
-    with pytest.raises(ValueError, match=f"{field} = .* is not allowed under the profiler"):
+def test_models_that_pass_modules_by_are_refused():
+    config = type("Config", (), {"cuda_graph_impl": "full_iteration"})
+    with pytest.raises(ValueError, match=r"cuda_graph_impl = .* is not allowed under the profiler"):
         check_visible(config)
