@@ -299,6 +299,7 @@ def _unit_job(
         "num_virtual_stages_per_pipeline_rank": None,
         "overlap_moe_expert_parallel_comm": None,
         "delay_wgrad_compute": None,
+        "ep_overlap_early_attn_memory_release": None,
         "account_for_embedding_in_pipeline_split": None,
         "account_for_loss_in_pipeline_split": None,
         "decoder_first_pipeline_num_layers": None,

@@ -7,7 +7,8 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
   linear must gather first) two are hidden; without sequence parallelism every all-reduce is. With
   `tp_comm_overlap` forward and backward alike, but for the first of the tp pieces of each.
 - context parallel: a ring step goes on beside attention on the piece before, the first excepted.
-- expert parallel: nothing, unless `overlap_moe_expert_parallel_comm`.
+- expert parallel: nothing, unless `overlap_moe_expert_parallel_comm`; or the dispatch's backward,
+  with `overlap_dispatch_backward_with_experts_wgrad` beside the weight gradients of its experts.
 And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
 - with `overlap_comm` all goes on beside all of the pass's compute, but for one bucket: the first of
   parameters gathered, the last of gradients reduced; without it nothing does.
@@ -36,6 +37,7 @@ from megatron_mone.planning.tracing.trace import Collective, Op, Trace
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
 _REPLICAS = ("dp-cp", "edp", "world")
+_WEIGHT_GRADIENTS = ("mone.weight_grad", "fused.grouped_gemm_wgrad")  # of routed experts
 _HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
 
 
@@ -128,19 +130,27 @@ def _pass_cost(
         host += op.count * launch_seconds(op, efficiency)
         if one.flops:
             products[op.phase] += seconds
+    of_weights = sum(
+        op_seconds(operation(op), cluster, efficiency) * op.count
+        for op in ops
+        if op.name in _WEIGHT_GRADIENTS
+    )
     exposed: dict[str, float] = defaultdict(float)
     expert = hidden = 0.0
     buckets = sum(one.count for one in collectives if _of_zero(one))
     for group, phase, share, seconds in _communication(collectives, facts, cluster, buckets):
-        if phase in (DISPATCH, COMBINE):
-            expert += seconds
-            continue
+        of_experts = phase in (DISPATCH, COMBINE)
         window = products[ATTENTION] if group == "cp" else products[phase]
-        if group in _REPLICAS:
+        if of_experts:
+            window = of_weights
+        elif group in _REPLICAS:
             window = max(0.0, sum(by_phase.values()) - hidden)
         behind = min(share * seconds, window) * efficiency.hidden_share
-        exposed[group] += seconds - behind
         hidden += behind
+        if of_experts:
+            expert += seconds - behind
+        else:
+            exposed[group] += seconds - behind
     device = sum(by_phase.values())
     compute = max(device, host) + efficiency.overlap_tax * hidden
     return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden)
@@ -195,6 +205,9 @@ def _of_zero(one: Collective) -> bool:
 
 def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:
     """Share of a collective that can go on beside compute of its own pass."""
+    if one.phase in (DISPATCH, COMBINE):
+        beside = facts.overlap_dispatch_backward and one.pass_ == BACKWARD
+        return float(beside and one.phase == DISPATCH)
     if _of_zero(one) and facts.overlap_zero:
         return 1.0 - 1.0 / buckets
     if one.group == "cp":

@@ -50,6 +50,8 @@ class JobFacts:
             with the kept neurons alone.
         zero_stage: of DeepSpeed's engine; None where Megatron's steps.
         overlap_zero: whether what that sends in a pass goes on beside compute.
+        overlap_dispatch_backward: whether the backward of the dispatch goes on beside the weight
+            gradients of its experts.
     """
 
     world_size: Whole
@@ -93,6 +95,7 @@ class JobFacts:
     active_flops_per_step: Number
     zero_stage: Whole | None = None
     overlap_zero: StrictBool = False
+    overlap_dispatch_backward: StrictBool = False
 
 
 def job_facts(args: Namespace, model_config: Any) -> JobFacts:
@@ -180,6 +183,7 @@ def _overlap(args: Namespace) -> dict[str, Any]:
         "overlap_expert_parallel": args.overlap_moe_expert_parallel_comm,
         "overlap_p2p": args.overlap_p2p_comm,
         "delay_wgrad": args.delay_wgrad_compute,
+        "overlap_dispatch_backward": args.overlap_dispatch_backward_with_experts_wgrad,
     }
 
 

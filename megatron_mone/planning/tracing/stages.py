@@ -30,7 +30,8 @@ _REPLACED = (
     "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split",
     "microbatch_group_size_per_vp_stage", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush",
     "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
-    "ep_overlap_early_attn_memory_release", "overlap_param_gather_with_optimizer_step",
+    "ep_overlap_early_attn_memory_release", "overlap_dispatch_backward_with_experts_wgrad",
+    "overlap_param_gather_with_optimizer_step",
 )  # fmt: skip
 # What says nothing about one step of one stage: how many steps and micro-batches there are, on
 # which data, at which learning rate, and what is written down.

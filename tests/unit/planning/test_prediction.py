@@ -7,16 +7,18 @@ import pytest
 from megatron_mone.common.phases import (
     ATTENTION,
     BACKWARD,
+    COMBINE,
     EXPOSED_COMMUNICATION,
     FORWARD,
     RECOMPUTE,
+    UP_DOWN_GEMM,
 )
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
 from megatron_mone.planning.plan_parts import model_document
-from megatron_mone.planning.tracing.trace import Collective
+from megatron_mone.planning.tracing.trace import Collective, Op
 from tests.unit.planning.made_jobs import (
     CLUSTER,
     EXACT,
@@ -170,6 +172,30 @@ def test_in_a_pipeline_only_the_1f1b_phase_hides_expert_communication():
     left = predicted(of=facts(overlap_expert_parallel=True)).parts["expert parallel"]
     # Stage 0 of 2: one of 4 forwards is warm-up, one of 4 backwards cool-down.
     assert left == pytest.approx(plain / 4)
+
+
+def weight_gradient(milliseconds):
+    """Of one expert's [100, 100] weight, on the paper GPU."""
+    rows = round(milliseconds * 1e9 / (2 * 100 * 100))
+    return Op(
+        "fused.grouped_gemm_wgrad", ((rows, 100), (rows, 100)), ((1, 100, 100),), "bfloat16", 1, 1,
+        2 * rows * 100 * 100, UP_DOWN_GEMM, BACKWARD,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("made_in", "left"), [(5, 1), (0.5, 2.5)])
+def test_the_backward_of_a_dispatch_hides_behind_its_experts_weight_gradients(made_in, left):
+    """And neither its forward nor the exchange of combine."""
+    passes = trace(
+        product(10), exchange(1), product(20, BACKWARD), weight_gradient(made_in),
+        exchange(2, BACKWARD), exchange(1, BACKWARD, COMBINE),
+    )  # fmt: skip
+    plain = chunk_cost(passes, FACTS, CLUSTER, EXACT)
+    beside = chunk_cost(passes, facts(overlap_dispatch_backward=True), CLUSTER, EXACT)
+    assert plain.backward.expert == pytest.approx(3 * MS)
+    assert beside.backward.expert == pytest.approx(left * MS)
+    assert beside.backward.seconds == pytest.approx((20 + made_in + left) * MS)
+    assert beside.forward == plain.forward
 
 
 def test_interleaving_sums_its_chunks():

@@ -17,7 +17,7 @@ from megatron_mone.planning.tracing.trace_server import Tracer
 from megatron_mone.planning.tracing.trace_worker import CPU, GPU
 from tests import forked_ranks
 from tests.integration import traced_ranks
-from tests.training_cases import MOCK
+from tests.training_cases import MOCK, MONE
 from tests.unit.planning.parsed_jobs import JOB
 
 pytestmark = pytest.mark.slow
@@ -218,12 +218,25 @@ def test_a_run_file_is_read_each_time(tracer, tmp_path):
     assert found[0].stage_flags == tracer.describe(JOB, 1).stage_flags
 
 
+SCHEDULE = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
+BESIDE_DISPATCH = "--overlap-dispatch-backward-with-experts-wgrad"
+
+
 def test_a_gpu_job(folder):
     with Tracer(TraceCache(folder / "cache")) as gpu_tracer:
         job = gpu_tracer.trace(GPU_JOB, 32)
         assert gpu_tracer._pools[GPU].started
         assert not gpu_tracer._pools[CPU].started
         server = gpu_tracer._pools[GPU]._server._process.pid
+        delayed = gpu_tracer.trace((*GPU_JOB, *MONE), 32)
+        plain = [flag for flag in GPU_JOB if flag not in SCHEDULE]
+        beside = gpu_tracer.describe((*plain, *MONE, BESIDE_DISPATCH), 32)
+    assert {trace.backend for trace in delayed.traces.values()} == {"triton"}
+    assert delayed.facts.overlap_expert_parallel
+    assert delayed.facts.delay_wgrad
+    assert beside.facts.overlap_dispatch_backward
+    assert not delayed.facts.overlap_dispatch_backward
+    assert beside.stage_flags == delayed.stage_flags  # a schedule's order is in no trace
     assert not Path(f"/proc/{server}").exists()
     facts = job.facts
     assert facts.dispatcher == "flex:deepep"
