@@ -118,7 +118,10 @@ def _check_layer_kinds(args: Namespace) -> None:
 
 def _check_stages(args: Namespace) -> None:
     """transformer_block.get_num_layers_to_build: every stage, and chunk of one, has its layers."""
-    if args.pipeline_model_parallel_layout is not None or args.hybrid_layer_pattern is not None:
+    if args.hybrid_layer_pattern is not None:
+        return
+    if args.pipeline_model_parallel_layout is not None:
+        _check_mtp_stage(args)
         return
     pp, chunks = args.pipeline_model_parallel_size, args.virtual_pipeline_model_parallel_size or 1
     if pp == 1:
@@ -148,6 +151,22 @@ def _check_stages(args: Namespace) -> None:
         raise ValueError(
             f"a stage of {_listed(sizes)} layers has no {chunks} chunks of equal size: give "
             "another num_virtual_stages_per_pipeline_rank or num_layers_per_virtual_pipeline_stage"
+        )
+
+
+def _check_mtp_stage(args: Namespace) -> None:
+    """pipeline_parallel_layer_layout.py forbids it in all chunks of the first rank but the last,
+    where two copies of the embedding on one rank wait for each other."""
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    layout, pp = args.pipeline_model_parallel_layout, args.pipeline_model_parallel_size
+    if isinstance(layout, str):
+        layout = PipelineParallelLayerLayout(layout, pp)
+    if pp > 1 and LayerType.mtp in layout.layout[0][-1]:
+        raise ValueError(
+            f"pipeline_model_parallel_layout = {layout.input_data!r} puts m, multi-token "
+            "prediction, on the first pipeline rank, which has the embedding: put it on another"
         )
 
 
