@@ -170,6 +170,9 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
                 write_gradients()
             result = step()
             if folder and done == 3:
+                if training.get_args().overlap_param_gather:  # which the next forward would end
+                    for chunk in chunks:
+                        chunk.start_param_sync(force_sync=True)
                 with whole_parameters(engine) if engine else contextlib.nullcontext():
                     write("parameters.pt", lambda parameter: None)
             return result

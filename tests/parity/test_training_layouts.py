@@ -89,7 +89,7 @@ def worst_tensor_error(wanted: Path, got: Path) -> float:
     """Largest difference in a tensor relative to its largest entry, over all tensors."""
     one, other = torch.load(wanted, weights_only=True), torch.load(got, weights_only=True)
     assert sorted(one) == sorted(other)
-    assert all(one[key].abs().max() > 0 for key in one)
+    assert all(one[key].abs().max() > 0 for key in one if not key.endswith("expert_bias"))
     return max(_relative(one[key].double(), other[key].double()) for key in one)
 
 

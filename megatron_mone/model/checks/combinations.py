@@ -48,6 +48,8 @@ def _general(args: Namespace) -> list[tuple[object, str, str]]:
         (args.moe_use_upcycling, "moe_use_upcycling", "ends in a TypeError: Megatron 0.19 gives "
          "load_checkpoint an argument it does not take: convert with Megatron-LM's "
          "tools/checkpoint, and --load the result"),
+        (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: in "
+         "training nothing hands it routes to replay; leave it out"),
         (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
          "--no-initialization or --init-model-with-meta-device: give --load, or leave that out"),
     ]  # fmt: skip
@@ -122,6 +124,11 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
         ("moe_act" in (args.recompute_modules or ()) and args.mone_backend == "reference",
          "recompute_modules", "mone_backend = reference keeps all that it computes: name moe "
          "instead of moe_act, or another mone_backend"),
+        (args.mlp_chunks_for_training > 1, "mlp_chunks_for_training", "each chunk would be a "
+         "micro-batch of its own to the balance losses: leave it out"),
+        ((args.expert_tensor_parallel_num_weight_shards or 1) > 1,
+         "expert_tensor_parallel_num_weight_shards", "its experts are not cut over replicas: leave "
+         "it out"),
         (layers, "heterogeneous_layers_config_path", "Megatron builds another config class of it, "
          "without mone_* fields: leave it out"),
     ]  # fmt: skip

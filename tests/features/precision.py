@@ -1,0 +1,66 @@
+"""Rows of number formats, and of the optimizers that step in them."""
+
+from tests.features.row import Example, refused, trained, unrun
+
+MATRICES = (
+    "tests/parity/test_training_layouts.py::test_keep_all_is_stock_megatron_in_the_same_layout"
+)
+BF16 = "--bf16"
+IN_BF16 = f"{BF16} --grad-reduce-in-bf16"
+
+ROWS = (
+    trained(
+        "bf16 attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 "
+        "disable_bf16_reduced_precision_matmul",
+        "weights and products in bf16, gradients added up in fp32; choices are made of bf16 gates",
+        Example(flags=f"{BF16} --attention-softmax-in-fp32 "
+                "--disable-bf16-reduced-precision-matmul", layouts=()),
+    ),
+    trained(
+        "grad_reduce_in_bf16 ddp_param_name_patterns_for_fp32_local_accumulation",
+        "gradients sent, and added up, in bf16",
+        Example(flags=IN_BF16, layouts=()),
+        Example(flags=f"{IN_BF16} --ddp-param-name-patterns-for-fp32-local-accumulation *router*",
+                layouts=()),
+    ),
+    trained("fp32_residual_connection", "of bf16 models",
+            Example(flags=f"{BF16} --fp32-residual-connection", layouts=())),
+    trained(
+        "optimizer muon_*",
+        "Adam, SGD, Lion, SOAP, Muon and its sharded form; optimizers of matrices see an expert's "
+        "own, not the stack of a rank",
+        shown=MATRICES,
+    ),
+    unrun(
+        "gradient_accumulation_fusion",
+        "MoNE's kernels add weight gradients to main_grad themselves; dense linears need a GPU",
+        shown="tests/unit/moe/test_weight_views.py::test_fused_accumulation_adds_to_main_grad",
+    ),
+    unrun(
+        "use_precision_aware_optimizer main_grads_dtype main_params_dtype exp_avg_dtype "
+        "exp_avg_sq_dtype",
+        "bf16 moments, of Transformer Engine's optimizer; fp8 and fp16 moments, which it scales by "
+        "tensor, are refused",
+        "--use-precision-aware-optimizer --exp-avg-dtype bf16 --use-distributed-optimizer",
+        shown="tests/integration/test_gpu_job_traces.py::test_moments_of_16_bits",
+    ),
+    unrun(
+        "fp16 loss_scale initial_loss_scale min_loss_scale loss_scale_window hysteresis "
+        "fp16_lm_cross_entropy",
+        "loss scales are Megatron's",
+        "--fp16",
+    ),
+    unrun(
+        "optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload "
+        "overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params",
+        "the optimizer's state in host memory; not planned",
+    ),
+    refused(
+        "fp8 fp8_* first_last_layers_bf16 num_layers_at_start_in_bf16 "
+        "num_layers_at_end_in_bf16 moe_router_padding_for_quantization "
+        "moe_router_padding_for_fp8 reuse_grad_buf_for_mxfp8_param_ag te_precision_config_file",
+        "not yet with MoNE",
+        ("--fp8-format e4m3 --bf16", "fp8"),
+    ),
+    refused("fp4 fp4_*", "not with MoNE", ("--fp4-format e2m1 --bf16", "fp4")),
+)  # fmt: skip
