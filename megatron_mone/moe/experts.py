@@ -52,7 +52,7 @@ from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
 from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
-from megatron_mone.moe.stored_choice import CHOICE, check_choice, choice_of, our_key
+from megatron_mone.moe.stored_choice import CHOICE, STOPS, check_choice, choice_of, our_key
 
 EXTRA_STATE = "._extra_state"
 
@@ -236,6 +236,8 @@ class MoNEExperts(MegatronModule):
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in STOPS:
+            state_dict.pop(prefix + name, None)
         choice = state_dict.pop(f"{prefix}{CHOICE}", None)
         if choice is not None:
             check_choice(choice, self.config, f"the checkpoint of {prefix.removesuffix('.')}")

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
@@ -131,12 +132,18 @@ def name_as_held(state: Any, held: Collection[str]) -> None:
     dict_list_map_inplace(named, state)
 
 
-_built = {"mixed": False}
+_noted: list[Any] = []
 
 
 def note_model(config: Any) -> None:
     """Remember the model of this process, for scripts whose arguments have no mone_* fields."""
-    _built["mixed"] = is_mixed(config)
+    _noted[:] = [config]
+
+
+def _model_of(args: Any) -> Any:
+    """The arguments, or the config where they say nothing of MoNE; None: a stock model."""
+    found = [args] if hasattr(args, "mone_layer_freq") else _noted
+    return found[0] if found and is_mone(found[0]) else None
 
 
 def _as_held(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -162,11 +169,39 @@ def _by_layer(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def built(args: Any, *rest: Any, **named: Any) -> Any:
-        metadata = build(args, *rest, **named)
-        mixed = is_mixed(args) if hasattr(args, "mone_layer_freq") else _built["mixed"]
+        metadata, model = build(args, *rest, **named), _model_of(args)
+        mixed = model is not None and is_mixed(model)
         return {**metadata, "non_homogeneous_layers": True} if mixed else metadata
 
     return built
+
+
+STOPS = ("local_experts.0.linear_fc1.weight", "linear_fc1.weight0")
+"""Of experts, the first weight in a stock model's modules: SequentialMLP's, TEGroupedMLP's."""
+
+
+def _with_stops(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """In --ckpt-format torch modules are saved by their own names, ours among them, and a load that
+    misses names is tried again and leaves those weights as they were made
+    (megatron/training/checkpointing.py: load_model_state_dict); a wrong size it does not take."""
+
+    @functools.wraps(generate)
+    def generated(args: Any, *rest: Any, **named: Any) -> Any:
+        state, model = generate(args, *rest, **named), _model_of(args)
+        if args.ckpt_format == "torch" and model is not None and not model.mone_plain_checkpoint:
+            for name, part in state.items():
+                if re.fullmatch(r"model\d*", name):
+                    _add_stops(part, choice_of(model))
+        return state
+
+    return generated
+
+
+def _add_stops(state: dict[str, Any], choice: Choice) -> None:
+    for key in [key for key in state if key.endswith(".experts.linear_fc1")]:
+        experts = key.removesuffix("linear_fc1")
+        state |= {experts + name: torch.empty(0) for name in STOPS}
+        state[experts + CHOICE] = choice
 
 
 PATCHES = (
@@ -177,6 +212,14 @@ PATCHES = (
         why="experts that choose have keys of their own, for stock models to stop at, and are "
         "loaded from checkpoints that have not",
         needed_while="state_dict = dist_checkpointing.load(",
+    ),
+    wrapping(
+        "no-second-try",
+        "megatron.training.checkpointing: generate_state_dict",
+        _with_stops,
+        why="a stock model that reads the experts of another finds none of its weights, prints so, "
+        "and goes on with random ones",
+        needed_while="load_return = module.load_state_dict(state_dict, strict=False)",
     ),
     wrapping(
         "keys-by-layer",

@@ -45,6 +45,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     cases = [Case(name, (*TRAIN, *EP2, *flags, *save(name))) for name, flags in KINDS.items()]
     cases += [Case(f"{a} to {b}", (*TRAIN, *EP2, *KINDS[b], *load(a))) for a, b in GO_ON]
+    legacy = (*TINY, *MOCK, "--train-iters", str(STEPS), "--ckpt-format", "torch", *MONE)
+    plain = ("--mone-plain-checkpoint",)
+    cases += [Case("legacy", (*legacy, *save("legacy"))),
+              Case("legacy to legacy", (*legacy, *load("legacy"))),
+              Case("legacy plain", (*legacy, *plain, *save("legacy plain")))]  # fmt: skip
     cases += [Case(f"{name} to half", (*TRAIN, *EP2, *OTHER, *load(name)))
               for name in ("quarter", "mixed")]  # fmt: skip
     run_cases(cases, 2, folder)
@@ -68,6 +73,22 @@ def test_goes_on_under_another_choice_where_told_to(runs, saved):
     for step, loss in got.items():
         assert loss == pytest.approx(before[step], rel=0.02)
         assert loss != before[step]
+
+
+def test_the_older_format_goes_on(runs):
+    got = scalars(runs / "legacy to legacy", "lm loss")
+    assert got == {step: scalars(runs / "legacy", "lm loss")[step] for step in got}
+    assert sorted(got) == list(range(SAVED + 1, STEPS + 1))
+
+
+def test_stock_megatron_stops_at_the_older_format(runs, tmp_path):
+    """Whose load is tried again where names are missing: only a wrong size stops that."""
+    older = ("--ckpt-format", "torch")
+    for name, stops in (("legacy", True), ("legacy plain", False)):
+        status = stock_load(runs, name, tmp_path / "log", *older)
+        said = (tmp_path / "log").read_text()
+        assert (status != 0) == stops, said[-2000:]
+        assert ("size mismatch for decoder.layers.0.mlp.experts.local_experts.0" in said) == stops
 
 
 def test_what_is_held(runs):
