@@ -1,6 +1,6 @@
 """Rows of what is kept for the backward pass, and of how the passes are run."""
 
-from tests.features.row import Example, refused, trained
+from tests.features.row import Example, refused, trained, unrun
 
 FULL = "--recompute-granularity full"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
@@ -50,11 +50,16 @@ ROWS = (
         "expert_fc1, moe_act and fused_group_mlp; other modules are taken",
         ("--fine-grained-activation-offloading --offload-modules expert_fc1", "offload_modules"),
     ),
-    refused(
+    unrun(
         "cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated cuda_graph_warmup_steps "
         "enable_cuda_graph external_cuda_graph optimizer_cuda_graph",
-        "of whole layers and of `moe`: its experts wait for the device; graphs of attn and of the "
-        "router are taken",
-        ("--cuda-graph-impl local", "cuda_graph_impl"),
+        "graphs of attn, mlp, mamba and the router; of `moe`, whole layers and iterations where a "
+        "layer waits for nothing, which torch's fake CUDA tensors show; elsewhere a line says what "
+        "waits (docs/TRAINING.md)",
+        "--cuda-graph-impl local --cuda-graph-modules attn moe_router",
+        "--cuda-graph-impl full_iteration --te-rng-tracker --no-check-for-nan-in-loss-and-grad "
+        "--moe-expert-capacity-factor 1.5 --moe-pad-expert-input-to-capacity",
+        shown="tests/unit/moe/test_no_waits.py::test_a_layer_that_a_cuda_graph_may_hold "
+        "tests/unit/checks/test_graphs.py::test_what_waits_is_refused",
     ),
 )  # fmt: skip

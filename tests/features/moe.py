@@ -122,8 +122,13 @@ ROWS = (
         "moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms "
         "moe_deepep_num_sms moe_hybridep_* moe_permute_fusion_into_hybridep moe_ncclep_* "
         "moe_expert_rank_capacity_factor",
-        "the flex dispatcher over DeepEP, tested on a stand-in of its calls",
+        "the flex dispatcher over DeepEP, HybridEP and NCCL EP, with masks, row sources and a "
+        "rank's capacity, on stand-ins of their calls; what leaves rows that experts cannot tell "
+        "apart is a line (docs/TRAINING.md)",
         "--moe-token-dispatcher-type flex",
+        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
+        "--moe-expert-rank-capacity-factor 2 --use-transformer-engine-op-fuser",
+        shown="tests/unit/moe/test_mask_dispatch_flex.py::test_masks_travel_with_their_rows",
     ),
     refused(
         "moe_enable_routing_replay",
