@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_mone.common.files import atomic_write
 from tests.features import device, memory, model, moe, parallel, precision
+from tests.features.recipes import RECIPES
 from tests.features.row import Example, Row
 
 PAGE = Path(__file__).parents[2] / "docs" / "FEATURES.md"
@@ -25,7 +26,7 @@ EXAMPLES: dict[str, Example] = {
     f"{row.names[0]} {i}" if i else row.names[0]: example
     for row in ROWS
     for i, example in enumerate(row.examples)
-}
+} | RECIPES
 """Name of a case -> example."""
 GROUPS = (
     *("transformer configuration", "moe", "mla", "distributed init", "mixed precision"),
@@ -68,13 +69,23 @@ What no GPT training reads at all (inference, vision, reinforcement learning) is
 """
 
 
+RECIPES_HEAD = """\
+Published models at toy width, compared in the same ways: against one rank, and keep-all against
+stock. Where another layout's rounding becomes a whole step (Muon), against stock alone.
+"""
+
+
 def page() -> str:
     """docs/FEATURES.md."""
     lines = [HEAD]
     for section, rows in TABLE.items():
         lines += [f"## {section}", "", "| arguments | state | what it is with MoNE |"]
         lines += ["| --- | --- | --- |", *map(_line, rows), ""]
-    return "\n".join(lines)
+    lines += ["## Recipes", "", RECIPES_HEAD, "| in the style of | trained | layouts |"]
+    lines += ["| --- | --- | --- |"]
+    for name, one in RECIPES.items():
+        lines.append(f"| {name} | `{one.flags}` | {'; '.join(one.layouts) or 'one'} |")
+    return "\n".join([*lines, ""])
 
 
 def _line(row: Row) -> str:
