@@ -281,7 +281,7 @@ class Launches(TorchDispatchMode):
             yield names
 
 
-def through_the_kernels(device, local_experts, fused=False, **changes):
+def through_the_kernels(device, local_experts, fused=False, put_off=False, **changes):
     """What the Triton experts of a layer on two ranks launch, forward and backward, and the bytes a
     row that they keep beside x, p and the weights.
 
@@ -292,6 +292,7 @@ def through_the_kernels(device, local_experts, fused=False, **changes):
     with launch.recording(lambda one: None):  # without a GPU the kernels can only be recorded
         layer, fake = fake_layer(2, 2 * local_experts, device, mone_backend="triton", **changes)
     layer.config.gradient_accumulation_fusion = fused  # stock linears ask for apex
+    layer.config.delay_wgrad_compute = put_off  # which asks for a schedule
     dispatcher = layer.token_dispatcher
     tokens, experts = SEQUENCE * BATCH, layer.config.num_moe_experts
     with fake:
@@ -315,6 +316,12 @@ def through_the_kernels(device, local_experts, fused=False, **changes):
                 output, _ = layer.routed_experts_compute(*rows)
             with no_waits(), launches.counting() as back:
                 backward(output, torch.empty_like(output))
+            # torch's engine, which ends the parameters' passes, asks for a real device
+            ended = mock.patch.object(torch.autograd, "backward")
+            with no_waits(), ended, launches.counting() as later:
+                layer.backward_dw()
+            assert bool(later) == put_off
+            back += later
             assert not seen.megatrons
     own = [t for t in kept if t.dim() < 3 and t is not x_NH and t is not p_N]
     return forward, back, sum(t.nbytes for t in own) / x_NH.shape[0]
@@ -331,6 +338,19 @@ def launches_are_few_whatever_the_number_of_experts():
     assert back[0] == "aten.ones"  # the loss scale of a run that has none
     assert (len(forward), len(back)) == (8, 1 + 7), seen[2]
     assert kept == 4 * (NEURONS // 4) + 4 * -(-NEURONS // 32), kept
+
+
+def weight_gradients_that_wait_are_the_same_launches():
+    """They come after the other ones of the backward pass, and wait for nobody either."""
+    device = [torch.device("cpu")]
+    half = {"params_dtype": torch.bfloat16, "bf16": True}
+    with job(2, device):
+        for fused in (False, True):
+            now, later = (
+                through_the_kernels(device, 4, fused=fused, put_off=put_off, **half)
+                for put_off in (False, True)
+            )
+            assert now == later, (now, later)
 
 
 def by_blocks_they_are_as_few():
@@ -669,6 +689,7 @@ KERNELS = {
     case.__name__: case
     for case in (
         launches_are_few_whatever_the_number_of_experts,
+        weight_gradients_that_wait_are_the_same_launches,
         by_blocks_they_are_as_few,
         what_is_launched_is_what_is_planned,
         transformer_engine_takes_counts_on_the_device,
