@@ -9,6 +9,9 @@ from typing import Any
 FULL_ITERATION = "full_iteration"
 """A value of cuda_graph_impl."""
 
+FP8_RECIPES = ("tensorwise", "delayed", "blockwise", "mxfp8")
+"""Of --fp8-recipe, those that MoNE's experts multiply in (kernels/te)."""
+
 
 def check(condition: bool, name: str, value: Any, allowed: str) -> None:
     """Raise the one-line ValueError of a field unless the condition is met."""
@@ -169,11 +172,12 @@ def check_model(config: Any) -> None:
         (not config.add_bias_linear, "add_bias_linear", "False (--disable-bias-linear)"),
         (not config.moe_apply_probs_on_input, "moe_apply_probs_on_input", "False with MoNE: the "
          "router's probability is applied before fc2"),
-        (not config.fp8, "fp8", "unset with MoNE (no --fp8-format)"),
-        (not config.fp4, "fp4", "unset with MoNE (no --fp4-format)"),
+        (not config.fp4, "fp4", "unset with MoNE (no --fp4-format): its experts have 16 or 8 bits"),
         (config.glu_linear_offset == 0.0, "glu_linear_offset", "0 with MoNE"),
         (config.activation_func_clamp_value is None, "activation_func_clamp_value", "unset"),
     ]  # fmt: skip
+    if config.fp8:
+        needs += _fp8_needs(config)
     if config.mone_qk_norm_all_heads:
         beside = "with mone_qk_norm_all_heads"
         needs += [
@@ -186,6 +190,27 @@ def check_model(config: Any) -> None:
         ]  # fmt: skip
     for met, name, allowed in needs:
         check(met, name, getattr(config, name), allowed)
+
+
+def _fp8_needs(config: Any) -> list[tuple[bool, str, str]]:
+    """(whether it is met, field, what is allowed) of a model whose layers multiply in fp8."""
+    ranks = config.expert_tensor_parallel_size or 1
+    recipe = getattr(config.fp8_recipe, "value", config.fp8_recipe)
+    multiple = 32 if recipe == "mxfp8" else 16
+    width, hidden = config.moe_ffn_hidden_size, expert_hidden(config)
+    fits = f"a multiple of {multiple} with fp8_recipe = {recipe}"
+    return [
+        (config.mone_backend == "te", "mone_backend", "te with fp8: the products of other backends "
+         "are in the parameters' type, whatever --fp8-format"),
+        (recipe in FP8_RECIPES, "fp8_recipe", f"one of {', '.join(FP8_RECIPES)} with MoNE"),
+        (config.fp8_wgrad, "fp8_wgrad", "True with MoNE (no --no-fp8-wgrad)"),
+        (not config.fp8_param, "fp8_param", "False with MoNE (no --fp8-param-gather): its experts "
+         "keep their weights in 16 bits"),
+        (width % (multiple * ranks) == 0, "moe_ffn_hidden_size",
+         f"{fits} on each of {ranks} expert tensor ranks"),
+        (hidden % multiple == 0, "moe_latent_size" if config.moe_latent_size else "hidden_size",
+         fits),
+    ]  # fmt: skip
 
 
 def check_router_loss(config: Any) -> None:

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.enums import Fp8Recipe
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
@@ -50,6 +51,7 @@ from megatron_mone.kernels import (
 )
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
+from megatron_mone.kernels.te.delayed import OPERANDS, DelayedScales
 from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
 from megatron_mone.moe.stored_choice import CHOICE, STOPS, check_choice, choice_of, our_key
@@ -86,6 +88,7 @@ class MoNEExperts(MegatronModule):
         super().__init__(config=config)
         self.neuron_bias: Tensor | None  # added to |g| for choosing; ng loss type "bias"
         self.ng_weights: Tensor | None  # of the balance loss, from the last step; global_batch
+        self.fp8_amax: Tensor  # of the operands in past steps; None without delayed scaling
         self._delayed: list = []  # makers of weight gradients, in the order of backward passes
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
@@ -108,6 +111,12 @@ class MoNEExperts(MegatronModule):
         lagged = config.mone_ng_loss_scope == "global_batch" and config.mone_ng_loss_coeff > 0
         self.register_buffer("neuron_bias", self._per_neuron() if has_bias else None)
         self.register_buffer("ng_weights", self._per_neuron() if lagged and not has_bias else None)
+        history, self.fp8_scales = None, None
+        if config.fp8 and config.fp8_recipe == Fp8Recipe.delayed:
+            size = num_local_experts, len(OPERANDS), config.fp8_amax_history_len
+            history = torch.zeros(size, dtype=torch.float32, device=self.linear_fc1.device)
+            self.fp8_scales = DelayedScales(lambda: self.fp8_amax)
+        self.register_buffer("fp8_amax", history)
 
     def _per_neuron(self) -> Tensor:
         """[E_l, F_l] float32 zeros."""
@@ -149,12 +158,14 @@ class MoNEExperts(MegatronModule):
         self._keep_float32()
         choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
         fused = self.config.gradient_accumulation_fusion
+        weights: Any = weight_views(self.linear_fc1, self.linear_fc2, fused, self._later(x_NH))
+        weights[0].fp8_scales = self.fp8_scales
         with kept_for_backward(self.linear_fc1, self.linear_fc2):
             return grouped_mlp_with_gates(
                 x_NH,
                 probs_N,
                 tokens_per_expert if rows_ER is None else rows_ER,
-                *weight_views(self.linear_fc1, self.linear_fc2, fused, self._later(x_NH)),
+                *weights,
                 choose=choose,
                 activation=self.config.mone_activation,
                 etp_group=self.etp_group,
@@ -172,7 +183,7 @@ class MoNEExperts(MegatronModule):
     def _keep_float32(self) -> None:
         """Float16Module casts buffers with the weights; steps of 1e-3 vanish in bf16, so keep fp32
         as Megatron's router keeps its expert bias."""
-        for buffer in (self.neuron_bias, self.ng_weights):
+        for buffer in (self.neuron_bias, self.ng_weights, self.fp8_amax):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
@@ -182,6 +193,12 @@ class MoNEExperts(MegatronModule):
         config = self.config
         put_off = config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad
         return self._delayed if put_off and x_NH.requires_grad else None
+
+    def end_step(self) -> None:
+        """After the optimizer step, on every rank of the experts' groups."""
+        if self.fp8_scales is not None:
+            self._keep_float32()
+            self.fp8_scales.end_step((self.etp_group, self.dp_group))
 
     def backward_dw(self) -> None:
         """Make the weight gradients that backward passes put off; Megatron calls it, once for each,
@@ -205,25 +222,26 @@ class MoNEExperts(MegatronModule):
             singleton=singleton,
         )
         replica = (0, 0, self.dp_group.rank())
-        parts: tuple[tuple[str, str, Any, Any], ...] = (
-            ("linear_fc1", "linear_fc1.weight", layout.build_fc1, layout.merge_fc1),
-            ("linear_fc2", "linear_fc2.weight", layout.build_fc2, layout.merge_fc2),
-            ("neuron_bias", "neuron_bias", layout.build_per_neuron, torch.stack),
-            ("ng_weights", "ng_weights", layout.build_per_neuron, torch.stack),
+        of_all_parts = (0, self.etp_group.rank(), self.dp_group.rank())
+        parts: tuple[tuple[str, str, Any, Any, ReplicaId], ...] = (
+            ("linear_fc1", "linear_fc1.weight", layout.build_fc1, layout.merge_fc1, replica),
+            ("linear_fc2", "linear_fc2.weight", layout.build_fc2, layout.merge_fc2, replica),
+            ("neuron_bias", "neuron_bias", layout.build_per_neuron, torch.stack, replica),
+            ("ng_weights", "ng_weights", layout.build_per_neuron, torch.stack, replica),
+            ("fp8_amax", "fp8_amax", layout.build_per_expert, torch.stack, of_all_parts),
         )
         state: dict[str, Any] = {
             f"{prefix}{name}": ShardedTensorFactory(
-                f"{prefix}experts.{key}", getattr(self, name), build, merge, replica
+                f"{prefix}experts.{key}", getattr(self, name), build, merge, whose
             )
-            for name, key, build, merge in parts
+            for name, key, build, merge, whose in parts
             if getattr(self, name) is not None
         }
         # Stock linears save an empty extra state per expert (for TE's fp8) and ask for it on load.
-        object_replica = (0, self.etp_group.rank(), self.dp_group.rank())
         for linear in ("linear_fc1", "linear_fc2"):
             for e in range(self.num_local_experts):
                 state[f"{prefix}local_experts.{e}.{linear}{EXTRA_STATE}"] = layout.extra_state(
-                    linear, e, object_replica
+                    linear, e, of_all_parts
                 )
         if self.config.mone_plain_checkpoint:
             return state
@@ -244,6 +262,8 @@ class MoNEExperts(MegatronModule):
         for key in [k for k in state_dict if k.startswith(prefix) and k.endswith(EXTRA_STATE)]:
             del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.fp8_scales is not None:
+            self.fp8_scales.forget()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +359,14 @@ class _ExpertLayout:
             self._piece(key, t[e], e, replica, 0, self.etp_rank, self.etp_size)
             for e in range(t.shape[0])
         ]
+
+    @torch.no_grad()
+    def build_per_expert(
+        self, key: str, t: Tensor, replica: ReplicaId, flattened_range: slice | None
+    ) -> list[ShardedTensor]:
+        """[E_l, ...] -> pieces of [E, ...], the same on all expert-tensor ranks."""
+        assert flattened_range is None
+        return [self._piece(key, t[e], e, replica, 0, 0, 1) for e in range(t.shape[0])]
 
 
 def stock_weights(

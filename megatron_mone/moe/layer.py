@@ -163,6 +163,7 @@ class MoNELayer(MoELayer):
         """After the optimizer step, on every rank; raises what faults.look does."""
         faults.look()  # where the optimizer skipped its step
         self.neuron_balancer.end_step()
+        self.experts.end_step()
         self.recompute_masks.clear()
         self.mask_tape.end_step()
 

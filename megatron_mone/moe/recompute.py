@@ -7,6 +7,7 @@ bit-packed, and the repetition takes it. May touch: torch's and Megatron's recom
 only.
 """
 
+import sys
 from collections import deque
 
 import torch
@@ -20,6 +21,13 @@ def in_recompute() -> bool:
     """Whether a forward running now repeats an earlier one inside a backward pass."""
     # -1 outside a backward pass; torch's own checkpointing reads the same function.
     return torch._C._current_graph_task_id() != -1
+
+
+def _in_checkpoint() -> bool:
+    """Whether a checkpoint's function runs: Megatron's, or in fp8 Transformer Engine's."""
+    engine = sys.modules.get("transformer_engine.pytorch.distributed")
+    in_fp8 = getattr(engine, "is_fp8_activation_recompute_enabled", lambda: False)
+    return is_checkpointing() or in_fp8()
 
 
 class RecomputeMasks:
@@ -43,7 +51,7 @@ class RecomputeMasks:
 
     def keep(self, mask: NeuronMask) -> None:
         """Called after every forward; keeps the mask of a first pass."""
-        first_pass = is_checkpointing() and not torch.is_grad_enabled() and not in_recompute()
+        first_pass = _in_checkpoint() and not torch.is_grad_enabled() and not in_recompute()
         if first_pass:
             self._waiting.append((mask.pack(), mask.block, mask.kept, mask.known_entries))
 

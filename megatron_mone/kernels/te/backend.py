@@ -6,8 +6,10 @@
 Between the GEMMs it runs the Triton kernels where rows keep S each and triton is here, else torch
 (kernels/triton/grouped_experts.py and ragged.py, which say what is kept for backward). The
 arithmetic is the dense expert's. An fp8 recipe comes from the autocast context that the call is
-inside. Row counts stay on the device where TE has a grouped GEMM that takes them
-(device_counts.py) and rows keep S each; else the host waits for them once.
+inside: operands of the products are quantized; what they give (a, u, dh, y), the choice of neurons
+and the activation between them are in x's type. Row counts stay on the device where TE has a
+grouped GEMM that takes them (device_counts.py) and rows keep S each; else the host waits for them
+once.
 Not run on a GPU yet: the GEMMs are Transformer Engine's, and stand-ins take their place in tests.
 """
 
@@ -21,6 +23,7 @@ from megatron_mone.kernels.choice import Choose, Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.operands import host_counts
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register
+from megatron_mone.kernels.te.delayed import DelayedScales
 from megatron_mone.kernels.te.device_counts import DeviceCountLinears, takes_device_counts
 from megatron_mone.kernels.te.linears import (
     TransformerEngineLinears,
@@ -66,10 +69,11 @@ def run(
     """See `kernels.grouped_mlp.grouped_mlp_with_gates`; arguments are checked there.
 
     Raises:
-        ValueError: counts that the host has to know do not sum to N.
+        ValueError: counts that the host has to know do not sum to N, or delayed scaling of weights
+            that have no history.
     """
     recipe = active_recipe()
-    make = partial(TransformerEngineLinears, recipe)
+    make = partial(TransformerEngineLinears, recipe, scales=_scales(recipe, weights[0]))
     linears: GroupedLinears
     if (
         recipe is None
@@ -103,6 +107,19 @@ def grouped_mlp_on(
     return GroupedMLPOutput(*ragged_grouped_mlp(
         x_NH, probs_N, *weights, choose=choose, activation=activation, linears=linears
     ))  # fmt: skip
+
+
+def _scales(recipe: Any, w_gate: Tensor) -> DelayedScales | None:
+    """Those that the caller hung on the weights, where the recipe asks for them."""
+    if recipe is None or not recipe.delayed():
+        return None
+    scales: DelayedScales | None = getattr(w_gate, "fp8_scales", None)
+    if scales is None:
+        raise ValueError(
+            "the fp8 recipe is delayed scaling, and w_gate has no fp8_scales (DelayedScales): give "
+            "them, or use another recipe"
+        )
+    return scales
 
 
 def _by_kernels(choose: Choose) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels.te.linears import Kind, TransformerEngineLinears
+from megatron_mone.kernels.te.linears import Operand, TransformerEngineLinears
 
 MAX_EXPERTS = 64  # kMaxGroups of TE's setup kernel, whose arguments hold a pointer for each
 
@@ -54,11 +54,11 @@ class DeviceCountLinears(TransformerEngineLinears):
         )
 
         general_grouped_gemm_for_grouped_tensor(
-            left, right, self._rows(out, "rows") if isinstance(out, Tensor) else out,
+            left, right, self._rows(out, "x") if isinstance(out, Tensor) else out,
             layout=layout, accumulate=accumulate, use_split_accumulator=True,
         )  # fmt: skip
 
-    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> Any:
+    def _rows(self, rows: Tensor, operand: Operand, columnwise: bool = False) -> Any:
         """[N, width] as TE's grouped tensor of E."""
         from transformer_engine.pytorch.tensor.storage.grouped_tensor_storage import (
             GroupedTensorStorage,

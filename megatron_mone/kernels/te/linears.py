@@ -6,21 +6,33 @@ and 2.20. For a linear with weight W [out, in] it uses
 and W_gate, W_up, W_down are all [F, H], so down is the NN product and needs no transposed copy.
 TE's module is not used: it owns its weights, wants down as [H, F], and saves h at full width.
 
-fp8: rows and weights are quantized as the active recipe says, afresh in each product, by quantizers
-without a state: an operand of two products (x, h, dy) is quantized for each, which costs time and
-saves the memory. Delayed scaling keeps a history of maxima, which no checkpoint of ours has: it is
-refused. Rows must be multiples of `alignment` (see PaddedLinears).
+fp8: rows and weights are quantized as the active recipe says, afresh in each product: an operand
+of two products (x, h, dy) is quantized for each, which costs time and saves the memory. Quantizers
+have no state but under delayed scaling, whose history is the caller's (delayed.py). Rows must be
+multiples of `alignment` (see PaddedLinears).
 Not run on a GPU yet.
 """
 
+from __future__ import annotations
+
 import inspect
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["rows", "weight", "gradient"]
+if TYPE_CHECKING:
+    from megatron_mone.kernels.te.delayed import DelayedScales
+
+Operand = Literal["x", "fc1", "h", "fc2", "dfc1", "dy"]
+"""What a product takes: rows x [N, H], h [N, F]; weights fc1 (gate or up) and fc2 (down); gradients
+dfc1 [N, F] of what gate or up gave, dy [N, H]."""
+
+FORWARD: tuple[Operand, ...] = ("x", "fc1", "h", "fc2")
+BACKWARD: tuple[Operand, ...] = ("dfc1", "dy")
+WEIGHTS = frozenset(("fc1", "fc2"))
 
 
 @cache
@@ -49,13 +61,13 @@ def active_recipe() -> Any:
 
 def why_not_recipe(recipe: Any) -> str | None:
     """The reason that a recipe cannot be used, or None."""
-    if recipe is None or recipe.mxfp8():
+    if recipe is None or recipe.mxfp8() or recipe.delayed():
         return None
     if recipe.float8_current_scaling() or recipe.float8_block_scaling():
         return None
     return (
-        f"the fp8 recipe {type(recipe).__name__}: use current scaling (tensorwise), block scaling "
-        "(blockwise) or mxfp8"
+        f"the fp8 recipe {type(recipe).__name__}: use current scaling (tensorwise), delayed "
+        "scaling, block scaling (blockwise) or mxfp8"
     )
 
 
@@ -72,17 +84,22 @@ class TransformerEngineLinears:
     Args:
         recipe: the fp8 recipe, or None for the operands' own dtype.
         counts: rows of each expert.
+        scales: of delayed scaling.
     """
 
-    def __init__(self, recipe: Any, counts: list[int]) -> None:
-        self.recipe, self.counts = recipe, counts
+    def __init__(
+        self, recipe: Any, counts: list[int], scales: DelayedScales | None = None
+    ) -> None:  # fmt: skip
+        self.recipe, self.counts, self.scales = recipe, counts, scales
+        # A first pass that is recomputed, and evaluation, leave nothing in the history.
+        self._records = torch.is_grad_enabled()
 
     def rows_by_neurons(self, x_NH: Tensor, w_EFH: Tensor, *, gradient: bool = False) -> Tensor:
         """[N, F] x W^T."""
         out_NF = x_NH.new_empty((x_NH.shape[0], w_EFH.shape[1]))
         if x_NH.shape[0]:
-            rows = self._rows(x_NH, "gradient" if gradient else "rows")
-            self._gemm(self._weights(w_EFH), rows, out_NF, "TN")
+            rows = self._rows(x_NH, "dy" if gradient else "x")
+            self._gemm(self._weights(w_EFH, "fc2" if gradient else "fc1"), rows, out_NF, "TN")
         return out_NF
 
     def rows_by_hidden(self, *products: tuple[Tensor, Tensor], gradient: bool = False) -> Tensor:
@@ -90,8 +107,8 @@ class TransformerEngineLinears:
         first_NF, first_EFH = products[0]
         y_NH = first_NF.new_empty((first_NF.shape[0], first_EFH.shape[2]))
         for order, (v_NF, w_EFH) in enumerate(products if y_NH.shape[0] else ()):
-            rows = self._rows(v_NF, "gradient" if gradient else "rows")
-            weights = self._weights(w_EFH, columnwise=True)
+            rows = self._rows(v_NF, "dfc1" if gradient else "h")
+            weights = self._weights(w_EFH, "fc1" if gradient else "fc2", columnwise=True)
             self._gemm(weights, rows, y_NH, "NN", accumulate=order > 0)
         return y_NH
 
@@ -103,9 +120,9 @@ class TransformerEngineLinears:
             if not adds:
                 out_EFH.zero_()
             return
-        kinds: tuple[Kind, Kind] = ("gradient", "rows") if gradient == "v" else ("rows", "gradient")
-        v = self._rows(v_NF, kinds[0], columnwise=True)
-        x = self._rows(x_NH, kinds[1], columnwise=True)
+        operands: tuple[Operand, Operand] = ("dfc1", "x") if gradient == "v" else ("h", "dy")
+        v = self._rows(v_NF, operands[0], columnwise=True)
+        x = self._rows(x_NH, operands[1], columnwise=True)
         self._gemm(x, v, list(out_EFH.unbind()), "NT", accumulate=adds)
 
     def _gemm(
@@ -127,36 +144,32 @@ class TransformerEngineLinears:
             use_split_accumulator=True, **rest,  # fp8 sums in float32 in every pass
         )  # fmt: skip
 
-    def _rows(self, rows: Tensor, kind: Kind, columnwise: bool = False) -> Any:
+    def _rows(self, rows: Tensor, operand: Operand, columnwise: bool = False) -> Any:
         """The rows of each expert, quantized under a recipe; `columnwise` for sums over rows."""
         if self.recipe is None:
             return list(rows.split(self.counts))
         import transformer_engine_torch as tex
 
         self._check(rows)
-        quantizers = self._quantizers(len(self.counts), kind, columnwise)
+        quantizers = self._quantizers(rows.split(self.counts), operand, columnwise)
         return tex.split_quantize(rows.contiguous(), self.counts, quantizers)
 
-    def _weights(self, w_EFH: Tensor, columnwise: bool = False) -> list[Any]:
+    def _weights(self, w_EFH: Tensor, operand: Operand, columnwise: bool = False) -> list[Any]:
         """Each expert's [F, H], quantized under a recipe; `columnwise` for sums over neurons."""
         if self.recipe is None:
             return list(w_EFH.unbind())
         self._check(w_EFH)
-        quantizers = self._quantizers(w_EFH.shape[0], "weight", columnwise)
+        quantizers = self._quantizers(w_EFH.unbind(), operand, columnwise)
         return [quantize(w) for quantize, w in zip(quantizers, w_EFH.unbind(), strict=True)]
 
-    def _quantizers(self, number: int, kind: Kind, columnwise: bool) -> list[Any]:
-        """One for each expert. A recipe's forward slots are input, weight and output in turn, its
-        backward ones gradients of output and input."""
-        from transformer_engine.pytorch.quantization import RecipeState
-
-        mode, slots, slot = {
-            "rows": ("forward", 3, 0),
-            "weight": ("forward", 3, 1),
-            "gradient": ("backward", 2, 0),
-        }[kind]
-        state = RecipeState.create(self.recipe, mode=mode, num_quantizers=slots * number)
-        quantizers = state.make_quantizers()[slot::slots]
+    def _quantizers(
+        self, parts: Sequence[Tensor], operand: Operand, columnwise: bool
+    ) -> list[Any]:  # fmt: skip
+        """One for each expert's part."""
+        if self.scales is not None:
+            quantizers = self.scales.quantizers(self.recipe, operand, parts, self._records)
+        else:
+            quantizers = _stateless(self.recipe, operand, len(parts))
         for quantizer in quantizers:
             quantizer.set_usage(rowwise=True, columnwise=columnwise)
         return quantizers
@@ -173,3 +186,13 @@ class TransformerEngineLinears:
                 f"neurons and hidden size must be multiples of {multiple} for this fp8 recipe: an "
                 f"operand has shape {tuple(operand.shape)}"
             )
+
+
+def _stateless(recipe: Any, operand: Operand, number: int) -> list[Any]:
+    """A recipe's forward slots are input, weight and output in turn, its backward ones gradients of
+    output and input."""
+    from transformer_engine.pytorch.quantization import RecipeState
+
+    mode, slots = ("forward", 3) if operand in FORWARD else ("backward", 2)
+    state = RecipeState.create(recipe, mode=mode, num_quantizers=slots * number)
+    return state.make_quantizers()[int(operand in WEIGHTS) :: slots]

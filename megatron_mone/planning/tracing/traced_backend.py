@@ -60,6 +60,11 @@ def install(config: Any) -> str | None:
             "mone_backend = 'sparse24' is not priced: torch's semi-structured products are no "
             "launches of ours; plan with 'triton'"
         )
+    if getattr(config, "fp8", None) and not keeps_all(config):
+        raise ValueError(
+            f"fp8 = {config.fp8!r} is not priced with MoNE: its fp8 products are Transformer "
+            "Engine's, of which no launch is traced; plan without --fp8-format"
+        )
     stands_for = "triton" if gpu else backend_of(config)
     run = partial(on_gpu if gpu else on_cpu, copy.copy(config))
     register(

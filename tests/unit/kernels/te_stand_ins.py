@@ -2,12 +2,13 @@
 
 `AlignedLinears` takes only whole multiples of rows, as fp8 GEMMs do. `install` puts modules with
 the names, signatures and layouts of TE's grouped GEMM (read in 2.10 and 2.20) where TE would be;
-its quantized tensors know which way they may be read, and the GEMM refuses the other way.
+its tensors are quantized to torch's float8 types with a recipe's scales, know which way they may be
+read, and the GEMM refuses the other way.
 """
 
 import sys
 from dataclasses import dataclass, field
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -65,9 +66,15 @@ class AlignedLinears(MatmulLinears):
 
 @dataclass
 class Recipe:
-    """An fp8 recipe by kind: mxfp8, float8_current_scaling, float8_block_scaling or delayed."""
+    """An fp8 recipe by kind: mxfp8, float8_current_scaling, float8_block_scaling or delayed; the
+    hybrid formats, e4m3 forward and e5m2 for gradients."""
 
     kind: str
+    margin: int = 0
+    amax_compute_algo: str = "most_recent"
+    fp8_format: Any = field(
+        default_factory=lambda: SimpleNamespace(value=SimpleNamespace(max_fwd=448, max_bwd=57344))
+    )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -77,9 +84,10 @@ class Recipe:
 
 @dataclass
 class Quantized:
-    """Values rounded to a few bits, and how they may be read."""
+    """Values rounded to 8 bits along rows and along columns, and how they may be read."""
 
-    data: Tensor
+    by_rows: Tensor
+    by_columns: Tensor
     role: str
     rowwise: bool
     columnwise: bool
@@ -87,9 +95,18 @@ class Quantized:
 
 @dataclass
 class Quantizer:
-    """One slot of a recipe; rounding differs by role, so that a wrong role shows."""
+    """One slot of a recipe: scales as it says, and rounds by torch's float8 types.
+
+    Attributes:
+        role: input, weight or grad_output; of delayed scaling the pass alone is known.
+        kind: of the recipe.
+        scale, amax: of delayed scaling: used, and raised to what is seen.
+    """
 
     role: str
+    kind: str
+    scale: Tensor | None = None
+    amax: Tensor | None = None
     rowwise: bool = False
     columnwise: bool = False
 
@@ -97,8 +114,43 @@ class Quantizer:
         self.rowwise, self.columnwise = rowwise, columnwise
 
     def __call__(self, tensor: Tensor) -> Quantized:
-        kind = torch.float8_e5m2 if self.role == "grad_output" else torch.float8_e4m3fn
-        return Quantized(tensor.to(kind).to(tensor.dtype), self.role, self.rowwise, self.columnwise)
+        if self.kind == "delayed":
+            if tensor.numel():
+                self.amax.copy_(torch.maximum(self.amax, tensor.abs().amax().float()))
+            rounded = [self._round(tensor.float(), self.scale)] * 2
+        elif self.kind == "float8_current_scaling":
+            rounded = [self._tiles(tensor, max(1, tensor.shape[0]), tensor.shape[1])] * 2
+        elif self.kind == "mxfp8":
+            rounded = [self._tiles(tensor, 1, 32), self._tiles(tensor, 32, 1)]
+        elif self.role == "weight":
+            rounded = [self._tiles(tensor, 128, 128)] * 2
+        else:
+            rounded = [self._tiles(tensor, 1, 128), self._tiles(tensor, 128, 1)]
+        return Quantized(*rounded, self.role, self.rowwise, self.columnwise)
+
+    def _tiles(self, tensor: Tensor, rows: int, columns: int) -> Tensor:
+        """Each tile of [rows, columns] with a scale of its own; mxfp8's are powers of two."""
+        made, tensor = torch.zeros(tensor.shape), tensor.float()
+        for top in range(0, tensor.shape[0], rows):
+            for left in range(0, tensor.shape[1], columns):
+                at = slice(top, top + rows), slice(left, left + columns)
+                scale = self._largest / tensor[at].abs().amax().clamp(min=1e-30)
+                if self.kind == "mxfp8":
+                    scale = scale.log2().floor().exp2()
+                made[at] = self._round(tensor[at], scale)
+        return made
+
+    @property
+    def _type(self) -> torch.dtype:
+        return torch.float8_e5m2 if self.role == "grad_output" else torch.float8_e4m3fn
+
+    @property
+    def _largest(self) -> float:
+        return torch.finfo(self._type).max
+
+    def _round(self, tensor: Tensor, scale: Tensor) -> Tensor:
+        scaled = (tensor * scale).clamp(-self._largest, self._largest)
+        return scaled.to(self._type).float() / scale
 
 
 @dataclass
@@ -122,11 +174,22 @@ class Library:
             for operand, way in zip((A, B), ways, strict=True):
                 assert all(getattr(part, way) for part in operand), f"{layout} reads {way}"
             assert all(count % 16 == 0 for count in m_splits)
-            A, B = ([part.data for part in operand] for operand in (A, B))
+            A, B = (
+                [
+                    getattr(part, f"by_{'rows' if way == 'rowwise' else 'columns'}")
+                    for part in operand
+                ]
+                for operand, way in zip((A, B), ways, strict=True)
+            )
         outs = out[0].split(m_splits) if single_output else out
         assert len(A) == len(B) == len(outs) == len(m_splits)
         for a, b, o in zip(A, B, outs, strict=True):
-            made = {"TN": lambda: b @ a.t(), "NN": lambda: b @ a, "NT": lambda: b.t() @ a}[layout]()  # noqa: B023
+            left, right = (a, b) if self.recipe is None else (a.double(), b.double())
+            made = {
+                "TN": lambda: right @ left.t(),  # noqa: B023
+                "NN": lambda: right @ left,  # noqa: B023
+                "NT": lambda: right.t() @ left,  # noqa: B023
+            }[layout]()
             o.copy_(o + made if accumulate else made)
 
 
@@ -197,12 +260,21 @@ def install(monkeypatch, *, version: str = "2.20", recipe: Recipe | None = None)
                 "forward": ("input", "weight", "output"),
                 "backward": ("grad_output", "grad_input"),
             }[mode]
+            if recipe.delayed():
+                slots = slots[:1]
             state = RecipeState()
+            state.kind = recipe.kind
             state.roles = [slots[i % len(slots)] for i in range(num_quantizers)]
+            state.scale, state.amax_history = (
+                torch.ones(num_quantizers), torch.zeros(1, num_quantizers)
+            )  # fmt: skip
             return state
 
         def make_quantizers(self):
-            return [Quantizer(role) for role in self.roles]
+            return [
+                Quantizer(role, self.kind, self.scale[i], self.amax_history[0][i].reshape(1))
+                for i, role in enumerate(self.roles)
+            ]
 
     class FP8GlobalStateManager:
         is_fp8_enabled = staticmethod(lambda: library.recipe is not None)

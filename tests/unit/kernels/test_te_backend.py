@@ -267,11 +267,20 @@ def test_refusals(monkeypatch, facts, part):
     assert part in str(caught.value)
 
 
-def test_delayed_scaling_is_refused(monkeypatch):
-    install(monkeypatch, recipe=Recipe("delayed"))
+def test_an_unknown_recipe_is_refused(monkeypatch):
+    install(monkeypatch, recipe=Recipe("custom"))
     monkeypatch.setattr(backend, "available", lambda: (True, ""))
     with pytest.raises(ValueError, match="the fp8 recipe Recipe: use current scaling"):
         resolve_backend("te", device="cuda")
+
+
+def test_delayed_scaling_needs_a_history(monkeypatch):
+    install(monkeypatch, recipe=Recipe("delayed"))
+    monkeypatch.setattr(backend, "available", lambda: (True, ""))
+    assert resolve_backend("te", device="cuda") == "te"
+    x, p, *w = leaves(5, 1, 32)
+    with pytest.raises(ValueError, match="delayed scaling, and w_gate has no fp8_scales"):
+        backend.run(x, p, [5], *w, choose=Selection(8), activation="silu")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a CUDA device")
