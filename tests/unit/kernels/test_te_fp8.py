@@ -7,6 +7,7 @@ by hand.
 """
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,35 +189,68 @@ def test_neurons_are_chosen_by_the_gate_that_the_product_gives(monkeypatch):
     assert torch.equal(made.mask.to_bool(), gate_NF.abs() > 0.1)
 
 
-def amax_by_hand(tensors, dy, mask: Tensor, expert: int) -> dict[str, float]:
-    """Of the operands that need no product."""
-    at = slice(sum(COUNTS[:expert]), sum(COUNTS[: expert + 1]))
-    x, gate, up, down = (tensors[i].detach().float() for i in (0, 2, 3, 4))
-    return {
-        "x": x[at].abs().max(), "dy": dy[at].float().abs().max(), "fc2": down[expert].abs().max(),
-        "fc1": torch.maximum(gate[expert].abs().max(), up[expert].abs().max()),
-    }  # fmt: skip
+class Seen(TransformerEngineLinears):
+    """Notes the largest value of each expert's part of what it is given, by the operand's name."""
+
+    maxima: dict[str, Tensor]
+
+    def _note(self, name: str, *operands: Tensor) -> None:
+        for operand in operands:
+            parts = operand.unbind() if operand.dim() == 3 else operand.split(self.counts)
+            found = [part.abs().max() if part.numel() else torch.zeros(()) for part in parts]
+            most_E = torch.stack([value.float() for value in found])
+            self.maxima[name] = torch.maximum(most_E, self.maxima.get(name, most_E))
+
+    def rows_by_neurons(self, x_NH, w_EFH, *, gradient=False):
+        self._note("dy" if gradient else "x", x_NH)
+        self._note("fc2" if gradient else "fc1", w_EFH)
+        return super().rows_by_neurons(x_NH, w_EFH, gradient=gradient)
+
+    def rows_by_hidden(self, *products, gradient=False):
+        self._note("dfc1" if gradient else "h", *(v_NF for v_NF, _ in products))
+        return super().rows_by_hidden(*products, gradient=gradient)
 
 
 def test_delayed_scaling_keeps_the_maxima_of_past_steps(monkeypatch):
-    """Newest first; an expert without rows keeps what was known of it: nothing here."""
+    """Newest first, of six operands far apart in size; an expert without rows keeps what was known
+    of it: nothing here."""
     install(monkeypatch, recipe=Recipe("delayed"))
+    monkeypatch.setattr(backend, "TransformerEngineLinears", Seen)
     history, scales = scales_of(steps=3)
     wanted = []
     for step in range(4):
-        tensors, dy = leaves(), torch.randn(sum(COUNTS), HIDDEN).bfloat16() * (step + 1)
-        made = run(tensors, scales)
-        made.y_NH.backward(dy)
+        monkeypatch.setattr(Seen, "maxima", {}, raising=False)
+        tensors, dy = leaves(), torch.randn(sum(COUNTS), HIDDEN).bfloat16()
+        run(tensors, scales).y_NH.backward(dy * 100 * (step + 1))
         scales.end_step(())
-        mask = made.mask.to_bool()
-        wanted.append([amax_by_hand(tensors, dy, mask, expert) for expert in (0, 2)])
+        wanted.append(Seen.maxima)
+    assert set(wanted[0]) == set(OPERANDS)
     for back, step in enumerate((3, 2, 1)):
-        for place, expert in enumerate((0, 2)):
-            for name, value in wanted[step][place].items():
-                assert history[expert, OPERANDS.index(name), back] == value, (name, step)
+        for name, most_E in wanted[step].items():
+            assert torch.equal(history[:, OPERANDS.index(name), back], most_E), (name, step)
     rows = [OPERANDS.index(name) for name in ("x", "h", "dy", "dfc1")]
     assert (history[1][rows] == 0).all()
     assert (history[[0, 2]] > 0).all()
+
+
+def test_ranks_of_an_expert_have_one_history(monkeypatch):
+    """The largest over its parts and replicas; no exchange in a group of one."""
+    install(monkeypatch, recipe=Recipe("delayed"))
+    history, scales = scales_of()
+    run(leaves(), scales).y_NH.sum().backward()
+    asked = []
+
+    def all_reduce(found: Tensor, op, group) -> None:
+        assert op == torch.distributed.ReduceOp.MAX
+        asked.append(group)
+        found.copy_(found.clamp(min=0.5))  # of another rank
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    several, one = (SimpleNamespace(size=lambda ranks=ranks: ranks) for ranks in (2, 1))
+    scales.end_step((several, one, several))
+    assert asked == [several, several]
+    assert history.min() == 0.5
+    assert history.max() > 0.5
 
 
 def test_scales_are_of_the_history_and_not_of_the_step(monkeypatch):
