@@ -51,7 +51,8 @@ from megatron_mone.kernels import (
 )
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
-from megatron_mone.kernels.te.delayed import OPERANDS, DelayedScales
+from megatron_mone.kernels.te.delayed import DelayedScales
+from megatron_mone.kernels.te.operand_names import OPERANDS
 from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
 from megatron_mone.moe.stored_choice import CHOICE, STOPS, check_choice, choice_of, our_key

@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_mone.kernels.te.linears import BACKWARD, FORWARD, Operand
-
-OPERANDS: tuple[Operand, ...] = (*FORWARD, *BACKWARD)
+from megatron_mone.kernels.te.operand_names import BACKWARD, FORWARD, OPERANDS, Operand
 
 
 class DelayedScales:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_mone.kernels.te.linears import Operand, TransformerEngineLinears
+from megatron_mone.kernels.te.linears import TransformerEngineLinears
+from megatron_mone.kernels.te.operand_names import Operand
 
 MAX_EXPERTS = 64  # kMaxGroups of TE's setup kernel, whose arguments hold a pointer for each
 

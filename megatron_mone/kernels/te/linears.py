@@ -13,26 +13,16 @@ multiples of `alignment` (see PaddedLinears).
 Not run on a GPU yet.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from megatron_mone.kernels.te.delayed import DelayedScales
-
-Operand = Literal["x", "fc1", "h", "fc2", "dfc1", "dy"]
-"""What a product takes: rows x [N, H], h [N, F]; weights fc1 (gate or up) and fc2 (down); gradients
-dfc1 [N, F] of what gate or up gave, dy [N, H]."""
-
-FORWARD: tuple[Operand, ...] = ("x", "fc1", "h", "fc2")
-BACKWARD: tuple[Operand, ...] = ("dfc1", "dy")
-WEIGHTS = frozenset(("fc1", "fc2"))
+from megatron_mone.kernels.te.delayed import DelayedScales
+from megatron_mone.kernels.te.operand_names import FORWARD, WEIGHTS, Operand
 
 
 @cache

@@ -16,8 +16,9 @@ from torch import Tensor
 from megatron_mone.kernels import Selection
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.te import backend
-from megatron_mone.kernels.te.delayed import OPERANDS, DelayedScales
+from megatron_mone.kernels.te.delayed import DelayedScales
 from megatron_mone.kernels.te.linears import TransformerEngineLinears
+from megatron_mone.kernels.te.operand_names import OPERANDS
 from megatron_mone.kernels.te.padding import PaddedLinears
 from tests.unit.kernels.te_stand_ins import Recipe, install
 

@@ -9,7 +9,7 @@ import torch
 
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import BACKENDS
-from megatron_mone.kernels.te.delayed import OPERANDS
+from megatron_mone.kernels.te.operand_names import OPERANDS
 from tests.conftest import mone_config
 from tests.unit.kernels.te_stand_ins import Recipe, install
 
