@@ -9,7 +9,8 @@ offsets), and takes down its work as one op a phase:
 On GPUs it is the Triton backend itself (kernels/triton), which has not run on one yet: its own code
 runs on tensors without values, and each kernel that it would launch is an op, "mone." and the
 kernel's name, with its operands and operations (stand_ins/op.py). So what is planned is what is
-launched, kept and held, the balance loss and the check of NaN included.
+launched, kept and held, the balance loss and the check of NaN included. In fp8 the products are
+Transformer Engine's (stand_ins/fp8_products.py).
 May touch: the kernels' registry, and the config that it makes run on this backend.
 Shapes: N routed rows, E local experts, H hidden, F neurons of an expert, S kept of them, K in all.
 """
@@ -29,8 +30,13 @@ from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.kernels.registry import Backend, GroupedMLPOutput, register
 from megatron_mone.kernels.triton import backend as triton
 from megatron_mone.kernels.triton.arguments import ACTIVATIONS
+from megatron_mone.kernels.triton.grouped_experts import masked_experts
+from megatron_mone.kernels.triton.products import LinearProducts
+from megatron_mone.kernels.triton.ragged import ragged_grouped_mlp
 from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.experts import backend_of
+from megatron_mone.planning.tracing.stand_ins.fp8 import FP8GlobalStateManager
+from megatron_mone.planning.tracing.stand_ins.fp8_products import Fp8Products
 from megatron_mone.planning.tracing.stand_ins.op import note
 
 TRACED = "traced"
@@ -59,11 +65,6 @@ def install(config: Any) -> str | None:
         raise ValueError(
             "mone_backend = 'sparse24' is not priced: torch's semi-structured products are no "
             "launches of ours; plan with 'triton'"
-        )
-    if getattr(config, "fp8", None) and not keeps_all(config):
-        raise ValueError(
-            f"fp8 = {config.fp8!r} is not priced with MoNE: its fp8 products are Transformer "
-            "Engine's, of which no launch is traced; plan without --fp8-format"
         )
     stands_for = "triton" if gpu else backend_of(config)
     run = partial(on_gpu if gpu else on_cpu, copy.copy(config))
@@ -217,7 +218,28 @@ def on_gpu(
         ask(choose, x_NH.new_empty(rows, neurons))
         entries = _entries(config, choose, rows, neurons)
         choose = NeuronMask.without_values(rows, neurons, entries)
-    return triton.run(
+    recipe = FP8GlobalStateManager.get_fp8_recipe()
+    run = triton.run
+    if recipe is not None:
+        aligned = bool(config.moe_router_padding_for_quantization)
+        run = partial(_in_fp8, Fp8Products(recipe, rows, weights[0].shape[0], aligned))
+    return run(
         x_NH, probs_N, torch.empty(shape, dtype=torch.int64, device=META), *weights,
         choose=choose, activation=activation, etp_group=etp_group,
     )  # fmt: skip
+
+
+def _in_fp8(
+    linears: Fp8Products, x_NH: Tensor, probs_N: Tensor, counts: Tensor, *weights: Tensor,
+    choose: Selection | NeuronMask, activation: str, etp_group: Any,
+) -> GroupedMLPOutput:  # fmt: skip
+    """As kernels/te/backend.py with our kernels between its products."""
+    if choose.kept is None:
+        return GroupedMLPOutput(*ragged_grouped_mlp(
+            x_NH, probs_N, *weights, choose=choose, activation=activation, linears=linears
+        ))  # fmt: skip
+    y_NH, mask, entries = masked_experts(
+        x_NH, probs_N, counts, *weights, choose=choose, activation=activation,
+        etp_group=etp_group, products=partial(LinearProducts, linears),
+    )  # fmt: skip
+    return GroupedMLPOutput(y_NH, mask, entries=entries)

@@ -50,6 +50,7 @@ def config_of(**changes):
         "expert_tensor_parallel_size": 1, "tensor_model_parallel_size": 1,
         "gradient_accumulation_fusion": False, "mone_enabled": True, "mone_selection": "topk",
         "mone_neuron_ratio": S / F, "mone_neurons_per_token": None, "moe_ffn_hidden_size": F,
+        "moe_router_padding_for_quantization": False,
     }  # fmt: skip
     return SimpleNamespace(**{**values, **changes})
 
@@ -517,6 +518,43 @@ def test_a_hot_rank_and_what_mone_saves_of_its_experts(traced):
     }
     [permuted] = {op.inputs[0] for op in trace.ops if op.name == "fused.permute"}
     assert permuted == (rows, HIDDEN)  # one expert here: a token that arrives is a row
+
+
+def test_mone_in_fp8_casts_for_each_product(recorder):
+    """Nine products of rows padded by half of what can be, between the kernels of the backend."""
+    with fp8_autocast(True, Float8BlockScaling()):
+        output, (x, _, gate, *_) = mone(Selection(S))
+    output.y_NH.backward(torch.empty_like(output.y_NH))
+    ops, padded = fused(recorder), N + E * 8
+    once, products = 2 * padded * H * F, [op for op in ops if "grouped_gemm" in op.name]
+    assert [(op.name.removeprefix("fused.grouped_gemm"), op.flops) for op in products] == [
+        *[("", once)] * 3, *[("_dgrad", once)] * 3, *[("_wgrad", once)] * 3,
+    ]  # fmt: skip
+    assert {op.dtype for op in products} == {"float8_e4m3fn"}
+    assert products[0].bytes_read == padded * H + E * H * F
+    assert sum(op.name == "fused.cast_fp8" for op in ops) == 2 * 9
+    assert sum(op.name == "fused.pad" for op in ops) == 6 + 6  # of two rows each in _wgrad
+    own = [op.name.removeprefix("mone.") for op in ops if op.name.startswith("mone.")]
+    assert own == [
+        "row_map", "select", "up_entries", "mark_bad", "rebuild", "dh_entries", "probability_grad",
+    ]  # fmt: skip
+    assert x.grad.shape == (N, H)
+    assert gate.grad.shape == (E, F, H)
+
+
+@pytest.mark.slow
+def test_a_job_in_fp8_is_planned_with_its_casts(traced):
+    """As many products as in 16 bits, each of 8, but where layers are left in 16."""
+    fp8 = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--mone-backend", "te")
+    first = ("--first-last-layers-bf16", "--num-layers-at-start-in-bf16", "1")
+    end = ("--num-layers-at-end-in-bf16", "0")
+    for flags, layers in ((fp8, LAYERS), ((*fp8, *first, *end), LAYERS - 1)):
+        trace = traced(*MONE, "0.25", *flags)
+        ran = [op for op in trace.ops if op.name.startswith("fused.grouped_gemm")]
+        assert sum(op.count for op in ran) == 9 * layers
+        assert {op.dtype for op in ran} == {"float8_e4m3fn"}
+        gates = sum(op.count for op in trace.ops if op.name == "mone.gate_product")
+        assert gates == LAYERS - layers
 
 
 @pytest.mark.slow
