@@ -102,6 +102,8 @@ def _train(
     from megatron_mone.model.gpt_training import datasets_provider, forward_step
     from megatron_mone.model.loss_check import rejection
     from megatron_mone.model.profile_window import window_of
+    from megatron_mone.model.routing_files import RoutesError
+    from megatron_mone.model.routing_files import attach as replay_routing
     from megatron_mone.model.step_flops import step_flops
     from megatron_mone.moe import faults
     from megatron_mone.moe.masks.trace import MaskTraceError
@@ -120,6 +122,7 @@ def _train(
         _write_run_facts(Path(args.tensorboard_dir), args, words, tracker.step_flops())
     set_startup_timestamps(program_start=started, main_entry=time.time())
     end_profile = attach(args, words, window_of(args))
+    replaying = replay_routing(args)
     end_progress = liveness.report_progress()
     end_looks = liveness.on_step_end(faults.look)  # evaluation has no optimizer that looks
     try:
@@ -132,8 +135,8 @@ def _train(
         failure.fail(str(error), LEASE_LOST)
     except SaveFailedError as error:
         failure.fail(str(error), SAVE_FAILED)
-    except (faults.NonFiniteExpertError, MaskTraceError) as error:
-        status = USER_ERROR if isinstance(error, MaskTraceError) else NOT_FINITE
+    except (faults.NonFiniteExpertError, MaskTraceError, RoutesError) as error:
+        status = NOT_FINITE if isinstance(error, faults.NonFiniteExpertError) else USER_ERROR
         failure.fail(str(error), status)
     except (RuntimeError, SystemExit) as error:
         if refused := rejection(error):
@@ -142,6 +145,7 @@ def _train(
             raise
         raise SystemExit(STOPPED) from None
     finally:
+        replaying.close()
         end_profile()
         end_progress()
         end_looks()

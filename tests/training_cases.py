@@ -298,6 +298,8 @@ def _main(todo: str, folder: str) -> None:
 
     cpu_emulation.install()
     import torch
+    from megatron.core.transformer import multi_token_prediction
+    from megatron.core.transformer.moe import router_trace
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import get_tensorboard_writer, training
 
@@ -318,6 +320,8 @@ def _main(todo: str, folder: str) -> None:
             writer.close()
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
+        multi_token_prediction.MTPLossLoggingHelper.tracker.clear()
+        router_trace._MOE_ROUTER_TRACER = None
         # Megatron's DDP hangs on itself by hooks that no collector sees.
         for chunk in models:
             vars(chunk).clear()

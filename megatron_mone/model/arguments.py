@@ -108,12 +108,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     from megatron_mone.common.spelling import nearest_name
     from megatron_mone.config import add_mone_args
     from megatron_mone.deepspeed import settings
-    from megatron_mone.model import profile_window
+    from megatron_mone.model import profile_window, routing_files
     from megatron_mone.model.flag_values import refuse_in_words
     from megatron_mone.model.trackers import flags as trackers
 
     add_mone_args(parser)
     profile_window.add_arguments(parser)
+    routing_files.add_arguments(parser)
     verify.add_arguments(parser)
     ownership.add_arguments(parser)
     settings.add_arguments(parser)

@@ -132,9 +132,14 @@ ROWS = (
     ),
     refused(
         "moe_enable_routing_replay",
-        "Megatron's training hands it no routes to replay",
-        ("--moe-enable-routing-replay", "moe_enable_routing_replay"),
+        "it waits for routes from a program",
+        ("--moe-enable-routing-replay", "--mone-replay-routing"),
     ),
-    trained("moe_routing_trace_*", "Megatron's files of the experts that tokens chose",
-            shown="tests/parity/test_features.py::test_routes_are_written"),
+    trained(
+        "moe_routing_trace_*",
+        "Megatron's files of the experts that tokens chose; `--mone-replay-routing DIR` routes as "
+        "they say",
+        shown="tests/parity/test_features.py::test_routes_are_written "
+        "tests/parity/test_features.py::test_written_routes_are_replayed",
+    ),
 )  # fmt: skip

@@ -86,9 +86,9 @@ ROWS = (
     ),
     trained(
         "cp_comm_type hierarchical_context_parallel_sizes",
-        "of attention: p2p, a2a, allgather; a2a+p2p is not planned",
+        "of attention: p2p, a2a, all_gather, a2a+p2p, of which the last is not planned",
         Example(flags="--cp-comm-type a2a", same=1e-6, layouts=("CP2",), stock="CP2"),
-        Example(flags="--cp-comm-type allgather", same=1e-6, layouts=("CP2",), stock="CP2"),
+        Example(flags="--cp-comm-type all_gather", same=1e-6, layouts=("CP2",), stock="CP2"),
     ),
     trained(
         "ddp_average_in_collective ddp_reduce_scatter_with_fp32_accumulation "

@@ -22,7 +22,13 @@ TENSORS = ("gradients.pt", "parameters.pt")
 TIMED = re.compile("tflops|time|throughput|memory|acceptance")
 SUMMED = re.compile("grad-norm|params-norm")
 ONE = "one rank"
-ROUTES = "routes"
+REPLAY = "--mone-replay-routing {folder}/routed+routes"
+ROUTED = {
+    "routed": "",
+    "replayed": REPLAY,
+    "replayed, recomputed": f"{REPLAY} --recompute-granularity selective --recompute-modules moe",
+    "replayed, another model": f"{REPLAY} --seed 5",
+}
 PLAIN_RUN = "plain"
 PLAIN = "--mone-plain-checkpoint"  # for stock Megatron to start from
 
@@ -100,8 +106,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases[ranks].append(Case(run.name, words, tensors=True))
     load = ("--load", f"{folder}/start {_number('')}", "--finetune", "--train-iters", f"{STEPS}")
     cases[2].append(Case(PLAIN_RUN, (*KEEP_ALL, *EP2, *load)))
-    traced = ("--moe-routing-trace-path", f"{folder}/{ROUTES}", "--train-iters", "2")
-    cases[2].append(Case(ROUTES, (*TRAIN, *EP2, *traced)))
+    for name, flags in ROUTED.items():
+        words = flags.format(folder=folder).split()
+        traced = ("--moe-routing-trace-path", f"{folder}/{name}+routes", "--train-iters", "2")
+        cases[2].append(Case(name, (*TRAIN, *EP2, *traced, *words)))
     for ranks, of_ranks in cases.items():
         if of_ranks:
             run_cases(of_ranks, ranks, folder)
@@ -134,14 +142,27 @@ def differences(one: Path, other: Path, stock: bool) -> dict[str, float]:
     return errors | {file: worst_tensor_error(one / file, other / file) for file in TENSORS}
 
 
+def routes(runs: Path, name: str, rank: int) -> list[dict]:
+    path = runs / f"{name}+routes" / f"router_trace_rank{rank}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def test_routes_are_written(runs):
     for rank in range(2):
-        path = runs / ROUTES / f"router_trace_rank{rank}.jsonl"
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+        found = routes(runs, "routed", rank)
         micro_batches = [(one["step"], one["layer"]) for one in found]
         assert sorted(set(micro_batches)) == [(0, 0), (0, 1), (1, 0), (1, 1)]
         assert len(found) == 2 * len(set(micro_batches))
         assert all(len(one["top_indices"]) == one["num_tokens"] == 64 for one in found)
+
+
+def test_written_routes_are_replayed(runs):
+    """By another model too; a recomputed forward takes those of its first pass."""
+    wanted = [routes(runs, "routed", rank) for rank in range(2)]
+    assert [routes(runs, "replayed, another model", rank) for rank in range(2)] == wanted
+    losses = {name: recorded(runs / name)["lm loss"] for name in ROUTED}
+    assert losses["replayed"] == losses["replayed, recomputed"] == losses["routed"]
+    assert losses["replayed, another model"] != losses["routed"]
 
 
 def test_what_is_to_change_numbers_does(runs):

@@ -17,6 +17,7 @@ from megatron_mone.deepspeed.supported import (
     check_settings,
 )
 from megatron_mone.kernels.measured import check_table
+from megatron_mone.model import routing_files
 from megatron_mone.model.checks.combinations import check_combinations
 from megatron_mone.model.checks.files import (
     check_checkpoint,
@@ -52,6 +53,7 @@ def check_run(args: Namespace) -> None:
     check_package(args)
     check_files(args)
     check_data(args)
+    routing_files.check_files(args)
     if args.mone_replay_masks:
         recorded_steps(Path(args.mone_replay_masks))
     for flag in ("save", "tensorboard_dir", "mone_record_masks", "mone_profile_dir"):
@@ -68,5 +70,6 @@ def check_values(args: Namespace) -> None:
     check_optimizer(args)
     check_engine(args)
     check_combinations(args)
+    routing_files.check_combination(args)
     check_pattern(args)
     check_trackers(args)

@@ -48,8 +48,8 @@ def _general(args: Namespace) -> list[tuple[object, str, str]]:
         (args.moe_use_upcycling, "moe_use_upcycling", "ends in a TypeError: Megatron 0.19 gives "
          "load_checkpoint an argument it does not take: convert with Megatron-LM's "
          "tools/checkpoint, and --load the result"),
-        (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: in "
-         "training nothing hands it routes to replay; leave it out"),
+        (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: it "
+         "waits for routes from a program; give --mone-replay-routing DIR instead"),
         (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
          "--no-initialization or --init-model-with-meta-device: give --load, or leave that out"),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_mone.profiling import routing_replay
+from megatron_mone.moe import routing_tape
 from megatron_mone.profiling.routing_replay import SharedRouting, repeated_routing
 
 
@@ -47,9 +47,9 @@ def test_a_recompute_takes_them_again(layers, monkeypatch):
     for run in (0, 1):
         shared.begin_step(run, 0)
         scores = torch.rand(2, 5, 4)
-        monkeypatch.setattr(routing_replay, "in_recompute", lambda: False)
+        monkeypatch.setattr(routing_tape, "in_recompute", lambda: False)
         first = [route(layers[run][0], s)[1] for s in scores]
-        monkeypatch.setattr(routing_replay, "in_recompute", lambda: True)
+        monkeypatch.setattr(routing_tape, "in_recompute", lambda: True)
         again = [route(layers[run][0], torch.rand(5, 4))[1] for _ in scores]
         assert all(map(torch.equal, first, again))
         shared.end_step(run, 0)
