@@ -153,7 +153,7 @@ class _Replay:
             )
         experts = router.config.num_moe_experts
         for one in choices:
-            fits = one.shape[1] == router.topk and 0 <= int(one.min()) and int(one.max()) < experts
+            fits = one.shape[1] == router.topk and int(one.min()) >= 0 and int(one.max()) < experts
             if not fits:
                 raise RoutesError(
                     f"{where} sends a token to {one.shape[1]} experts up to number "

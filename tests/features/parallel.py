@@ -68,8 +68,8 @@ ROWS = (
         "delay_wgrad_compute overlap_moe_expert_parallel_comm "
         "overlap_dispatch_backward_with_experts_wgrad ep_overlap_early_attn_memory_release "
         "high_priority_a2a_comm_stream",
-        "exchanges of experts beside another micro-batch; weight gradients of experts later: no bit "
-        "of a step changes, which is profiled and planned",
+        "exchanges of experts beside another micro-batch; weight gradients of experts later: no "
+        "bit of a step changes, which is profiled and planned",
         shown="tests/parity/test_overlapped_schedule.py::test_a_schedule_changes_no_number "
         "tests/parity/test_overlapped_schedule.py::test_a_profile_reads_the_same_work "
         "tests/unit/planning/test_trace_server.py::test_a_gpu_job",
