@@ -10,7 +10,7 @@ while a step is trained. Source: megatron/core/transformer/moe/router_trace.py.
 import argparse
 import json
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +22,6 @@ from torch import Tensor
 from megatron_mone.common.patch import Replaced
 from megatron_mone.moe.routing_tape import RoutingTape
 
-FLAG = "mone_replay_routing"
 Place = tuple[str, int | None, int]
 """Block, number of the multi-token-prediction head, layer: as router_trace.py names a router."""
 
@@ -49,7 +48,7 @@ def check_combination(args: Namespace) -> None:
     Raises:
         ValueError: one line.
     """
-    if getattr(args, FLAG) is None:
+    if args.mone_replay_routing is None:
         return
     kinds = args.moe_router_load_balancing_type
     own = {"sinkhorn", "quantile_balancing"} & set(kinds if isinstance(kinds, list) else [kinds])
@@ -62,7 +61,7 @@ def check_combination(args: Namespace) -> None:
     ):  # fmt: skip
         if wrong:
             raise ValueError(
-                f"{FLAG} = {getattr(args, FLAG)!r} does not go with {name} = "
+                f"mone_replay_routing = {args.mone_replay_routing!r} does not go with {name} = "
                 f"{getattr(args, name)!r}, which {why}: leave one of them out"
             )
 
@@ -76,12 +75,13 @@ def check_files(args: Namespace) -> None:
     Raises:
         ValueError: one line.
     """
-    if (name := getattr(args, FLAG)) is None:
+    name = args.mone_replay_routing
+    if name is None:
         return
     found = len(list(Path(name).glob("router_trace_rank*.jsonl")))
     if found != args.world_size or not all(_file(name, r).exists() for r in range(found)):
         raise ValueError(
-            f"{FLAG} = {name!r} holds routes of {found} ranks, and this run has "
+            f"mone_replay_routing = {name!r} holds routes of {found} ranks, and this run has "
             f"{args.world_size}: name the folder that a run of the same layout wrote with "
             "--moe-routing-trace-path"
         )
@@ -94,10 +94,10 @@ def attach(args: Namespace) -> ExitStack:
         args: Megatron's, validated.
     """
     attached = ExitStack()
-    if getattr(args, FLAG) is not None:
+    if args.mone_replay_routing is not None:
         from megatron.training import training
 
-        replay = _Replay(_file(getattr(args, FLAG), args.rank), training.train_step)
+        replay = _Replay(_file(args.mone_replay_routing, args.rank), training.train_step)
         attached.enter_context(Replaced(training, "train_step", replay.step))
         attached.callback(replay.close)
     return attached
@@ -178,7 +178,7 @@ def _routers(chunks: Any) -> dict[Place, Any]:
     return found
 
 
-def _steps(path: Path) -> Iterator[tuple[int, dict[Place, list[Tensor]]]]:
+def _steps(path: Path) -> Generator[tuple[int, dict[Place, list[Tensor]]]]:
     """(step from 0, routes [T, k] of each micro-batch by place) in the order of the file."""
     with path.open(encoding="utf-8") as lines:
         records = (_record(path, number, line) for number, line in enumerate(lines, 1))
