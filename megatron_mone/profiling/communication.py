@@ -22,6 +22,7 @@ from megatron_mone.profiling.clock import PhaseClock
 GROUP_NAMES = {
     "TENSOR_MODEL_PARALLEL_GROUP": "tp",
     "CONTEXT_PARALLEL_GROUP": "cp",
+    **{f"HIERARCHICAL_CONTEXT_PARALLEL_GROUP_L{level}": "cp" for level in range(2)},
     "PIPELINE_MODEL_PARALLEL_GROUP": "pp",
     "DATA_PARALLEL_GROUP": "dp",
     "DATA_PARALLEL_GROUP_WITH_CP": "dp-cp",

@@ -86,7 +86,7 @@ ROWS = (
     ),
     trained(
         "cp_comm_type hierarchical_context_parallel_sizes",
-        "of attention: p2p, a2a, all_gather, a2a+p2p, of which the last is not planned",
+        "of attention: p2p, a2a, all_gather, a2a+p2p",
         Example(flags="--cp-comm-type a2a", same=1e-6, layouts=("CP2",), stock="CP2"),
         Example(flags="--cp-comm-type all_gather", same=1e-6, layouts=("CP2",), stock="CP2"),
     ),

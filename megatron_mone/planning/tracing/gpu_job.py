@@ -132,9 +132,6 @@ def check_traceable(args: Namespace) -> None:
         if device != "none":
             raise ValueError(f"zero_optimization.{name}.device = {device!r} cannot be planned: its "
                              "work is not modelled; leave it out")  # fmt: skip
-    exchanges = args.cp_comm_type or []
-    if args.context_parallel_size > 1 and "a2a+p2p" in exchanges:
-        raise ValueError("cp_comm_type = 'a2a+p2p' cannot be planned: use p2p, all_gather or a2a")
 
 
 @contextmanager

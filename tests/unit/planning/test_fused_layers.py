@@ -439,11 +439,28 @@ class TestAttention:
         assert sent[4:] == [("all_to_all", size) for size in (query, query, key, key)]
         assert recorder.ops[0].inputs[0] == (2 * S, B, HEADS // 2, D)
 
+    def test_heads_in_a_node_and_a_ring_of_nodes(self, recorder, sent):
+        groups = [Group(2), Group(4)]
+        module, q, k, v = attention(groups=2, cp_group=groups, cp_comm_type="a2a+p2p")
+        out = module(q, k, v)
+        query, key = ROWS * HEADS * D * BF16, ROWS * 2 * D * BF16
+        exchanged = [("all_to_all", size) for size in (query, key, key)]
+        ring = [(kind, 2 * key) for _ in range(3) for kind in ("send", "recv")]
+        assert sent == [*exchanged, *ring, ("all_to_all", query)]
+        assert recorder.ops[0].inputs[0] == (2 * S, B, HEADS // 2, D)
+        del sent[:]
+        out.backward(torch.empty_like(out))
+        back = [2 * key, 4 * key, 4 * key, 2 * key]  # keys and values; gradients behind; home
+        ring = [(kind, size) for size in back for kind in ("send", "recv")]
+        home = [("all_to_all", size) for size in (query, key, key)]
+        assert sent == [("all_to_all", query), *ring, *home]
+        assert q.grad.shape == q.shape
+        assert k.grad.shape == k.shape
+
     @pytest.mark.parametrize(
         ("names", "fault"),
         [
             ({"softmax_type": "learnable"}, "softmax_type = 'learnable'"),
-            ({"cp_group": Group(2), "cp_comm_type": "a2a+p2p"}, r"cp_comm_type = 'a2a\+p2p'"),
             ({"attn_mask_type": "no_mask", "window_size": (4, 4)}, "window_size"),
         ],
     )
@@ -453,7 +470,7 @@ class TestAttention:
         assert "\n" not in str(failure.value)
 
     def test_one_rank_of_context_parallelism_is_none(self):
-        assert AttentionJob(True, None, None, "p2p").ranks == 1
+        assert AttentionJob(True, None).ranks == 1
 
 
 class TestBetweenLayers:

@@ -40,11 +40,9 @@ def arguments(**changed):
 
 def test_what_is_not_modelled_is_refused_in_one_line():
     check_traceable(arguments())
-    check_traceable(arguments(cp_comm_type=["a2a+p2p"], context_parallel_size=1))
     for changed in (
         {"use_megatron_fsdp": True},
         {"cpu_offloading": True},
-        {"cp_comm_type": ["a2a+p2p"]},
     ):
         with pytest.raises(ValueError, match=next(iter(changed))) as failure:
             check_traceable(arguments(**changed))

@@ -11,7 +11,9 @@ Under context parallelism each rank holds s of the S = s CP positions, and
 - `p2p`: k and v go round the ring in CP - 1 exchanges, CP in backward: k and v, with their
   gradients behind them; what is kept of k and v is the copy that was sent;
 - `all_gather`: k and v are gathered forward and again backward, their gradients reduce-scattered;
-- `a2a`: q, k, v and the output change from positions split to heads split and back.
+- `a2a`: q, k, v and the output change from positions split to heads split and back;
+- `a2a+p2p`: as `a2a` over the inner of two groups, and k and v of its heads go round a ring of the
+  outer one, whose ranks are further apart.
 
 May touch: nothing.
 
@@ -37,19 +39,25 @@ class AttentionJob:
     Attributes:
         causal: whether a query sees no later position.
         window: positions up to its own that a query sees under a causal mask; None for all.
-        group: context-parallel; None of one rank.
-        exchange: "p2p", "all_gather" or "a2a".
+        heads: context-parallel group that splits heads while it attends; None where none does.
+        positions: one that splits positions, so that k and v are exchanged; None where none does.
+        gathers: k and v are gathered in `positions`, and do not go round a ring.
     """
 
     causal: bool
     window: int | None
-    group: Any
-    exchange: str
+    heads: Any = None
+    positions: Any = None
+    gathers: bool = False
 
     @property
     def ranks(self) -> int:
         """CP."""
-        return 1 if self.group is None else self.group.size()
+        return _size(self.heads) * _size(self.positions)
+
+
+def _size(group: Any) -> int:
+    return 1 if group is None else group.size()
 
 
 def score_pairs(positions: int, causal: bool, window: int | None) -> int:
@@ -93,8 +101,8 @@ class _Attention(torch.autograd.Function):
         note("fused.attention", (kept_q, kept_k, kept_v), (out, statistics), flops=ctx.products[0])
         ctx.save_for_backward(kept_q, kept_k, kept_v, out, statistics)
         ctx.shapes = (q.shape, k.shape, v.shape)
-        if job.exchange == "a2a" and job.ranks > 1:
-            out = _all_to_all(out, job.group, gathers=False)
+        if _size(job.heads) > 1:
+            out = _all_to_all(out, job.heads, gathers=False)
         return out.view(q.shape[0], b, -1)
 
     @staticmethod
@@ -102,32 +110,30 @@ class _Attention(torch.autograd.Function):
         job, saved = ctx.job, ctx.saved_tensors
         q, k, v, out, _ = saved
         dout = gradients[0].view(ctx.shapes[0][0], out.shape[1], -1, out.shape[3])
-        if job.ranks > 1 and job.exchange == "a2a":
-            dout = _all_to_all(dout, job.group, gathers=True)
-        if job.ranks > 1 and job.exchange == "all_gather":
-            k, v = (gather_rows(tensor.contiguous(), job.group) for tensor in (k, v))
+        if _size(job.heads) > 1:
+            dout = _all_to_all(dout, job.heads, gathers=True)
+        if _size(job.positions) > 1 and job.gathers:
+            k, v = (gather_rows(tensor.contiguous(), job.positions) for tensor in (k, v))
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         note("fused.attention_backward", (*saved, dout), (dq, dk, dv), flops=ctx.products[1])
-        if job.ranks > 1:
-            dq, dk, dv = _exchange_back(dq, dk, dv, job)
+        dq, dk, dv = _exchange_back(dq, dk, dv, job)
         grads = (t.view(shape) for t, shape in zip((dq, dk, dv), ctx.shapes, strict=True))
         return *grads, None
 
 
 def _exchange(q: Tensor, k: Tensor, v: Tensor, job: AttentionJob) -> tuple[Tensor, Tensor, Tensor]:
     """What is kept for backward of q, k and v, after the forward pass' collectives."""
-    if job.ranks == 1:
+    if _size(job.heads) > 1:
+        q, k, v = (_all_to_all(tensor, job.heads, gathers=True) for tensor in (q, k, v))
+    if _size(job.positions) == 1:
         return q, k, v
-    if job.exchange == "a2a":
-        q, k, v = (_all_to_all(tensor, job.group, gathers=True) for tensor in (q, k, v))
-        return q, k, v
-    if job.exchange == "all_gather":
+    if job.gathers:
         for tensor in (k, v):
-            gather_rows(tensor.contiguous(), job.group)
+            gather_rows(tensor.contiguous(), job.positions)
         return q, k, v
     sent = k.new_empty(k.numel() + v.numel())
-    for _ in range(job.ranks - 1):
-        _pass_on(sent, job.group)
+    for _ in range(job.positions.size() - 1):
+        _pass_on(sent, job.positions)
     return q, sent[: k.numel()].view(k.shape), sent[k.numel() :].view(v.shape)
 
 
@@ -135,16 +141,16 @@ def _exchange_back(
     dq: Tensor, dk: Tensor, dv: Tensor, job: AttentionJob
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of what this rank put in, after the backward pass' collectives."""
-    if job.exchange == "a2a":
-        dq, dk, dv = (_all_to_all(tensor, job.group, gathers=False) for tensor in (dq, dk, dv))
-    elif job.exchange == "all_gather":
-        dk, dv = (scatter_rows(tensor, job.group) for tensor in (dk, dv))
-    else:
+    if _size(job.positions) > 1 and job.gathers:
+        dk, dv = (scatter_rows(tensor, job.positions) for tensor in (dk, dv))
+    elif _size(job.positions) > 1:
         half = dk.new_empty(dk.numel() + dv.numel())
-        _pass_on(half, job.group)  # keys and values
-        for _ in range(job.ranks - 2):
-            _pass_on(half.new_empty(2 * half.numel()), job.group)  # and gradients behind them
-        _pass_on(half, job.group)  # gradients to where they belong
+        _pass_on(half, job.positions)  # keys and values
+        for _ in range(job.positions.size() - 2):
+            _pass_on(half.new_empty(2 * half.numel()), job.positions)  # and gradients behind them
+        _pass_on(half, job.positions)  # gradients to where they belong
+    if _size(job.heads) > 1:
+        dq, dk, dv = (_all_to_all(tensor, job.heads, gathers=False) for tensor in (dq, dk, dv))
     return dq, dk, dv
 
 
@@ -173,7 +179,7 @@ class DotProductAttention(torch.nn.Module):
         num_attention_heads: n of all tensor-parallel ranks.
         kv_channels: head size, or (of keys, of values).
         attn_mask_type: "causal", "no_mask", ...
-        cp_group, cp_comm_type: context parallelism.
+        cp_group, cp_comm_type: context parallelism; of a2a+p2p two groups, inner and outer.
         window_size: (before, after) a position; None or -1 for all.
         softmax_type: "vanilla", the only one traced.
         settings: names that change neither shapes nor what is kept.
@@ -191,16 +197,15 @@ class DotProductAttention(torch.nn.Module):
         del num_attention_heads, kv_channels, settings
         if softmax_type != "vanilla":
             raise ValueError(f"softmax_type = {softmax_type!r} cannot be traced: use 'vanilla'")
-        if cp_group is not None and cp_comm_type not in ("p2p", "all_gather", "a2a"):
-            raise ValueError(
-                f"cp_comm_type = {cp_comm_type!r} cannot be traced: use p2p, all_gather or a2a"
-            )
         before = -1 if window_size is None else window_size[0]
         self.window = None if before < 0 else before + 1
         if self.window is not None and "causal" not in attn_mask_type:
             raise ValueError(f"window_size = {window_size} cannot be traced without a causal mask")
         self.mask_type = attn_mask_type
-        self.cp_group, self.exchange = cp_group, cp_comm_type
+        inner, outer = cp_group if cp_comm_type == "a2a+p2p" else (cp_group, cp_group)
+        self.heads = inner if cp_comm_type.startswith("a2a") else None
+        self.positions = None if cp_comm_type == "a2a" else outer
+        self.gathers = cp_comm_type == "all_gather"
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None,
@@ -214,8 +219,6 @@ class DotProductAttention(torch.nn.Module):
         del attention_mask
         if settings.get("qkv_format", "sbhd") != "sbhd":
             raise ValueError("packed sequences cannot be traced: plan with sequences of one length")
-        job = AttentionJob(
-            "causal" in (attn_mask_type or self.mask_type), self.window, self.cp_group,
-            self.exchange,
-        )  # fmt: skip
+        causal = "causal" in (attn_mask_type or self.mask_type)
+        job = AttentionJob(causal, self.window, self.heads, self.positions, self.gathers)
         return _Attention.apply(query, key, value, job)
