@@ -3,14 +3,14 @@
 A row of docs/REFUSALS.md each; add one to CASES. tests/integration/test_refusals.py provokes them
 on one or two ranks and compares the table. In flags and lines DATA stands for a folder of small
 datasets (ten: 10 documents, one: 1, a and b: 40 each), RUN for the checkpoints of BASE, saved on
-two ranks after two steps, and TMP for a folder of the case's own.
+two ranks after two steps, CHOSEN for those of MoNE, and TMP for a folder of the case's own.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.training_cases import MOCK, TINY
+from tests.training_cases import MOCK, MONE, TINY
 
 LENGTH = ("--train-iters", "2")
 BASE = (*TINY, *MOCK, *LENGTH)
@@ -356,6 +356,7 @@ DATASETS = (
 )  # fmt: skip
 
 RESUMED = ("--load", "RUN", "--train-iters", "4")
+CHOSEN = ("--load", "CHOSEN", "--train-iters", "4")
 CHECKPOINTS = (
     Refusal(
         "another learning rate", "optimizer: `Could not find parameter group with key ...`",
@@ -389,6 +390,18 @@ CHECKPOINTS = (
     Refusal(
         "another shape of decay", "optimizer_param_scheduler: `class input value ...`",
         (*RESUMED, "--lr-decay-style", "linear"), "lr_decay_style makes linear", LOAD,
+    ),
+    Refusal(
+        "another choice of neurons", "nothing: another model goes on from its weights",
+        (*CHOSEN, *MONE, "--mone-neuron-ratio", "0.5"),
+        "was trained with mone_neurons_per_token = 12, this run has mone_neurons_per_token = 24: "
+        "give what it was trained with, or --mone-change-choice to go on with another choice",
+        LOAD,
+    ),
+    Refusal(
+        "no choice where there was one", "by its keys, nothing: a model that keeps every neuron",
+        CHOSEN, "holds experts that choose neurons (mone_neurons_per_token = 12), this run has no "
+        "mone_* field and would keep every one", LOAD,
     ),
     Refusal(
         "another model", "checkpointing: assertions, or sizes that differ",
@@ -427,11 +440,6 @@ ON_A_RANK = (
 )  # fmt: skip
 
 OPTIONS = (
-    Refusal(
-        "recompute of layernorm without Transformer Engine", "NameError: te_checkpoint",
-        ("--recompute-granularity", "selective", "--recompute-modules", "layernorm"),
-        "transformer-engine", LOAD,
-    ),
     Refusal(
         "a fused router without Transformer Engine", "router: ValueError",
         ("--moe-router-fusion",), "transformer-engine", LOAD,

@@ -75,8 +75,8 @@ def export_model(
         heads = any(key.startswith("mtp.") for key in reader.keys)
         words = words_of(like, None, () if heads else (MORE_TOKENS,))
         with bare_model(words, rows, held=reader.keys) as model:
-            _check_model_file(iteration.parent, model.args)
             _refuse_choice(iteration, model.args)
+            _check_model_file(iteration.parent, model.args)
             return _export(
                 reader, model, family, out, step, shard_bytes,
                 lambda folder, dtype: copy_beside(source, folder),

@@ -37,13 +37,13 @@ def run(name: str, flags: list[str], folder: str) -> None:
     pretrain.main(flags)
 
 
-def save_base(folder: str) -> None:
-    """Train BASE and save it: the checkpoint that cases load."""
+def save_base(folder: str, *flags: str) -> None:
+    """Train BASE with more flags and save it: a checkpoint that cases load."""
     from megatron_mone import pretrain
     from tests.training_cases import spare_repeated_work
 
     spare_repeated_work()
-    pretrain.main([*BASE, "--save", folder, "--save-interval", "2"])
+    pretrain.main([*BASE, *flags, "--save", folder, "--save-interval", "2"])
 
 
 def _checked_elsewhere(flags: list[str], world: int) -> str:

@@ -14,6 +14,7 @@ import pytest
 from tests import forked_ranks
 from tests.integration import refusal_ranks
 from tests.refusal_cases import CASES, CHECK, LOAD, NET, Refusal
+from tests.training_cases import MONE
 
 TABLE = Path(__file__).parents[2] / "docs" / "REFUSALS.md"
 LINE = re.compile(r"^megatron-mone: error: (.*)$", re.MULTILINE)
@@ -97,10 +98,11 @@ def make_datasets(folder: Path) -> None:
 def make_places(folder: Path) -> dict[str, str]:
     """The datasets and the checkpoint that cases read, by the words that stand for them."""
     make_datasets(folder)
-    places = {"DATA": str(folder), "RUN": str(folder / "run")}
-    log = folder / "run.log"
-    job = forked_ranks.start(2, refusal_ranks.save_base, (places["RUN"],), log)
-    assert job.wait(timeout=300) == 0, log.read_text()[-3000:]
+    places = {"DATA": str(folder), "RUN": str(folder / "run"), "CHOSEN": str(folder / "mone")}
+    for place, flags in (("RUN", ()), ("CHOSEN", MONE)):
+        log = folder / f"{place}.log"
+        job = forked_ranks.start(2, refusal_ranks.save_base, (places[place], *flags), log)
+        assert job.wait(timeout=300) == 0, log.read_text()[-3000:]
     return places
 
 

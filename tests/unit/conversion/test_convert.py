@@ -4,6 +4,7 @@ one rank and in layouts of two; what is wrong is one line, and nothing is left o
 import json
 import shutil
 import struct
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_mone.checkpoint.choice import saved_choice
+from megatron_mone.conversion.exporting import _refuse_choice
 from megatron_mone.conversion.folders import unfinished
 from megatron_mone.conversion.hf_folder import Weights
 from megatron_mone.conversion.hf_model.configuration_mone import MoNEConfig
@@ -191,6 +194,28 @@ def test_the_round_trip_is_bit_equal(folder, name):
             assert has_own_code(export.parent)
         elif source.exists():
             assert export.read_bytes() == source.read_bytes()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_was_trained_to_choose_says_so(folder, name):
+    """Weights of another family kept every neuron, also those that --mone will train further."""
+    choice = saved_choice(folder / name / "checkpoint" / "release")
+    assert (choice is not None) == name.startswith("mone")
+    if name in AS_MONE:
+        assert saved_choice(folder / name / "mone checkpoint" / "release") is None
+    if name == "mone":
+        assert choice["mone_neurons_per_token"] == 12
+        assert choice["mone_layer_freq"] == [0, 0, 1]
+
+
+def test_a_model_that_chooses_is_not_written_as_one_that_keeps_all(folder, monkeypatch):
+    checkpoint = folder / "mone latent" / "checkpoint" / "release"
+    with pytest.raises(ValueError, match=r"keeps 6 of 24 neurons .*threshold.*add --mone"):
+        _refuse_choice(checkpoint, Namespace(moe_ffn_hidden_size=24))
+    _refuse_choice(folder / "mixtral" / "checkpoint" / "release", Namespace(moe_ffn_hidden_size=24))
+    kept = saved_choice(checkpoint) | {"mone_selection": "topk", "mone_neurons_per_token": 24}
+    monkeypatch.setattr("megatron_mone.checkpoint.choice.saved_choice", lambda folder: kept)
+    _refuse_choice(checkpoint, Namespace(moe_ffn_hidden_size=24))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
