@@ -110,9 +110,9 @@ class MoNEFields:
     """Implementation of the masked expert. reference is plain torch, the definition, and computes
     every neuron; cpu is native code that computes the kept ones; auto: the faster usable of these.
     triton (our kernels on the tiles of dense products, or over few kept blocks alone), te
-    (Transformer Engine's grouped GEMMs) and sparse24 (triton, with 2:4 products where
-    mone_neuron_groups is F / 4 and half of the neurons are kept) need CUDA; none has run on a GPU
-    yet."""
+    (Transformer Engine's grouped GEMMs, alone with fp8) and sparse24 (triton, with 2:4 products
+    where mone_neuron_groups is F / 4 and half of the neurons are kept) need CUDA; none has run on a
+    GPU yet."""
 
     mone_record_masks: str | None = None
     """Folder that gets the neuron masks of training steps mone_record_mask_steps, one file a step

@@ -16,11 +16,14 @@ ROWS = (
     ),
     trained(
         "recompute_modules moe_layer_recompute",
-        "core_attn, layernorm, mlp, moe, shared_experts, mla_up_proj, moe_act",
+        "core_attn, layernorm, mlp, moe, shared_experts, mla_up_proj; a line says that moe_act "
+        "changes nothing: MoNE keeps gate, up and index of each chosen neuron alone",
         Example(flags=f"{SELECTIVE} core_attn moe", same=1e-6),
         Example(flags=f"{SELECTIVE} shared_experts",
                 beside="--moe-shared-expert-intermediate-size 32", same=1e-6),
         Example(flags=f"{SELECTIVE} mlp", beside="--moe-layer-freq ([0]+[1]*1)", same=1e-6),
+        # torch's norm rounds otherwise without autograd
+        Example(flags=f"{SELECTIVE} layernorm", same=1e-5),
     ),
     refused(
         "distribute_saved_activations",

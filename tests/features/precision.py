@@ -6,6 +6,8 @@ MATRICES = (
     "tests/parity/test_training_layouts.py::test_keep_all_is_stock_megatron_in_the_same_layout"
 )
 BF16 = "--bf16"
+FP8 = f"{BF16} --fp8-format hybrid"
+FP8_TE = f"{FP8} --mone-backend te --moe-ffn-hidden-size 64"
 IN_BF16 = f"{BF16} --grad-reduce-in-bf16"
 
 ROWS = (
@@ -55,12 +57,26 @@ ROWS = (
         "overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params",
         "the optimizer's state in host memory; not planned",
     ),
-    refused(
-        "fp8 fp8_* first_last_layers_bf16 num_layers_at_start_in_bf16 "
-        "num_layers_at_end_in_bf16 moe_router_padding_for_quantization "
-        "moe_router_padding_for_fp8 reuse_grad_buf_for_mxfp8_param_ag te_precision_config_file",
-        "not yet with MoNE",
-        ("--fp8-format e4m3 --bf16", "fp8"),
+    unrun(
+        "fp8 fp8_recipe fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo "
+        "fp8_output_proj first_last_layers_bf16 num_layers_at_start_in_bf16 "
+        "num_layers_at_end_in_bf16 moe_router_padding_for_quantization moe_router_padding_for_fp8",
+        "with `--mone-backend te`: tensorwise, delayed, blockwise and mxfp8 products of experts, "
+        "held to float64 bounds on stand-ins that quantize; activation and choice of neurons are "
+        "in bf16",
+        *(f"{FP8_TE} --fp8-recipe {recipe}" for recipe in ("delayed", "blockwise", "mxfp8")),
+        f"{FP8_TE} --fp8-recipe tensorwise --first-last-layers-bf16",
+        shown="tests/unit/kernels/test_te_fp8.py "
+        "tests/unit/moe/test_fp8_experts.py::test_four_recipes_are_let_through",
     ),
-    refused("fp4 fp4_*", "not with MoNE", ("--fp4-format e2m1 --bf16", "fp4")),
+    refused(
+        "fp8_param_gather fp8_wgrad fp8_quantizer_factory reuse_grad_buf_for_mxfp8_param_ag "
+        "te_precision_config_file",
+        "experts keep their weights in 16 bits, and multiply all alike",
+        (f"{FP8_TE} --fp8-param-gather --use-distributed-optimizer", "fp8_param"),
+        (f"{FP8_TE} --no-fp8-wgrad", "fp8_wgrad"),
+        (FP8, "te with fp8"),
+        ("--te-precision-config-file x", "te_precision_config_file"),
+    ),
+    refused("fp4 fp4_*", "experts have 16 or 8 bits", ("--fp4-format e2m1 --bf16", "fp4")),
 )  # fmt: skip

@@ -112,6 +112,8 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
          "--swiglu"),
         (args.moe_mlp_glu_interleave_size, "moe_mlp_glu_interleave_size", "its gates and ups lie "
          "apart, and a checkpoint that mixes them would be read wrongly: leave it out"),
+        (args.te_precision_config_file, "te_precision_config_file", "its experts are no layers of "
+         "Transformer Engine, and would keep the format of --fp8-format: leave it out"),
         (args.moe_paged_stash, "moe_paged_stash", "it keeps Megatron's experts' activations; leave "
          "it out"),
         *((getattr(args, name), name, "it is of Transformer Engine's experts; leave it out")

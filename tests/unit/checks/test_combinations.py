@@ -66,6 +66,7 @@ WITH_MONE = [
     {"spec": STOCK_SPEC},
     {"quick_geglu": True},
     {"moe_mlp_glu_interleave_size": 32},
+    {"te_precision_config_file": "x"},
     {"moe_paged_stash": True},
     {"moe_single_grouped_weight": True},
     {"moe_single_grouped_bias": True},
