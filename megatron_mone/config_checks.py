@@ -278,6 +278,9 @@ def check_flex(config: Any) -> None:
         (not config.moe_pad_expert_input_to_capacity, "moe_pad_expert_input_to_capacity",
          "False with MoNE and moe_token_dispatcher_type = flex: the library does not say which "
          "rows it padded (alltoall does)"),
+        *((not getattr(config, name), name, "unset with MoNE and moe_token_dispatcher_type = flex: "
+           "its library pads rows for quantised products, and does not say which (alltoall does)")
+          for name in ("fp8", "moe_router_padding_for_quantization")),
         (backend == "hybridep" or not config.use_transformer_engine_op_fuser,
          "use_transformer_engine_op_fuser", f"False with MoNE and moe_flex_dispatcher_backend = "
          f"{backend}: rows padded for it are not told from others"),

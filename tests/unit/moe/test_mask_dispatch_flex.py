@@ -538,6 +538,9 @@ def test_an_ep_that_megatron_cannot_start_is_one_line(monkeypatch):
     [
         ("hybridep", {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0},
          "moe_pad_expert_input_to_capacity = True"),
+        ("deepep", {"fp8": "hybrid"}, "fp8 = 'hybrid'"),
+        ("hybridep", {"moe_router_padding_for_quantization": True},
+         "moe_router_padding_for_quantization = True"),
         ("ncclep", {"moe_expert_rank_capacity_factor": None},
          "moe_expert_rank_capacity_factor = None"),
         ("ncclep", {"moe_ncclep_static_shape": True}, "moe_ncclep_static_shape = True"),
