@@ -12,6 +12,8 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
 And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
 - with `overlap_comm` all goes on beside all of the pass's compute, but for one bucket: the first of
   parameters gathered, the last of gradients reduced; without it nothing does.
+A pass takes as long as its kernels or as the host that launches them, whichever is more; kernels
+in a CUDA graph cost the host the graph's one launch.
 May touch: nothing.
 """
 
@@ -37,6 +39,7 @@ from megatron_mone.planning.tracing.trace import Collective, Op, Trace
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
 _REPLICAS = ("dp-cp", "edp", "world")
+_ONCE_A_LAYER = ("fused.attention", "fused.attention_backward")
 _WEIGHT_GRADIENTS = ("mone.weight_grad", "fused.grouped_gemm_wgrad")  # of routed experts
 _HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
 
@@ -121,13 +124,17 @@ def _pass_cost(
     by_phase: dict[str, float] = defaultdict(float)
     products: dict[str, float] = defaultdict(float)
     # A pass of a pipeline also receives from one stage and sends to another.
-    launches = sum(one.count for one in collectives) + (2 if facts.pp > 1 else 0)
+    launches = sum(one.count for one in collectives if one.phase not in facts.graphed)
+    launches += 2 if facts.pp > 1 else 0
+    layers = sum(op.count for op in ops if op.name in _ONCE_A_LAYER)
+    launches += layers * facts.graphs_per_layer
     host = launches * efficiency.host_seconds
     for op in ops:
         one = operation(op)
         seconds = op_seconds(one, cluster, efficiency) * op.count
         by_phase[op.phase] += seconds
-        host += op.count * launch_seconds(op, efficiency)
+        if op.phase not in facts.graphed:
+            host += op.count * launch_seconds(op, efficiency)
         if one.flops:
             products[op.phase] += seconds
     of_weights = sum(

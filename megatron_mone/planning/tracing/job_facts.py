@@ -11,6 +11,23 @@ from typing import Any
 from pydantic import StrictBool
 
 from megatron_mone.common.documents import AnyText, Number, Text, Whole
+from megatron_mone.common.phases import (
+    ATTENTION,
+    BALANCE_LOSS,
+    COMBINE,
+    DENSE_MLP,
+    DISPATCH,
+    GATE_GEMM,
+    LATENT,
+    LAYER_NORM,
+    PERMUTE,
+    PHASES,
+    ROUTER,
+    SELECTION,
+    SHARED_EXPERTS,
+    UP_DOWN_GEMM,
+)
+from megatron_mone.config_checks import FULL_ITERATION, captured
 from megatron_mone.deepspeed.settings import is_deepspeed, settings_of
 
 
@@ -52,6 +69,8 @@ class JobFacts:
         overlap_zero: whether what that sends in a pass goes on beside compute.
         overlap_dispatch_backward: whether the backward of the dispatch goes on beside the weight
             gradients of its experts.
+        graphs_per_layer: CUDA graphs that a layer's pass is launched as; 0: kernel by kernel.
+        graphed: phases whose kernels are launched by graphs.
     """
 
     world_size: Whole
@@ -96,6 +115,34 @@ class JobFacts:
     zero_stage: Whole | None = None
     overlap_zero: StrictBool = False
     overlap_dispatch_backward: StrictBool = False
+    graphs_per_layer: Whole = 0
+    graphed: tuple[Text, ...] = ()
+
+
+_EXPERTS = (
+    LAYER_NORM, ROUTER, LATENT, PERMUTE, DISPATCH, GATE_GEMM, SELECTION, UP_DOWN_GEMM,
+    BALANCE_LOSS, COMBINE, SHARED_EXPERTS,
+)  # fmt: skip
+_IN_GRAPH: dict[str, tuple[str, ...]] = {
+    "attn": (ATTENTION,),
+    "mlp": (DENSE_MLP,),
+    "moe": _EXPERTS,
+    "moe_router": (LAYER_NORM, ROUTER),
+}
+"""Module of --cuda-graph-modules -> phases that it is whole (transformer_layer.py:
+_te_cuda_graph_capture). moe_preprocess is a part of one, and is priced as launched by the host."""
+
+
+def _graphs(args: Namespace) -> dict[str, Any]:
+    kind, modules = captured(args)
+    if kind == "none":
+        return {}
+    if kind == FULL_ITERATION:
+        return {"graphed": tuple(PHASES)}
+    names = tuple(name for name in _IN_GRAPH if not modules or name in modules)
+    phases = dict.fromkeys(phase for name in names for phase in _IN_GRAPH[name])
+    halves = ("attn" in names) + bool(set(names) - {"attn"})
+    return {"graphs_per_layer": halves if modules else 1, "graphed": tuple(phases)}
 
 
 def job_facts(args: Namespace, model_config: Any) -> JobFacts:
@@ -129,6 +176,7 @@ def job_facts(args: Namespace, model_config: Any) -> JobFacts:
         executed_flops_per_step=executed,
         active_flops_per_step=active,
         **_zero(args),
+        **_graphs(args),
     )
 
 

@@ -22,7 +22,8 @@ Place = tuple[int, int]
 KINDS = ("dense", "moe", "mone")
 
 # Flags of the stage's own job, or of interleaving, which it does not have. The order in which
-# passes of two micro-batches interleave is not of one micro-batch's trace either.
+# passes of two micro-batches interleave is not of one micro-batch's trace either, nor is who
+# launches its kernels.
 _REPLACED = (
     "pipeline_model_parallel_size", "pipeline_model_parallel_layout",
     "num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank",
@@ -31,7 +32,8 @@ _REPLACED = (
     "microbatch_group_size_per_vp_stage", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush",
     "overlap_moe_expert_parallel_comm", "delay_wgrad_compute",
     "ep_overlap_early_attn_memory_release", "overlap_dispatch_backward_with_experts_wgrad",
-    "overlap_param_gather_with_optimizer_step",
+    "overlap_param_gather_with_optimizer_step", "cuda_graph_impl", "cuda_graph_modules",
+    "cuda_graph_warmup_steps", "enable_cuda_graph", "external_cuda_graph",
 )  # fmt: skip
 # What says nothing about one step of one stage: how many steps and micro-batches there are, on
 # which data, at which learning rate, and what is written down.

@@ -1,13 +1,15 @@
 """Facts of a job: what Megatron derives from flags, read right, and kept in JSON."""
 
 import json
+from argparse import Namespace
 from dataclasses import asdict
 
 import pytest
 
 from megatron_mone.common.documents import record_of
+from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.roofline import DTYPES
-from megatron_mone.planning.tracing.job_facts import JobFacts, job_facts
+from megatron_mone.planning.tracing.job_facts import JobFacts, _graphs, job_facts
 from tests.training_cases import MOCK, TINY
 from tests.unit.planning.parsed_jobs import JOB, parsed
 
@@ -141,3 +143,27 @@ def test_damaged_json_is_one_line(facts, tmp_path, change, fault):
     with pytest.raises(ValueError, match=fault) as failure:
         record_of(JobFacts, written, tmp_path / "f.json", "again")
     assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("modules", "graphs", "phases"),
+    [
+        (["attn"], 1, {"attention"}),
+        (["attn", "moe_router"], 2, {"attention", "layer norm", "router"}),
+        (["moe_preprocess", "moe_router"], 1, {"layer norm", "router"}),
+    ],
+)
+def test_graphs(modules, graphs, phases):
+    """What a pass of a layer is launched as."""
+    args = Namespace(cuda_graph_impl="transformer_engine", cuda_graph_modules=modules)
+    assert _graphs(args)["graphs_per_layer"] == graphs
+    assert set(_graphs(args)["graphed"]) == phases
+
+
+def test_graphs_of_a_layer_and_of_all():
+    layer = _graphs(Namespace(cuda_graph_impl="local", cuda_graph_modules=None))
+    assert layer["graphs_per_layer"] == 1
+    assert {"attention", "dense MLP", "up/down GEMM", "combine"} < set(layer["graphed"])
+    step = _graphs(Namespace(cuda_graph_impl="full_iteration", cuda_graph_modules=None))
+    assert set(step["graphed"]) == set(PHASES)
+    assert _graphs(Namespace(cuda_graph_impl="none", cuda_graph_modules=["attn"])) == {}

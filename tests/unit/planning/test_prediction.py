@@ -10,6 +10,7 @@ from megatron_mone.common.phases import (
     COMBINE,
     EXPOSED_COMMUNICATION,
     FORWARD,
+    PHASES,
     RECOMPUTE,
     UP_DOWN_GEMM,
 )
@@ -181,6 +182,22 @@ def weight_gradient(milliseconds):
         "fused.grouped_gemm_wgrad", ((rows, 100), (rows, 100)), ((1, 100, 100),), "bfloat16", 1, 1,
         2 * rows * 100 * 100, UP_DOWN_GEMM, BACKWARD,
     )  # fmt: skip
+
+
+def test_kernels_in_a_graph_cost_the_host_one_launch():
+    slow_host = replace(EXACT, host_seconds=1 * MS, operator_seconds=1 * MS)
+    layer = [product(0.01, count=20), product(0.01, phase=UP_DOWN_GEMM, count=30)]
+    attention = replace(product(0.01), name="fused.attention")
+    passes = trace(*layer, attention, exchange(0))
+    plain = chunk_cost(passes, facts(pp=1), CLUSTER, slow_host).forward.compute
+    assert plain == pytest.approx((20 + 30 + 1 + 1) * MS)
+    of_attention = facts(pp=1, graphed=(ATTENTION,), graphs_per_layer=1)
+    captured = chunk_cost(passes, of_attention, CLUSTER, slow_host).forward
+    assert captured.compute == pytest.approx((30 + 1 + 1) * MS)
+    assert captured.by_phase == chunk_cost(passes, FACTS, CLUSTER, EXACT).forward.by_phase
+    whole = facts(pp=1, graphed=tuple(PHASES))
+    in_one = chunk_cost(passes, whole, CLUSTER, slow_host).forward.compute
+    assert in_one == pytest.approx(0.51 * MS)  # of the kernels themselves
 
 
 @pytest.mark.parametrize(("made_in", "left"), [(5, 1), (0.5, 2.5)])

@@ -219,6 +219,7 @@ def test_a_run_file_is_read_each_time(tracer, tmp_path):
 
 
 SCHEDULE = ("--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute")
+GRAPHS = ("--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "moe_router")
 BESIDE_DISPATCH = "--overlap-dispatch-backward-with-experts-wgrad"
 
 
@@ -231,11 +232,16 @@ def test_a_gpu_job(folder):
         delayed = gpu_tracer.trace((*GPU_JOB, *MONE), 32)
         plain = [flag for flag in GPU_JOB if flag not in SCHEDULE]
         beside = gpu_tracer.describe((*plain, *MONE, BESIDE_DISPATCH), 32)
-        # a schedule's order is in no trace
+        graphed = gpu_tracer.describe((*plain, *MONE, *GRAPHS), 32)
+        # a schedule's order is in no trace, nor is who launches its kernels
+        assert graphed.stage_flags == beside.stage_flags
         assert beside.stage_flags == gpu_tracer.describe((*GPU_JOB, *MONE), 32).stage_flags
     assert {trace.backend for trace in delayed.traces.values()} == {"triton"}
     assert delayed.facts.overlap_expert_parallel
     assert delayed.facts.delay_wgrad
+    assert graphed.facts.graphs_per_layer == 2
+    assert set(graphed.facts.graphed) == {"attention", "layer norm", "router"}
+    assert beside.facts.graphs_per_layer == 0
     assert beside.facts.overlap_dispatch_backward
     assert not delayed.facts.overlap_dispatch_backward
     assert not Path(f"/proc/{server}").exists()
