@@ -43,6 +43,7 @@ def test_what_is_not_modelled_is_refused_in_one_line():
     for changed in (
         {"use_megatron_fsdp": True},
         {"cpu_offloading": True},
+        {"optimizer_cpu_offload": True},
     ):
         with pytest.raises(ValueError, match=next(iter(changed))) as failure:
             check_traceable(arguments(**changed))
