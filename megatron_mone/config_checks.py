@@ -198,10 +198,6 @@ def _fp8_needs(config: Any) -> list[tuple[bool, str, str]]:
     recipe = getattr(config.fp8_recipe, "value", config.fp8_recipe)
     multiple = 32 if recipe == "mxfp8" else 16
     width, hidden = config.moe_ffn_hidden_size, expert_hidden(config)
-    bounded = (
-        config.moe_expert_rank_capacity_factor is not None
-        and config.moe_flex_dispatcher_backend == "hybridep"
-    )
     fits = f"a multiple of {multiple} with fp8_recipe = {recipe}"
     return [
         (config.mone_backend == "te", "mone_backend", "te with fp8: the products of other backends "
@@ -210,8 +206,6 @@ def _fp8_needs(config: Any) -> list[tuple[bool, str, str]]:
         (config.fp8_wgrad, "fp8_wgrad", "True with MoNE (no --no-fp8-wgrad)"),
         (not config.fp8_param, "fp8_param", "False with MoNE (no --fp8-param-gather): its experts "
          "keep their weights in 16 bits"),
-        (not bounded, "moe_expert_rank_capacity_factor", "unset with fp8 and "
-         "moe_flex_dispatcher_backend = hybridep: MoNE pads rows by counts that the host knows"),
         (width % (multiple * ranks) == 0, "moe_ffn_hidden_size",
          f"{fits} on each of {ranks} expert tensor ranks"),
         (hidden % multiple == 0, "moe_latent_size" if config.moe_latent_size else "hidden_size",

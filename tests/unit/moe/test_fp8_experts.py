@@ -44,10 +44,6 @@ def test_four_recipes_are_let_through(recipe):
         ({"fp8_recipe": "custom"}, "fp8_recipe = 'custom' .* tensorwise, delayed, block"),
         ({"fp8_param": True}, "fp8_param = True .*no --fp8-param-gather"),
         ({"fp8_wgrad": False}, "fp8_wgrad = False "),
-        (
-            {"moe_expert_rank_capacity_factor": 1.5, "moe_flex_dispatcher_backend": "hybridep"},
-            "moe_expert_rank_capacity_factor = 1.5 .* hybridep",
-        ),
         ({"moe_ffn_hidden_size": 72}, "moe_ffn_hidden_size = 72 .* a multiple of 16 with fp8_rec"),
         ({"fp8_recipe": "mxfp8", "expert_tensor_parallel_size": 4}, "moe_ffn_hidden_size = 64 "),
         ({"hidden_size": 24}, "hidden_size = 24 .* a multiple of 16"),
