@@ -63,7 +63,7 @@ ROWS = (
         "num_layers_at_end_in_bf16 moe_router_padding_for_quantization moe_router_padding_for_fp8",
         "with `--mone-backend te`: tensorwise, delayed, blockwise and mxfp8 products of experts, "
         "held to float64 bounds on stand-ins that quantize; activation and choice of neurons are "
-        "in bf16",
+        "in bf16; over alltoall and allgather, not flex",
         *(f"{FP8_TE} --fp8-recipe {recipe}" for recipe in ("delayed", "blockwise", "mxfp8")),
         f"{FP8_TE} --fp8-recipe tensorwise --first-last-layers-bf16",
         shown="tests/unit/kernels/test_te_fp8.py "
