@@ -82,6 +82,12 @@ def check_grouped_mm(config: TransformerConfig) -> None:
             "baseline grouped_mm has gated SiLU experts without bias: set swiglu = true and "
             "add_bias_linear = false, or leave it out"
         )
+    for flag in ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
+        if getattr(config, flag):
+            raise ValueError(
+                f"baseline grouped_mm makes weight gradients at once, which {flag} puts off: leave "
+                "one of them out"
+            )
     if config.mtp_num_layers:
         raise ValueError(
             f"baseline grouped_mm has no multi-token prediction (mtp_num_layers = "

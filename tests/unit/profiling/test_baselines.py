@@ -3,8 +3,10 @@
 from argparse import Namespace
 
 import pytest
+import torch
 
 from megatron_mone.profiling.baselines import run_specs
+from tests.conftest import mone_config
 
 
 def arguments(**changes):
@@ -119,3 +121,18 @@ def test_what_deepspeeds_layer_has_not_is_refused(changes, words):
 def test_moe_active_of_a_stock_model_is_refused():
     with pytest.raises(ValueError, match="needs a MoNE model"):
         run_specs(["moe-active"])[1].edit(arguments(mone_neuron_ratio=None))
+
+
+@pytest.mark.parametrize(
+    "flag", ["delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"]
+)
+def test_a_baseline_that_makes_weight_gradients_at_once_is_refused_beside_a_model_that_does_not(
+    flag, one_rank
+):
+    from megatron_mone.profiling.grouped_mm_model import check_grouped_mm
+
+    config = mone_config(activation_func=torch.nn.functional.silu)
+    check_grouped_mm(config)
+    setattr(config, flag, True)
+    with pytest.raises(ValueError, match=f"at once, which {flag} puts off"):
+        check_grouped_mm(config)
