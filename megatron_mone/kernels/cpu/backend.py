@@ -135,7 +135,8 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, ctx.block)
         dy_NH = torch.zeros_like(x_NH) if dy_NH is None else unit_stride(dy_NH)
         da_K, du_K = (empty(a_K.shape, torch.float32) for _ in range(2))
-        h_K = (empty if ctx.later is not None else partial(scratch, "h"))(a_K.shape, torch.float32)
+        space = partial(scratch, "h") if ctx.later is None else empty  # where h may wait
+        h_K = space(a_K.shape, torch.float32)
         products.sampled(dy_NH, w_down, da_K)
         dprobs_N = empty(probs_N.shape, torch.float32)
         a_K, u_K = a_K.float(), u_K.float()

@@ -7,7 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from megatron_mone.benchmarking.memory import measure_peaks
 from megatron_mone.kernels.cpu import backend as cpu
 from megatron_mone.kernels.weight_views import add_later, halves_of_one, weight_views
-from tests.unit.moe.builders import build_experts
+from tests.unit.moe.builders import build_experts, build_layer
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -241,6 +241,8 @@ def test_gradients_that_wait_are_the_same_bits(backend, fused, dtype, flag):
             rows = (x / micro_batch).requires_grad_()
             backward(experts, rows, probs)
             y.append(rows.grad)
+            with torch.no_grad():
+                experts(x * 3, COUNTS, probs)  # as another micro-batch's forward comes between
             if put_off:
                 assert list(reached.values()) == [micro_batch - 1] * 2
                 assert all(p.grad is None for p in experts.parameters())
@@ -291,3 +293,21 @@ def test_nothing_waits_below_rows_that_need_no_gradient():
     experts.config.overlap_dispatch_backward_with_experts_wgrad = True
     backward(experts, x, probs)
     assert all(p.grad.abs().sum() > 0 for p in experts.parameters())
+
+
+def test_weight_gradients_are_told_when_the_input_gradients_are_made():
+    """A stream of their own waits for that alone: Megatron's event, before and after them."""
+    layer = build_layer(overlap_dispatch_backward_with_experts_wgrad=True, mone_backend="reference")
+    told = []
+
+    class Event:
+        def record(self, stream=None):
+            told.append(("recorded", len(layer.experts._delayed)))
+
+        wait = synchronize = record
+
+    layer._delayed_wgrad_event = Event()
+    hidden = torch.randn(4, 2, layer.config.hidden_size, requires_grad=True)
+    layer(hidden)[0].sum().backward()
+    assert told == [("recorded", 1), ("recorded", 0)]
+    assert all(p.grad.abs().sum() > 0 for p in layer.experts.parameters())

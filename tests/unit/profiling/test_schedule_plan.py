@@ -10,6 +10,7 @@ import torch
 from megatron_mone.common.patch import Replaced
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 from megatron_mone.profiling.instrument import Instruments
+from megatron_mone.profiling.schedule_plan import watch_schedule_plans
 from tests.unit.profiling.test_instrument import TOKENS, build, fresh_tracker  # noqa: F401
 
 LAYERS, MICRO_BATCHES = 3, 3
@@ -51,7 +52,10 @@ def step(flags):
     """(clock, gradients) of a step by Megatron's schedule with these flags."""
     from megatron.core.pipeline_parallel.schedules import forward_backward_no_pipelining
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    destroy_moe_metrics_tracker()  # it has the layers of another test's model
     model_parallel_cuda_manual_seed(5)
     model = build(
         num_layers=LAYERS, moe_layer_freq=[0, 1, 1], moe_shared_expert_intermediate_size=16,
@@ -64,11 +68,12 @@ def step(flags):
     clock = CountingClock()
     instruments = Instruments(clock, whole_optimizer=True)
     instruments.attach([model], SimpleNamespace(zero_grad=lambda: None, step=lambda: None))
-    clock.begin()
-    forward_backward_no_pipelining(
-        forward_step_func=forward_step, data_iterator=None, model=model,
-        num_microbatches=MICRO_BATCHES, seq_length=TOKENS, micro_batch_size=1,
-    )  # fmt: skip
+    with Replaced(MoEAuxLossAutoScaler, "main_loss_backward_scale", None):
+        clock.begin()
+        forward_backward_no_pipelining(
+            forward_step_func=forward_step, data_iterator=None, model=model,
+            num_microbatches=MICRO_BATCHES, seq_length=TOKENS, micro_batch_size=1,
+        )  # fmt: skip
     clock.end()
     instruments.detach()
     return clock, {name: p.grad for name, p in model.named_parameters()}
@@ -131,3 +136,37 @@ def test_micro_batches_take_turns():
     assert turns > 4 * LAYERS * (MICRO_BATCHES - 1)
     plain_passes = [pass_ for _, _, phase, pass_ in step({})[0].host_spans() if phase in PARTS]
     assert sum(first != then for first, then in pairwise(plain_passes)) == 2 * MICRO_BATCHES - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "begins", "leaves"),
+    [
+        ("pre_dispatch_computation", "layer norm", "other"),
+        ("moe_dispatch", "dispatch", "dispatch"),
+        ("mlp", "layer norm", "other"),
+        ("moe_combine", "layer norm", "combine"),
+        ("post_process", "loss", "other"),
+    ],
+)
+def test_a_node_begins_in_its_phase_and_pass(one_rank, name, begins, leaves):
+    """And an exchange goes on until the stream that waits for it has: where a GPU's clock reads."""
+    from megatron.core.pipeline_parallel.utils import ScheduleNode
+
+    clock, seen = PhaseClock(HostStamps()), []
+
+    def noted(value):
+        seen.append((clock.phase, clock.pass_))
+        return value
+
+    node = ScheduleNode(
+        lambda x: noted(x * 2), torch.cuda.current_stream(), torch.cuda.Event(),
+        backward_func=lambda _outputs, gradients: noted(gradients), name=name,
+    )  # fmt: skip
+    undo = watch_schedule_plans(clock)
+    y = node.forward(torch.ones(2, requires_grad=True))
+    left = [(clock.phase, clock.pass_)]
+    node.backward(torch.ones_like(y))
+    left.append((clock.phase, clock.pass_))
+    undo()
+    assert seen == [(begins, "forward"), (begins, "backward")]
+    assert left == [(leaves, "forward"), (leaves, "forward" if leaves == "other" else "backward")]
