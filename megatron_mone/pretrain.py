@@ -102,12 +102,12 @@ def _train(
     from megatron_mone.model.gpt_training import datasets_provider, forward_step
     from megatron_mone.model.loss_check import rejection
     from megatron_mone.model.profile_window import window_of
-    from megatron_mone.model.routing_files import RoutesError
     from megatron_mone.model.routing_files import attach as replay_routing
     from megatron_mone.model.step_flops import step_flops
     from megatron_mone.moe import faults
     from megatron_mone.moe.masks.trace import MaskTraceError
     from megatron_mone.moe.metrics import install_tracker
+    from megatron_mone.moe.routing_tape import RoutesError
     from megatron_mone.profiling.attach import attach
 
     stop = signals.arm(args) if args.save else None

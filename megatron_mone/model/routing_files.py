@@ -20,14 +20,10 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common.patch import Replaced
-from megatron_mone.moe.routing_tape import RoutingTape
+from megatron_mone.moe.routing_tape import RoutesError, RoutingTape
 
 Place = tuple[str, int | None, int]
 """Block, number of the multi-token-prediction head, layer: as router_trace.py names a router."""
-
-
-class RoutesError(ValueError):
-    """Routes that are missing, damaged, or of another run; one line."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,10 @@ from torch import Tensor
 from megatron_mone.moe.recompute import in_recompute
 
 
+class RoutesError(ValueError):
+    """Routes that are missing, damaged, or of another run; one line."""
+
+
 class RoutingTape:
     """The expert choices of one layer in one step, in the order of its forwards.
 
@@ -38,7 +42,11 @@ class RoutingTape:
         group_topk: int | None = None,
         default_compute_topk: Callable[..., tuple[Tensor, Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(scores [T, k] of the chosen, their numbers [T, k]); see RouterReplay.get_replay_topk."""
+        """(scores [T, k] of the chosen, their numbers [T, k]); see RouterReplay.get_replay_topk.
+
+        Raises:
+            RoutesError: the choices are of other tokens.
+        """
         if in_recompute():  # in the order of the forwards, as micro-batches go backward
             index, self._next_recompute = self._next_recompute, self._next_recompute + 1
         elif self.records:
@@ -49,4 +57,9 @@ class RoutingTape:
         else:
             index, self._next = self._next, self._next + 1
         chosen = self.choices[index]
+        if len(chosen) != len(scores):  # which gather and scatter would not mind
+            raise RoutesError(
+                f"routes of {len(chosen)} tokens for a micro-batch of {len(scores)}: replay them "
+                "with the seq_length, micro_batch_size and layout that they were recorded with"
+            )
         return scores.gather(1, chosen), chosen

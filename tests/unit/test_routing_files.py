@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megatron_mone.model import routing_files
-from megatron_mone.model.routing_files import RoutesError, check_combination, check_files
+from megatron_mone.model.routing_files import check_combination, check_files
+from megatron_mone.moe.routing_tape import RoutesError, RoutingTape
 
 
 def record(step, layer, chosen):
@@ -64,6 +65,13 @@ def test_what_does_not_fit_is_one_line(tmp_path, monkeypatch, lines, says):
         job.step(iteration=0)
     assert "\n" not in str(error.value)
     assert taken == []
+
+
+def test_routes_of_fewer_tokens_are_not_taken():
+    tape = RoutingTape(records=False)
+    tape.begin_step([torch.zeros(3, 2, dtype=torch.int64)])
+    with pytest.raises(RoutesError, match="routes of 3 tokens for a micro-batch of 4"):
+        tape.get_replay_topk(torch.zeros(4, 4), 2)
 
 
 def test_a_folder_of_other_ranks(tmp_path):
