@@ -9,6 +9,7 @@ from megatron_mone.cpu_emulation import (
     cuda_calls,
     device,
     distributed,
+    fsdp,
     hybrid,
     latent,
     memory,
@@ -39,6 +40,7 @@ PATCHES: tuple[Patch, ...] = (
     *latent.PATCHES,
     *optimizer.PATCHES,
     *specs.PATCHES,
+    *fsdp.PATCHES,
     *hybrid.PATCHES,  # after the attention that its layers take
 )
 

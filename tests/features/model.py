@@ -97,6 +97,27 @@ ROWS = (
         "off: a neuron of MoNE has no bias; on is refused",
         shown="tests/unit/checks/test_combinations.py",
     ),
+    trained(
+        "hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads",
+        "Megatron's HybridModel: its layers of experts are MoNE; Mamba's scan is plain torch on "
+        "CPU ranks; not with multi-token prediction; not profiled, planned, evaluated or converted",
+        shown="tests/parity/test_hybrid_models.py::test_a_hybrid_model_is_the_same_in_every_layout "
+        "tests/parity/test_hybrid_models.py::test_attention_and_experts_alone_are_the_gpt_model",
+    ),
+    unrun("use_mamba_mem_eff_path mamba_training_ssm_states_dtype",
+          "of mamba-ssm's kernels, which need a GPU"),
+    trained(
+        "dataloader_inter_document_masking",
+        "packed documents (THD), with masks by token; not with context parallelism, and a sample "
+        "at a time at TP or PP above 1",
+        shown="tests/parity/test_sequences.py::test_same_numbers_as_one_rank "
+        "tests/parity/test_sequences.py::test_masks_are_recorded_by_token",
+    ),
+    refused(
+        "sft hybrid_context_parallel max_seqlen_per_dp_cp_rank",
+        "of Megatron-LM's own pretrain_gpt.py, which takes --spec",
+        ("--sft", "pretrain_gpt.py"), ("--hybrid-context-parallel", "pretrain_gpt.py"),
+    ),
     trained("deterministic_mode", "MoNE's kernels are deterministic without it",
             Example(flags="--deterministic-mode", same=0)),
 )  # fmt: skip

@@ -83,12 +83,14 @@ ROWS = (
                 layouts=("PP2",), stock="PP2"),
         Example(flags="--pipeline-model-parallel-layout Et|tttL", beside="--num-layers 4",
                 same=1e-6, layouts=("PP2",), stock="PP2"),
+        shown="tests/parity/test_pipeline_stages.py::test_same_numbers_as_one_rank",
     ),
     trained(
         "cp_comm_type hierarchical_context_parallel_sizes",
-        "of attention: p2p, a2a, all_gather, a2a+p2p",
+        "of attention: p2p, a2a, all_gather and a2a+p2p; CPU ranks gather keys and values "
+        "for all of them",
         Example(flags="--cp-comm-type a2a", same=1e-6, layouts=("CP2",), stock="CP2"),
-        Example(flags="--cp-comm-type all_gather", same=1e-6, layouts=("CP2",), stock="CP2"),
+        shown="tests/parity/test_sequences.py::test_same_numbers_as_one_rank",
     ),
     trained(
         "ddp_average_in_collective ddp_reduce_scatter_with_fp32_accumulation "
@@ -108,14 +110,19 @@ ROWS = (
          "--overlap-param-gather --overlap-grad-reduce --pipeline-model-parallel-size 2 "
          "--num-layers 4 --num-virtual-stages-per-pipeline-rank 2", "distributed checkpointing"),
     ),
-    refused(
+    trained(
         "use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy "
+        "torch_fsdp2_reshard_after_forward",
+        "weights cut over replicas, by Megatron FSDP or torch's FSDP2, train as replicas do; their "
+        "checkpoints are refused, which cut linear_fc1 along the axis of gate and up, here that of "
+        "experts; not planned",
+        shown="tests/parity/test_sharded_weights.py::test_shards_train_as_replicas "
+        "tests/parity/test_sharded_weights.py::test_keep_all_is_stock",
+    ),
+    unrun(
         "outer_dp_sharding_strategy fsdp_* suggested_communication_unit_size "
-        "keep_fp8_transpose_cache torch_fsdp2_reshard_after_forward megatron_fsdp_* "
-        "init_model_with_meta_device",
-        "it cuts linear_fc1 along the axis of gate and up, here that of experts; DeepSpeed's ZeRO "
-        "3 shards parameters (docs/DEEPSPEED.md)",
-        ("--use-megatron-fsdp", "use_megatron_fsdp"), ("--use-torch-fsdp2", "use_torch_fsdp2"),
+        "keep_fp8_transpose_cache megatron_fsdp_* init_model_with_meta_device",
+        "buffers and formats of Megatron FSDP",
     ),
     refused(
         "expert_tensor_parallel_num_weight_shards",

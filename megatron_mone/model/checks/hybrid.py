@@ -72,6 +72,15 @@ def hybrid_faults(args: Namespace) -> Iterator[str]:
                     f"hybrid_layer_pattern = {pattern!r}: {symbol}, {what}, needs a GPU, and these "
                     "are CPU ranks: leave it out"
                 )
+        for name, usual in (
+            ("use_mamba_mem_eff_path", True),
+            ("mamba_training_ssm_states_dtype", None),
+        ):
+            if getattr(args, name) != usual:
+                yield (
+                    f"{name} = {getattr(args, name)!r} is of mamba-ssm's kernels, which need a "
+                    "GPU, and these are CPU ranks: leave it out"
+                )
         return
     if not HAVE_TE or args.transformer_impl == "local":
         yield (

@@ -41,6 +41,15 @@ def test_kinds_of_layers_that_cpu_ranks_have_not(args):
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_mamba_mem_eff_path", False), ("mamba_training_ssm_states_dtype", "fp32")],
+)
+def test_kernels_that_cpu_ranks_have_not(args, name, value):
+    setattr(args, name, value)
+    assert [line.split(" = ")[0] for line in hybrid.hybrid_faults(args)] == [name]
+
+
 def test_what_gpus_need(args, monkeypatch):
     monkeypatch.setattr(hybrid.torch.cuda, "is_available", lambda: True)
     args.transformer_impl = "local"
