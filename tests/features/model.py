@@ -76,12 +76,6 @@ ROWS = (
         "--apply-layernorm-1p",
         "--qk-clip --multi-latent-attention",
     ),
-    trained(
-        "hybrid_layer_pattern mamba_* use_mamba_mem_eff_path",
-        "HybridModel: attention, experts and dense layers by a pattern; Mamba layers need a GPU",
-        shown="tests/parity/test_hybrid_models.py::test_a_hybrid_model_is_the_same_in_every_layout "
-        "tests/parity/test_hybrid_models.py::test_keep_all_is_the_stock_hybrid_model",
-    ),
     unrun(
         "experimental_attention_variant linear_* dsa_*",
         "gated delta net and sparse attention in place of attention",
