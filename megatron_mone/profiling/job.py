@@ -47,12 +47,12 @@ def build_runs(options: Options, words: Sequence[str]) -> list[LiveRun]:
 
     from megatron_mone.deepspeed.attach import PATCHES
     from megatron_mone.model.arguments import parse_arguments
-    from megatron_mone.model.checks.hybrid import check_gpt
+    from megatron_mone.model.checks.hybrid import check_profiled
 
     install(PATCHES)
     specs = run_specs(options.against)
     base = parse_arguments(words)
-    check_gpt(base, "profiled")
+    check_profiled(base)
     if base.train_iters and base.train_iters < options.steps_of_a_run:
         raise ValueError(
             f"train_iters = {base.train_iters} is fewer than the {options.steps_of_a_run} steps "

@@ -20,6 +20,8 @@ def check_pattern(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
+    if args.mone_profile_steps:
+        check_profiled(args)
     pattern = args.hybrid_layer_pattern
     if pattern is None:
         return
@@ -33,12 +35,11 @@ def check_pattern(args: Namespace) -> None:
             f"num_experts = {args.num_experts} would have no effect: hybrid_layer_pattern = "
             f"{pattern!r} has no layer of experts (E)"
         )
-    for name in ("overlap_moe_expert_parallel_comm", "mone_profile_steps"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name} = {getattr(args, name)!r} does not go with hybrid_layer_pattern = "
-                f"{pattern!r}: it knows GPT models alone; leave it out"
-            )
+    if args.overlap_moe_expert_parallel_comm:
+        raise ValueError(
+            "overlap_moe_expert_parallel_comm = True does not go with hybrid_layer_pattern = "
+            f"{pattern!r}: it knows GPT models alone; leave it out"
+        )
 
 
 def check_gpt(args: Namespace, done: str) -> None:
@@ -56,6 +57,22 @@ def check_gpt(args: Namespace, done: str) -> None:
             f"hybrid_layer_pattern = {args.hybrid_layer_pattern!r}: hybrid models are trained, not "
             f"{done}: give a GPT model by --num-layers"
         )
+
+
+def check_profiled(args: Namespace) -> None:
+    """Steps that the profiler would read wrongly: of weights behind another wrapper, and of packed
+    documents, whose scores are not those of whole samples.
+
+    Args:
+        args: Megatron's.
+
+    Raises:
+        ValueError: names the argument, its value and what to do.
+    """
+    check_gpt(args, "profiled")
+    for name in ("use_megatron_fsdp", "dataloader_inter_document_masking"):
+        if getattr(args, name):
+            raise ValueError(f"{name} = True is trained, not profiled: leave one of them out")
 
 
 def hybrid_faults(args: Namespace) -> Iterator[str]:

@@ -124,6 +124,7 @@ def check_traceable(args: Namespace) -> None:
         "optimizer_cpu_offload",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
+        "dataloader_inter_document_masking",
     ):
         if getattr(args, name, False):
             raise ValueError(f"{name} = True cannot be planned: its work is not modelled; unset it")

@@ -23,7 +23,7 @@ def args():
         ({"num_experts": None}, "hybrid_layer_pattern = 'M[*]E' has layers of experts"),
         ({"hybrid_layer_pattern": "M*-"}, "num_experts = 4 would have no effect"),
         ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm = True"),
-        ({"mone_profile_steps": "2:3"}, "mone_profile_steps = '2:3' does not go"),
+        ({"mone_profile_steps": "2:3"}, "hybrid_layer_pattern = 'M[*]E': .* not profiled"),
     ],
 )
 def test_pattern(args, changed, says):
@@ -63,6 +63,15 @@ def test_commands_of_gpt_models_say_so(args):
         hybrid.check_gpt(args, "profiled")
     args.hybrid_layer_pattern = None
     hybrid.check_gpt(args, "profiled")
+
+
+@pytest.mark.parametrize("name", ["use_megatron_fsdp", "dataloader_inter_document_masking"])
+def test_what_the_profiler_would_misread(args, name):
+    args.hybrid_layer_pattern = None
+    hybrid.check_profiled(args)
+    setattr(args, name, True)
+    with pytest.raises(ValueError, match=f"^{name} = True is trained, not profiled"):
+        hybrid.check_profiled(args)
 
 
 def test_layers_of_experts():

@@ -42,6 +42,7 @@ def test_what_is_not_modelled_is_refused_in_one_line():
     check_traceable(arguments())
     for changed in (
         {"use_megatron_fsdp": True},
+        {"dataloader_inter_document_masking": True},
         {"cpu_offloading": True},
         {"optimizer_cpu_offload": True},
     ):
