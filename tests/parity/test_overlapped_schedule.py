@@ -2,6 +2,7 @@
 plan that the entry hands over; delay_wgrad_compute and overlap_dispatch_backward_with_experts_wgrad
 make weight gradients later: the same numbers as without, to the bit, stock and MoNE."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -58,9 +59,12 @@ RUNS = [
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory) -> Path:
-    ranks, layout, models = LAYOUTS[request.param]
-    folder = tmp_path_factory.mktemp("overlap")
+def runs_in(tmp_path_factory):
+    """Layout -> folder of its runs, made when it is first asked for."""
+    return cache(lambda layout: trained(tmp_path_factory.mktemp("overlap"), *LAYOUTS[layout]))
+
+
+def trained(folder: Path, ranks: int, layout: list[str], models: list[str]) -> Path:
     of_models = {model: MODELS[model] for model in models}
     of_models |= {model: (flags, {"delayed": DELAY}) for model, flags in WITH_MTP.items()}
     cases = []
@@ -76,9 +80,10 @@ def runs(request, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("runs", "model", "schedule"), RUNS, indirect=["runs"])
-def test_a_schedule_changes_no_number(runs, model, schedule):
+@pytest.mark.parametrize(("layout", "model", "schedule"), RUNS)
+def test_a_schedule_changes_no_number(runs_in, layout, model, schedule):
     """Losses, every metric of every step, the first gradients and the parameters after three."""
+    runs = runs_in(layout)
     plain, other = (recorded(runs / name) for name in (model, f"{model} {schedule}"))
     assert sorted(plain["lm loss"]) == [1, 2, 3]
     assert plain.keys() == other.keys()
@@ -101,11 +106,12 @@ def differing(runs, file, first, second) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("runs", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", WITH_MTP)
-def test_multi_token_prediction_is_in_the_schedule(runs, model):
+def test_multi_token_prediction_is_in_the_schedule(runs_in, layout, model):
     """The same bits but for the embedding, where one rank has both its uses: Megatron's schedule
     adds their gradients up one after the other in float32, autograd in bf16 before."""
+    runs = runs_in(layout)
     plain, other = (recorded(runs / name) for name in (model, f"{model} delayed"))
     for tag in ("lm loss", "mtp_1 loss"):
         assert plain[tag][1] == other[tag][1]
@@ -114,8 +120,9 @@ def test_multi_token_prediction_is_in_the_schedule(runs, model):
     assert all(error < 2**-7 for error in found.values())
 
 
-@pytest.mark.parametrize("runs", LAYOUTS, indirect=True)
-def test_overlap_records_the_same_masks(runs):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_overlap_records_the_same_masks(runs_in, layout):
+    runs = runs_in(layout)
     for layer in (1, 2, 3, 4):
         files = [
             mask_file(runs / f"{name} masks", 1, layer)
@@ -124,10 +131,11 @@ def test_overlap_records_the_same_masks(runs):
         assert files[0].read_bytes() == files[1].read_bytes() == files[2].read_bytes()
 
 
-@pytest.mark.parametrize("runs", LAYOUTS, indirect=True)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("schedule", MODELS["MoNE"][1])
-def test_a_profile_reads_the_same_work(runs, schedule):
+def test_a_profile_reads_the_same_work(runs_in, layout, schedule):
     """Phases and passes, rows, and what is sent over every group, of each rank."""
+    runs = runs_in(layout)
     plain, other = (profiled(runs / f"{name} profile") for name in ("MoNE", f"MoNE {schedule}"))
     assert len(plain) == len(other) > 1
     for first, then in zip(plain, other, strict=True):
