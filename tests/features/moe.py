@@ -115,7 +115,7 @@ ROWS = (
             ("--use-grouped-gemm-for-dense-mlp", "no effect")),
     refused(
         "moe_use_upcycling moe_upcycling_granularity",
-        "Megatron 0.19 ends in a TypeError",
+        "Megatron 0.19 ends in a TypeError; `megatron-mone convert upcycle` does it",
         ("--moe-use-upcycling", "TypeError"),
     ),
     unrun(
