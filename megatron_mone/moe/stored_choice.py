@@ -14,6 +14,7 @@ import contextlib
 import functools
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -132,18 +133,19 @@ def name_as_held(state: Any, held: Collection[str]) -> None:
     dict_list_map_inplace(named, state)
 
 
-_noted: list[Any] = []
+_noted: list[weakref.ref[Any]] = []
 
 
 def note_model(config: Any) -> None:
     """Remember the model of this process, for scripts whose arguments have no mone_* fields."""
-    _noted[:] = [config]
+    _noted[:] = [weakref.ref(config)]  # which knows its optimizer by a method
 
 
 def _model_of(args: Any) -> Any:
     """The arguments, or the config where they say nothing of MoNE; None: a stock model."""
-    found = [args] if hasattr(args, "mone_layer_freq") else _noted
-    return found[0] if found and is_mone(found[0]) else None
+    noted = _noted[0]() if _noted else None
+    found = args if hasattr(args, "mone_layer_freq") else noted
+    return found if found is not None and is_mone(found) else None
 
 
 def _as_held(load: Callable[..., Any]) -> Callable[..., Any]:
