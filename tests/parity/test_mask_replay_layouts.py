@@ -49,6 +49,7 @@ def runs(tmp_path_factory):
                     *load,
                     "--mone-neuron-groups",
                     "2",
+                    "--mone-change-choice",
                     *steps,
                     "--mone-record-masks",
                     f"{folder}/masks",
