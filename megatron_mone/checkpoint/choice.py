@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
+from megatron_mone.checkpoint.safe_metadata import loading_weights_only, read_metadata
 from megatron_mone.moe.stored_choice import CHOICE, Choice, check_choice
 
 
@@ -36,9 +36,9 @@ def saved_choice(folder: Path) -> Choice | None:
         key = next((key for key in keys if f".{CHOICE}/" in key), None)
         if key is None:
             return None
-        load_weights_only()
         found: dict[str, object] = {key: io.BytesIO()}
-        load(found, storage_reader=FileSystemReader(folder), no_dist=True)
+        with loading_weights_only():
+            load(found, storage_reader=FileSystemReader(folder), no_dist=True)
         held = found[key]
         if isinstance(held, io.BytesIO):
             held.seek(0)

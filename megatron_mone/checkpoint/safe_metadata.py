@@ -9,6 +9,8 @@ Megatron put there, and torch is told to load the objects with weights_only.
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,22 @@ def read_metadata(folder: Path) -> Any:
                          "loaded; give another --load") from error  # fmt: skip
 
 
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
 def load_weights_only() -> None:
     """Have every torch.load of this process refuse objects that are not registered as safe."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    os.environ[_FORCED] = "1"
+
+
+@contextmanager
+def loading_weights_only() -> Iterator[None]:
+    """`load_weights_only` while it lasts."""
+    before = os.environ.get(_FORCED)
+    load_weights_only()
+    try:
+        yield
+    finally:
+        os.environ.pop(_FORCED)
+        if before is not None:
+            os.environ[_FORCED] = before

@@ -29,6 +29,7 @@ from tests.training_cases import Case, recorded, run_cases, scalars
 
 pytestmark = pytest.mark.slow
 
+PLAIN = "--mone-plain-checkpoint"  # for stock Megatron to start from
 STEPS = 3
 TOLERANCE = 1e-5
 LOSSES = ("lm loss", "load_balancing_loss", "mone/ng_loss", "grad-norm")
@@ -45,7 +46,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     cases: dict[int, list[Case]] = {1: [], 2: [], 4: [], 8: []}
     for variant, flags in VARIANTS.items():
-        save = ("--save", f"{folder}/start {variant}", "--save-interval", "1")
+        save = ("--save", f"{folder}/start {variant}", "--save-interval", "1", PLAIN)
         start = (*TRAIN, *flags, "--train-iters", "1", *save)
         cases[1].append(Case(f"start run {variant}", start))
         cases[1].append(resumed(f"one rank, {variant}", variant, TRAIN))

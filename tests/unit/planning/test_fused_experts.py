@@ -545,7 +545,10 @@ def test_mone_in_fp8_casts_for_each_product(recorder):
 @pytest.mark.slow
 def test_a_job_in_fp8_is_planned_with_its_casts(traced):
     """As many products as in 16 bits, each of 8, but where layers are left in 16."""
-    fp8 = ("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--mone-backend", "te")
+    fp8 = (
+        *("--fp8-format", "hybrid", "--fp8-recipe", "tensorwise", "--mone-backend", "te"),
+        *("--moe-token-dispatcher-type", "alltoall"),
+    )
     first = ("--first-last-layers-bf16", "--num-layers-at-start-in-bf16", "1")
     end = ("--num-layers-at-end-in-bf16", "0")
     for flags, layers in ((fp8, LAYERS), ((*fp8, *first, *end), LAYERS - 1)):
