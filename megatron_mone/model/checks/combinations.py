@@ -46,8 +46,8 @@ def _general(args: Namespace) -> list[tuple[object, str, str]]:
         (args.config_logger_dir, "config_logger_dir", "ends in a TypeError, for Megatron 0.19 "
          "copies process groups with the config: leave it out"),
         (args.moe_use_upcycling, "moe_use_upcycling", "ends in a TypeError: Megatron 0.19 gives "
-         "load_checkpoint an argument it does not take: `megatron-mone convert upcycle` makes a "
-         "Hugging Face model of experts, and `convert import` a checkpoint of that"),
+         "load_checkpoint an argument it does not take: make the checkpoint with `megatron-mone "
+         "convert upcycle` and `convert import`, and --load it"),
         (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: it "
          "waits for routes from a program; give --mone-replay-routing DIR instead"),
         (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
