@@ -1,11 +1,9 @@
 """Rows of routers, experts and their balance."""
 
-from tests.features.row import Example, refused, trained, unrun
+from tests.features.row import SEED, Example, refused, trained, unrun
 
 BIASED = "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.05"
 SHARED = "--moe-shared-expert-intermediate-size 32"
-# Another start, where no choice of a neuron hangs on the rounding of a layout.
-SEED = "--seed 7"
 NO_ROUTER_LOSS = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 
 ROWS = (

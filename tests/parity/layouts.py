@@ -18,6 +18,8 @@ STOCK = (*TINY, *MOCK, "--clip-grad", "0")
 KEEP_ALL = (*STOCK, "--mone-neuron-ratio", "1.0", "--mone-ng-loss-coeff", "0",
             "--mone-backend", "reference")  # fmt: skip
 
+PLAIN = "--mone-plain-checkpoint"  # for stock Megatron to start from
+
 EP2 = ("--expert-model-parallel-size", "2")
 EP4 = ("--expert-model-parallel-size", "4")
 PP2 = ("--pipeline-model-parallel-size", "2")

@@ -11,7 +11,7 @@ import pytest
 
 from tests.features.row import LAYOUTS, Example
 from tests.features.table import EXAMPLES
-from tests.parity.layouts import EP2, KEEP_ALL, STOCK, TRAIN
+from tests.parity.layouts import EP2, KEEP_ALL, PLAIN, STOCK, TRAIN
 from tests.parity.test_training_layouts import TOLERANCE, worst_error, worst_tensor_error
 from tests.training_cases import Case, recorded, run_cases
 
@@ -30,7 +30,6 @@ ROUTED = {
     "replayed, another model": f"{REPLAY} --seed 5",
 }
 PLAIN_RUN = "plain"
-PLAIN = "--mone-plain-checkpoint"  # for stock Megatron to start from
 
 
 @dataclass(frozen=True)

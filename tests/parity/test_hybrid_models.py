@@ -10,7 +10,7 @@ import json
 import pytest
 
 from tests.parity.conftest import note
-from tests.parity.layouts import CP2, EP2, FULL_RECOMPUTE, KEEP_ALL, PP2, STOCK, TP2, TRAIN
+from tests.parity.layouts import CP2, EP2, FULL_RECOMPUTE, KEEP_ALL, PLAIN, PP2, STOCK, TP2, TRAIN
 from tests.parity.test_training_layouts import LOSSES, TOLERANCE, worst_error, worst_tensor_error
 from tests.training_cases import Case, recorded, run_cases, scalars
 
@@ -27,7 +27,6 @@ LAYOUTS = {
     "EP2, full recompute": (*EP2, *FULL_RECOMPUTE),
 }
 ADAM = TRAIN[-2:]  # its eps
-PLAIN = "--mone-plain-checkpoint"  # for stock models to read
 BY_FREQUENCY = ("--mone-layer-freq", "[0,0,1,0,0,0]")
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_mone.model.checks import layout
 from tests.parity.conftest import note
-from tests.parity.layouts import KEEP_ALL, PP2, STOCK, TRAIN
+from tests.parity.layouts import KEEP_ALL, PLAIN, PP2, STOCK, TRAIN
 from tests.parity.test_training_layouts import LOSSES, TOLERANCE, worst_error, worst_tensor_error
 from tests.training_cases import Case, recorded, run_cases, scalars
 
@@ -44,7 +44,7 @@ def runs(tmp_path_factory):
     one = []
     for model in dict.fromkeys(model for model, _ in SPLITS.values()):
         save = ("--train-iters", "1", "--save", f"{folder}/start {model[1:]}", "--save-interval")
-        start = (*TRAIN, *model, *save, "1", "--mone-plain-checkpoint")
+        start = (*TRAIN, *model, *save, "1", PLAIN)
         one += [Case(f"start run {model[1:]}", start), case(f"one rank {model[1:]}", TRAIN, model)]
     run_cases(one, 1, folder)
     two = [case(name, TRAIN, model, *PP2, *flags) for name, (model, flags) in SPLITS.items()]

@@ -10,7 +10,7 @@ import torch
 
 from megatron_mone.moe.masks.trace import mask_file
 from tests.parity.conftest import note
-from tests.parity.layouts import EP2, MOCK, PP2, TP2, TRAIN
+from tests.parity.layouts import EP2, MOCK, PLAIN, PP2, TP2, TRAIN
 from tests.parity.test_training_layouts import LOSSES, TOLERANCE, worst_error, worst_tensor_error
 from tests.training_cases import MONE, TINY, Case, recorded, run_cases, scalars
 
@@ -65,8 +65,7 @@ def runs(tmp_path_factory):
 
     def one_rank(name, *words):
         save = ("--train-iters", "1", "--save", f"{folder}/start {name}", "--save-interval", "1")
-        plain = "--mone-plain-checkpoint"  # for stock models to read
-        cases[1].append(Case(f"start run {name}", (*words, *save, plain)))
+        cases[1].append(Case(f"start run {name}", (*words, *save, PLAIN)))
         add(1, name, name, *words, "--mone-record-masks", f"{folder}/{name} masks")
 
     for name, (flags, layouts) in VARIANTS.items():

@@ -20,6 +20,7 @@ from tests.parity.layouts import (
     KEEP_ALL_LAYOUTS,
     LAYOUTS,
     OPTIMIZERS,
+    PLAIN,
     STOCK,
     TRAIN,
     VARIANTS,
@@ -29,7 +30,6 @@ from tests.training_cases import Case, recorded, run_cases, scalars
 
 pytestmark = pytest.mark.slow
 
-PLAIN = "--mone-plain-checkpoint"  # for stock Megatron to start from
 STEPS = 3
 TOLERANCE = 1e-5
 LOSSES = ("lm loss", "load_balancing_loss", "mone/ng_loss", "grad-norm")
