@@ -45,6 +45,7 @@ def test_every_shipped_cluster_loads_and_names_its_sources():
         "a100-hdr",
         "b200-ndr",
         "gb200-nvl72",
+        "gb300-nvl72",
         "h100-ndr",
         "h200-ndr",
         "mi300x-ndr",
@@ -90,6 +91,14 @@ def test_an_nvl72_domain_is_larger_than_its_node_and_a_mesh_pair_slower_than_all
     rack, mesh = load_cluster("gb200-nvl72"), load_cluster("mi300x-ndr")
     assert (rack.node_devices, rack.domain.devices) == (4, 72)
     assert mesh.domain.bandwidth == 7 * mesh.domain.pair_bandwidth
+
+
+def test_a_gb300_rack_is_a_gb200_rack_with_288_gb_and_twice_the_network():
+    before, now = load_cluster("gb200-nvl72"), load_cluster("gb300-nvl72")
+    assert now.device.memory_bytes == pytest.approx(288e9, rel=1e-5)
+    assert now.network.bandwidth == 2 * before.network.bandwidth
+    assert now.domain == before.domain
+    assert now.device.peak("fp8") == before.device.peak("fp8")
 
 
 def test_cluster_files_are_no_run_files():
