@@ -30,11 +30,13 @@ def check_published(
 
     Reads tests/published/*.yaml (docs/PUBLISHED_RUNS.md), plans every run from the model's own
     code, and prints a table: runs the efficiencies were fitted to, runs held out, skewed routing,
-    memory. Writes it to --out as JSON. Exit status 2 for wrong input.
+    memory; by device the spread of errors around their mean, by model how well the order of layouts
+    is kept, and what other planners say of the same runs. Writes the table to --out as JSON. Exit
+    status 2 for wrong input.
     """
     from megatron_mone.common.progress import progress_bar
     from megatron_mone.planning.cost.efficiency import efficiency_of
-    from megatron_mone.planning.fitting import published
+    from megatron_mone.planning.fitting import agreement, published
     from megatron_mone.planning.fitting.published_fit import replanned
     from megatron_mone.planning.tracing.trace_server import Tracer
 
@@ -59,6 +61,7 @@ def check_published(
     groups = published.grouped(compared)
     for title, comparisons in groups.items():
         print(published.table(title, comparisons))
+    print(agreement.report(compared))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, published.document(groups))
     print(f"wrote {out}")

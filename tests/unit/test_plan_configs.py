@@ -24,7 +24,7 @@ MONE_MODELS = sorted(
 )
 REQUIRED = {"kind", "source", "second_hand", "gpus", "cluster", "routing", "model", "layout",
             "train", "published"}  # fmt: skip
-OPTIONAL = {"extra", "attention_flops", "assumed", "calibrates", "zipf"}
+OPTIONAL = {"extra", "attention_flops", "assumed", "calibrates", "zipf", "peer"}
 KINDS = {"step", "memory", "layer", "exposed"}
 FIGURES = {"step_ms", "layer_ms", "tflops_per_gpu", "tokens_per_s_per_gpu", "mfu", "memory",
            "exposed_expert_comm"}  # fmt: skip
@@ -169,6 +169,8 @@ def test_published_run_is_whole(path):
     assert row.get("calibrates") in (None, True)
     assert ("zipf" in row) == (row["routing"] == "skewed")
     assert not (row.get("extra") and row.get("calibrates"))
+    if "peer" in row:
+        assert {"name", "step_ms", "peak_allocated"} == set(row["peer"])
     assert row["published"]
     assert set(row["published"]) <= FIGURES
     assert row["published"].get("memory", {"unit": "GiB"})["unit"] in ("GiB", "GB")

@@ -5,7 +5,7 @@ May touch: the files it is given; the tracer's processes and cache, by way of th
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class PublishedRun:
         calibrates: whether efficiencies, or the spread of its routing, are fitted to it, so that it
             proves nothing.
         skew: how tokens are taken to spread over experts.
+        peer: another program's own prediction of the same figures, by name; empty without one.
     """
 
     name: str
@@ -55,6 +56,7 @@ class PublishedRun:
     full_attention: bool
     calibrates: bool
     skew: Skew
+    peer: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def read_published(path: Path) -> PublishedRun:
         full_attention=values.get("attention_flops") == "full",
         calibrates=bool(values.get("calibrates", False)),
         skew=Skew(ZIPF, file.number("zipf")) if "zipf" in values else Skew(),
+        peer=file.section("peer").values if "peer" in values else {},
     )
 
 
