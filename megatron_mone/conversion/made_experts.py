@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_mone.checkpoint.upcycling import random_router, upcycled_router
 from megatron_mone.conversion.families import Family
 from megatron_mone.conversion.hf_folder import Stored, Weights
-from megatron_mone.conversion.neuron_groups import random_router, random_split
+from megatron_mone.conversion.neuron_groups import random_split
 from megatron_mone.conversion.pairs import EXPERTS, SHARED_EXPERTS
 from megatron_mone.conversion.shape import Shape
 
@@ -167,8 +168,7 @@ def upcycled(
     nothing = torch.empty(0, dtype=torch.long)
 
     def plan(layer: int) -> LayerPlan:
-        router = random_router(experts // granularity, hidden, seed + layer)
-        router = router.repeat_interleave(granularity, dim=0)  # a copy's slices go together
+        router = upcycled_router(experts, granularity, hidden, seed, layer)
         return LayerPlan([(0, slices[e % granularity]) for e in range(experts)], router, nothing)
 
     return Recipe(

@@ -9,10 +9,10 @@ that fire most, Pei et al. 2025 (CMoE, arXiv 2502.04416); a random split, Zhu et
 import torch
 from torch import Tensor
 
+from megatron_mone.checkpoint.upcycling import ROUTER_SPREAD
+
 FIRING_SHARE = 1 / 8
 """A neuron fires for a token when it is among so large a share of the strongest."""
-ROUTER_SPREAD = 0.05
-"""Standard deviation of a fresh router's logits: all chosen experts weigh about the same."""
 _ROUNDS = 10
 _RIDGE = 1e-2
 _LARGEST = 0.25
@@ -104,12 +104,6 @@ def _fill(costs_PC: Tensor, room: int) -> Tensor:
             if not left[cluster]:
                 costs_PC[:, cluster] = torch.inf
     return owner_P
-
-
-def random_router(experts: int, hidden: int, seed: int) -> Tensor:
-    """[E, H] for inputs of a norm: logits of ROUTER_SPREAD, at random."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(experts, hidden, generator=generator) * ROUTER_SPREAD / hidden**0.5
 
 
 def fitted_router(x_TH: Tensor, size_TE: Tensor) -> Tensor:

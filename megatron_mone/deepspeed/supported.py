@@ -94,7 +94,7 @@ REFUSALS = (
     _given("use_precision_aware_optimizer", "the optimizer's tensors are DeepSpeed's",
            "give bf16 options of the JSON, or --engine megatron"),
     _given("save_wgrads_interval", _OWN_GRADIENTS),
-    _given("moe_use_upcycling", "the dense model beside it would be DeepSpeed's too",
+    _given("moe_use_upcycling", "a dense checkpoint was not tried under ZeRO",
            "upcycle first: megatron-mone convert upcycle"),
     _given("async_save", "state is gathered while the ranks wait", "leave it out"),
     *(Refusal(name, lambda args, name=name: bool(  # type: ignore[misc]

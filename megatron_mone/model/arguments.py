@@ -26,6 +26,7 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
     """
     from megatron.training import arguments
 
+    from megatron_mone.checkpoint import upcycling
     from megatron_mone.checkpoint.vocabulary import keep_padded_vocabulary
     from megatron_mone.deepspeed.settings import for_engine
     from megatron_mone.model.checks import (
@@ -53,6 +54,7 @@ def parse_arguments(words: Sequence[str], elsewhere: bool = False) -> argparse.N
         raise ValueError(f"Megatron refuses the arguments: {failure.words(error)}") from error
     check_layout(args)
     check_settings(args)
+    upcycling.begin(args, given, elsewhere)
     if not elsewhere:
         check_checkpoint(args)  # compares widths that validation derives
     keep_padded_vocabulary(args, given.padded_vocab_size)

@@ -5,7 +5,7 @@ for a while (common/patch.py: Replaced). A model that another script builds need
 alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
 """
 
-from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, verify
+from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, upcycling, verify
 from megatron_mone.common import patch
 from megatron_mone.deepspeed import attach
 from megatron_mone.model import layer_spec, liveness
@@ -21,6 +21,7 @@ PATCHES = (
     *verify.PATCHES,
     *optimizer_layout.PATCHES,
     *schedule.PATCHES,
+    *upcycling.PATCHES,
     *signals.PATCHES,
     *attach.PATCHES,
     *trackers.PATCHES,

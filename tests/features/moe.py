@@ -111,10 +111,12 @@ ROWS = (
     ),
     refused("use_grouped_gemm_for_dense_mlp", "Megatron has it of models without experts alone",
             ("--use-grouped-gemm-for-dense-mlp", "no effect")),
-    refused(
+    trained(
         "moe_use_upcycling moe_upcycling_granularity",
-        "Megatron 0.19 ends in a TypeError; `megatron-mone convert upcycle` does it",
-        ("--moe-use-upcycling", "TypeError"),
+        "the experts are slices of the dense checkpoint in --load, as `megatron-mone convert "
+        "upcycle` makes them; stock experts, with which Megatron 0.19 ends in a TypeError, not",
+        shown="tests/parity/test_upcycling.py::test_it_is_convert_upcycle_and_a_run_from_it "
+        "tests/parity/test_upcycling.py::test_it_is_the_same_in_every_layout",
     ),
     unrun(
         "moe_enable_deepep moe_flex_dispatcher_backend moe_flex_dispatcher_num_sms "

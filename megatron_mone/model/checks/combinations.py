@@ -8,6 +8,7 @@ from importlib import import_module
 from megatron_mone.config import OUR_SPEC
 from megatron_mone.config_checks import is_mone
 from megatron_mone.model.checks.graphs import check_graphs
+from megatron_mone.moe.stored_choice import is_mixed
 
 KEPT = "gate, up and index of each kept neuron"
 """What the kernels of MoNE keep for the backward pass beside the experts' input."""
@@ -33,6 +34,8 @@ def check_combinations(args: Namespace) -> None:
                     f"{name} = {getattr(args, name)!r} is not allowed with MoNE: {says}"
                 )
         check_graphs(args)
+        if args.moe_use_upcycling:
+            _check_upcycling(args)
 
 
 def _general(args: Namespace) -> list[tuple[object, str, str]]:
@@ -45,9 +48,9 @@ def _general(args: Namespace) -> list[tuple[object, str, str]]:
          "optimizers with a state: leave out --use-distributed-optimizer"),
         (args.config_logger_dir, "config_logger_dir", "ends in a TypeError, for Megatron 0.19 "
          "copies process groups with the config: leave it out"),
-        (args.moe_use_upcycling, "moe_use_upcycling", "ends in a TypeError: Megatron 0.19 gives "
-         "load_checkpoint an argument it does not take: make the checkpoint with `megatron-mone "
-         "convert upcycle` and `convert import`, and --load it"),
+        (args.moe_use_upcycling and not is_mone(args), "moe_use_upcycling", "ends in a TypeError "
+         "with stock experts, for Megatron 0.19 gives load_checkpoint an argument it does not "
+         "take: give mone_neuron_ratio = 1.0, whose experts keep every neuron as stock ones do"),
         (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: it "
          "waits for routes from a program; give --mone-replay-routing DIR instead"),
         (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
@@ -134,6 +137,40 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
         (layers, "heterogeneous_layers_config_path", "Megatron builds another config class of it, "
          "without mone_* fields: leave it out"),
     ]  # fmt: skip
+
+
+def _check_upcycling(args: Namespace) -> None:
+    """What experts that are slices of a dense FFN need to be it together, and a load of them."""
+    slices, factor = args.moe_upcycling_granularity, args.moe_router_topk_scaling_factor
+    balancing = args.moe_router_load_balancing_type
+    weights = "the weights of the chosen experts would not sum to 1"
+    sharded = "use_megatron_fsdp" if args.use_megatron_fsdp else "use_torch_fsdp2"
+    for wrong, name, says in (
+        (slices < 1, "moe_upcycling_granularity", "give 1 or more"),
+        (args.num_experts % max(slices, 1), "num_experts",
+         f"it must divide by moe_upcycling_granularity = {slices}"),
+        (args.moe_router_topk < 2 or args.moe_router_topk % max(slices, 1), "moe_router_topk",
+         f"give 2 or more, the weight of one alone is 1 whatever its router says, and a multiple "
+         f"of moe_upcycling_granularity = {slices}"),
+        ((factor or 1) != slices, "moe_router_topk_scaling_factor", f"a copy's {slices} slices "
+         f"share its weight: give {slices}.0, or another moe_upcycling_granularity"),
+        (args.moe_router_pre_softmax, "moe_router_pre_softmax", f"{weights}: leave it out"),
+        ("sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]),
+         "moe_router_load_balancing_type", f"{weights}: give another"),
+        (args.moe_layer_freq != 1, "moe_layer_freq", "a dense model's layers are "
+         "saved as one tensor, of which a part is not read: leave it out"),
+        (is_mixed(args), "mone_layer_freq", "all layers must be alike: leave it out"),
+        *((getattr(args, name), name, "a dense model has nothing that it could be made of: leave "
+           "it out") for name in ("moe_shared_expert_intermediate_size", "moe_latent_size",
+                                  "mtp_num_layers", "hybrid_layer_pattern")),
+        (args.ckpt_format != "torch_dist", "ckpt_format", "give torch_dist"),
+        (args.use_megatron_fsdp or args.use_torch_fsdp2, sharded, "weights are cut otherwise: "
+         "leave it out until the run has saved"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} does not go with moe_use_upcycling: {says}"
+            )
 
 
 def _check_spec(args: Namespace) -> None:

@@ -24,7 +24,7 @@ CASES = [  # the refused, what the line says, and a way out
     ({"optimizer": "sgd", "use_distributed_optimizer": True},
      "optimizer = 'sgd' .*leave out --use-distributed-optimizer", {"optimizer": "sgd"}),
     ({"config_logger_dir": "x"}, "config_logger_dir = 'x' ", {}),
-    ({"moe_use_upcycling": True}, "moe_use_upcycling = True .*--load", {}),
+    ({"moe_use_upcycling": True}, "moe_use_upcycling = True .*mone_neuron_ratio = 1.0", {}),
     ({"perform_initialization": False}, "load = None .*--no-initialization",
      {"perform_initialization": False, "load": "x"}),
     ({"init_model_with_meta_device": True}, "load = None .*--init-model-with-meta-device",
@@ -84,6 +84,23 @@ BESIDE_MONE = [
     {"recompute_modules": ["moe_act"]},
     {"recompute_modules": ["moe"], "mone_backend": "reference"},
 ]
+UPCYCLING = [
+    {"moe_upcycling_granularity": 0},
+    {"num_experts": 6},
+    {"moe_router_topk": 1},
+    {"moe_router_topk": 3},
+    {"moe_router_topk_scaling_factor": None},
+    {"moe_router_pre_softmax": True},
+    {"moe_router_load_balancing_type": ["sinkhorn"]},
+    {"moe_layer_freq": 2},
+    {"mone_layer_freq": [1, 0]},
+    {"moe_shared_expert_intermediate_size": 8},
+    {"moe_latent_size": 8},
+    {"mtp_num_layers": 1},
+    {"hybrid_layer_pattern": "*E"},
+    {"ckpt_format": "torch"},
+    {"use_torch_fsdp2": True},
+]
 
 
 @pytest.mark.parametrize(("wrong", "says", "right"), CASES, ids=lambda case: str(case)[:50])
@@ -104,3 +121,13 @@ def test_what_only_stock_experts_read_is_refused_with_mone(defaults, given):
 @pytest.mark.parametrize("given", BESIDE_MONE, ids=str)
 def test_what_goes_with_mone_is_let_through(defaults, given):
     check_combinations(Namespace(**{**defaults, **given, **MONE}))
+
+
+@pytest.mark.parametrize("given", UPCYCLING, ids=str)
+def test_what_slices_of_a_dense_ffn_cannot_be(defaults, given):
+    fits = {"moe_use_upcycling": True, "moe_upcycling_granularity": 4, "moe_router_topk": 4,
+            "moe_router_topk_scaling_factor": 4.0, "num_experts": 8, "num_layers": 2}  # fmt: skip
+    check_combinations(Namespace(**{**defaults, **fits, **MONE}))
+    with pytest.raises(ValueError, match=f"^{next(iter(given))} = .* moe_use_upcycling: ") as error:
+        check_combinations(Namespace(**{**defaults, **fits, **MONE, **given}))
+    assert "\n" not in str(error.value)
