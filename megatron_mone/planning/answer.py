@@ -145,6 +145,10 @@ def _head(question: Question, planner: Planner, planned: Planned) -> dict[str, A
 def _warnings(planner: Planner, planned: dict[str, Planned]) -> list[str]:
     found = ["Nothing here was run on a GPU: times are of a model of the machine."]
     domain = planner.cluster.domain.devices
+    if any(memory.host for one in planned.values() for memory in one.prediction.memory_P):
+        found.append(
+            "Times of the host follow its published bandwidths; they are fitted to nothing."
+        )
     for name, one in planned.items():
         if one.prediction.facts.tp > domain:
             found.append(

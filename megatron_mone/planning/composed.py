@@ -86,6 +86,7 @@ def scaled_traces[Place](
                 trace.memory,
                 optimizer=round(trace.memory.optimizer * shard),
                 expert_optimizer=round(trace.memory.expert_optimizer * shard),
+                host_optimizer=round(trace.memory.host_optimizer * shard),
             ),
         )
         for place, trace in traces.items()

@@ -191,6 +191,24 @@ class Timeline(Part):
         return self
 
 
+class HostPart(Part):
+    """What a rank's host holds and does, of the stage that has most there; published bandwidths,
+    fitted to nothing."""
+
+    memory_gib: Number
+    """GiB that the rank keeps there"""
+    limit_gib: Positive
+    """the device's share of the host's memory"""
+    to_host_gib: Number
+    """copied there in a step"""
+    to_device_gib: Number
+    """and back"""
+    copy_ms: Number
+    """both, alone on the link"""
+    update_ms: Number
+    """of the host's own operators: the optimizer, and what converts parameters"""
+
+
 class PlannedModel(Part):
     """One model, predicted."""
 
@@ -198,8 +216,8 @@ class PlannedModel(Part):
     """`mone` (`moe` where it is stock) for the model asked for, then those of `--against`"""
     layout: Layout
     fits: bool
-    first_unfit: Annotated[str, one_of(ORDER)] | None
-    """the part of memory at which the device's limit is passed"""
+    first_unfit: Annotated[str, one_of((*ORDER, "host"))] | None
+    """the part of memory at which the device's limit is passed; `host`: the host's"""
     cheapest_fix: Fix | None
     step_ms: Positive
     tokens_per_s_per_gpu: Number
@@ -223,6 +241,7 @@ class PlannedModel(Part):
     bubble_ms: Difference
     collectives: list[Collective]
     timeline: Timeline
+    host: HostPart | None = None
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:

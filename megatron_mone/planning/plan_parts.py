@@ -5,18 +5,20 @@ May touch: nothing.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 
 from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.host_cost import host_of
 from megatron_mone.planning.cost.prediction import Prediction
 from megatron_mone.planning.cost.rank_cost import collective_seconds
-from megatron_mone.planning.cost.rank_memory import RankMemory
+from megatron_mone.planning.cost.rank_memory import ORDER, RankMemory
 from megatron_mone.planning.plan_document import (
     ChunkTimes,
     ClusterFacts,
     Fix,
+    HostPart,
     Layout,
     Memory,
     Pass,
@@ -52,7 +54,7 @@ def model_document(
         name=name,
         layout=layout_document(facts),
         fits=prediction.fits,
-        first_unfit=fullest.first_that_does_not_fit(prediction.cluster.device),
+        first_unfit=prediction.first_unfit,
         cheapest_fix=cheapest_fix,
         **figures(prediction),
         memory_gib=memory_document(fullest),
@@ -64,10 +66,11 @@ def model_document(
         bubble_ms=1e3 * prediction.parts["bubble"],
         collectives=_collectives(prediction),
         timeline=_timeline(prediction),
+        **_host(prediction),
     )
 
 
-def figures(prediction: Prediction) -> dict[str, float]:
+def figures(prediction: Prediction) -> dict[str, Any]:
     """Time and rates of a step."""
     return {
         "step_ms": 1e3 * prediction.seconds,
@@ -93,7 +96,25 @@ def layout_document(facts: JobFacts) -> Layout:
 
 def memory_document(memory: RankMemory) -> Memory:
     """GiB of one rank, by part, and their sum."""
-    return Memory(**{k: v / GIB for k, v in asdict(memory).items()}, peak=memory.peak / GIB)
+    return Memory(**{k: getattr(memory, k) / GIB for k in ORDER}, peak=memory.peak / GIB)
+
+
+def _host(prediction: Prediction) -> dict[str, Any]:
+    """What is the host's, where it has anything."""
+    stage = max(range(prediction.facts.pp), key=lambda stage: prediction.memory_P[stage].host)
+    held, work = prediction.memory_P[stage].host, prediction.host_P[stage]
+    if not held:
+        return {}
+    host = host_of(prediction.cluster)
+    part = HostPart(
+        memory_gib=held / GIB,
+        limit_gib=host.memory_bytes / GIB,
+        to_host_gib=work.to_host / GIB,
+        to_device_gib=work.to_device / GIB,
+        copy_ms=1e3 * sum(work.copying(host)),
+        update_ms=1e3 * work.updating(host),
+    )
+    return {"host": part}
 
 
 def cluster_document(cluster: Cluster) -> ClusterFacts:

@@ -25,6 +25,11 @@ def table(plan: Plan) -> str:
             f"{one.tflops_per_gpu:8.3g} {one.mfu:6.1%} {one.exposed_comm_ms / step:8.1%} "
             f"{one.bubble_ms / step:7.1%} {one.memory_gib.peak:9.1f}  {_verdict(one)}"
         )
+        if one.host is not None:
+            lines.append(
+                f"{'':12} on the host: {one.host.memory_gib:.1f} of {one.host.limit_gib:.0f} GiB, "
+                f"copies {one.host.copy_ms:,.0f} ms, update {one.host.update_ms:,.0f} ms"
+            )
     return "\n".join(lines)
 
 
@@ -69,10 +74,9 @@ def nothing_fits(found: Found, name: str, gpus: int, device: Device) -> str:
     """Why no layout that was planned fits, in one line."""
     least = min(found.candidates, key=lambda one: one.planned.prediction.peak)
     prediction = least.planned.prediction
-    memory = prediction.memory_P[prediction.fullest]
-    part = memory.first_that_does_not_fit(device)
     return (
         f"none of {len(found.candidates)} layouts of {name} fits {gpus} x "
         f"{device.memory_bytes / GIB:.0f} GiB: the smallest, {least.layout}, needs "
-        f"{memory.peak / GIB:.0f} GiB and passes the limit at {part}: use more or larger devices"
+        f"{prediction.peak / GIB:.0f} GiB and passes the limit at {prediction.first_unfit}: use "
+        "more or larger devices"
     )

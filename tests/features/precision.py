@@ -8,6 +8,7 @@ MATRICES = (
 BF16 = "--bf16"
 FP8 = f"{BF16} --fp8-format hybrid"
 FP8_TE = f"{FP8} --mone-backend te --moe-ffn-hidden-size 64"
+OFFLOADED = "--optimizer-cpu-offload --use-precision-aware-optimizer --use-distributed-optimizer"
 IN_BF16 = f"{BF16} --grad-reduce-in-bf16"
 
 ROWS = (
@@ -53,9 +54,21 @@ ROWS = (
         "--fp16",
     ),
     unrun(
-        "optimizer_cpu_offload optimizer_offload_fraction use_torch_optimizer_for_cpu_offload "
-        "overlap_cpu_optimizer_d2h_h2d pin_cpu_grads pin_cpu_params",
-        "the optimizer's state in host memory; not planned",
+        "optimizer_cpu_offload optimizer_offload_fraction overlap_cpu_optimizer_d2h_h2d "
+        "pin_cpu_grads",
+        "fp32 weights, moments and a copy of the gradients in host memory, and Adam there; planned "
+        "from published bandwidths, fitted to nothing",
+        OFFLOADED,
+        f"{OFFLOADED} --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d",
+        shown="tests/integration/test_gpu_job_traces.py::test_an_optimizer_on_the_host",
+    ),
+    refused(
+        "use_torch_optimizer_for_cpu_offload pin_cpu_params",
+        "without effect in Megatron 0.19, with or without MoNE; so are other formats of moments "
+        "beside optimizer_cpu_offload",
+        (f"{OFFLOADED} --use-torch-optimizer-for-cpu-offload", "no effect"),
+        (f"{OFFLOADED} --no-pin-cpu-params", "no effect"),
+        (f"{OFFLOADED} --exp-avg-dtype bf16", "exp_avg_dtype"),
     ),
     unrun(
         "fp8 fp8_recipe fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo "

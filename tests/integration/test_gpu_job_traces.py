@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ MONE = (
     *("--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", F, "--moe-grouped-gemm"),
     *("--moe-token-dispatcher-type", "alltoall", "--mone-neuron-ratio", 0.25),
 )
+OFFLOADED = ("--optimizer-cpu-offload", "--use-precision-aware-optimizer")
 # Layouts whose collectives Megatron's own layers on CPU ranks launch, too.
 LAYOUTS = {
     "DP2": ((), 2, 1),
@@ -83,6 +85,8 @@ GPU = {
         ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16",
          "--exp-avg-sq-dtype", "bf16"), 2, 0,
     ),
+    "offloaded": (OFFLOADED, 2, 1),
+    "half offloaded": ((*OFFLOADED, "--optimizer-offload-fraction", 0.5), 2, 1),
     "MTP stage last": (
         ("--mtp-num-layers", 1, "--pipeline-model-parallel-size", 4,
          "--pipeline-model-parallel-layout", "Ett|tttt|m|L", "--overlap-grad-reduce",
@@ -253,6 +257,26 @@ def test_moments_of_16_bits(folder):
     assert aware.optimizer == pytest.approx(6 * shard, rel=0.01)
     assert default.weights == pytest.approx(2 * parameters, rel=0.01)
     assert default.gradients == pytest.approx(4 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "share"), [("offloaded", 1.0), ("half offloaded", 0.5)])
+def test_an_optimizer_on_the_host(folder, name, share):
+    """fp32 masters, two moments and a copy of the gradients are there, of whole parameters; the
+    gradients cross, and parameters come back in 16 bits."""
+    trace = of(folder, name)
+    memory, default = trace.memory, of(folder, "DP2").memory
+    shard = default.optimizer // 12
+    there = memory.host_optimizer // 16
+    assert share * shard <= there <= (share + 0.2) * shard
+    assert memory.host_optimizer == 16 * there
+    assert memory.optimizer - 4 == 12 * (shard - there)  # 4: of the loss scale
+    assert (memory.weights, memory.gradients) == (default.weights, default.gradients)
+    moved = Counter()
+    for one in trace.ops:
+        moved[one.name] += one.count * one.bytes_read
+    crossed = moved["link.to_host"], moved["link.to_device"], moved["host.adam"]
+    assert crossed == (FP32 * there, BF16 * there, 4 * FP32 * there)
+    assert moved["fused.adam"] == (shard - there) * 4 * FP32
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

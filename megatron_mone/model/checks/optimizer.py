@@ -25,6 +25,8 @@ def check_optimizer(args: Namespace) -> None:
     name = args.optimizer
     if is_mone(args):
         _check_stacks(args)
+    if args.optimizer_cpu_offload:
+        _check_offload(args)
     if name in PLAIN:
         return
     needs = [
@@ -91,6 +93,24 @@ def _check_stacks(args: Namespace) -> None:
             raise ValueError(
                 f"{name} = {getattr(args, name)!r} is not allowed with MoNE: Transformer "
                 "Engine scales it by tensor, and the experts of a rank are one: give fp32 or bf16"
+            )
+
+
+def _check_offload(args: Namespace) -> None:
+    """What HybridDeviceOptimizer is not given (optimizer/__init__.py)."""
+    unread = {
+        "use_torch_optimizer_for_cpu_offload": (False, "the device's optimizer is Adam's all the "
+                                                "same"),
+        "exp_avg_dtype": ("fp32", "its moments are fp32"),
+        "exp_avg_sq_dtype": ("fp32", "its moments are fp32"),
+        "main_params_dtype": ("fp32", "its parameters are fp32"),
+        "pin_cpu_params": (True, "they are pinned and then converted"),
+    }  # fmt: skip
+    for name, (default, why) in unread.items():
+        if getattr(args, name) != default:
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} would have no effect with optimizer_cpu_offload "
+                f"in Megatron 0.19: {why}; leave it out"
             )
 
 

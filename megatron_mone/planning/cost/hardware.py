@@ -58,6 +58,23 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Host:
+    """What one device has of its node's host.
+
+    Attributes:
+        bandwidth: bytes a second that the device copies to the host's memory, and from it.
+        memory_bytes: of the host's memory, the device's share.
+        memory_bandwidth: likewise, bytes a second read and written.
+        efficiency: share of either bandwidth that is reached, in (0, 1].
+    """
+
+    bandwidth: float
+    memory_bytes: float
+    memory_bandwidth: float
+    efficiency: float
+
+
+@dataclass(frozen=True)
 class Cluster:
     """Equal nodes of equal devices; rank r runs on device r, node after node.
 
@@ -67,6 +84,7 @@ class Cluster:
         node_devices: devices of one node; divides domain.devices or is equal to it.
         launch_latency: seconds any collective takes before its first byte moves.
         sources: section -> where its figures come from.
+        host: None where the file has none; nothing is offloaded then.
     """
 
     name: str
@@ -76,6 +94,7 @@ class Cluster:
     network: Network
     launch_latency: float
     sources: dict[str, str]
+    host: Host | None = None
 
     @property
     def leaf_devices(self) -> int:
@@ -108,8 +127,9 @@ def load_cluster(name: str) -> Cluster:
 
 
 def _cluster(file: Section) -> Cluster:
-    file.only("device", "node", "domain", "network", "collectives")
-    parts = {name: file.section(name) for name in ("device", "node", "domain", "network")}
+    file.only("device", "node", "domain", "network", "collectives", "host")
+    names = ["device", "node", "domain", "network", *(["host"] if "host" in file.values else [])]
+    parts = {name: file.section(name) for name in names}
     collectives = file.section("collectives")
     collectives.only("launch_latency_us", "source")
     parts["node"].only("devices", "source")
@@ -124,6 +144,7 @@ def _cluster(file: Section) -> Cluster:
             name: part.text("source")
             for name, part in {**parts, "collectives": collectives}.items()
         },
+        host=_host(parts["host"]) if "host" in parts else None,
     )
     if cluster.domain.devices % cluster.node_devices:
         parts["domain"].fail(
@@ -162,5 +183,15 @@ def _network(part: Section) -> Network:
         rails=part.whole("rails"),
         leaf_nodes=part.whole("leaf_nodes"),
         oversubscription=part.number("oversubscription", least=1.0),
+        efficiency=part.share("efficiency"),
+    )
+
+
+def _host(part: Section) -> Host:
+    part.only("gb_per_s", "memory_mib", "memory_gb_per_s", "efficiency", "source")
+    return Host(
+        bandwidth=1e9 * part.number("gb_per_s"),
+        memory_bytes=2**20 * part.number("memory_mib"),
+        memory_bandwidth=1e9 * part.number("memory_gb_per_s"),
         efficiency=part.share("efficiency"),
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from megatron_mone.common.phases import OTHER
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.host_cost import HostWork, host_of
 from megatron_mone.planning.cost.pipeline import (
     PipelineRun,
     Schedule,
@@ -57,6 +58,7 @@ class Prediction:
         executed_flops: of one device and step, mean over stages, recomputation included.
         gathering: seconds by which gathering parameters delays the first pass.
         reducing_P: seconds of each stage from its last pass until its gradients are reduced.
+        host_P: what the host has of each stage's update.
     """
 
     facts: JobFacts
@@ -73,6 +75,7 @@ class Prediction:
     executed_flops: float
     gathering: float
     reducing_P: list[float]
+    host_P: list[HostWork]
 
     @property
     def fullest(self) -> int:
@@ -86,8 +89,17 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether every stage fits its device."""
-        return self.peak <= self.cluster.device.memory_bytes
+        """Whether every stage fits its device, and what it keeps there its share of the host."""
+        return self.first_unfit is None
+
+    @property
+    def first_unfit(self) -> str | None:
+        """The part of memory at which a limit is passed, of the fullest stage; `host` where that is
+        the host's."""
+        part = self.memory_P[self.fullest].first_that_does_not_fit(self.cluster.device)
+        held = max(memory.host for memory in self.memory_P)
+        on_host = held > 0 and held > host_of(self.cluster).memory_bytes
+        return "host" if part is None and on_host else part
 
     @property
     def tokens_per_second(self) -> float:
@@ -183,6 +195,7 @@ def predict(
         * float(np.mean([sum(t.flops for t in row) for row in traces_PV])),
         gathering=before,
         reducing_P=[float(seconds) for seconds in ends_P - run.end_P],
+        host_P=[step.host for step in steps_P],
     )
 
 

@@ -32,6 +32,7 @@ from megatron_mone.planning.cost.collectives import (
 )
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.host_cost import HostWork, host_of, host_work, update_seconds
 from megatron_mone.planning.cost.roofline import Operation, operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Op, Trace
@@ -258,6 +259,7 @@ def _destinations(facts: JobFacts, placement: Placement) -> tuple[float, float]:
 
 
 REDUCTIONS = ("reduce_scatter", "all_reduce", "reduce")
+_UPDATE = "fused.adam"
 _SMALL = 4096  # bytes; norms, flags and losses, which are agreed on once and not for each chunk
 
 
@@ -271,7 +273,8 @@ class StepCost:
         gather: of parameters after the update.
         gather_buckets: likewise.
         optimizer: gradients scaled and checked, their norm, the update, copies of parameters,
-            gradients zeroed.
+            gradients zeroed; with the host's part of it.
+        host: what of the update is the host's.
         agree: small collectives: norms, losses, faults.
     """
 
@@ -281,6 +284,7 @@ class StepCost:
     gather_buckets: int
     optimizer: float
     agree: float
+    host: HostWork
 
 
 def step_cost(
@@ -292,23 +296,33 @@ def step_cost(
         chunks: traces of the rank's chunks; the first is chunk 0.
         facts: of the job.
         cluster, efficiency: where, and how near to its peaks.
+
+    Raises:
+        ValueError: the host updates parameters, and the cluster has none.
     """
     reductions = [c for c in _of_step(chunks) if c.kind in REDUCTIONS]
     gathers = [c for c in _of_step(chunks) if c.kind == "all_gather"]
     small = [c for c in chunks[0].collectives if not c.of_micro_batch and c.bytes <= _SMALL]
-    update = sum(
-        op.count * op_seconds(operation(op), cluster, efficiency)
-        for trace in chunks
-        for op in trace.ops
-        if op.of_step
+    ops = [op for trace in chunks for op in trace.ops if op.of_step]
+    work = host_work(ops)
+    others, own = (
+        sum(
+            op.count * op_seconds(operation(op), cluster, efficiency)
+            for op in ops
+            if op.of_device and (op.name == _UPDATE) == is_update
+        )
+        for is_update in (False, True)
     )
+    if work != HostWork():
+        own = update_seconds(work, own, host_of(cluster), overlapped=facts.overlap_host_copies)
     return StepCost(
         _seconds(reductions, facts, cluster),
         sum(c.count for c in reductions),
         _seconds(gathers, facts, cluster),
         sum(c.count for c in gathers),
-        update,
+        others + own,
         _seconds(small, facts, cluster),
+        work,
     )
 
 

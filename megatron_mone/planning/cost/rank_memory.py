@@ -7,7 +7,7 @@ Shapes: P stages, V chunks of a stage.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from megatron_mone.common.device import Device
 from megatron_mone.planning.cost.pipeline import Schedule, peak_activations
@@ -41,6 +41,7 @@ class RankMemory:
         buffers: of communication: transfers between stages, NCCL, DeepEP.
         context: of the CUDA process.
         fragmentation: of activations and transient bytes.
+        host: in the host's memory; none of the device's.
     """
 
     weights: float
@@ -51,11 +52,12 @@ class RankMemory:
     buffers: float
     context: float
     fragmentation: float
+    host: float = 0.0
 
     @property
     def peak(self) -> float:
-        """All of them."""
-        return sum(asdict(self).values())
+        """All of the device's."""
+        return sum(getattr(self, name) for name in ORDER)
 
     @property
     def allocated(self) -> float:
@@ -115,4 +117,5 @@ def _rank(
         buffers=buffers,
         context=CONTEXT,
         fragmentation=FRAGMENTATION * (activations + transient),
+        host=sum(trace.memory.host_optimizer for trace in chunks),
     )

@@ -98,6 +98,7 @@ def _stand_ins(
     from megatron.core.optimizer import clip_grads
 
     from megatron_mone.planning.tracing.stage_messages import known_shapes
+    from megatron_mone.planning.tracing.stand_ins import host
     from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
     from megatron_mone.planning.tracing.stand_ins import op as fused_op
     from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
@@ -107,6 +108,7 @@ def _stand_ins(
     with ExitStack() as stack:
         stack.enter_context(stand_ins.installed(args, config, recorder, rows))
         stack.enter_context(known_shapes(args, config))
+        stack.enter_context(host.installed(recorder.host))
         stack.enter_context(_recompute_is_told(recorder.clock))
         stack.enter_context(fused_op.recording(recorder))
         if config.transformer_impl == "transformer_engine":

@@ -121,7 +121,6 @@ def check_traceable(args: Namespace) -> None:
         "fp8_multi_head_attention",
         "cpu_offloading",
         "fine_grained_activation_offloading",
-        "optimizer_cpu_offload",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
         "dataloader_inter_document_masking",

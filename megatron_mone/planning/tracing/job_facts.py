@@ -71,6 +71,7 @@ class JobFacts:
             gradients of its experts.
         graphs_per_layer: CUDA graphs that a layer's pass is launched as; 0: kernel by kernel.
         graphed: phases whose kernels are launched by graphs.
+        overlap_host_copies: whether the host updates a parameter as soon as its gradient has come.
     """
 
     world_size: Whole
@@ -117,6 +118,7 @@ class JobFacts:
     overlap_dispatch_backward: StrictBool = False
     graphs_per_layer: Whole = 0
     graphed: tuple[Text, ...] = ()
+    overlap_host_copies: StrictBool = False
 
 
 _EXPERTS = (
@@ -232,6 +234,8 @@ def _overlap(args: Namespace) -> dict[str, Any]:
         "overlap_p2p": args.overlap_p2p_comm,
         "delay_wgrad": args.delay_wgrad_compute,
         "overlap_dispatch_backward": args.overlap_dispatch_backward_with_experts_wgrad,
+        # A copy into memory that is not pinned holds the host up.
+        "overlap_host_copies": args.overlap_cpu_optimizer_d2h_h2d and args.pin_cpu_grads,
     }
 
 

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import BACKWARD, FORWARD, RECOMPUTE
 from megatron_mone.common.phases import OPTIMIZER as OPTIMIZER_PHASE
+from megatron_mone.planning.tracing.host_tensors import HostTensors
 from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import GROUP_NAMES, tensors_in
@@ -105,6 +106,7 @@ class Recorder:
         ops, collectives: in order, not merged.
         live: bytes of what the step makes; its passes are those of the clock, and the optimizer.
         in_pass: as of the collectives that are noted.
+        host: whose tensors are no bytes of the device.
     """
 
     def __init__(self, clock: PhaseClock) -> None:
@@ -115,16 +117,23 @@ class Recorder:
         self._kept: dict[int, torch.UntypedStorage] = {}
         self.live = LiveBytes(self._pass)
         self.in_pass: bool | None = None
+        self.host = HostTensors()
 
     def _pass(self) -> str:
         return OPTIMIZER_PHASE if self.clock.phase == OPTIMIZER_PHASE else self.clock.pass_
 
     def saw_operator(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """An operator ran; views and unwritten memory are no work."""
-        if not self.clock.running:
+        if not self.clock.running and not self.host:
             return
         inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in((result,)))
         if not outputs or _is_view(func):
+            return
+        if (of_host := self.host.saw(func, inputs, outputs)) is not None:
+            for name, moved, written in of_host:
+                self._note(name, inputs, outputs, str(outputs[0].dtype), moved, written)
+            return
+        if not self.clock.running:
             return
         if not _is_in_place(func):
             for output in outputs:
@@ -161,18 +170,33 @@ class Recorder:
             read: bytes; of all inputs when None.
             phase: another one than that under way.
         """
+        inputs, outputs = list(inputs), list(outputs)
+        moved = sum(tensor.nbytes for tensor in inputs) if read is None else read
+        written = sum(tensor.nbytes for tensor in outputs)
+        kind = str(outputs[0].dtype if dtype is None else dtype)
+        self._note(name, inputs, outputs, kind, moved, written, flops, phase)
+
+    def _note(
+        self,
+        name: str,
+        inputs: Iterable[Tensor],
+        outputs: Iterable[Tensor],
+        dtype: str,
+        read: int,
+        written: int,
+        flops: int = 0,
+        phase: str | None = None,
+    ) -> None:
         if not self.clock.running:
             return
-        inputs, outputs = list(inputs), list(outputs)
-        kind = outputs[0].dtype if dtype is None else dtype
         self.ops.append(
             Op(
                 name=name,
                 inputs=tuple(tuple(tensor.shape) for tensor in inputs),
                 outputs=tuple(tuple(tensor.shape) for tensor in outputs),
-                dtype=str(kind).removeprefix("torch."),
-                bytes_read=sum(tensor.nbytes for tensor in inputs) if read is None else read,
-                bytes_written=sum(tensor.nbytes for tensor in outputs),
+                dtype=dtype.removeprefix("torch."),
+                bytes_read=read,
+                bytes_written=written,
                 flops=flops,
                 phase=self.clock.phase if phase is None else phase,
                 pass_=self.clock.pass_,
@@ -250,9 +274,15 @@ def stage_memory(
         of_experts: which of them are of routed experts; as `held`.
         recorder: of the step.
     """
-    sizes = {kind: sum(found.values()) for kind, found in held.items()}
+    on_host = {key for found in held.values() for key in found if recorder.host.holds_storage(key)}
+    sizes = {
+        kind: sum(size for key, size in found.items() if key not in on_host)
+        for kind, found in held.items()
+    }
     for kind, found in held.items():
-        sizes[f"expert_{kind}"] = sum(found[key] for key in found.keys() & of_experts[kind].keys())
+        here = (found.keys() & of_experts[kind].keys()) - on_host
+        sizes[f"expert_{kind}"] = sum(found[key] for key in here)
+    sizes["host_optimizer"] = sum(held[kind].get(key, 0) for kind in held for key in on_host)
     others = held[WEIGHTS].keys() | held[OPTIMIZER].keys()
     kept = recorder.kept().items()
     sizes["activations"] = sum(s.nbytes() for key, s in kept if key not in others)

@@ -31,6 +31,9 @@ _PER_MICRO_BATCH = ("tp", "cp", "tp-cp", "ep", "etp", "tp-ep", "pp")
 _PER_RANK = ("mp", "world", "intra_distributed_optimizer_instance_group")
 _PER_STEP = (GRAD_REDUCE, OPTIMIZER)
 
+# Names of copies between device and host, and what those of the host's operators begin with.
+TO_HOST, TO_DEVICE, HOST = "link.to_host", "link.to_device", "host."
+
 Shape = tuple[Whole, ...]
 
 
@@ -50,7 +53,8 @@ class Op:
 
     Attributes:
         name: "aten.mm", or of MoNE's routed experts "mone.gate", "mone.up_down" and
-            "mone.up_down_backward" on CPU ranks, "mone." and a kernel's name on GPUs.
+            "mone.up_down_backward" on CPU ranks, "mone." and a kernel's name on GPUs; TO_HOST,
+            TO_DEVICE, or of the host's tensors HOST and its own.
         inputs, outputs: shapes of its tensors; of in-place operators the tensor is in both.
         dtype: of the first output.
         bytes_read, bytes_written: of one; its tensors once, whole.
@@ -74,6 +78,11 @@ class Op:
     def of_step(self) -> bool:
         """Whether every step has it once, not every micro-batch."""
         return self.phase in _PER_STEP
+
+    @property
+    def of_device(self) -> bool:
+        """Whether the device's processors run it."""
+        return not self.name.startswith((HOST, TO_HOST, TO_DEVICE))
 
 
 @dataclass(frozen=True)
@@ -130,6 +139,7 @@ class StageMemory:
             forward and backward passes, activations included.
         expert_weights, expert_gradients, expert_optimizer: those of routed experts, contained in
             the first three.
+        host_optimizer: of the optimizer, in the host's memory; in none of the others.
     """
 
     weights: Whole
@@ -141,6 +151,7 @@ class StageMemory:
     expert_weights: Whole = 0
     expert_gradients: Whole = 0
     expert_optimizer: Whole = 0
+    host_optimizer: Whole = 0
 
 
 @dataclass(frozen=True)

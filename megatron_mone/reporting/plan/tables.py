@@ -56,7 +56,9 @@ def memory_table(plan: Plan) -> Table:
     rows = [[part, *(f"{m.memory_gib.parts[part]:,.2f}" for m in models)] for part in ORDER]
     peak = ["peak", *(f"{model.memory_gib.peak:,.2f}" for model in models)]
     limit = ["device", *(f"{plan.cluster.memory_gib:,.2f}" for _ in models)]
-    return header, [*rows, peak, limit]
+    hosts = [model.host for model in models]
+    on_host = ["on the host", *("" if one is None else f"{one.memory_gib:,.2f}" for one in hosts)]
+    return header, [*rows, peak, limit, *([on_host] if any(hosts) else [])]
 
 
 def stages_table(model: PlannedModel) -> Table:

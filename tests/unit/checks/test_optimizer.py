@@ -52,6 +52,12 @@ def test_what_trains_passes(parser, flags):
         ("--optimizer dist_muon", "'dist_muon' does not go with its layer-wise sharding: "),
         ("--optimizer muon --use-precision-aware-optimizer", "use_precision_aware_optimizer"),
         ("--optimizer muon --optimizer-cpu-offload", "optimizer_cpu_offload = True"),
+        (
+            "--optimizer-cpu-offload --exp-avg-sq-dtype bf16",
+            "exp_avg_sq_dtype = 'bf16' .* no effect",
+        ),
+        ("--optimizer-cpu-offload --use-torch-optimizer-for-cpu-offload", "would have no effect"),
+        ("--optimizer-cpu-offload --no-pin-cpu-params", "pin_cpu_params = False would have no eff"),
         ("--optimizer muon --num-distributed-optimizer-instances 2", "instances = 2"),
         ("--optimizer muon --muon-num-ns-steps 0", "muon_num_ns_steps = 0 must be 1 or more"),
         ("--optimizer soap --save s", "its state cannot be saved .* pass --no-save-optim"),

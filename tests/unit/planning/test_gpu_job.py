@@ -44,7 +44,7 @@ def test_what_is_not_modelled_is_refused_in_one_line():
         {"use_megatron_fsdp": True},
         {"dataloader_inter_document_masking": True},
         {"cpu_offloading": True},
-        {"optimizer_cpu_offload": True},
+        {"fine_grained_activation_offloading": True},
     ):
         with pytest.raises(ValueError, match=next(iter(changed))) as failure:
             check_traceable(arguments(**changed))

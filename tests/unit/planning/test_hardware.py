@@ -53,7 +53,9 @@ def test_every_shipped_cluster_loads_and_names_its_sources():
     for name in cluster_names():
         cluster = load_cluster(name)
         assert cluster.name == name
-        assert set(cluster.sources) == {"device", "node", "domain", "network", "collectives"}
+        parts = {"device", "node", "domain", "network", "collectives"}
+        assert set(cluster.sources) == parts | ({"host"} if cluster.host else set())
+        assert (cluster.host is None) == name.startswith("cpu")
         assert all(len(source) > 20 for source in cluster.sources.values())
 
 
@@ -85,6 +87,9 @@ def test_units_are_bytes_and_seconds():
     assert cluster.domain.latency == pytest.approx(1.9e-6)
     assert cluster.launch_latency == pytest.approx(8.4e-6)
     assert cluster.leaf_devices == 32 * 8
+    assert cluster.host is not None
+    assert (cluster.host.bandwidth, cluster.host.memory_bytes) == (64e9, 2**38)
+    assert 8 * cluster.host.memory_bandwidth == 2 * 8 * 4800e6 * 8  # sockets, channels, rate, bytes
 
 
 def test_an_nvl72_domain_is_larger_than_its_node_and_a_mesh_pair_slower_than_all_links():

@@ -10,11 +10,13 @@ from megatron_mone.common.phases import (
     COMBINE,
     EXPOSED_COMMUNICATION,
     FORWARD,
+    OPTIMIZER,
     PHASES,
     RECOMPUTE,
     UP_DOWN_GEMM,
 )
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
+from megatron_mone.planning.cost.hardware import Host
 from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
@@ -249,6 +251,57 @@ def test_more_memory_never_fits_less():
     assert verdicts == sorted(verdicts)
     assert verdicts[0] is False
     assert verdicts[-1] is True
+
+
+HOST = Host(bandwidth=1e9, memory_bytes=50e6, memory_bandwidth=5e8, efficiency=1.0)
+WITH_HOST = replace(CLUSTER, host=HOST)
+
+
+def on_host(name, milliseconds, count=1):
+    """Equal ops of the host, or copies, of so long together."""
+    rate = HOST.memory_bandwidth / 2 if name.startswith("host") else HOST.bandwidth
+    size = round(rate * milliseconds * MS / count)
+    return Op(name, (), (), "float32", size, size, 0, OPTIMIZER, FORWARD, count)
+
+
+@pytest.mark.parametrize(
+    ("overlapped", "own", "expected"),
+    [
+        (False, 0, 8 + 20 + 4),  # one after the other
+        (False, 30, 8 + 30),  # the device's part beside the host's, behind the gradients
+        (True, 0, 20 + 4 + 8 / 4),  # the first of four parameters is waited for
+        (True, 30, 30),
+    ],
+)
+def test_an_update_on_the_host(overlapped, own, expected):
+    update = Op(
+        "fused.adam", (), (), "float32", own * 500_000, own * 500_000, 0, OPTIMIZER, FORWARD
+    )
+    made = trace(
+        product(1), on_host("link.to_host", 8, 4), update, on_host("host.adam", 20, 4),
+        on_host("link.to_device", 4, 4),
+    )  # fmt: skip
+    step = step_cost([made], facts(overlap_host_copies=overlapped), WITH_HOST, EXACT)
+    assert step.optimizer == pytest.approx(expected * MS)
+    assert step.host.copying(HOST) == pytest.approx((8 * MS, 4 * MS))
+    with pytest.raises(ValueError, match=r"cluster 'paper' has no section host") as failure:
+        step_cost([made], FACTS, CLUSTER, EXACT)
+    assert "\n" not in str(failure.value)
+
+
+def test_what_the_host_keeps_is_its_own_limit():
+    def kept(size):
+        stage = replace(STAGE, memory=replace(MEMORY, host_optimizer=size))
+        roomy = replace(WITH_HOST, device=replace(CLUSTER.device, memory_bytes=1e13))
+        return predicted({(p, 0): stage for p in range(2)}, cluster=roomy)
+
+    assert kept(0).first_unfit is None
+    fits, unfit = kept(50_000_000), kept(50_000_001)
+    assert (fits.fits, fits.first_unfit) == (True, None)
+    assert (unfit.fits, unfit.first_unfit) == (False, "host")
+    assert unfit.peak == fits.peak
+    document = model_document("one", fits, dict.fromkeys(((0, 0), (1, 0)), "x")).plain()
+    assert document["host"]["memory_gib"] == pytest.approx(50e6 / 2**30)
 
 
 @pytest.mark.parametrize("part", ["device", "domain", "network"])

@@ -289,6 +289,7 @@ def test_tables_say_what_fits_and_what_would():
     model = {
         "name": "mone", "step_ms": 1234.0, "tokens_per_s_per_gpu": 10.0, "tflops_per_gpu": 5.0,
         "mfu": 0.25, "exposed_comm_ms": 123.4, "bubble_ms": 0.0, "memory_gib": {"peak": 90.0},
+        "host": None,
         "fits": False, "first_unfit": "activations",
         "cheapest_fix": {"change": "recompute full", "step_ms": 2000.0},
     }  # fmt: skip

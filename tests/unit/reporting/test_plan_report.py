@@ -12,6 +12,7 @@ from megatron_mone.commands import report_plan
 from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.plan_document import Layout
+from megatron_mone.planning.terminal_tables import table
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -364,3 +365,15 @@ def test_the_tool_refuses_wrong_input_in_one_line(tmp_path, capsys):
         assert error.startswith(f"megatron-mone: error: {path}")
         assert error.count("\n") == 1
     assert [Path(found).name for found in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_what_is_on_the_host_is_a_row_of_its_own(plan):
+    assert plan_tables.memory_table(as_plan(plan))[1][-1][0] == "device"
+    held = copy.deepcopy(plan)
+    held["models"][0]["host"] = {
+        "memory_gib": 28.4, "limit_gib": 256.0, "to_host_gib": 7.1, "to_device_gib": 3.5,
+        "copy_ms": 220.0, "update_ms": 1180.0,
+    }  # fmt: skip
+    *_, row = plan_tables.memory_table(as_plan(held))[1]
+    assert row == ["on the host", "28.40", *[""] * (len(plan["models"]) - 1)]
+    assert "on the host: 28.4 of 256 GiB, copies 220 ms" in table(as_plan(held))

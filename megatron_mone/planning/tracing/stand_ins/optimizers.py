@@ -55,7 +55,9 @@ class FusedAdam(torch.optim.Optimizer):
                 gradient = parameter.decoupled_grad if self._decoupled else parameter.grad
                 if gradient is None:
                     continue
-                changed = [parameter, *self._state_of(parameter).values()]
+                state = self._state_of(parameter).values()
+                # HybridDeviceOptimizer notes the parameter itself in its state.
+                changed = [parameter, *(tensor for tensor in state if tensor is not parameter)]
                 size = sum(tensor.nbytes for tensor in changed)
                 elements += parameter.numel()
                 read, written = read + size + gradient.nbytes, written + size
