@@ -10,6 +10,7 @@ from collections.abc import Callable
 DATA = "data"
 EMBEDDING = "embedding"
 ATTENTION = "attention"
+MAMBA = "mamba"
 LAYER_NORM = "layer norm"
 DENSE_MLP = "dense MLP"
 ROUTER = "router"
@@ -36,6 +37,7 @@ PHASES = {
     DATA: "reading a micro-batch and sharing it over tensor-parallel ranks",
     EMBEDDING: "token and position embedding",
     ATTENTION: "attention with its norm and residual",
+    MAMBA: "a Mamba layer with its norm and residual (hybrid models)",
     LAYER_NORM: "norm and residual around the MLP or the experts",
     DENSE_MLP: "the MLP of a layer without experts",
     ROUTER: "logits, top-k, auxiliary losses",

@@ -31,6 +31,7 @@ from megatron_mone.common.phases import (
     GATE_GEMM,
     LATENT,
     LOSS,
+    MAMBA,
     PHASES,
     ROUTER,
     SHARED_EXPERTS,
@@ -38,17 +39,18 @@ from megatron_mone.common.phases import (
 )
 from megatron_mone.config import chosen_by_rule, expert_hidden, needs_all_gates
 
-Kind = Literal["dense", "moe", "mone"]
+Kind = Literal["dense", "moe", "mone", "attention", "mamba"]
 WHOLE_LAYER = frozenset(("attention", "mlp", "moe", "mtp"))
 """What `repeats` holds where the whole layer is recomputed."""
 
 
 @dataclass(frozen=True)
 class LayerShare:
-    """This rank's part of one transformer layer in one step.
+    """This rank's part of one layer in one step.
 
     Attributes:
-        kind: dense MLP, stock experts, or experts that choose neurons.
+        kind: dense MLP, stock experts, or experts that choose neurons; of hybrid models also
+            attention or Mamba's mixer, and nothing beside.
         rows: routed rows that this rank's experts took, over all micro-batches.
         kept: neurons of this rank computed for those rows, summed; None: every one of them.
         repeats: what runs forward again in the backward pass: Megatron's recompute_modules
@@ -56,6 +58,7 @@ class LayerShare:
         mtp: whether it is the layer of a multi-token-prediction block, behind a projection of 2 H.
         computed: rows that stock experts compute where they are padded (DeepSpeed's layer); None:
             `rows`.
+        attends: whether attention stands before the MLP or the experts, as in GPT models.
     """
 
     kind: Kind
@@ -64,6 +67,7 @@ class LayerShare:
     repeats: frozenset[str] = frozenset()
     mtp: bool = False
     computed: float | None = None
+    attends: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,11 +137,15 @@ def _product(forward: float, times_again: int = 0) -> Work:
 def _layer(config: Any, share: RankShare, layer: LayerShare) -> dict[str, Work]:
     hidden, tokens, again = config.hidden_size, share.tokens, layer.repeats
     works: dict[str, Work] = {}
-    if getattr(config, "experimental_attention_variant", None) is None:
+    if layer.kind == "mamba":
+        return {MAMBA: _mamba(config, share, again)}
+    if layer.attends and getattr(config, "experimental_attention_variant", None) is None:
         works[ATTENTION] = _attention(config, share, again)
     if layer.mtp:
         forward = 2.0 * tokens * 2 * hidden * hidden / share.tp
         works[LOSS] = _product(forward, "mtp" in again)  # where GPTModel._postprocess runs it
+    if layer.kind == "attention":
+        return works
     if layer.kind == "dense":
         width = _matrices(config) * config.ffn_hidden_size
         works[DENSE_MLP] = _product(2.0 * tokens * hidden * width / share.tp, "mlp" in again)
@@ -183,6 +191,34 @@ def _attention(config: Any, share: RankShare, again: frozenset[str]) -> Work:
     )
     scale = 2.0 * share.tokens / share.tp
     return sum((_product(scale * size, repeated) for size, repeated in parts), Work())
+
+
+MAMBA_CHUNK = 128
+"""Positions that mamba-ssm's scan takes as one product: Megatron's MambaMixer asks for so many."""
+
+
+def mamba_width(config: Any) -> tuple[int, int]:
+    """(heads, channels of all of them) of a Mamba mixer, as Megatron's has them."""
+    size = config.mamba_head_dim
+    heads = config.mamba_num_heads or 2 * config.hidden_size // size
+    return heads, heads * size
+
+
+def _mamba(config: Any, share: RankShare, again: frozenset[str]) -> Work:
+    """Projections, and the scan by chunks: scores of positions within one, their products with the
+    inputs, and the states that chunks hand on. On CPU ranks the scan is one chunk, of scores for
+    each head."""
+    import torch
+
+    heads, width = mamba_width(config)
+    state, groups = config.mamba_state_dim, config.mamba_num_groups
+    projections = config.hidden_size * (3 * width + 2 * groups * state + heads)
+    chunk = min(MAMBA_CHUNK, share.sequence_length)
+    needed = chunk * (groups * state + width) + 2 * width * state
+    run = needed if torch.cuda.is_available() else share.sequence_length * (heads * state + width)
+    scale, times = 2.0 * share.tokens / share.tp, "attention" in again
+    executed, active = (_product(scale * (projections + scan), times) for scan in (run, needed))
+    return Work(executed.executed, active.active)
 
 
 def expert_work(config: Any, share: RankShare, layer: LayerShare) -> dict[str, Work]:
@@ -337,7 +373,7 @@ def rank_share(
         of_kept = kept[number] / uses if kept is not None and number in kept else None
         layer = LayerShare(
             _kind(module), rows.get(number, 0) / uses, of_kept, repeats, mtp,
-            (computed or {}).get(number),
+            (computed or {}).get(number), _attends(module),
         )  # fmt: skip
         layers += [layer] * uses
     output = any(model.post_process for model in models)
@@ -370,11 +406,23 @@ def _modules(config: Any, model: Any) -> Iterator[tuple[Any, int, frozenset[str]
         yield layer.mtp_model_layer, config.num_layers + layer.layer_number, repeats, True
 
 
+def _attends(layer: Any) -> bool:
+    from megatron.core.transformer.identity_op import IdentityOp
+
+    return not isinstance(getattr(layer, "self_attention", None), IdentityOp)
+
+
 def _kind(layer: Any) -> Kind:
+    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from megatron_mone.moe.layer import MoNELayer
 
-    if isinstance(layer.mlp, MoNELayer):
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None:
+        return "mamba"
+    if isinstance(mlp, IdentityOp):
+        return "attention"
+    if isinstance(mlp, MoNELayer):
         return "mone"
-    return "moe" if isinstance(layer.mlp, MoELayer) else "dense"
+    return "moe" if isinstance(mlp, MoELayer) else "dense"

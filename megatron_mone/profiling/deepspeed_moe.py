@@ -185,6 +185,7 @@ _NEEDED: dict[str, tuple[tuple[Any, ...], str]] = {
     "expert_tensor_parallel_size": ((1, None), "its experts are whole"),
     "moe_shared_expert_intermediate_size": ((None,), "it has no shared experts"),
     "moe_latent_size": ((None,), "its experts have the model's width"),
+    "hybrid_layer_pattern": ((None,), "it stands in GPT models alone"),
     "mtp_num_layers": ((None, 0), "it has no multi-token prediction"),
     "swiglu": ((True,), "its experts here are gated SiLU"),
     "add_bias_linear": ((False,), "its experts here have no bias"),

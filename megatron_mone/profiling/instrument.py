@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.ssm.mamba_layer import MambaLayer
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -94,21 +97,16 @@ class Instruments:
         self._attached.close()
 
     def _wrap_module(self, module: torch.nn.Module) -> None:
-        if isinstance(module, GPTModel):
+        if isinstance(module, GPTModel | HybridModel):
             if getattr(module, "embedding", None) is not None:
                 self._wrap(module.embedding, "forward", phases.EMBEDDING)
             if module.post_process:
-                self._wrap(module, "_postprocess", phases.LOSS)
-                if module.decoder.final_layernorm is not None:
-                    self._wrap(module.decoder.final_layernorm, "forward", phases.LOSS)
+                for owner, name in _end_of(module):
+                    self._wrap(owner, name, phases.LOSS)
+        elif isinstance(module, MambaLayer):
+            self._wrap(module, "forward", phases.MAMBA)
         elif isinstance(module, TransformerLayer):
-            self._wrap(module, "_forward_attention", phases.ATTENTION)
-            self._wrap(module, "_forward_mlp", phases.LAYER_NORM)
-            self._wrap(module, "_forward_pre_mlp_layernorm", phases.LAYER_NORM)
-            self._wrap_later(module.self_attention, phases.ATTENTION)
-            if not isinstance(module.mlp, MoELayer):
-                self._wrap(module.mlp, "forward", phases.DENSE_MLP)
-                self._wrap_later(module.mlp, phases.DENSE_MLP)
+            self._wrap_layer(module)
         elif isinstance(module, DeepSpeedMoE):
             self._wrap_deepspeed_moe(module)
         elif isinstance(module, MoELayer):
@@ -117,6 +115,19 @@ class Instruments:
             # Forward it lies within the model's _postprocess; backward it follows on attention.
             self._wrap(module.eh_proj, "forward", phases.LOSS)
             self._wrap_later(module.eh_proj, phases.LOSS)
+
+    def _wrap_layer(self, layer: TransformerLayer) -> None:
+        """A layer of a hybrid model is attention or an MLP, and passes through the other."""
+        if not isinstance(layer.self_attention, IdentityOp):
+            self._wrap(layer, "_forward_attention", phases.ATTENTION)
+            self._wrap_later(layer.self_attention, phases.ATTENTION)
+        if isinstance(layer.mlp, IdentityOp):
+            return
+        self._wrap(layer, "_forward_mlp", phases.LAYER_NORM)
+        self._wrap(layer, "_forward_pre_mlp_layernorm", phases.LAYER_NORM)
+        if not isinstance(layer.mlp, MoELayer):
+            self._wrap(layer.mlp, "forward", phases.DENSE_MLP)
+            self._wrap_later(layer.mlp, phases.DENSE_MLP)
 
     def _wrap_moe_layer(self, layer: MoELayer) -> None:
         self._wrap(layer, "route", phases.ROUTER)
@@ -233,6 +244,18 @@ class Instruments:
     def _set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute until `detach`."""
         self._attached.enter_context(Replaced(owner, name, value))
+
+
+def _end_of(model: Any) -> list[tuple[Any, str]]:
+    """(owner, method) of what follows on the last layer."""
+    if isinstance(model, HybridModel):  # whose forward has all of it
+        return [
+            (model.decoder.final_norm, "forward"),
+            (model.output_layer, "forward"),
+            (model, "compute_language_model_loss"),
+        ]
+    norm = model.decoder.final_layernorm
+    return [(model, "_postprocess"), *([(norm, "forward")] if norm is not None else [])]
 
 
 def check_visible(config: Any) -> None:

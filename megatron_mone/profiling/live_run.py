@@ -129,6 +129,11 @@ def model_config_of(spec: RunSpec, args: Namespace) -> Any:
         return build_model_config(args)
     if spec.deepspeed_moe:
         check_deepspeed_moe(args)
+    elif args.hybrid_layer_pattern is not None:
+        raise ValueError(
+            f"baseline grouped_mm stands in GPT models alone (hybrid_layer_pattern = "
+            f"{args.hybrid_layer_pattern!r}): leave it out"
+        )
     config = gpt_config_from_args(args)
     if spec.deepspeed_moe:
         config.transformer_layer_spec = deepspeed_moe_layer_spec

@@ -129,7 +129,8 @@ def _communication(times: Sequence[StepTimes]) -> dict[str, dict[str, list[float
 
 
 MODEL_FIELDS = (
-    "num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
+    "hybrid_layer_pattern", "num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size",
+    "num_attention_heads",
     "num_query_groups", "seq_length", "padded_vocab_size", "num_experts", "moe_router_topk",
     "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_layer_freq",
     "moe_token_dispatcher_type", "params_dtype", "mone_neuron_ratio", "mone_neurons_per_token",

@@ -43,6 +43,10 @@ BLOCK_RECOMPUTE = (
     *("--recompute-num-layers", "1"),
 )
 UNGATED = ("--squared-relu",)
+HYBRID = (
+    *("--hybrid-layer-pattern", "M*E-", "--mamba-state-dim", "16", "--mamba-head-dim", "8"),
+    *("--mamba-num-groups", "2"),
+)
 ONE_RANK = {
     "stock": (),
     "stock, without gated units": UNGATED,
@@ -68,6 +72,8 @@ ONE_RANK = {
     "nested recompute": (*SHARED, *SELECTIVE, "moe", "shared_experts"),
     "parts recompute": (*DENSE_FIRST, *SELECTIVE, "core_attn", "mlp"),
     "prediction, full recompute": (*MTP, *FULL_RECOMPUTE),
+    "hybrid": (*NATIVE, *HYBRID),
+    "hybrid, full recompute": (*NATIVE, *HYBRID, *FULL_RECOMPUTE, "--mamba-num-heads", "2"),
 }
 TWO_RANKS = {
     "EP2": (*NATIVE, *EP2),
@@ -77,6 +83,9 @@ TWO_RANKS = {
     "TP2, latent attention": (*TP2, *MLA, *DENSE_FIRST, *SHARED, "--moe-shared-expert-gate"),
     "PP2": (*NATIVE, *PP2, *MTP),
     "CP2": (*NATIVE, *CP2),
+    "hybrid, TP2": (*NATIVE, *TP2, *HYBRID),
+    "hybrid, CP2": (*NATIVE, *CP2, *HYBRID),
+    "hybrid, PP2": (*NATIVE, *PP2, *HYBRID, "--hybrid-layer-pattern", "M*|E-"),
 }
 
 

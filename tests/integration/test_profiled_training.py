@@ -23,6 +23,11 @@ LAYOUTS = {
         *("--expert-tensor-parallel-size", "1", "--expert-model-parallel-size", "2"),
         *("--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"),
     ),
+    "hybrid EP2 PP2": (
+        *("--expert-model-parallel-size", "2", "--pipeline-model-parallel-size", "2"),
+        *("--hybrid-layer-pattern", "M*E|E", "--mamba-state-dim", "16", "--mamba-head-dim", "16"),
+        *("--mamba-num-groups", "2"),
+    ),
     "EP4 recomputed": ("--expert-model-parallel-size", "4", *FULL_RECOMPUTE),
 }
 DEEPSPEED = ("--engine", "deepspeed", "--zero-stage")
@@ -98,6 +103,7 @@ def test_a_layout_has_its_phases(runs, name):
     assert found >= MODEL_PHASES
     assert (found >= MONE_PHASES) == (name != STOCK)
     assert name == STOCK or found.isdisjoint({phases.DENSE_MLP, phases.SHARED_EXPERTS})
+    assert (phases.MAMBA in found) == ("hybrid" in name)
     assert (phases.PIPELINE_BUBBLE in found) == ("PP" in name)
 
 

@@ -69,7 +69,6 @@ def check_profiled(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
-    check_gpt(args, "profiled")
     for name in ("use_megatron_fsdp", "dataloader_inter_document_masking"):
         if getattr(args, name):
             raise ValueError(f"{name} = True is trained, not profiled: leave one of them out")

@@ -40,7 +40,8 @@ WIDTH = 9.0
 # Blues: the dense model; yellow to brown: the experts; greens: MoNE's own work; greys: the rest;
 # hatched: waiting for other ranks.
 PHASE_COLOURS = {
-    "data": "#C9C9C9", "embedding": "#B8D8EE", "attention": "#0072B2", "layer norm": "#56B4E9",
+    "data": "#C9C9C9", "embedding": "#B8D8EE", "attention": "#0072B2",
+    "mamba": "#3E8FA8", "layer norm": "#56B4E9",
     "dense MLP": "#12456B", "router": "#F0E442", "latent projection": "#A68A64",
     "permute": "#C9B037", "dispatch": "#CC79A7",
     "gate GEMM": "#F2B447", "selection": "#009E73", "up/down GEMM": "#D55E00",

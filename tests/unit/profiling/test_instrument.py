@@ -32,6 +32,20 @@ def build(**changes):
     ).train()
 
 
+def build_hybrid(pattern, **changes):
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from megatron_mone.model.hybrid_spec import mone_hybrid_spec
+
+    of_mamba = {"mamba_state_dim": 8, "mamba_head_dim": 8, "mamba_num_groups": 2}
+    config = mone_config(mone_backend="cpu", num_layers=len(pattern), **of_mamba, **changes)
+    config.hybrid_layer_pattern = pattern
+    return HybridModel(
+        config, mone_hybrid_spec(), vocab_size=32, max_sequence_length=TOKENS,
+        hybrid_layer_pattern=pattern,
+    ).train()  # fmt: skip
+
+
 def spans(model):
     """(phase, pass) of one forward and backward, repetitions and returns to the caller left out."""
     clock = PhaseClock(HostStamps())
@@ -121,6 +135,16 @@ def test_latent_projections_have_a_phase():
     assert forward[at[0] - 1 : at[0] + 2] == ["router", "latent projection", "permute"]
     assert forward[at[1] - 1] == "combine"
     assert "latent projection" in of_pass(spans(build(moe_latent_size=8)), "backward")
+
+
+def test_a_hybrid_models_layers_have_their_own_phases():
+    found = spans(build_hybrid("M*E-"))
+    forward = without_callers(of_pass(found, "forward"))
+    assert forward[:4] == ["embedding", "mamba", "attention", "router"]
+    assert forward[-3:] == ["combine", "dense MLP", "loss"]
+    backward = without_callers(of_pass(found, "backward"))
+    assert backward[:3] == ["loss", "dense MLP", "combine"]
+    assert backward[-4:] == ["router", "attention", "mamba", "embedding"]
 
 
 def test_nothing_is_left_behind():
