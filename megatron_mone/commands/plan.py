@@ -57,7 +57,9 @@ def _fits(asked: Asked) -> bool:
     from megatron_mone.reporting.plan.report import write_plan_files
 
     with trace_server.Tracer() as tracer, progress_bar() as say:
-        planner = Planner(tracer, question.cluster, question.efficiency, question.skew)
+        planner = Planner(
+            tracer, question.cluster, question.efficiency, question.skew, question.document_tokens
+        )
         if asked.search:
             answer = answer_search(planner, question, asked.limit, say)
         else:

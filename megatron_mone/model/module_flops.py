@@ -8,6 +8,8 @@ loss have no products and count nothing. Conventions:
 - Core attention counts all s x s scores, in both: Megatron's local core attention computes them and
   masks half afterwards. Fused causal kernels skip most of that half, and the figure of Megatron
   halves it; what it executes cannot be seen from outside, and the full count is the same for all.
+  Of packed documents `active` counts those of each document with itself, and so does `executed`
+  where attention is Transformer Engine's; the local one computes those of a whole micro-batch.
 - A product counts in the phase that its time falls in. `gate GEMM` is the product of W_gate that
   neurons are chosen by; the gate's gradients are made in one with up's, in `up/down GEMM`, and so
   is the whole gate of the reference backend. Projections of multi-token prediction are in `loss`.
@@ -80,10 +82,11 @@ class RankShare:
             multi-token-prediction depth, 0 on earlier stages.
         micro_batches: of a step.
         tokens: micro-batches x micro-batch size x sequence length / CP.
-        sequence_length: whole, in tokens.
+        sequence_length: whole, in tokens; of packed documents all samples of a micro-batch.
         tp, etp: ranks that a layer's, and an expert's, products are split over.
         vocabulary: padded, of all TP ranks.
         local_experts: E_l.
+        attended: tokens of its own document that a query finds, on average; None: all.
     """
 
     layers: tuple[LayerShare, ...]
@@ -95,6 +98,7 @@ class RankShare:
     etp: int
     vocabulary: int
     local_experts: int
+    attended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def _matrices(config: Any) -> int:
 
 
 def _attention(config: Any, share: RankShare, again: frozenset[str]) -> Work:
-    """Projections, and the products of the core with whole s x s scores."""
+    """Projections, and the products of the core with all keys, or those of its own document."""
     heads, hidden, whole = config.num_attention_heads, config.hidden_size, "attention" in again
     if config.multi_latent_attention:
         key, value = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim
@@ -183,14 +187,21 @@ def _attention(config: Any, share: RankShare, again: frozenset[str]) -> Work:
         key = value = config.kv_channels
         queries = 2 * heads if config.attention_output_gate else heads
         up, down = 0, hidden * key * (queries + 2 * config.num_query_groups)
-    core = share.sequence_length * heads * (key + value)
+    scale = 2.0 * share.tokens / share.tp
+    needed: float = share.sequence_length
+    computed = needed
+    if share.attended is not None:
+        needed = share.attended
+        computed = computed if config.transformer_impl == "local" else needed
+    of_a_key, repeated = scale * heads * (key + value), whole or "core_attn" in again
+    core = Work(
+        _product(of_a_key * computed, repeated).executed, _product(of_a_key * needed).active
+    )
     parts = (
         (down + heads * value * hidden, whole),
         (up, whole or "mla_up_proj" in again),
-        (core, whole or "core_attn" in again),
     )
-    scale = 2.0 * share.tokens / share.tp
-    return sum((_product(scale * size, repeated) for size, repeated in parts), Work())
+    return sum((_product(scale * size, repeated) for size, repeated in parts), core)
 
 
 MAMBA_CHUNK = 128
@@ -349,6 +360,7 @@ def rank_share(
     rows: Mapping[int, float],
     kept: Mapping[int, float] | None = None,
     computed: Mapping[int, float] | None = None,
+    document_tokens: float | None = None,
 ) -> RankShare:
     """This rank's part of a Megatron run's step.
 
@@ -362,6 +374,8 @@ def rank_share(
         kept: the same -> neurons of this rank kept for those rows; a layer that is missing keeps
             every one.
         computed: the same -> rows computed, of layers that pad them.
+        document_tokens: of packed documents, tokens of its own document that a token finds on
+            average, the sum of squares over the sum; None: samples are whole.
     """
     from megatron.core.utils import unwrap_model
 
@@ -378,12 +392,14 @@ def rank_share(
         layers += [layer] * uses
     output = any(model.post_process for model in models)
     tokens = micro_batches * args.micro_batch_size * args.seq_length
+    samples = 1 if document_tokens is None else args.micro_batch_size
     return RankShare(
         layers=tuple(layers),
         output_uses=1 + (config.mtp_num_layers or 0) if output else 0,
         micro_batches=micro_batches,
         tokens=tokens // config.context_parallel_size,
-        sequence_length=args.seq_length,
+        sequence_length=samples * args.seq_length,
+        attended=document_tokens,
         tp=config.tensor_model_parallel_size,
         etp=config.expert_tensor_parallel_size or config.tensor_model_parallel_size,
         vocabulary=args.padded_vocab_size,

@@ -3,12 +3,13 @@
 May touch: the planner's tracer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_mone.common.progress import Say
 from megatron_mone.planning import sweeps
+from megatron_mone.planning.cost.prediction import Prediction
 from megatron_mone.planning.job import JobSpec, short_layout
 from megatron_mone.planning.plan_document import (
     Best,
@@ -98,7 +99,7 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
     front = pareto(found.candidates)
     document = Search(
         **_head(question, planner, found.candidates[0].planned),
-        warnings=_warnings(planner, {}),
+        warnings=_assumed([one.planned.prediction for one in found.candidates]),
         candidates=[_candidate(one, one.layout in front) for one in found.candidates],
         refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
         hopeless=found.hopeless,
@@ -143,17 +144,25 @@ def _head(question: Question, planner: Planner, planned: Planned) -> dict[str, A
 
 
 def _warnings(planner: Planner, planned: dict[str, Planned]) -> list[str]:
-    found = ["Nothing here was run on a GPU: times are of a model of the machine."]
     domain = planner.cluster.domain.devices
-    if any(memory.host for one in planned.values() for memory in one.prediction.memory_P):
+    return _assumed([one.prediction for one in planned.values()]) + [
+        f"{name}: tensor parallelism leaves the NVLink domain of {domain} devices."
+        for name, one in planned.items()
+        if one.prediction.facts.tp > domain
+    ]
+
+
+def _assumed(predictions: Sequence[Prediction]) -> list[str]:
+    found = ["Nothing here was run on a GPU: times are of a model of the machine."]
+    if any(memory.host for one in predictions for memory in one.memory_P):
         found.append(
             "Times of the host follow its published bandwidths; they are fitted to nothing."
         )
-    for name, one in planned.items():
-        if one.prediction.facts.tp > domain:
-            found.append(
-                f"{name}: tensor parallelism leaves the NVLink domain of {domain} devices."
-            )
+    for tokens in {one.facts.document_tokens for one in predictions} - {0}:
+        found.append(
+            f"Attention is of packed documents of {tokens:,} tokens each; --document-tokens takes "
+            "another length."
+        )
     return found
 
 

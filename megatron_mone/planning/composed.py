@@ -23,6 +23,7 @@ from fractions import Fraction
 from typing import Any
 
 from megatron_mone.common.phases import OPTIMIZER
+from megatron_mone.planning.cost.documents import with_documents
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import hottest
 from megatron_mone.planning.job import JobSpec
@@ -50,7 +51,10 @@ def scaled_facts(facts: JobFacts, gpus: int) -> JobFacts | None:
     if any(count.denominator > 1 or count < 1 for count in counts):
         return None
     dp, edp, batch = map(int, counts)
-    flops = ("model_flops_per_step", "executed_flops_per_step", "active_flops_per_step")
+    flops = (
+        "model_flops_per_step", "executed_flops_per_step", "active_flops_per_step",
+        "score_flops_per_step",
+    )  # fmt: skip
     return replace(
         facts, world_size=gpus, dp=dp, edp=edp, global_batch_size=batch,
         **{name: getattr(facts, name) * float(factor) for name in flops},
@@ -215,7 +219,8 @@ class Composer:
         """
         planner = self._planner
         description = planner.tracer.describe(planner.flags(job), gpus)
-        facts, keys = description.facts, description.keys
+        facts = with_documents(description.facts, planner.document_tokens)
+        keys = description.keys
         # In the order in which a micro-batch goes through them.
         places = sorted(keys, key=lambda place: (place[1], place[0]))
         contents = {key: stage_contents(key) for key in keys.values()}

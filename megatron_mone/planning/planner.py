@@ -11,11 +11,12 @@ import logging
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from megatron_mone.model.run_config import to_flags
+from megatron_mone.planning.cost.documents import with_documents
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.prediction import Prediction, predict
@@ -54,6 +55,7 @@ class Planner:
         cluster: where jobs run.
         efficiency: how near to its peaks; assumptions if None.
         skew: how tokens spread over experts; balanced if None.
+        document_tokens: of each packed document; assumed (job_facts.py) if None.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class Planner:
         cluster: Cluster,
         efficiency: Efficiency | None = None,
         skew: Skew | None = None,
+        document_tokens: int | None = None,
     ) -> None:
         self.tracer = tracer
         self.cluster = cluster
         self.efficiency = efficiency or Efficiency()
         self.skew = skew or Skew()
+        self.document_tokens = document_tokens
 
     @cached_property
     def _parser(self) -> ArgumentParser:
@@ -100,9 +104,9 @@ class Planner:
         """
         flags = self.flags(job)
         description = self.tracer.describe(flags, gpus)
-        facts = description.facts
+        facts = with_documents(description.facts, self.document_tokens)
         rows = rows_of(self.skew, facts)
-        traced = self.tracer.trace(flags, gpus, rows, progress)
+        traced = replace(self.tracer.trace(flags, gpus, rows, progress), facts=facts)
         prediction = predict(traced.traces, facts, self.cluster, self.efficiency)
         return Planned(job, traced, description.keys, prediction, hottest(rows, max(1, facts.ep)))
 

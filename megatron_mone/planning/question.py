@@ -46,6 +46,9 @@ class Asked:
     routing: Annotated[
         str, Option(help="balanced, zipf:EXPONENT, or the profile.json of a run")
     ] = "balanced"
+    document_tokens: Annotated[
+        int | None, Option(help="of each packed document; without, 1024 are assumed")
+    ] = None
     efficiency: Annotated[Path | None, Option(help=_EFFICIENCY_HELP)] = None
     calibrate: Annotated[
         Path | None,
@@ -67,6 +70,7 @@ class Question:
         cluster, efficiency, skew: of the planner.
         baselines: models compared.
         json: file to write.
+        document_tokens: of each packed document; None: assumed.
     """
 
     job: JobSpec
@@ -76,6 +80,7 @@ class Question:
     skew: Skew
     baselines: tuple[RunSpec, ...]
     json: Path
+    document_tokens: int | None = None
 
 
 def read_question(asked: Asked) -> Question:
@@ -115,7 +120,7 @@ def read_question(asked: Asked) -> Question:
         job, asked.gpus, cluster,
         efficiency_of(cluster.name) if asked.efficiency is None
         else Efficiency.read(asked.efficiency),
-        parse_skew(asked.routing), tuple(specs), asked.json,
+        parse_skew(asked.routing), tuple(specs), asked.json, asked.document_tokens,
     )  # fmt: skip
 
 

@@ -99,7 +99,12 @@ class AttachedProfiler:
             return
         # A run that resumed inside the window has fewer steps, and a checkpoint signal ends one.
         complete = record["steps"][-1] + 1 == self.last
-        runs = [{**record, "flops": counted_flops(meter.run, meter.facts, peaks)}]
+        runs = [
+            {
+                **record,
+                "flops": counted_flops(meter.run, meter.facts, peaks, meter.documents.mean()),
+            }
+        ]
         write_record(self.folder, {**self._facts, "complete": complete, "runs": runs})
         self._written = time.monotonic()
 

@@ -178,7 +178,10 @@ class Job:
 
     def _write(self, *, complete: bool) -> Path:
         runs = [
-            {**meter.record(), "flops": counted_flops(meter.run, meter.facts, self.peaks)}
+            {
+                **meter.record(),
+                "flops": counted_flops(meter.run, meter.facts, self.peaks, meter.documents.mean()),
+            }
             for meter in self.meters
         ]
         return write_record(self.options.out, {**self.facts, "complete": complete, "runs": runs})

@@ -92,13 +92,16 @@ def device_name() -> str:
     return f"CPU: {cpu_model()}, {cores()} cores"
 
 
-def counted_flops(run: Run, load: LoadFacts, peaks: RankPeaks) -> dict[str, Any]:
+def counted_flops(
+    run: Run, load: LoadFacts, peaks: RankPeaks, document_tokens: float | None = None
+) -> dict[str, Any]:
     """The `flops` object of a run: of a mean measured step on this rank.
 
     Args:
         run: measured.
         load: its rows and kept neurons over the measured steps.
         peaks: of this rank's device.
+        document_tokens: of packed documents; see rank_share.
     """
     steps = max(1, len(load.rows()))
     routing, neurons = load.routing()["layers"], load.neurons()
@@ -112,6 +115,7 @@ def counted_flops(run: Run, load: LoadFacts, peaks: RankPeaks) -> dict[str, Any]
         rows={layer["layer"]: sum(layer["rows"]) / steps for layer in routing},
         kept=kept,
         computed={layer: rows / steps for layer, rows in load.computed().items()},
+        document_tokens=document_tokens,
     )
     return {
         "modules": module_flops(config, share),

@@ -12,6 +12,7 @@ import torch
 
 from megatron_mone.deepspeed.settings import is_deepspeed, stage_of
 from megatron_mone.profiling.clock import PhaseClock, StepTimes
+from megatron_mone.profiling.document_lengths import DocumentLengths
 from megatron_mone.profiling.instrument import Instruments, moe_layers
 from megatron_mone.profiling.load_facts import LoadFacts
 
@@ -50,6 +51,7 @@ class RunMeter:
         self.run = run
         self.clock = clock
         self.facts = LoadFacts(moe_layers(run.model))
+        self.documents = DocumentLengths()
         self.memory: dict[str, Any] | None = None
         self._instruments = Instruments(clock)
         self._steps: list[tuple[int, int]] = []  # (iteration, window)
@@ -75,6 +77,7 @@ class RunMeter:
             step: does one optimizer step; an exception leaves nothing of the step behind.
         """
         self.facts.begin_step()
+        self.documents.begin()
         self.clock.begin()
         try:
             result = step()
@@ -82,6 +85,7 @@ class RunMeter:
             self.clock.abandon()
             raise
         self.clock.end()
+        self.documents.end()
         self.facts.end_step()
         self._steps.append((iteration, window))
         return result

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.training import get_args, training
 
 from megatron_mone.model.module_flops import expert_bytes, module_flops, rank_share
+from megatron_mone.profiling.document_lengths import DocumentLengths
 from megatron_mone.profiling.flop_counter import FlopCounter
 from tests import training_cases
 
@@ -52,12 +53,16 @@ def counted(train_step):
     def step(*arguments, **keywords):
         model, config = arguments[2], arguments[5]
         rows, kept = watch(model)
+        documents = DocumentLengths()
+        documents.begin()
         with FlopCounter() as counter:
             result = train_step(*arguments, **keywords)
+        documents.end()
         args = get_args()
         share = rank_share(
-            args, config, model, micro_batches=get_num_microbatches(), rows=rows, kept=kept
-        )
+            args, config, model, micro_batches=get_num_microbatches(), rows=rows, kept=kept,
+            document_tokens=documents.mean(),
+        )  # fmt: skip
         found = {
             "counted": counter.total(),
             "operations": counter.by_operation(),
@@ -66,6 +71,7 @@ def counted(train_step):
             "bytes": expert_bytes(config, share),
             "rows": rows,
             "kept": kept,
+            "documents": documents.mean(),
             "megatron": training.num_floating_point_operations(args, args.global_batch_size),
         }
         path = Path(f"{args.tensorboard_dir}.{args.rank}.json")

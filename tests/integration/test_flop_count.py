@@ -71,6 +71,8 @@ ONE_RANK = {
     "reference, experts recompute": (*REFERENCE, *MOE_RECOMPUTE),
     "nested recompute": (*SHARED, *SELECTIVE, "moe", "shared_experts"),
     "parts recompute": (*DENSE_FIRST, *SELECTIVE, "core_attn", "mlp"),
+    "packed": (*NATIVE, "--dataloader-inter-document-masking"),
+    "packed, recompute": (*NATIVE, "--dataloader-inter-document-masking", *SELECTIVE, "core_attn"),
     "prediction, full recompute": (*MTP, *FULL_RECOMPUTE),
     "hybrid": (*NATIVE, *HYBRID),
     "hybrid, full recompute": (*NATIVE, *HYBRID, *FULL_RECOMPUTE, "--mamba-num-heads", "2"),
@@ -124,6 +126,16 @@ def test_formula_is_what_ran_on_every_rank(steps, case):
         formula = sum(phase["executed"] for phase in step["formula"].values())
         assert formula == step["counted"], (rank, step)
         assert step["counted"] > 1e6
+
+
+def test_local_attention_multiplies_the_scores_of_a_whole_micro_batch(steps):
+    """Mock documents are as long as samples, 32 tokens, of which two are packed."""
+    [step], [plain] = steps["packed"], steps["native"]
+    assert step["documents"] == 32
+    packed, whole = (one["formula"]["attention"] for one in (step, plain))
+    hidden, layers, tokens, length = 32, 2, 4 * 32, 32
+    more = 3 * 2 * tokens * layers * 2 * hidden * (2 * length - length)
+    assert packed == {"executed": whole["executed"] + more, "active": whole["active"]}
 
 
 def executed(step, *phases):

@@ -55,6 +55,7 @@ MONE = (
     *("--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", F, "--moe-grouped-gemm"),
     *("--moe-token-dispatcher-type", "alltoall", "--mone-neuron-ratio", 0.25),
 )
+PACKED = ("--dataloader-inter-document-masking", "--micro-batch-size", 1)
 OFFLOADED = ("--optimizer-cpu-offload", "--use-precision-aware-optimizer")
 # Layouts whose collectives Megatron's own layers on CPU ranks launch, too.
 LAYOUTS = {
@@ -85,6 +86,8 @@ GPU = {
         ("--use-precision-aware-optimizer", "--exp-avg-dtype", "bf16",
          "--exp-avg-sq-dtype", "bf16"), 2, 0,
     ),
+    "packed": ((*PP3, *PACKED), 3, 1),
+    "packed MLA": ((*PP3, *MLA, *PACKED), 3, 1),
     "offloaded": (OFFLOADED, 2, 1),
     "half offloaded": ((*OFFLOADED, "--optimizer-offload-fraction", 0.5), 2, 1),
     "MTP stage last": (
@@ -163,6 +166,13 @@ def test_context_parallel_ranks_share_it(folder):
     # Of k and v the copy that was sent is kept, in place of rotated k and the joint q, k and v.
     token = layer_bytes() - 4 * H * BF16 + 2 * H * BF16
     assert of(folder, "middle CP2").memory.activations == STAGE * token // 2 + ANGLES // 2
+
+
+def test_packed_documents_are_kept_as_one_sample_is(folder):
+    memory = of(folder, "packed").memory
+    assert memory.activations == STAGE // B * layer_bytes() + ANGLES
+    assert of(folder, "packed").flops == of(folder, "middle").flops // B
+    assert of(folder, "packed MLA").flops == of(folder, "MLA").flops // B
 
 
 @pytest.mark.parametrize(

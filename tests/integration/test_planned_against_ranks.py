@@ -38,6 +38,7 @@ NATIVE = (*STOCK, *MONE, "--mone-backend", "cpu")
 PP4 = ("--pipeline-model-parallel-size", "4")
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 SHARED = (*DISTRIBUTED_OPTIMIZER, *OVERLAP, "--bf16")
+PACKED = ("--micro-batch-size", "1", "--dataloader-inter-document-masking")
 # A first step gathers no parameters where that overlaps with forward passes, and agrees on more.
 PROFILED = ("--mone-profile-steps", "2:2")
 
@@ -67,6 +68,7 @@ LAYOUTS: Layouts = {
         8, (*NATIVE, *TP2, *ETP1, *EP2, *PP2, *VPP2, *layers(4), *samples(16), *SHARED),
     ),
     "CP2 EP4 PP2": (8, (*NATIVE, *CP2, *EP4, *PP2, *samples(16), *DISTRIBUTED_OPTIMIZER)),
+    "packed PP2": (2, (*NATIVE, *PP2, *samples(8), *PACKED)),
     "stock EP2 PP4 VPP2": (8, (*STOCK, *EP2, *PP4, *VPP2, *layers(8), *samples(16), *SHARED)),
 }  # fmt: skip
 PLACES = [

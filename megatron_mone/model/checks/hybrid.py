@@ -60,8 +60,7 @@ def check_gpt(args: Namespace, done: str) -> None:
 
 
 def check_profiled(args: Namespace) -> None:
-    """Steps that the profiler would read wrongly: of weights behind another wrapper, and of packed
-    documents, whose scores are not those of whole samples.
+    """Steps that the profiler would read wrongly: of weights behind another wrapper.
 
     Args:
         args: Megatron's.
@@ -69,9 +68,8 @@ def check_profiled(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
-    for name in ("use_megatron_fsdp", "dataloader_inter_document_masking"):
-        if getattr(args, name):
-            raise ValueError(f"{name} = True is trained, not profiled: leave one of them out")
+    if args.use_megatron_fsdp:
+        raise ValueError("use_megatron_fsdp = True is trained, not profiled: leave one of them out")
 
 
 def hybrid_faults(args: Namespace) -> Iterator[str]:

@@ -8,12 +8,13 @@ Shapes: P stages, V chunks of a stage, M micro-batches.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mone.common.phases import OTHER
+from megatron_mone.planning.cost.documents import in_documents
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.host_cost import HostWork, host_of
@@ -153,6 +154,8 @@ def predict(
         ValueError: the device has no peak for a product's type.
     """
     known: dict[int, ChunkCost] = {}  # equal stages share one trace
+    packed = {id(trace.ops): in_documents(trace, facts).ops for trace in traces.values()}
+    traces = {at: replace(trace, ops=packed[id(trace.ops)]) for at, trace in traces.items()}
     traces_PV = [[traces[p, v] for v in range(facts.vp)] for p in range(facts.pp)]
     costs_PV = [[_known(known, t, facts, cluster, efficiency) for t in row] for row in traces_PV]
     schedule = schedule_of(facts)

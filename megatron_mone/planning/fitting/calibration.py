@@ -95,6 +95,10 @@ def _traced(run: ProfiledRun, profile: MeasuredProfile, tracer: Tracer) -> list[
     """The run on several ranks of an expert-parallel group, the one with the most rows first."""
     try:
         facts = tracer.describe(run.flags, profile.world_size).facts
+        if facts.document_tokens:
+            raise ValueError(
+                "its documents are packed, and the profile does not hold their lengths"
+            )
         return [
             tracer.trace(run.flags, profile.world_size, rows) for rows in rank_rows(run.rows, facts)
         ]

@@ -235,7 +235,8 @@ def _readers(args: Namespace, chunks: int) -> Any:
 
 
 def _micro_batches(args: Namespace) -> Iterator[dict[str, Any]]:
-    """Micro-batches as the datasets make them, without values."""
+    """Micro-batches as the datasets make them, without values; of packed documents each is as long
+    as its sample."""
     import torch
 
     size, length = args.micro_batch_size, args.seq_length
@@ -245,8 +246,12 @@ def _micro_batches(args: Namespace) -> Iterator[dict[str, Any]]:
     }
     if args.create_attention_mask_in_dataloader:
         shapes["attention_mask"] = ((size, 1, length, length), torch.bool)
+    bounds = {}
+    if args.dataloader_inter_document_masking:
+        whole = torch.tensor([[0, length]] * size, dtype=torch.int32)
+        bounds = {"cu_seqlens": whole, "max_seqlen": whole[:, 1]}
     while True:
-        yield {
+        yield bounds | {
             key: torch.empty(shape, dtype=dtype, device="meta")
             for key, (shape, dtype) in shapes.items()
         }

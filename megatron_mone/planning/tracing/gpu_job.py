@@ -123,10 +123,14 @@ def check_traceable(args: Namespace) -> None:
         "fine_grained_activation_offloading",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
-        "dataloader_inter_document_masking",
     ):
         if getattr(args, name, False):
             raise ValueError(f"{name} = True cannot be planned: its work is not modelled; unset it")
+    if getattr(args, "dataloader_inter_document_masking", False) and args.window_size:
+        raise ValueError(
+            f"window_size = {args.window_size!r} cannot be planned with packed documents: which "
+            "pairs a window leaves of them is not modelled; leave one of them out"
+        )
     zero = settings_of(args)["zero_optimization"] if is_deepspeed(args) else {}
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {}).get("device", "none")

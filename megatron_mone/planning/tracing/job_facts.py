@@ -71,6 +71,10 @@ class JobFacts:
             gradients of its experts.
         graphs_per_layer: CUDA graphs that a layer's pass is launched as; 0: kernel by kernel.
         graphed: phases whose kernels are launched by graphs.
+        document_tokens: of each packed document, of those that attend to themselves alone; 0: they
+            are not packed.
+        score_flops_per_step: of packed documents: what `model_flops_per_step` has of pairs of
+            positions where each sample is one document.
         overlap_host_copies: whether the host updates a parameter as soon as its gradient has come.
     """
 
@@ -119,8 +123,12 @@ class JobFacts:
     graphs_per_layer: Whole = 0
     graphed: tuple[Text, ...] = ()
     overlap_host_copies: StrictBool = False
+    document_tokens: Whole = 0
+    score_flops_per_step: Number = 0.0
 
 
+DOCUMENT_TOKENS = 1024
+"""Assumed of packed documents, and all of a sample where that is shorter: a mean over tokens."""
 _EXPERTS = (
     LAYER_NORM, ROUTER, LATENT, PERMUTE, DISPATCH, GATE_GEMM, SELECTION, UP_DOWN_GEMM,
     BALANCE_LOSS, COMBINE, SHARED_EXPERTS,
@@ -159,7 +167,18 @@ def job_facts(args: Namespace, model_config: Any) -> JobFacts:
     from megatron_mone.model.step_flops import step_flops
 
     config = model_config.transformer
-    executed, active = step_flops(args, config, args.global_batch_size)
+    batch = args.global_batch_size
+    executed, active = step_flops(args, config, batch)
+    model = float(num_floating_point_operations(args, batch))
+    packed: dict[str, Any] = {}
+    if args.dataloader_inter_document_masking:
+        scores = model - float(
+            num_floating_point_operations(args, batch, 0, batch * args.seq_length)
+        )
+        tokens = min(DOCUMENT_TOKENS, args.seq_length)
+        less = scores * (1 - tokens / args.seq_length)
+        model, executed, active = model - less, executed - less, active - less
+        packed = {"document_tokens": tokens, "score_flops_per_step": scores}
     return JobFacts(
         **_layout(args),
         **_experts(args, config),
@@ -174,11 +193,12 @@ def job_facts(args: Namespace, model_config: Any) -> JobFacts:
         bucket_size=_bucket_size(args),
         recompute_granularity=args.recompute_granularity or "",
         recompute_modules=_recompute_modules(args, config),
-        model_flops_per_step=float(num_floating_point_operations(args, args.global_batch_size)),
+        model_flops_per_step=model,
         executed_flops_per_step=executed,
         active_flops_per_step=active,
         **_zero(args),
         **_graphs(args),
+        **packed,
     )
 
 

@@ -65,11 +65,10 @@ def test_commands_of_gpt_models_say_so(args):
     hybrid.check_gpt(args, "evaluated")
 
 
-@pytest.mark.parametrize("name", ["use_megatron_fsdp", "dataloader_inter_document_masking"])
-def test_what_the_profiler_would_misread(args, name):
+def test_what_the_profiler_would_misread(args):
     hybrid.check_profiled(args)
-    setattr(args, name, True)
-    with pytest.raises(ValueError, match=f"^{name} = True is trained, not profiled"):
+    args.use_megatron_fsdp = True
+    with pytest.raises(ValueError, match=r"^use_megatron_fsdp = True is trained, not profiled"):
         hybrid.check_profiled(args)
 
 

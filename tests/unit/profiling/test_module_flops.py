@@ -26,6 +26,7 @@ from megatron_mone.model import module_flops as flops
 from megatron_mone.model.module_flops import WHOLE_LAYER, LayerShare, RankShare
 from megatron_mone.model.step_flops import step_flops
 from megatron_mone.profiling import peaks
+from megatron_mone.profiling.document_lengths import DocumentLengths
 from megatron_mone.profiling.flop_counter import FlopCounter
 from tests.conftest import mone_config
 
@@ -283,6 +284,44 @@ def test_share_of_a_stage_is_read_from_its_model(monkeypatch):
     )  # fmt: skip
     early = flops.rank_share(ARGS, config, chunks[:1], micro_batches=5, rows={1: 7})
     assert early.output_uses == 0
+
+
+@pytest.mark.parametrize(("implementation", "keys"), [("local", 96), ("transformer_engine", 5.5)])
+def test_packed_documents_need_their_own_keys_alone(monkeypatch, implementation, keys):
+    monkeypatch.setattr(flops, "_kind", lambda layer: "dense")
+    config = config_of(num_layers=2)
+    config.transformer_impl = implementation
+    chunks, given = [model_of()], {"micro_batches": 1, "rows": {}}
+    share = flops.rank_share(ARGS, config, chunks, **given, document_tokens=5.5)
+    assert (share.sequence_length, share.attended) == (96, 5.5)
+    whole = flops.rank_share(ARGS, config, chunks, **given)
+    packed, plain = (flops.module_flops(config, one)["attention"] for one in (share, whole))
+    a_key = 3 * 2 * 3 * 32 * 2 * config.num_attention_heads * 2 * config.kv_channels
+    assert plain["active"] - packed["active"] == pytest.approx(a_key * (32 - 5.5))
+    assert packed["executed"] - plain["executed"] == pytest.approx(a_key * (keys - 32))
+
+
+def test_document_lengths_are_those_of_measured_steps_alone(monkeypatch):
+    from megatron.training import training
+
+    monkeypatch.setattr(training, "_seqlen_stats_in_iteration", None)
+    monkeypatch.setattr(training, "_seqlen_stats_active", False)
+
+    def saw(*ends):
+        training.update_seqlen_stats_from_cu_seqlens(torch.tensor([0, *ends], dtype=torch.int32))
+
+    found = DocumentLengths()
+    found.begin()
+    found.end()
+    assert found.mean() is None
+    found.begin()
+    saw(3, 4)
+    found.end()
+    saw(100)  # a step that is not measured
+    found.begin()
+    saw(2)
+    found.end()
+    assert found.mean() == pytest.approx((9 + 1 + 4) / (3 + 1 + 2))
 
 
 def test_one_prediction_layer_may_stand_for_every_depth(monkeypatch):

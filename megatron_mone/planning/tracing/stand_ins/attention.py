@@ -213,12 +213,13 @@ class DotProductAttention(torch.nn.Module):
     ) -> Tensor:  # fmt: skip
         """[s, b, n, d], [s, b, g, d], [s, b, g, e] -> [s, b, n e].
 
-        Raises:
-            ValueError: sequences packed into one (`qkv_format` thd).
+        Of packed documents (`qkv_format` thd) [t, n, d], [t, g, d], [t, g, e] -> [t, n e], one op
+        as of one document of t tokens: how long they are is the planner's (cost/documents.py).
         """
         del attention_mask
-        if settings.get("qkv_format", "sbhd") != "sbhd":
-            raise ValueError("packed sequences cannot be traced: plan with sequences of one length")
         causal = "causal" in (attn_mask_type or self.mask_type)
         job = AttentionJob(causal, self.window, self.heads, self.positions, self.gathers)
+        if settings.get("qkv_format", "sbhd") == "thd":
+            parts = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            return _Attention.apply(*parts, job).squeeze(1)
         return _Attention.apply(query, key, value, job)

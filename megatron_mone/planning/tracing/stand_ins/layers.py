@@ -79,7 +79,7 @@ def _bias_dropout_add(
 
 
 class _Rope(torch.autograd.Function):
-    """Rotated t [s, b, n, d]: new memory."""
+    """Rotated t [.., n, d]: new memory."""
 
     @staticmethod
     def forward(ctx, t, freqs):
@@ -100,15 +100,11 @@ def apply_rotary_pos_emb(t: Tensor, freqs: Tensor, **layout: Any) -> Tensor:
     """transformer_engine.pytorch.attention.rope.apply_rotary_pos_emb, fused.
 
     Args:
-        t: [s, b, n, d].
+        t: [s, b, n, d]; of packed documents [t, n, d].
         freqs: [s, 1, 1, d].
         layout: of sequences; changes no shape.
-
-    Raises:
-        ValueError: packed sequences.
     """
-    if layout.get("tensor_format", "sbhd") != "sbhd":
-        raise ValueError("packed sequences cannot be traced: plan with sequences of one length")
+    del layout
     return _Rope.apply(t, freqs)
 
 
