@@ -16,6 +16,7 @@ LENGTH = ("--train-iters", "2")
 BASE = (*TINY, *MOCK, *LENGTH)
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 PP2 = ("--pipeline-model-parallel-size", "2")
+SHARDED = ("--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor")
 CHECK, LOAD, NET = "check", "load", "net"
 
 
@@ -452,6 +453,25 @@ OPTIONS = (
     Refusal(
         "Muon, sharded in fp32", "AttributeError: get_loss_scale",
         ("--optimizer", "muon", "--use-distributed-optimizer"), "--bf16",
+    ),
+    Refusal(
+        "stages under Megatron FSDP", "mcore_fsdp_adapter: EinopsError",
+        (*SHARDED, *PP2), "does not go with use_megatron_fsdp = True",
+    ),
+    Refusal(
+        "checkpoints of whole weights under Megatron FSDP",
+        "fsdp_dtensor_checkpoint: AttributeError at the first save",
+        (*SHARDED, "--data-parallel-sharding-strategy", "no_shard", "--save", "TMP/save"),
+        "does not go with data_parallel_sharding_strategy = 'no_shard'",
+    ),
+    Refusal(
+        "checkpoints of FSDP2", "optimizer: KeyError at the first save",
+        ("--use-torch-fsdp2", "--save", "TMP/save"), "does not go with use_torch_fsdp2 = True",
+    ),
+    Refusal(
+        "weights alone under Megatron FSDP", "distrib_optimizer: NotImplementedError",
+        (*SHARDED, "--bf16", "--load", "RUN", "--finetune"),
+        "weights without their optimizer in 16 bits",
     ),
     Refusal(
         "a flag that another script reads", "nothing: it has no effect", ("--sft",),

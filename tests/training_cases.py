@@ -280,7 +280,9 @@ class _Groups:
     def end_run(self) -> None:
         """Destroy the groups that the run which ends did not ask for; all ranks agree on them."""
         import torch
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+        _clear_sharding_prop_cache()  # which knows, by shape and op, meshes of groups
         for kind, place in list(self._kept):
             if place >= self._used.get(kind, 0):
                 group = self._kept.pop((kind, place))

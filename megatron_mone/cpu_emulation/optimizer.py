@@ -5,6 +5,7 @@ parameter, made at the first update. Megatron's code for it has three gaps, all 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +72,32 @@ def _apply() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states
 
 
+def _with_all_states(pack: Callable[..., Any]) -> Callable[..., Any]:
+    """Under Megatron FSDP a parameter of which a rank holds nothing has no gradient there, and to
+    torch's Adam no state; Transformer Engine's makes states for all, in their order. Whoever packs
+    them asks all ranks about each."""
+
+    @functools.wraps(pack)
+    def packed(self: Any, is_loading: bool = False) -> Any:
+        if not _is_torch_adam(self):
+            return pack(self, is_loading)
+        if is_loading:
+            self._init_optimizer_states_with_dummy_values()
+        states = self.optimizer.state
+        steps = [float(state["step"]) for state in states.values()]
+        last = torch.tensor(max(steps, default=0.0))
+        torch.distributed.all_reduce(last, op=torch.distributed.ReduceOp.MAX)
+        fill_state(self.optimizer)
+        held = dict(states)
+        states.clear()
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                states[parameter] = held[parameter] | {"step": last.clone()}
+        return pack(self)
+
+    return packed
+
+
 def _loads_with_grad() -> bool:
     source = megatron_source("core/optimizer/distrib_optimizer.py")
     before, found, _ = source.partition("    def load_parameter_state_from_dp_reshardable(")
@@ -96,5 +123,14 @@ PATCHES = (
         why="copies into views of fp32 parameters without no_grad and stops; in 16 bits, as GPUs "
         "train, the main parameters are copies and it passes",
         needed_while=_loads_with_grad,
+    ),
+    wrapping(
+        "adam-state-of-shards",
+        "megatron.core.optimizer.distrib_optimizer: "
+        "DistributedOptimizer.sharded_param_state_fsdp_dtensor",
+        _with_all_states,
+        why="ranks that hold nothing of a parameter have no state of it, and each would wait for "
+        "the others over another one",
+        needed_while="def sharded_param_state_fsdp_dtensor(self, is_loading: bool = False):",
     ),
 )

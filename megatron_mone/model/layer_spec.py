@@ -27,12 +27,13 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron.training.models import gpt as megatron_gpt
 from megatron.training.models.gpt import GPTModelConfig
 
+from megatron_mone.checkpoint import choice
 from megatron_mone.common.patch import install, wrapping
 from megatron_mone.config import attach_fields_from_env, layer_pattern, neurons_per_token
 from megatron_mone.model.qk_norm import with_all_heads_norms
 from megatron_mone.model.residual import with_scaled_parts
 from megatron_mone.model.step_flops import follow_training
-from megatron_mone.moe import stored_choice
+from megatron_mone.moe import shard_checkpoint, stored_choice
 from megatron_mone.moe.dispatch.flex import check_flex_packages
 from megatron_mone.moe.experts import MoNEExperts, backend_of
 from megatron_mone.moe.layer import MoNELayer
@@ -88,7 +89,7 @@ def prepare(transformer: Any) -> None:
     tracker = install_tracker()
     tracker.decoder_layers = transformer.num_layers
     follow_training(tracker, transformer)
-    install((*PATCHES, *stored_choice.PATCHES))
+    install((*PATCHES, *stored_choice.PATCHES, *shard_checkpoint.PATCHES, *choice.PATCHES))
     stored_choice.note_model(transformer)
     neurons_per_token(transformer)  # one of the two fields is set
 

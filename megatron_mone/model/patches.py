@@ -5,17 +5,27 @@ for a while (common/patch.py: Replaced). A model that another script builds need
 alone, and brings them: mone_layer_spec, and whoever declares stacked weights.
 """
 
-from megatron_mone.checkpoint import optimizer_layout, save, schedule, signals, upcycling, verify
+from megatron_mone.checkpoint import (
+    choice,
+    optimizer_layout,
+    save,
+    schedule,
+    signals,
+    upcycling,
+    verify,
+)
 from megatron_mone.common import patch
 from megatron_mone.deepspeed import attach
 from megatron_mone.model import layer_spec, liveness
 from megatron_mone.model.trackers import attach as trackers
-from megatron_mone.moe import matrix_stack, stored_choice
+from megatron_mone.moe import matrix_stack, shard_checkpoint, stored_choice
 
 PATCHES = (
     *matrix_stack.PATCHES,
     *layer_spec.PATCHES,
     *stored_choice.PATCHES,
+    *shard_checkpoint.PATCHES,
+    *choice.PATCHES,
     *liveness.PATCHES,
     *save.PATCHES,
     *verify.PATCHES,

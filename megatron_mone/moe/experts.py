@@ -212,6 +212,7 @@ class MoNEExperts(MegatronModule):
     ) -> ShardedStateDict:
         """The shapes and splits of stock experts, so that checkpoints go both ways, under keys that
         stock models do not ask for, and the choice; see stored_choice.py."""
+        self._keep_float32()
         singleton = (metadata or {}).get("singleton_local_shards", False)
         layout = _ExpertLayout(
             prefix=f"{prefix}experts.",
@@ -254,7 +255,12 @@ class MoNEExperts(MegatronModule):
         )  # fmt: skip
         return state
 
+    def _save_to_state_dict(self, *args: Any) -> None:
+        self._keep_float32()
+        super()._save_to_state_dict(*args)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._keep_float32()
         for name in STOPS:
             state_dict.pop(prefix + name, None)
         choice = state_dict.pop(f"{prefix}{CHOICE}", None)

@@ -5,13 +5,15 @@ they score is not what was trained, without a word. Megatron's load asks for the
 model and by default looks for no others (--dist-ckpt-strictness assume_ok_unexpected), so a key
 that is too many stops nothing. A checkpoint of ours therefore lacks the stock keys of the experts
 that choose, in weights and in optimizer state: in their place it has `mone_linear_fc1` and
-`mone_linear_fc2`, and beside them `mone_choice`, what each layer chooses and how. Stock
+`mone_linear_fc2`, and beside them `mone_choice`, what each layer chooses and how (of fsdp_dtensor:
+shard_checkpoint.py). Stock
 checkpoints, older ones and those of mone_plain_checkpoint have stock keys; what is asked for is
 renamed to what is there. May touch: Megatron's loading of torch_dist checkpoints.
 """
 
 import contextlib
 import functools
+import json
 import re
 import warnings
 import weakref
@@ -141,8 +143,9 @@ def note_model(config: Any) -> None:
     _noted[:] = [weakref.ref(config)]  # which knows its optimizer by a method
 
 
-def _model_of(args: Any) -> Any:
-    """The arguments, or the config where they say nothing of MoNE; None: a stock model."""
+def model_of(args: Any) -> Any:
+    """The arguments, or the config of the model that was built where they say nothing of MoNE;
+    None: a stock model."""
     noted = _noted[0]() if _noted else None
     found = args if hasattr(args, "mone_layer_freq") else noted
     return found if found is not None and is_mone(found) else None
@@ -171,7 +174,7 @@ def _by_layer(build: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(build)
     def built(args: Any, *rest: Any, **named: Any) -> Any:
-        metadata, model = build(args, *rest, **named), _model_of(args)
+        metadata, model = build(args, *rest, **named), model_of(args)
         mixed = model is not None and is_mixed(model)
         return {**metadata, "non_homogeneous_layers": True} if mixed else metadata
 
@@ -183,26 +186,33 @@ STOPS = ("local_experts.0.linear_fc1.weight", "linear_fc1.weight0")
 
 
 def _with_stops(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """In --ckpt-format torch modules are saved by their own names, ours among them, and a load that
-    misses names is tried again and leaves those weights as they were made
-    (megatron/training/checkpointing.py: load_model_state_dict); a wrong size it does not take."""
+    """In --ckpt-format torch and fsdp_dtensor modules are saved by their own names, ours among
+    them, and a load can pass over what it does not find: the one that misses names is tried again
+    and leaves those weights as they were made (megatron/training/checkpointing.py:
+    load_model_state_dict), the other allows partial loads. A wrong size neither takes."""
 
     @functools.wraps(generate)
     def generated(args: Any, *rest: Any, **named: Any) -> Any:
-        state, model = generate(args, *rest, **named), _model_of(args)
-        if args.ckpt_format == "torch" and model is not None and not model.mone_plain_checkpoint:
+        state, model = generate(args, *rest, **named), model_of(args)
+        loading = (named.get("optim_sd_kwargs") or {}).get("is_loading")
+        if model is None or model.mone_plain_checkpoint or loading:
+            return state
+        if args.ckpt_format == "torch":
             for name, part in state.items():
                 if re.fullmatch(r"model\d*", name):
-                    _add_stops(part, choice_of(model))
+                    _add_stops(part, STOPS, choice_of(model))
+        elif args.ckpt_format == "fsdp_dtensor":  # which cuts up what is not plain text
+            gates = [f"{name}_w" for name in STOPS]
+            _add_stops(state["model"], gates, json.dumps(choice_of(model)))
         return state
 
     return generated
 
 
-def _add_stops(state: dict[str, Any], choice: Choice) -> None:
+def _add_stops(state: dict[str, Any], names: Collection[str], choice: Choice | str) -> None:
     for key in [key for key in state if key.endswith(".experts.linear_fc1")]:
         experts = key.removesuffix("linear_fc1")
-        state |= {experts + name: torch.empty(0) for name in STOPS}
+        state |= {experts + name: torch.empty(0) for name in names}
         state[experts + CHOICE] = choice
 
 

@@ -113,11 +113,14 @@ ROWS = (
     trained(
         "use_megatron_fsdp use_torch_fsdp2 data_parallel_sharding_strategy "
         "torch_fsdp2_reshard_after_forward",
-        "weights cut over replicas, by Megatron FSDP or torch's FSDP2, train as replicas do; their "
-        "checkpoints are refused, which cut linear_fc1 along the axis of gate and up, here that of "
-        "experts; not planned",
+        "weights cut over replicas, by Megatron FSDP or torch's FSDP2, train as replicas do; "
+        "Megatron FSDP's checkpoints are saved expert by expert and read by other layouts; FSDP2's "
+        "and those of no_shard are refused, which Megatron 0.19 itself cannot save and load; not "
+        "planned",
         shown="tests/parity/test_sharded_weights.py::test_shards_train_as_replicas "
-        "tests/parity/test_sharded_weights.py::test_keep_all_is_stock",
+        "tests/parity/test_sharded_weights.py::test_keep_all_is_stock "
+        "tests/integration/test_sharded_checkpoints.py::test_goes_on_as_if_never_stopped "
+        "tests/integration/test_sharded_checkpoints.py::test_goes_on_in_another_layout",
     ),
     unrun(
         "outer_dp_sharding_strategy fsdp_* suggested_communication_unit_size "

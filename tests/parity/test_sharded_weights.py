@@ -58,11 +58,7 @@ def runs(tmp_path_factory):
             add(ranks, f"{name}, stock", *STOCK, *both, *its)
             add(ranks, f"{name}, keep-all", *KEEP_ALL, *both, *its)
     for ranks, named in cases.items():
-        # DTensor remembers, by shape and op, meshes of a run before in the same process.
-        alone = [case for case in named.values() if "--use-torch-fsdp2" in case.flags]
-        run_cases([case for case in named.values() if case not in alone], ranks, folder)
-        for case in alone:
-            run_cases([case], ranks, folder)
+        run_cases(list(named.values()), ranks, folder)
     return folder
 
 

@@ -30,6 +30,7 @@ from megatron_mone.model.checks.layout import check_layout
 from megatron_mone.model.checks.machine import check_machine
 from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
 from megatron_mone.model.checks.schedule import check_length, check_schedule
+from megatron_mone.model.checks.sharded_weights import check_sharded_weights
 from megatron_mone.model.checks.sizes import check_sizes
 from megatron_mone.model.trackers.flags import check_trackers
 from megatron_mone.moe.masks.trace import recorded_steps
@@ -68,6 +69,7 @@ def check_values(args: Namespace) -> None:
     check_tokenizer(args)
     check_schedule(args)
     check_optimizer(args)
+    check_sharded_weights(args)
     check_engine(args)
     check_combinations(args)
     routing_files.check_combination(args)

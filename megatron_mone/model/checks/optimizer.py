@@ -77,17 +77,8 @@ def check_optimizer_package(args: Namespace) -> None:
 
 
 def _check_stacks(args: Namespace) -> None:
-    """Stock experts have a parameter each, here all of a rank are one: what scales or cuts by
-    parameter (fsdp_dtensor_checkpoint.py: swiglu_shard_axis=0, here the experts') is refused."""
-    for name in ("use_megatron_fsdp", "use_torch_fsdp2"):
-        for folder in ("save", "load", "pretrained_checkpoint"):
-            if getattr(args, name) and getattr(args, folder):
-                raise ValueError(
-                    f"{folder} = {getattr(args, folder)!r} does not go with {name} = True and "
-                    "MoNE: its checkpoints cut linear_fc1 along the axis of gate and up in stock "
-                    "experts, which is that of the experts here: leave one of them out, or give "
-                    "--use-distributed-optimizer in place of it"
-                )
+    """Stock experts have a parameter each, here all of a rank are one: what scales by parameter is
+    refused."""
     for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
         if getattr(args, name) in SCALED:
             raise ValueError(

@@ -64,8 +64,6 @@ def test_what_trains_passes(parser, flags):
         ("--optimizer soap --load s", "its state cannot be loaded .* pass --no-load-optim"),
         ("--optimizer lion --lion-beta1 0.8", "lion_beta1 = 0.8 is not read .*adam_beta1 = 0.9: "),
         ("--optimizer lion --lion-beta2 0.8", "lion_beta2 = 0.8 is not read .* --adam-beta2"),
-        (f"{MONE} --use-megatron-fsdp --save x", "save = 'x' does not go with use_megatron_fsdp"),
-        (f"{MONE} --use-torch-fsdp2 --load x", "load = 'x' does not go with use_torch_fsdp2"),
         (f"{MONE} --exp-avg-dtype fp8", "exp_avg_dtype = 'fp8' is not allowed with MoNE"),
         (f"{MONE} --exp-avg-sq-dtype fp16", "exp_avg_sq_dtype = 'fp16' is not allowed with MoNE"),
     ],

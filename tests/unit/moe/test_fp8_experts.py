@@ -108,6 +108,16 @@ def test_they_stay_float32_in_a_model_of_16_bits(experts):
     torch.testing.assert_close(made.fp8_amax, before, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize("saved_by", ["sharded_state_dict", "state_dict"])
+def test_a_resumed_model_of_16_bits_has_them_whole(experts, saved_by):
+    """What a load fills is asked for before a forward pass has seen the buffer."""
+    made = experts()
+    made.fp8_amax = made.fp8_amax.bfloat16()
+    state = getattr(made, saved_by)()
+    asked = next(value for key, value in state.items() if key.endswith("fp8_amax"))
+    assert getattr(asked, "data", asked).dtype == made.fp8_amax.dtype == torch.float32
+
+
 def test_a_checkpoint_has_them_by_expert(experts):
     """[E, operands, steps], and a loaded model goes on as the saved one would."""
     made, other = experts(), experts()
