@@ -1,4 +1,5 @@
 """Hybrid models on CPU ranks: local modules in the one stack spec, and Mamba's two kernels.
+Where Transformer Engine is (in the planner's stand-in), the spec is what it was.
 
 Megatron's hybrid stack is of Transformer Engine's modules alone, and its Mamba mixer calls kernels
 of mamba-ssm. The mixer itself, its context parallelism too, stays Megatron's.
@@ -169,17 +170,20 @@ def _local(stock: Any) -> Any:
 
 
 def _apply_spec() -> None:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.models.hybrid import hybrid_layer_specs
     from megatron.training.models import hybrid  # noqa: F401  its copy of the name is rebound
 
     stock = hybrid_layer_specs.hybrid_stack_spec
-    rebind(stock, _local(stock))
+    if not HAVE_TE:
+        rebind(stock, _local(stock))
 
 
 def _local_norm(stock: Any) -> Any:
+    from megatron.core.extensions.transformer_engine import HAVE_TE
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    return WrappedTorchNorm
+    return stock if HAVE_TE else WrappedTorchNorm
 
 
 def _apply_kernels() -> None:

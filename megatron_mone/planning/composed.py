@@ -224,7 +224,10 @@ class Composer:
         # In the order in which a micro-batch goes through them.
         places = sorted(keys, key=lambda place: (place[1], place[0]))
         contents = {key: stage_contents(key) for key in keys.values()}
-        if "mone_layer_freq" in job.model or None in contents.values():
+        if {
+            "mone_layer_freq",
+            "hybrid_layer_pattern",
+        } & job.model.keys() or None in contents.values():
             return planner.plan(job, gpus)
         rows = rows_of(planner.skew, facts)
         kinds = [kind for place in places for kind in _layers(contents[keys[place]])]

@@ -56,6 +56,11 @@ MONE = (
     *("--moe-token-dispatcher-type", "alltoall", "--mone-neuron-ratio", 0.25),
 )
 PACKED = ("--dataloader-inter-document-masking", "--micro-batch-size", 1)
+STATES, CHANNELS, GROUPS = 16, 8, 4
+MAMBA = (
+    *("--mamba-state-dim", STATES, "--mamba-head-dim", CHANNELS, "--mamba-num-groups", GROUPS),
+    "--hybrid-layer-pattern",
+)
 OFFLOADED = ("--optimizer-cpu-offload", "--use-precision-aware-optimizer")
 # Layouts whose collectives Megatron's own layers on CPU ranks launch, too.
 LAYOUTS = {
@@ -63,6 +68,7 @@ LAYOUTS = {
     "TP2": (TP2, 2, 1),
     "PP2": (("--pipeline-model-parallel-size", 2), 2, 1),
     "CP2": (("--context-parallel-size", 2), 2, 0),
+    "hybrid TP2": ((*TP2, *MAMBA, "M*-"), 2, 1),
 }
 PATCHES = {
     "MoNE": ((*MONE, *SELECTIVE, "moe", "--mone-ng-loss-type", "bias"), 2, 0),
@@ -79,6 +85,8 @@ GPU = {
     "middle full": ((*PP3, *FULL), 3, 1),
     "middle fp8": ((*PP3, *FP8), 3, 1),
     "middle fp8 weights": ((*PP3, *FP8, "--fp8-param-gather"), 3, 1),
+    "middle Mamba": ((*PP3, *MAMBA, "*|MM|*"), 3, 1),
+    "hybrid MoNE": ((*MONE, *MAMBA, "M*E"), 2, 0),
     "MLA": ((*PP3, *MLA), 3, 1),
     "MLA mla_up_proj": ((*PP3, *MLA, *SELECTIVE, "mla_up_proj"), 3, 1),
     "MLA layernorm": ((*PP3, *MLA, *SELECTIVE, "layernorm"), 3, 1),
@@ -226,6 +234,26 @@ def test_weights_in_fp8(folder):
     assert alone.weights == pytest.approx(norms * BF16 + copies, abs=1024)
     assert alone.gradients == pytest.approx((matrices + norms) * FP32, abs=1024)
     assert memory.activations == alone.activations
+
+
+def test_mamba_layers(folder):
+    """Kept: input, its norm and 1 / deviation; the projected input as the scan has it; the ungated
+    output, what the norm behind it makes of the gated one, and that. Multiplied: projections, and
+    a scan in chunks as long as the sequence, whose backward pass makes scores and states again."""
+    width, heads = 2 * H, 2 * H // CHANNELS
+    projected = 2 * width + 2 * GROUPS * STATES + heads
+    token = 2 * H * BF16 + FP32 + projected * BF16 + 3 * width * BF16 + GROUPS * FP32
+    decay_and_bias = 3 * heads * FP32
+    trace = of(folder, "middle Mamba")
+    assert trace.memory.activations == 2 * (TOKENS * token + decay_and_bias)
+    linears = H * projected + width * H
+    states, outputs, scores = width * STATES, S * width, S * GROUPS * STATES
+    forward = 2 * states + outputs + scores
+    backward = (states + scores) + 4 * states + 3 * outputs + 2 * scores
+    assert trace.flops == 2 * 2 * TOKENS * (3 * linears + forward + backward)
+    names = {op.name for op in of(folder, "hybrid MoNE").ops}
+    assert {"fused.mamba_outputs", "fused.attention"} <= names
+    assert of(folder, "hybrid MoNE").rows == {3: 2 * TOKENS}
 
 
 def test_latent_attention(folder):

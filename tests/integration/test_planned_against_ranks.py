@@ -39,6 +39,10 @@ PP4 = ("--pipeline-model-parallel-size", "4")
 OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 SHARED = (*DISTRIBUTED_OPTIMIZER, *OVERLAP, "--bf16")
 PACKED = ("--micro-batch-size", "1", "--dataloader-inter-document-masking")
+HYBRID = (
+    *("--mamba-state-dim", "16", "--mamba-head-dim", "8", "--mamba-num-groups", "4"),
+    "--hybrid-layer-pattern",
+)
 # A first step gathers no parameters where that overlaps with forward passes, and agrees on more.
 PROFILED = ("--mone-profile-steps", "2:2")
 
@@ -60,6 +64,8 @@ LAYOUTS: Layouts = {
     "stock EP2 PP2 VPP2": (
         4, (*STOCK, *EP2, *PP2, *VPP2, *layers(4), *samples(24), *DISTRIBUTED_OPTIMIZER),
     ),
+    "hybrid EP2 PP2 VPP2": (4, (*NATIVE, *EP2, *PP2, *HYBRID, "M*E|E|M-E|E", *samples(16))),
+    "hybrid TP2 CP2": (4, (*NATIVE, *TP2, *ETP1, *CP2, *HYBRID, "M*E", *samples(8))),
     "stock EP4": (4, (*STOCK, *EP4, *samples(16))),
     "stock TP2 ETP2 EP2": (4, (*STOCK, *TP2, *EP2, *samples(8))),
     "stock CP2 PP2": (4, (*STOCK, *CP2, *PP2, *samples(8))),

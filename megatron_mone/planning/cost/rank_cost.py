@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_mone.common.phases import ATTENTION, BACKWARD, COMBINE, DISPATCH, FORWARD
+from megatron_mone.common.phases import ATTENTION, BACKWARD, COMBINE, DISPATCH, FORWARD, MAMBA
 from megatron_mone.planning.cost.collectives import (
     OPERATIONS,
     Placement,
@@ -218,8 +218,8 @@ def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:
         return float(beside and one.phase == DISPATCH)
     if _of_zero(one) and facts.overlap_zero:
         return 1.0 - 1.0 / buckets
-    if one.group == "cp":
-        return 1.0 - 1.0 / one.ranks
+    if one.group == "cp":  # Mamba's heads are there before its scan begins
+        return 0.0 if one.phase == MAMBA else 1.0 - 1.0 / one.ranks
     if one.group != "tp":
         return 0.0
     if facts.overlap_tp:

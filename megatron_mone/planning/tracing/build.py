@@ -100,6 +100,7 @@ def _stand_ins(
     from megatron_mone.planning.tracing.stage_messages import known_shapes
     from megatron_mone.planning.tracing.stand_ins import host
     from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
+    from megatron_mone.planning.tracing.stand_ins import mamba as fused_mamba
     from megatron_mone.planning.tracing.stand_ins import op as fused_op
     from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
     from megatron_mone.planning.tracing.stand_ins import values as stand_ins
@@ -113,6 +114,7 @@ def _stand_ins(
         stack.enter_context(fused_op.recording(recorder))
         if config.transformer_impl == "transformer_engine":
             stack.enter_context(fused_layers.installed())
+            stack.enter_context(fused_mamba.installed())
             stack.enter_context(fused_weight.buffers_without_values())
             stack.enter_context(Replaced(clip_grads, "l2_norm_impl", l2_norm))
         yield

@@ -131,6 +131,20 @@ def check_traceable(args: Namespace) -> None:
             f"window_size = {args.window_size!r} cannot be planned with packed documents: which "
             "pairs a window leaves of them is not modelled; leave one of them out"
         )
+    if pattern := getattr(args, "hybrid_layer_pattern", None):
+        refused = {
+            "hybrid_layer_pattern": "/" in pattern or set(pattern) & set("GD"),
+            "cuda_graph_impl": getattr(args, "cuda_graph_impl", "none") != "none",
+            "dataloader_inter_document_masking": getattr(
+                args, "dataloader_inter_document_masking", False
+            ),
+        }
+        for name in (name for name, wrong in refused.items() if wrong):
+            raise ValueError(
+                f"{name} = {getattr(args, name)!r} cannot be planned of a hybrid model: "
+                "multi-token prediction, layers G and D, CUDA graphs and packed documents are not "
+                "modelled there; leave it out"
+            )
     zero = settings_of(args)["zero_optimization"] if is_deepspeed(args) else {}
     for name in ("offload_optimizer", "offload_param"):
         device = zero.get(name, {}).get("device", "none")

@@ -20,6 +20,8 @@ Place = tuple[int, int]
 """(p, v): 0-based pipeline stage and its chunk."""
 
 KINDS = ("dense", "moe", "mone")
+_LETTERS = {"M": "mamba", "*": "attention", "+": "latent attention", "-": "mlp"}
+"""Of a hybrid pattern -> kind; E is of KINDS."""
 
 # Flags of the stage's own job, or of interleaving, which it does not have. The order in which
 # passes of two micro-batches interleave is not of one micro-batch's trace either, nor is who
@@ -66,11 +68,12 @@ class VirtualStage:
 
     Attributes:
         first_layer: number of its first decoder layer, 1-based; of the next one if it has none.
-        kinds: of its decoder layers in order, of KINDS.
+        kinds: of its decoder layers in order, of KINDS; of a hybrid model of _LETTERS too.
         embedding, head: whether it is the first, and the last, virtual stage.
         final_norm: whether it holds the decoder's last norm.
         mtp: multi-token-prediction layers.
         by_number: whether equal kinds may still differ by their number.
+        letters: its part of hybrid_layer_pattern; None: of a GPT model.
     """
 
     first_layer: int
@@ -80,6 +83,7 @@ class VirtualStage:
     final_norm: bool
     mtp: int
     by_number: bool
+    letters: str | None = None
 
     @property
     def key(self) -> str:
@@ -121,18 +125,14 @@ def virtual_stages(args: Namespace, config: Any) -> dict[Place, VirtualStage]:
             "use_tp_pp_dp_mapping = True cannot be planned: its pipelines are not the outermost "
             "dimension of ranks; drop --use-tp-pp-dp-mapping"
         )
-    if args.hybrid_layer_pattern is not None:
-        raise ValueError(
-            f"hybrid_layer_pattern = {args.hybrid_layer_pattern!r} cannot be planned: give a "
-            "transformer by --num-layers"
-        )
     stages, chunks = config.pipeline_model_parallel_size, _chunks(config)
-    kinds, by_number = _kinds(config), _is_by_number(config)
+    pattern = args.hybrid_layer_pattern
+    kinds, by_number = _kinds(config, pattern), _is_by_number(config)
     found: dict[Place, VirtualStage] = {}
     layer = 0
     for place in ((p, v) for v in range(chunks) for p in range(stages)):
         try:
-            first, count, mtp = _held(config, *place)
+            first, count, mtp = _held(config, pattern, *place)
         except AssertionError as error:
             raise ValueError(f"Megatron refuses the pipeline's layers: {error}") from error
         assert first == layer or not count, (place, first, layer)
@@ -147,6 +147,7 @@ def virtual_stages(args: Namespace, config: Any) -> dict[Place, VirtualStage]:
             final_norm=head if config.mtp_num_layers is None else ends,
             mtp=mtp,
             by_number=by_number,
+            letters=None if pattern is None else _main(pattern).replace("|", "")[first:][:count],
         )
         layer += count
     assert layer == config.num_layers, (layer, config.num_layers)
@@ -169,9 +170,20 @@ def stage_flags(
     written: dict[str, tuple[str, ...]] = {**dict(options.values()), **_FIXED}
     if len(stages) > 1:
         written["--pipeline-model-parallel-size"] = (str(len(stages)),)
-        layout = "|".join(stage.layout for stage in stages.values())
-        written["--pipeline-model-parallel-layout"] = (layout,)
-    return tuple(word for name in sorted(written) for word in (name, *written[name]))
+        letters = [stage.letters for stage in stages.values() if stage.letters is not None]
+        if letters:
+            written["--hybrid-layer-pattern"] = ("|".join(letters),)
+        else:
+            layout = "|".join(stage.layout for stage in stages.values())
+            written["--pipeline-model-parallel-layout"] = (layout,)
+    return tuple(word for name in sorted(written) for word in _words(name, written[name]))
+
+
+def _words(name: str, values: tuple[str, ...]) -> tuple[str, ...]:
+    """A flag and its values; with it a lone one that looks like a flag, as a pattern may."""
+    if len(values) == 1 and values[0].startswith("-"):
+        return (f"{name}={values[0]}",)
+    return (name, *values)
 
 
 def stage_job(world_size: int, p: int, v: int, stages: int, chunks: int) -> tuple[int, int]:
@@ -222,10 +234,20 @@ def _chunks(config: Any) -> int:
     return config.virtual_pipeline_model_parallel_size or 1
 
 
-def _kinds(config: Any) -> list[str]:
+def _main(pattern: str) -> str:
+    """Of a hybrid pattern, the decoder's layers."""
+    return pattern.partition("/")[0]
+
+
+def _kinds(config: Any, pattern: str | None) -> list[str]:
     """Of every decoder layer."""
     from megatron_mone.config import layer_pattern
 
+    if pattern is not None:
+        letters = _main(pattern).replace("|", "")
+        ours = getattr(config, "mone_enabled", False)
+        chosen = layer_pattern(config) if ours else [1] * len(letters)
+        return [_LETTERS.get(a, KINDS[kind]) for a, kind in zip(letters, chosen, strict=True)]
     if config.num_moe_experts is None:
         return [KINDS[0]] * config.num_layers
     if not getattr(config, "mone_enabled", False):
@@ -242,8 +264,10 @@ def _is_by_number(config: Any) -> bool:
     return is_listed or any(getattr(config, name, None) for name in _BY_NUMBER)
 
 
-def _held(config: Any, p: int, v: int) -> tuple[int, int, int]:
+def _held(config: Any, pattern: str | None, p: int, v: int) -> tuple[int, int, int]:
     """(first decoder layer from 0, how many, MTP layers), by Megatron's own functions."""
+    if pattern is not None:
+        return *_segment(config, _main(pattern), p, v), 0
     from megatron.core import parallel_state
     from megatron.core.transformer.enums import LayerType
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -263,6 +287,25 @@ def _held(config: Any, p: int, v: int) -> tuple[int, int, int]:
             return first, count, layout.get_num_layers_to_build(LayerType.mtp, vp_stage, p)
     is_last = (p, v) == (config.pipeline_model_parallel_size - 1, (chunks or 1) - 1)
     return first, count, (config.mtp_num_layers or 0) * is_last
+
+
+def _segment(config: Any, pattern: str, p: int, v: int) -> tuple[int, int]:
+    """(first layer from 0, how many) of a hybrid model's chunk."""
+    import torch
+    from megatron.core.models.hybrid import hybrid_layer_allocation as allocation
+
+    group: Any = "pp"  # which is asked for nothing but these
+    with (
+        Replaced(torch.distributed, "get_rank", lambda _group=None: p),
+        Replaced(torch.distributed, "get_world_size",
+                 lambda _group=None: config.pipeline_model_parallel_size),
+        Replaced(allocation, "log_on_each_pipeline_stage", lambda *_said, **_groups: None),
+    ):  # fmt: skip
+        letters, first = allocation.select_pipeline_segment(
+            pattern, group, v if _chunks(config) > 1 else None,
+            config.num_layers_in_first_pipeline_stage, config.num_layers_in_last_pipeline_stage,
+        )  # fmt: skip
+    return first, len(letters)
 
 
 def _by_destination(

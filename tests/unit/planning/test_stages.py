@@ -58,6 +58,14 @@ LAYOUTS = {
         (*PP2, "--num-layers", "4", "--window-size", "8,0"),
         ["embedding, mone*2, from layer 1", "mone*2, from layer 3, norm, head"],
     ),
+    "hybrid": (
+        (*PP2, "--hybrid-layer-pattern", "M*EM*E"),
+        ["embedding, mamba*1, attention*1, mone*1", "mamba*1, attention*1, mone*1, norm, head"],
+    ),
+    "hybrid, cut": (
+        (*PP2, "--hybrid-layer-pattern=-M|E|M-|E"),
+        ["embedding, mlp*1, mamba*1", "mone*1", "mamba*1, mlp*1", "mone*1, norm, head"],
+    ),
 }  # fmt: skip
 # Of one job each, all that a stage's own job must not have.
 DROPPED = (
