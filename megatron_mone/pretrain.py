@@ -115,6 +115,7 @@ def _train(
     container = pretrain_cfg_container_from_args(args, model_config)
     tracker = install_tracker()
     tracker.decoder_layers = model_config.transformer.num_layers
+    tracker.predicting_layers = model_config.transformer.mtp_num_layers or 0
     tracker.log_interval = args.log_interval
     tracker.step_flops = lambda: step_flops(args, model_config.transformer, args.global_batch_size)
     tracker.interval_seconds = lambda: get_timers()("interval-time").elapsed(reset=False)

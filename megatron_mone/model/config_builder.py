@@ -59,7 +59,7 @@ def _hybrid(args: argparse.Namespace, mone: bool) -> Any:
     transformer = _transformer(
         args, mone, moe_layer_freq=hybrid_moe_layers(args.hybrid_layer_pattern)
     )
-    check_hybrid(transformer)
+    check_hybrid(transformer, args.hybrid_layer_pattern.partition("/")[2].partition("/")[0])
     return hybrid_config_from_args(args, transformer, MoNEHybridModelConfig)
 
 

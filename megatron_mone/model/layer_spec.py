@@ -88,6 +88,7 @@ def prepare(transformer: Any) -> None:
     check_packages(transformer)
     tracker = install_tracker()
     tracker.decoder_layers = transformer.num_layers
+    tracker.predicting_layers = transformer.mtp_num_layers or 0
     follow_training(tracker, transformer)
     install((*PATCHES, *stored_choice.PATCHES, *shard_checkpoint.PATCHES, *choice.PATCHES))
     stored_choice.note_model(transformer)

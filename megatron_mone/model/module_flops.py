@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from megatron_mone.common.phases import (
@@ -61,6 +61,7 @@ class LayerShare:
         computed: rows that stock experts compute where they are padded (DeepSpeed's layer); None:
             `rows`.
         attends: whether attention stands before the MLP or the experts, as in GPT models.
+        nested: whether what is repeated is so twice, in a checkpoint inside a checkpoint.
     """
 
     kind: Kind
@@ -70,6 +71,7 @@ class LayerShare:
     mtp: bool = False
     computed: float | None = None
     attends: bool = True
+    nested: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,12 @@ def module_flops(config: Any, share: RankShare) -> dict[str, dict[str, float]]:
     """
     works: dict[str, Work] = defaultdict(Work)
     for layer in share.layers:
-        for phase, work in _layer(config, share, layer).items():
+        found = _layer(config, share, layer)
+        once = _layer(config, share, replace(layer, repeats=frozenset())) if layer.nested else {}
+        for phase, work in found.items():
             works[phase] += work
+            if phase in once and phase != LOSS:  # a projection before them is in the outer alone
+                works[phase] += Work(work.executed - once[phase].executed)
     if share.output_uses:
         forward = 2.0 * share.tokens * config.hidden_size * share.vocabulary / share.tp
         works[LOSS] += _product(forward * share.output_uses)
@@ -333,7 +339,7 @@ def expert_bytes(config: Any, share: RankShare) -> dict[str, float]:
     for layer in share.layers:
         if not layer.rows:
             continue
-        passes = 1 + ("moe" in layer.repeats)
+        passes = 1 + ("moe" in layer.repeats) * (1 + layer.nested)
         rows = layer.rows * expert_hidden(config) * size
         _, kept = _entries(config, share, layer)
         if layer.kind == "mone":
@@ -381,13 +387,13 @@ def rank_share(
 
     models = unwrap_model(list(model_chunks))
     layers: list[LayerShare] = []
-    for module, number, repeats, mtp in (found for m in models for found in _modules(config, m)):
-        # one module may stand for every depth of multi-token prediction
-        uses = config.mtp_num_layers if mtp and config.mtp_use_repeated_layer else 1
+    for module, number, repeats, mtp, nested, uses in (
+        found for m in models for found in _modules(config, m)
+    ):
         of_kept = kept[number] / uses if kept is not None and number in kept else None
         layer = LayerShare(
             _kind(module), rows.get(number, 0) / uses, of_kept, repeats, mtp,
-            (computed or {}).get(number), _attends(module),
+            (computed or {}).get(number), _attends(module), nested,
         )  # fmt: skip
         layers += [layer] * uses
     output = any(model.post_process for model in models)
@@ -407,19 +413,25 @@ def rank_share(
     )
 
 
-def _modules(config: Any, model: Any) -> Iterator[tuple[Any, int, frozenset[str], bool]]:
-    """(transformer layer, number, what is repeated, whether of MTP) in a model chunk."""
+def _modules(config: Any, model: Any) -> Iterator[tuple[Any, int, frozenset[str], bool, bool, int]]:
+    """(layer, number, what is repeated, whether the first of a depth of MTP, whether it is repeated
+    twice, uses) in a model chunk."""
     full, blocks = config.recompute_granularity == "full", config.recompute_method == "block"
     selective = config.recompute_granularity == "selective"
     selected = frozenset(config.recompute_modules or ()) if selective else frozenset()
     for place, layer in enumerate(model.decoder.layers):
         whole = full and (not blocks or place < config.recompute_num_layers)
-        yield layer, layer.layer_number, WHOLE_LAYER if whole else selected, False
+        yield layer, layer.layer_number, WHOLE_LAYER if whole else selected, False, False, 1
     prediction = getattr(model, "mtp", None)
     for layer in () if prediction is None else prediction.layers:
         # Megatron skips these where recompute_method is "block", and says so in a warning
         repeats = WHOLE_LAYER if full and not blocks else selected
-        yield layer.mtp_model_layer, config.num_layers + layer.layer_number, repeats, True
+        # one module may stand for every depth
+        uses = config.mtp_num_layers if config.mtp_use_repeated_layer else 1
+        stack = getattr(layer.mtp_model_layer, "layers", None)  # of a hybrid model
+        nested = stack is not None and repeats is WHOLE_LAYER
+        for place, one in enumerate(stack or [layer.mtp_model_layer]):
+            yield one, config.num_layers + layer.layer_number, repeats, place == 0, nested, uses
 
 
 def _attends(layer: Any) -> bool:

@@ -31,10 +31,13 @@ def step_flops(args: Namespace, config: Any, batch_size: int) -> tuple[float, fl
     if not getattr(config, "mone_enabled", False):
         return dense, dense
     pattern = layer_pattern(config)
+    predicting = (config.mtp_num_layers or 0) * (pattern[-1] == 2)
     if getattr(args, "hybrid_layer_pattern", None) is not None:
         experts = hybrid_moe_layers(args.hybrid_layer_pattern)
         pattern = [kind * is_moe for kind, is_moe in zip(pattern, experts, strict=True)]
-    layers = pattern.count(2) + (config.mtp_num_layers or 0) * (pattern[-1] == 2)
+        last = next((kind for kind in reversed(pattern) if kind), 0)
+        predicting = args.hybrid_layer_pattern.partition("/")[2].count("E") * (last == 2)
+    layers = pattern.count(2) + predicting
     tokens = batch_size * args.seq_length
     rows = tokens * config.moe_router_topk
     share = RankShare(

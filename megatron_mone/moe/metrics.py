@@ -51,6 +51,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
 
     Attributes:
         decoder_layers: of the model; Megatron's `report` is told a hybrid model's MoE layers alone.
+        predicting_layers: depths of multi-token prediction behind them.
         log_interval: steps between summaries (Megatron's --log-interval).
         interval_seconds: seconds of training since the last summary, evaluation left out.
         step_flops: (executed, active) floating-point operations of one step over all ranks, or
@@ -62,7 +63,7 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self._layers: list[weakref.ref[Any]] = []
         self._steps_in_window = 0
         self._reporting = False  # after `end_step`, which has nothing more to forget
-        self.decoder_layers = 0
+        self.decoder_layers = self.predicting_layers = 0
         self.log_interval = 1
         self.interval_seconds: Callable[[], float] | None = None
         self.step_flops: Callable[[], tuple[float, float]] | None = None
@@ -115,7 +116,8 @@ class MoNEMetricsTracker(MoEMetricsTracker):
         self, name: str, num_layers: int, device: torch.device | str | int | None = None
     ) -> None:
         """As Megatron's, in the size of the stages that have MoE layers."""
-        super().ensure_initialized(name, max(num_layers, self.decoder_layers), device)
+        known = self.decoder_layers + self.predicting_layers
+        super().ensure_initialized(name, max(num_layers, known), device)
 
     def step(self) -> int:
         """The training step under way, 1-based, as Megatron's loop counts it."""

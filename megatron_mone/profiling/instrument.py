@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.hybrid import hybrid_model
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.ssm.mamba_layer import MambaLayer
@@ -114,6 +115,8 @@ class Instruments:
         elif isinstance(module, MultiTokenPredictionLayer):
             # Forward it lies within the model's _postprocess; backward it follows on attention.
             self._wrap(module.eh_proj, "forward", phases.LOSS)
+            if module.mtp_layer_pattern is not None:  # a hybrid model's, which has no such method
+                self._wrap(module, "_postprocess", phases.LOSS)
             self._wrap_later(module.eh_proj, phases.LOSS)
 
     def _wrap_layer(self, layer: TransformerLayer) -> None:
@@ -253,6 +256,7 @@ def _end_of(model: Any) -> list[tuple[Any, str]]:
             (model.decoder.final_norm, "forward"),
             (model.output_layer, "forward"),
             (model, "compute_language_model_loss"),
+            (hybrid_model, "process_mtp_loss"),
         ]
     norm = model.decoder.final_layernorm
     return [(model, "_postprocess"), *([(norm, "forward")] if norm is not None else [])]

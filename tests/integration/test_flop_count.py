@@ -47,6 +47,7 @@ HYBRID = (
     *("--hybrid-layer-pattern", "M*E-", "--mamba-state-dim", "16", "--mamba-head-dim", "8"),
     *("--mamba-num-groups", "2"),
 )
+PREDICTING = ("--hybrid-layer-pattern", "M*E-/*E/*E")
 ONE_RANK = {
     "stock": (),
     "stock, without gated units": UNGATED,
@@ -75,6 +76,8 @@ ONE_RANK = {
     "packed, recompute": (*NATIVE, "--dataloader-inter-document-masking", *SELECTIVE, "core_attn"),
     "prediction, full recompute": (*MTP, *FULL_RECOMPUTE),
     "hybrid": (*NATIVE, *HYBRID),
+    "hybrid, prediction": (*NATIVE, *HYBRID, *PREDICTING),
+    "hybrid, prediction, full recompute": (*NATIVE, *HYBRID, *PREDICTING, *FULL_RECOMPUTE),
     "hybrid, full recompute": (*NATIVE, *HYBRID, *FULL_RECOMPUTE, "--mamba-num-heads", "2"),
 }
 TWO_RANKS = {

@@ -26,6 +26,13 @@ LAYOUTS = {
     "PP2 VPP2": (*PP2, "--hybrid-layer-pattern", "M|*E|M|E-"),
     "EP2, full recompute": (*EP2, *FULL_RECOMPUTE),
 }
+PREDICTING = ("--hybrid-layer-pattern", "M*E-/*E/*E", "--mtp-loss-scaling-factor", "0.3")
+WITH_PREDICTION = {
+    "MTP, EP2": EP2,
+    "MTP, TP2": TP2,
+    "MTP, PP2": (*PP2, "--hybrid-layer-pattern", "M*|E-/*E/*E"),
+    "MTP, full recompute": (*EP2, *FULL_RECOMPUTE),
+}
 ADAM = TRAIN[-2:]  # its eps
 BY_FREQUENCY = ("--mone-layer-freq", "[0,0,1,0,0,0]")
 
@@ -60,7 +67,18 @@ def runs(tmp_path_factory, request):
         hybrid("one rank", TRAIN),
         hybrid("by frequency", TRAIN, *BY_FREQUENCY),
     ]
+
+    def predicting(name, base, *flags):
+        words = (*base, *MAMBA, *PREDICTING, *flags, *load("MTP start"))
+        return Case(name, words, tensors=True)
+
+    one += [
+        Case("MTP start run", (*TRAIN, *MAMBA, *PREDICTING, *save("MTP start"), PLAIN)),
+        predicting("MTP, one rank", TRAIN),
+    ]
     two = [hybrid(name, TRAIN, *flags) for name, flags in LAYOUTS.items()]
+    two += [predicting(name, TRAIN, *flags) for name, flags in WITH_PREDICTION.items()]
+    two += [predicting("MTP, keep-all", KEEP_ALL, *EP2), predicting("MTP, stock", STOCK, *EP2)]
     two += [hybrid("keep-all", KEEP_ALL, *EP2), hybrid("stock", STOCK, *EP2)]
     run_cases(one, 1, folder)
     run_cases(two, 2, folder)
@@ -77,9 +95,10 @@ def test_attention_and_experts_alone_are_the_gpt_model(runs):
         assert scalars(runs / "gpt as hybrid", tag) == scalars(runs / "gpt", tag)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", [*LAYOUTS, *WITH_PREDICTION])
 def test_a_hybrid_model_is_the_same_in_every_layout(runs, name):
-    wanted, got = recorded(runs / "one rank"), recorded(runs / name)
+    one = runs / ("MTP, one rank" if name in WITH_PREDICTION else "one rank")
+    wanted, got = recorded(one), recorded(runs / name)
     errors = {
         "loss": max(worst_error(wanted[tag], got[tag]) for tag in LOSSES),
         "metrics": max(
@@ -87,26 +106,24 @@ def test_a_hybrid_model_is_the_same_in_every_layout(runs, name):
             for tag in wanted
             if tag.startswith("mone/") and "tflops" not in tag
         ),
-        "gradients": worst_tensor_error(
-            runs / "one rank" / "gradients.pt", runs / name / "gradients.pt"
-        ),
-        "parameters": worst_tensor_error(
-            runs / "one rank" / "parameters.pt", runs / name / "parameters.pt"
-        ),
+        "gradients": worst_tensor_error(one / "gradients.pt", runs / name / "gradients.pt"),
+        "parameters": worst_tensor_error(one / "parameters.pt", runs / name / "parameters.pt"),
     }
     for column, error in errors.items():
         note(f"hybrid, {name}", column, error)
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def test_keep_all_is_the_stock_hybrid_model(runs):
-    wanted, got = recorded(runs / "stock"), recorded(runs / "keep-all")
-    for tag in ("lm loss", "load_balancing_loss"):
+@pytest.mark.parametrize("model", ["", "MTP, "])
+def test_keep_all_is_the_stock_hybrid_model(runs, model):
+    stock, ours = runs / f"{model}stock", runs / f"{model}keep-all"
+    wanted, got = recorded(stock), recorded(ours)
+    for tag in ("lm loss", "load_balancing_loss", *(["mtp_1 loss", "mtp_2 loss"] if model else [])):
         assert len(wanted[tag]) == 3
         assert got[tag] == wanted[tag]
     for file in ("gradients.pt", "parameters.pt"):
-        assert worst_tensor_error(runs / "stock" / file, runs / "keep-all" / file) == 0.0
-    note("hybrid, EP2", "keep-all = stock", 0.0)
+        assert worst_tensor_error(stock / file, ours / file) == 0.0
+    note(f"hybrid, {model}EP2", "keep-all = stock", 0.0)
 
 
 def test_the_spec_builds_the_model_of_the_flags(runs):
@@ -120,5 +137,7 @@ def test_layers_are_numbered_by_the_whole_pattern(runs):
 
     assert layers("one rank") == layers("PP2 VPP2") == [3, 5]
     assert layers("by frequency") == [3]
+    behind = recorded(runs / "MTP, one rank")
+    assert [k for k in range(1, 9) if f"mone/kept_ratio_layer_{k}" in behind] == [3, 5, 6]
     losses = [scalars(runs / name, "lm loss")[3] for name in ("one rank", "by frequency")]
     assert losses[0] != losses[1]

@@ -78,10 +78,17 @@ def test_layers_of_experts():
 
 @pytest.mark.parametrize(
     "changed",
-    [{"mone_qk_norm_all_heads": True}, {"mone_residual_multiplier": 0.5}, {"mtp_num_layers": 1}],
+    [
+        {"mone_qk_norm_all_heads": True},
+        {"mone_residual_multiplier": 0.5},
+        {"mtp_use_repeated_layer": True},
+    ],
 )
 def test_what_mone_has_in_gpt_models_alone(changed):
-    fits = {"mone_qk_norm_all_heads": False, "mone_residual_multiplier": 1, "mtp_num_layers": None}
-    check_hybrid(Namespace(**fits))
+    fits = {"mone_qk_norm_all_heads": False, "mone_residual_multiplier": 1,
+            "mtp_use_repeated_layer": False}  # fmt: skip
+    check_hybrid(Namespace(**fits), "*E")
     with pytest.raises(ValueError, match=f"^{next(iter(changed))} = "):
-        check_hybrid(Namespace(**{**fits, **changed}))
+        check_hybrid(Namespace(**{**fits, **changed}), "*E")
+    with pytest.raises(ValueError, match=r"behind / = 'EE' .* give it one E"):
+        check_hybrid(Namespace(**fits), "EE")
