@@ -50,8 +50,10 @@ def saved_choice(folder: Path) -> Choice | None:
         if key is None:
             return None
         found: dict[str, object] = {key: io.BytesIO()}
+        reader = FileSystemReader(folder)
+        reader.read_metadata = lambda *_of, **_n: read_metadata(folder)  # type: ignore[method-assign]
         with loading_weights_only():
-            load(found, storage_reader=FileSystemReader(folder), no_dist=True)
+            load(found, storage_reader=reader, no_dist=True)
         held = found[key]
         if isinstance(held, str):
             return dict(json.loads(held))

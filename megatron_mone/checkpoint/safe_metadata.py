@@ -45,8 +45,24 @@ class _KnownClasses(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
 
+_last: list[tuple[Any, Any]] = []
+"""The file that was read last, as `_state` knows it, and what it held."""
+
+
+def _state(path: Path) -> Any:
+    found = path.stat()
+    return path.absolute(), found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def forget_metadata() -> None:
+    """Let go of what was read last: of a large checkpoint it is many megabytes."""
+    _last.clear()
+
+
 def read_metadata(folder: Path) -> Any:
     """The torch.distributed.checkpoint Metadata of a checkpoint folder; None: no such file.
+
+    Read once by those who ask one after another; nobody is to change it.
 
     Raises:
         ValueError: one line with the file and what it names beside checkpoint classes, or how it
@@ -56,8 +72,11 @@ def read_metadata(folder: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        with path.open("rb") as file:
-            return _KnownClasses(file).load()
+        state = _state(path)
+        if not _last or _last[0][0] != state:
+            with path.open("rb") as file:
+                _last[:] = [(state, _KnownClasses(file).load())]
+        return _last[0][1]
     except Exception as error:  # a broken pickle raises nearly anything
         raise ValueError(f"checkpoint file {path} is not plain metadata ({error}): it is not "
                          "loaded; give another --load") from error  # fmt: skip

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner
 
 from megatron_mone.checkpoint import ownership
 from megatron_mone.checkpoint.integrity import SUMS_NAME, find_damage, read_sums
-from megatron_mone.checkpoint.safe_metadata import load_weights_only, read_metadata
+from megatron_mone.checkpoint.safe_metadata import forget_metadata, load_weights_only, read_metadata
 from megatron_mone.checkpoint.tracker import (
     ITERATION_FORMAT,
     TRACKER_NAME,
@@ -110,6 +110,8 @@ def verify_load(args: Namespace) -> None:
             read_metadata(folder)
         except ValueError as error:
             refusal = str(error)
+    if not getattr(args, "upcycles", False):  # whose load asks again
+        forget_metadata()
     (refusal,) = _from_rank_0([refusal])
     if refusal is not None:
         raise ValueError(refusal)

@@ -32,6 +32,7 @@ from megatron_mone.common.patch import in_source, wrapping
 from megatron_mone.config_checks import is_mone, layer_pattern, neurons_per_token, selection_bounds
 
 CHOICE = "mone_choice"
+FP8_HISTORY = "fp8_amax"
 _STOCK = re.compile(r"\bexperts\.(\d+\.)?linear_fc")
 _OURS = re.compile(r"\bexperts\.(\d+\.)?mone_linear_fc")
 Choice = dict[str, Any]
@@ -118,13 +119,16 @@ def name_as_held(state: Any, held: Collection[str]) -> None:
 
     Args:
         state: nested, of weights and optimizer.
-        held: keys of the checkpoint; those of objects end in "/shard_...".
+        held: keys of the checkpoint; those of objects end in "/shard_...". Where it has no history
+            of fp8's delayed scaling, that starts anew, as Transformer Engine's does.
     """
     there = {key.partition("/shard_")[0] for key in held}
 
     def named(leaf: Any) -> Any:
         if not isinstance(leaf, ShardedBase) or leaf.key in there:
             return leaf
+        if leaf.key.endswith(f".{FP8_HISTORY}"):  # saved without delayed scaling: none yet
+            return LocalNonpersistentObject(leaf.data)
         if isinstance(leaf, ShardedObject) and leaf.key.endswith(f".{CHOICE}"):
             return LocalNonpersistentObject(leaf.data)
         for other in (stock_key(leaf.key), our_key(leaf.key)):

@@ -1,5 +1,6 @@
 """A checkpoint's `.metadata` cannot run code: what it names is refused before it is called."""
 
+import io
 import os
 import pickle
 import pickletools
@@ -7,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemWriter, save
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, save
 
+from megatron_mone.checkpoint import safe_metadata
+from megatron_mone.checkpoint.choice import saved_choice
 from megatron_mone.checkpoint.safe_metadata import read_metadata
+from megatron_mone.checkpoint.vocabulary import EMBEDDING, saved_size
+from megatron_mone.moe.stored_choice import CHOICE
 
 
 def test_what_torch_writes_is_accepted(tmp_path):
@@ -17,6 +22,30 @@ def test_what_torch_writes_is_accepted(tmp_path):
     save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
     read_metadata(tmp_path)
     read_metadata(tmp_path / "nowhere")
+
+
+def test_it_is_read_once_until_the_file_is_another(tmp_path, monkeypatch):
+    """By the choice, the vocabulary and the verification of one start."""
+    read = []
+    known = safe_metadata._KnownClasses
+    monkeypatch.setattr(safe_metadata, "_KnownClasses", lambda file: read.append(1) or known(file))
+    monkeypatch.setattr(
+        FileSystemReader, "read_metadata", lambda *_: pytest.fail("torch unpickled it again")
+    )
+    key = f"decoder.layers.mlp.experts.{CHOICE}/shard_0_1"
+    for rows in (3, 4):
+        choice = io.BytesIO()
+        torch.save([{"mone_activation": "silu"}], choice)
+        state = {EMBEDDING: torch.ones(rows), key: choice}
+        save(state, storage_writer=FileSystemWriter(tmp_path), no_dist=True)
+        for _ in range(2):
+            assert saved_choice(tmp_path) == {"mone_activation": "silu"}
+            assert saved_size(tmp_path) == rows
+        read_metadata(tmp_path)
+    assert len(read) == 2
+    safe_metadata.forget_metadata()
+    read_metadata(tmp_path)
+    assert len(read) == 3
 
 
 class Runs:

@@ -134,6 +134,30 @@ def test_a_checkpoint_has_them_by_expert(experts):
     assert torch.equal(step(other, seed=9), step(made, seed=9))
 
 
+def test_a_checkpoint_without_them_starts_them_anew(experts, tmp_path):
+    """One of 16 bits goes on under delayed scaling as a fresh model with its weights."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_mone.checkpoint.safe_metadata import read_metadata
+    from megatron_mone.moe.stored_choice import name_as_held
+
+    saved, other = experts(), experts()
+
+    def state_of(made):
+        return made.sharded_state_dict("mlp.experts.", metadata={"dp_cp_group": None})
+
+    state = state_of(saved)
+    del state["mlp.experts.fp8_amax"]
+    dist_checkpointing.save(state, str(tmp_path))
+    asked = state_of(other)
+    name_as_held(asked, read_metadata(tmp_path).state_dict_metadata)
+    found = dist_checkpointing.load(asked, str(tmp_path))
+    other.load_state_dict({k.removeprefix("mlp.experts."): v for k, v in found.items()})
+    assert not other.fp8_amax.any()
+    assert torch.equal(step(other), step(saved))
+    assert other.fp8_amax.any()
+
+
 def test_other_recipes_keep_nothing(one_rank, monkeypatch):
     from megatron.core.process_groups_config import ProcessGroupCollection
 
