@@ -39,12 +39,10 @@ def load(words: Sequence[str]) -> Loaded:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     from megatron_mone.model import patches
     from megatron_mone.model.arguments import parse_arguments
-    from megatron_mone.model.checks.hybrid import check_gpt
     from megatron_mone.model.config_builder import build_model_config
 
     patches.install()
     args = parse_arguments(evaluation_words(words))
-    check_gpt(args, "evaluated")
     if args.context_parallel_size > 1:
         raise ValueError(
             f"context_parallel_size = {args.context_parallel_size} is not evaluated: leave it out, "

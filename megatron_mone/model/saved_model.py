@@ -16,7 +16,7 @@ _OF_MODEL = (
     "gradient_accumulation_fusion", "bias_swiglu_fusion", "bias_gelu_fusion", "apply_rope_fusion",
     "cross_entropy_loss_fusion", "create_attention_mask_in_dataloader", "mtp_*", "ckpt_format",
     "add_position_embedding", "quick_geglu", "yarn_*", "no_persist_layer_norm",
-    "heterogeneous_layers_*",
+    "heterogeneous_layers_*", "hybrid_layer_pattern",
 )  # fmt: skip
 """Beside the fields of Megatron's TransformerConfig and ours."""
 
@@ -68,6 +68,9 @@ def model_values(saved: Mapping[str, Any]) -> dict[str, Any]:
         plain = isinstance(value, bool | int | float | str | list)
         if wanted and plain and value != action.default:
             found[name] = value
+    if pattern := found.get("hybrid_layer_pattern"):
+        found["hybrid_layer_pattern"] = pattern.replace("|", "")  # which cuts it for one layout
+        found.pop("mtp_num_layers", None)  # of the pattern
     if not found.get("group_query_attention"):
         found.pop("num_query_groups", None)  # validation sets it
     return found

@@ -93,7 +93,7 @@ ROWS = (
         "hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads",
         "Megatron's HybridModel: its layers of experts are MoNE; Mamba's scan is plain torch on "
         "CPU ranks; multi-token prediction behind /, with one layer of experts a depth; planned "
-        "without it, mamba-ssm's kernels counted; not evaluated or converted",
+        "without it, mamba-ssm's kernels counted; evaluated, not converted",
         shown="tests/parity/test_hybrid_models.py::test_a_hybrid_model_is_the_same_in_every_layout "
         "tests/parity/test_hybrid_models.py::test_attention_and_experts_alone_are_the_gpt_model",
     ),

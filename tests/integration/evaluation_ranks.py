@@ -11,8 +11,8 @@ from tests.training_cases import _Groups, spare_repeated_work
 def evaluate(todo: str, folder: str) -> None:
     """Evaluate each [name, words, tasks, batch] of a JSON file into folder/NAME.
 
-    A case that is refused leaves folder/NAME.refused. The case `direct` asks the model itself; the
-    case `registered` is the last: ranks end with it.
+    A case that is refused leaves folder/NAME.refused. A case `... direct` asks the model itself;
+    the case `registered` is the last: ranks end with it.
     """
     from megatron_mone import cpu_emulation
 
@@ -28,7 +28,7 @@ def evaluate(todo: str, folder: str) -> None:
         print(f"=== {name}", flush=True)
         out = Path(folder) / name
         try:
-            if name == "direct":
+            if name.endswith("direct"):
                 _direct(words, tasks, out)
             elif name == "registered":
                 return _registered(words, tasks, out)  # ends the ranks that serve

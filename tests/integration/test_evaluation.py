@@ -29,6 +29,11 @@ LENGTH = ("--seq-length", "64")
 TEXTS = ["A short text.", "Another one, of more words than the first."]
 ONE_RANK = {"one row": 1, "eight rows": 8}
 LAYOUTS = {"EP2": EP2, "TP2": TP2, "PP2": PP2}
+HYBRID = ("TP2", "PP2")
+PATTERN = (
+    *("--hybrid-layer-pattern", "M*E-/*E", "--mamba-state-dim", "16", "--mamba-head-dim", "16"),
+    *("--mamba-num-groups", "2"),
+)
 TASK = """
 task: texts
 dataset_path: json
@@ -63,9 +68,15 @@ def runs(tmp_path_factory):
     saved = folder / "run" / "checkpoints"
     saves = ("--train-iters", "2", "--save", str(saved), "--save-interval", "2")
     longest = ("--max-position-embeddings", "64")
-    run_cases([Case("train", (*TINY, *MONE, *data, *drops, *saves, *longest))], 1, folder)
+    parts = (*TINY, *MONE, *data, *drops, *saves, *longest)
+    pattern = (*PATTERN, "--save", str(folder / "hybrid" / "checkpoints"))
+    run_cases([Case("train", parts), Case("hybrid train", (*parts, *pattern))], 1, folder)
     record_start(folder / "run", "run", {"values": {}, "arguments": []}, (), {"ranks": 1})
 
+    hybrid = folder / "hybrid" / "checkpoints"
+    words = ["--load", str(hybrid), *LENGTH]
+    of_hybrid = [["hybrid", words, ["texts"], 8], ["hybrid direct", words, TEXTS, 0]]
+    hybrid_two = [[f"hybrid, {name}", [*words, *LAYOUTS[name]], ["texts"], 8] for name in HYBRID]
     words = ["--load", str(saved), *LENGTH]
     one = [[name, words, TASKS, batch] for name, batch in ONE_RANK.items()]
     one.append(["direct", words, TEXTS, 0])
@@ -74,9 +85,9 @@ def runs(tmp_path_factory):
     export = forked_ranks.start(1, evaluation_ranks.export, places, log)
     one.append(["wrong tokenizer", [*words, "--tokenizer-model", str(folder / "wide")],
                 ["mone_cloze"], 8])  # fmt: skip
-    _run(one, 1, folder)
+    _run([*of_hybrid, *one], 1, folder)
     two = [[name, [*words, *flags], TASKS, 8] for name, flags in LAYOUTS.items()]
-    _run([*two, ["registered", [*words, *EP2], ["mone_cloze"], 0]], 2, folder)
+    _run([*two, *hybrid_two, ["registered", [*words, *EP2], ["mone_cloze"], 0]], 2, folder)
     assert export.wait(timeout=600) == 0, log.read_text(errors="replace")[-5000:]
     return folder
 
@@ -140,6 +151,15 @@ def test_a_text_scores_as_megatrons_loss_says(runs):
     assert [one["log_likelihoods"][0] for one in got] == pytest.approx(wanted, abs=1e-4)
     size = [len(text.encode()) for text in TEXTS]
     assert [one["metrics"]["byte_perplexity"][1] for one in got] == size
+
+
+def test_a_hybrid_model_scores_as_its_loss_says_in_every_layout(runs):
+    wanted = json.loads((runs / "hybrid direct").read_text())
+    assert len(wanted) == len(TEXTS)
+    for name in ("hybrid", *(f"hybrid, {name}" for name in HYBRID)):
+        got = [one["log_likelihoods"][0] for one in samples(runs / name, "texts")]
+        assert got == pytest.approx(wanted, abs=1e-4), name
+    assert wanted != json.loads((runs / "direct").read_text())
 
 
 def test_lm_eval_finds_the_model_by_its_name_on_two_ranks(runs):

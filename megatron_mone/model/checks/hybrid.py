@@ -47,7 +47,7 @@ def check_gpt(args: Namespace, done: str) -> None:
 
     Args:
         args: Megatron's.
-        done: what it does, such as "evaluated".
+        done: what it does, such as "converted".
 
     Raises:
         ValueError: the model is a hybrid one.
@@ -55,7 +55,8 @@ def check_gpt(args: Namespace, done: str) -> None:
     if args.hybrid_layer_pattern is not None:
         raise ValueError(
             f"hybrid_layer_pattern = {args.hybrid_layer_pattern!r}: hybrid models are trained, not "
-            f"{done}: give a GPT model by --num-layers"
+            f"{done}: no family of Hugging Face models has these layers here; give a GPT model by "
+            "--num-layers"
         )
 
 

@@ -59,10 +59,10 @@ def test_what_gpus_need(args, monkeypatch):
 
 
 def test_commands_of_gpt_models_say_so(args):
-    with pytest.raises(ValueError, match="are trained, not evaluated"):
-        hybrid.check_gpt(args, "evaluated")
+    with pytest.raises(ValueError, match="are trained, not converted"):
+        hybrid.check_gpt(args, "converted")
     args.hybrid_layer_pattern = None
-    hybrid.check_gpt(args, "evaluated")
+    hybrid.check_gpt(args, "converted")
 
 
 def test_what_the_profiler_would_misread(args):
