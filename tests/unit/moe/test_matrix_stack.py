@@ -128,3 +128,47 @@ def test_a_float32_copy_knows_its_matrices():
     main = experts.linear_fc2.detach().clone()
     copy_tensor_model_parallel_attributes(main, experts.linear_fc2)
     assert [m.shape for m in main.stacked_matrices(main)] == [(16, 24)] * 2
+
+
+QUINTIC = (  # modded-nanogpt's, which emerging-optimizers rounds to single precision
+    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
+)  # fmt: skip
+
+
+def orthogonalized(matrix):
+    """U f(S) V^T in float64: what Muon's polynomials make of the singular values."""
+    left, values, right = torch.linalg.svd(matrix.double(), full_matrices=False)
+    values = values / values.norm()
+    for a, b, c in QUINTIC:
+        values = a * values + b * values**3 + c * values**5
+    assert (values > 0.5).all()  # near 1, as far as five steps go
+    assert (values < 1.5).all()
+    return left * values @ right
+
+
+@pytest.mark.parametrize(("name", "shape"), [("linear_fc1", (48, 16)), ("linear_fc2", (16, 24))])
+def test_muon_orthogonalizes_each_experts_matrix(name, shape):
+    """Gates and ups together, [2 F, H], and [H, F]: against a singular value decomposition."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    cls = entry("muon").optimizer_cls
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    stack = getattr(build_experts(3), name)
+    split, generator = stack.stacked_matrices, torch.Generator().manual_seed(2)
+    gradients = [torch.randn(stack.shape, generator=generator) for _ in range(2)]
+    before = [m.double().clone() for m in split(stack.detach())]
+    optimizer = cls(
+        [stack], lr=0.1, weight_decay=0.2, momentum=0.9, fp32_matmul_prec="highest",
+        pg_collection=groups,
+    )  # fmt: skip
+    stepped(optimizer, [stack], [[gradient] for gradient in gradients])
+    for e, matrix in enumerate(split(stack.detach())):
+        assert matrix.shape == shape
+        wanted, moment = before[e], torch.zeros(shape, dtype=torch.float64)
+        for gradient in gradients:
+            own = split(gradient)[e].double()
+            moment = 0.9 * moment + 0.1 * own
+            ahead = 0.1 * own + 0.9 * moment  # Nesterov's
+            wanted = wanted * (1 - 0.1 * 0.2) - 0.1 * max(shape) ** 0.5 * orthogonalized(ahead)
+        torch.testing.assert_close(matrix.double(), wanted, rtol=0, atol=2e-4)
