@@ -300,6 +300,9 @@ def _main(todo: str, folder: str) -> None:
 
     cpu_emulation.install()
     import torch
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import (
+        PipelineOffloadManager,
+    )
     from megatron.core.transformer import multi_token_prediction
     from megatron.core.transformer.moe import router_trace
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
@@ -322,6 +325,7 @@ def _main(todo: str, folder: str) -> None:
             writer.close()
         training.destroy_global_state()
         destroy_moe_metrics_tracker()
+        PipelineOffloadManager.OFFLOAD_MGR = None  # it knows the groups of one model
         multi_token_prediction.MTPLossLoggingHelper.tracker.clear()
         router_trace._MOE_ROUTER_TRACER = None
         # Megatron's DDP hangs on itself by hooks that no collector sees.

@@ -52,7 +52,15 @@ def gpu_variables(values: Mapping[str, Any], arguments: Sequence[str]) -> tuple[
             "Transformer Engine's norms leave multiprocessors to the collectives beside them",
         ),
         Variable("NVTE_BWD_LAYERNORM_SM_MARGIN", "16", "the same in the backward pass"),
+        *_offloading(values, arguments),
     )
+
+
+def _offloading(values: Mapping[str, Any], arguments: Sequence[str]) -> tuple[Variable, ...]:
+    if not _is_on("fine_grained_activation_offloading", values, arguments):
+        return ()
+    why = "Megatron's activation offloading wants it: Transformer Engine would offload weights, too"
+    return (Variable("NVTE_CPU_OFFLOAD_V1", "1", why),)
 
 
 def _connections(values: Mapping[str, Any], arguments: Sequence[str]) -> tuple[Variable, ...]:

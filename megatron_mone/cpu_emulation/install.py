@@ -5,6 +5,7 @@ import torch
 from megatron_mone.common import patch
 from megatron_mone.common.patch import Patch
 from megatron_mone.cpu_emulation import (
+    activation_offload,
     compilers,
     cuda_calls,
     device,
@@ -34,6 +35,7 @@ PATCHES: tuple[Patch, ...] = (
     *compilers.PATCHES[1:],
     *training.PATCHES,
     *weight_gradients.PATCHES,
+    *activation_offload.PATCHES,
     *rng.PATCHES[1:],
     *norms.PATCHES,
     *moe.PATCHES,

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_mone.common.patch import wrapping
 
 
-def _hiding(flag: str, *unless: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def hiding(flag: str, *unless: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A check of arguments or of a config that does not see `flag` where the layers are local and
     nothing is set that it refuses beside it, `unless`."""
 
@@ -36,14 +36,14 @@ PATCHES = (
     wrapping(
         "delayed-weight-gradients",
         "megatron.training.arguments: validate_args",
-        _hiding("delay_wgrad_compute"),
+        hiding("delay_wgrad_compute"),
         why="delay_wgrad_compute asserts transformer_impl = transformer_engine",
         needed_while="Delaying wgrad compute is only supported with transformer_engine",
     ),
     wrapping(
         "weight-gradients-beside-dispatch",
         "megatron.core.transformer.transformer_config: TransformerConfig.__post_init__",
-        _hiding(
+        hiding(
             "overlap_dispatch_backward_with_experts_wgrad",
             "overlap_moe_expert_parallel_comm",
         ),

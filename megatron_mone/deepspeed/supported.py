@@ -78,6 +78,8 @@ REFUSALS = (
     _given("use_torch_fsdp2", "ZeRO shards the parameters", "give --zero-stage 3"),
     _given("optimizer_cpu_offload", "Megatron's works on its own optimizers",
            "give --zero-offload-optimizer"),
+    _given("fine_grained_activation_offloading",
+           "what Megatron hands to the host was not tried under ZeRO"),
     Refusal("zero_offload_optimizer",
             lambda args: args.zero_offload_optimizer and stage_of(args) == 0,
             "at ZeRO 0 DeepSpeed has nothing that it could move", "give --zero-stage 1",

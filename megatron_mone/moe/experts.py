@@ -8,6 +8,7 @@ Symbols: E_l experts on this rank, F_l neurons of an expert on this rank (F / ET
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ from megatron_mone.kernels.te.delayed import DelayedScales
 from megatron_mone.kernels.te.operand_names import OPERANDS
 from megatron_mone.kernels.weight_views import add_later, kept_for_backward, weight_views
 from megatron_mone.moe import matrix_stack
+from megatron_mone.moe.activation_offload import offloaded_modules, with_offloading
 from megatron_mone.moe.stored_choice import CHOICE, STOPS, check_choice, choice_of, our_key
 
 EXTRA_STATE = "._extra_state"
@@ -96,6 +98,7 @@ class MoNEExperts(MegatronModule):
         self.etp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         self.all_gates = needs_all_gates(config)
+        self.offloaded = offloaded_modules(config)
         backend_of(config)  # here, so that one that cannot run stops before the first step
         low, high = selection_bounds(config)
         self.select = NeuronSelector(
@@ -161,18 +164,26 @@ class MoNEExperts(MegatronModule):
         fused = self.config.gradient_accumulation_fusion
         weights: Any = weight_views(self.linear_fc1, self.linear_fc2, fused, self._later(x_NH))
         weights[0].fp8_scales = self.fp8_scales
+        compute = partial(
+            grouped_mlp_with_gates,
+            probs_N=probs_N,
+            tokens_per_expert=tokens_per_expert if rows_ER is None else rows_ER,
+            w_gate_EFH=weights[0],
+            w_up_EFH=weights[1],
+            w_down_EFH=weights[2],
+            choose=choose,
+            activation=self.config.mone_activation,
+            etp_group=self.etp_group,
+            all_gates=self.all_gates,
+            backend=self.config.mone_backend,
+        )
+        if self.offloaded:
+            return with_offloading(
+                self.offloaded, x_NH, (self.linear_fc1, self.linear_fc2), compute,
+                delay=self.config.delay_offload_until_cuda_graph,
+            )  # fmt: skip
         with kept_for_backward(self.linear_fc1, self.linear_fc2):
-            return grouped_mlp_with_gates(
-                x_NH,
-                probs_N,
-                tokens_per_expert if rows_ER is None else rows_ER,
-                *weights,
-                choose=choose,
-                activation=self.config.mone_activation,
-                etp_group=self.etp_group,
-                all_gates=self.all_gates,
-                backend=self.config.mone_backend,
-            )
+            return compute(x_NH)
 
     def _choice(self, tokens_per_expert: Tensor) -> Choose:
         """The rule in a form that kernels run themselves, where it needs no other rank or bias."""

@@ -204,7 +204,7 @@ class HostPart(Part):
     to_device_gib: Number
     """and back"""
     copy_ms: Number
-    """both, alone on the link"""
+    """both, alone on the link; of activations what nothing hides is `host copies` of `parts_ms`"""
     update_ms: Number
     """of the host's own operators: the optimizer, and what converts parameters"""
 

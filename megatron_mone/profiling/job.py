@@ -53,6 +53,11 @@ def build_runs(options: Options, words: Sequence[str]) -> list[LiveRun]:
     specs = run_specs(options.against)
     base = parse_arguments(words)
     check_profiled(base)
+    if len(specs) > 1 and base.fine_grained_activation_offloading:
+        raise ValueError(
+            f"--against {options.against}: with fine_grained_activation_offloading a process has "
+            "one model, whose groups Megatron knows: leave one of them out"
+        )
     if base.train_iters and base.train_iters < options.steps_of_a_run:
         raise ValueError(
             f"train_iters = {base.train_iters} is fewer than the {options.steps_of_a_run} steps "

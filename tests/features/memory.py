@@ -3,6 +3,7 @@
 from tests.features.row import Example, refused, trained, unrun
 
 FULL = "--recompute-granularity full"
+OFFLOADED = "--fine-grained-activation-offloading --min-offloaded-tensor-size 1 --offload-modules"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 
 ROWS = (
@@ -38,20 +39,34 @@ ROWS = (
     ),
     refused(
         "moe_paged_stash moe_paged_stash_*",
-        "it keeps Megatron's experts' activations",
+        "pages of what Transformer Engine's fused experts keep, by kernels that run on GPUs alone",
         ("--moe-paged-stash", "moe_paged_stash"),
     ),
     refused(
         "cpu_offloading_num_layers cpu_offloading_retain_pinned_cpu_buffers",
-        "what MoNE's experts keep would stay",
+        "Transformer Engine moves what its own modules mark; expert_fc1 and moe_act of "
+        "offload_modules are MoNE's",
         ("--cpu-offloading-num-layers 1", "cpu_offloading_num_layers"),
     ),
-    refused(
-        "fine_grained_activation_offloading offload_modules delay_offload_until_cuda_graph "
-        "delta_offload_bytes_across_pp_ranks min_offloaded_tensor_size "
-        "activation_offload_fraction fine_grained_offloading_max_inflight_offloads",
-        "expert_fc1, moe_act and fused_group_mlp; other modules are taken",
-        ("--fine-grained-activation-offloading --offload-modules expert_fc1", "offload_modules"),
+    trained(
+        "fine_grained_activation_offloading offload_modules min_offloaded_tensor_size "
+        "activation_offload_fraction fine_grained_offloading_max_inflight_offloads "
+        "delta_offload_bytes_across_pp_ranks",
+        "expert_fc1 hands over the experts' input, moe_act gate, up and index of the kept neurons, "
+        "other modules what they do without MoNE; on CPU ranks copied within their memory",
+        Example(flags=f"{OFFLOADED} expert_fc1 moe_act", same=0.0),
+        Example(flags=f"{OFFLOADED} expert_fc1 moe_act", beside="--num-layers 4", same=0.0,
+                layouts=("PP2 VPP2",), stock=""),
+        Example(flags=f"{OFFLOADED} expert_fc1 moe_act --activation-offload-fraction 0.5 "
+                "--fine-grained-offloading-max-inflight-offloads 1 "
+                "--delta-offload-bytes-across-pp-ranks 2000",
+                beside="--num-layers 4", same=0.0, layouts=("PP2",), stock=""),
+        shown="tests/unit/moe/test_activation_offload.py::"
+        "test_what_is_handed_over_comes_back_to_the_bit",
+    ),
+    unrun(
+        "delay_offload_until_cuda_graph",
+        "copies after the replay of a graph",
     ),
     unrun(
         "cuda_graph_impl cuda_graph_modules cuda_graph_scope_deprecated cuda_graph_warmup_steps "

@@ -62,6 +62,11 @@ MAMBA = (
     "--hybrid-layer-pattern",
 )
 OFFLOADED = ("--optimizer-cpu-offload", "--use-precision-aware-optimizer")
+HANDED_OVER = (
+    *("--fine-grained-activation-offloading", "--min-offloaded-tensor-size", 1),
+    "--offload-modules",
+)
+TRITON = (*MONE, "--mone-backend", "triton")
 # Layouts whose collectives Megatron's own layers on CPU ranks launch, too.
 LAYOUTS = {
     "DP2": ((), 2, 1),
@@ -96,6 +101,10 @@ GPU = {
     ),
     "packed": ((*PP3, *PACKED), 3, 1),
     "packed MLA": ((*PP3, *MLA, *PACKED), 3, 1),
+    "experts": ((*TRITON, *PP3), 3, 1),
+    "experts offloaded": ((*TRITON, *PP3, *HANDED_OVER, "expert_fc1", "moe_act"), 3, 1),
+    "input offloaded": ((*TRITON, *PP3, *HANDED_OVER, "expert_fc1"), 3, 1),
+    "attention offloaded": ((*PP3, *HANDED_OVER, "core_attn"), 3, 1),
     "offloaded": (OFFLOADED, 2, 1),
     "half offloaded": ((*OFFLOADED, "--optimizer-offload-fraction", 0.5), 2, 1),
     "MTP stage last": (
@@ -295,6 +304,30 @@ def test_moments_of_16_bits(folder):
     assert aware.optimizer == pytest.approx(6 * shard, rel=0.01)
     assert default.weights == pytest.approx(2 * parameters, rel=0.01)
     assert default.gradients == pytest.approx(4 * parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["experts offloaded", "input offloaded", "attention offloaded"])
+def test_activations_on_the_host(folder, name):
+    """Of two layers the last one's stay, whose backward pass begins at once."""
+    rows = 2 * TOKENS  # of two experts a token
+    experts_input = rows * H * BF16
+    # gate and up of a quarter of the neurons, a bit of every neuron, the probability
+    kept = rows * (2 * F // 4 * BF16 + F // 8 + BF16)
+    # q, k, v and the output, which the projection keeps; statistics
+    attention = TOKENS * (4 * H * BF16 + HEADS * FP32)
+    sizes = {"experts offloaded": experts_input + kept, "input offloaded": experts_input,
+             "attention offloaded": attention}  # fmt: skip
+    trace = of(folder, name)
+    whole = of(folder, "middle" if name.startswith("att") else "experts")
+    crossed = Counter()
+    for one in trace.ops:
+        crossed[one.name, one.pass_] += one.count * one.bytes_read
+    assert crossed["link.to_host", "forward"] == crossed["link.to_device", "backward"]
+    assert crossed["link.to_host", "forward"] == sizes[name]
+    if name != "attention offloaded":  # what its projection keeps is freed, too
+        assert whole.memory.activations - trace.memory.activations == sizes[name]
+    assert trace.flops == whole.flops
+    assert trace.memory.backward_peak <= whole.memory.backward_peak
 
 
 @pytest.mark.parametrize(("name", "share"), [("offloaded", 1.0), ("half offloaded", 0.5)])

@@ -13,6 +13,8 @@ from megatron_mone.moe.stored_choice import is_mixed
 KEPT = "gate, up and index of each kept neuron"
 """What the kernels of MoNE keep for the backward pass beside the experts' input."""
 
+HAND_OVER = "--fine-grained-activation-offloading --offload-modules expert_fc1 moe_act moves theirs"
+
 
 def check_combinations(args: Namespace) -> None:
     """What Megatron's own checks let through.
@@ -53,6 +55,9 @@ def _general(args: Namespace) -> list[tuple[object, str, str]]:
          "take: give mone_neuron_ratio = 1.0, whose experts keep every neuron as stock ones do"),
         (args.moe_enable_routing_replay, "moe_enable_routing_replay", "would have no effect: it "
          "waits for routes from a program; give --mone-replay-routing DIR instead"),
+        (_loses_count(args), "offload_modules", "ends in the second step, in Megatron's assertion "
+         "`Chunk mismatch`, where a chunk of the pipeline has one layer, with stock models too: "
+         "give chunks of two layers, or offload expert_fc1 and moe_act alone"),
         (_starts_without_weights(args), "load", "leaves weights as they were allocated, with "
          "--no-initialization or --init-model-with-meta-device: give --load, or leave that out"),
     ]  # fmt: skip
@@ -63,6 +68,17 @@ def _starts_without_weights(args: Namespace) -> bool:
     on_meta = args.init_model_with_meta_device and not sharded
     without = on_meta or not args.perform_initialization
     return without and not (args.load or args.pretrained_checkpoint)
+
+
+def _loses_count(args: Namespace) -> bool:
+    """Whether ChunkOffloadHandler.finish_all_groups takes a chunk for finished too early: in one
+    layer nothing waits between its groups once the last of each name stays on the device. Seen
+    with four modules; two went."""
+    pp = args.pipeline_model_parallel_size
+    layers = args.num_layers_per_virtual_pipeline_stage
+    if layers is None and args.num_layers:
+        layers = args.num_layers // pp // (args.num_virtual_stages_per_pipeline_rank or 1)
+    return pp > 1 and layers == 1 and len(set(args.offload_modules or ())) > 2
 
 
 def _data(args: Namespace) -> list[tuple[object, str, str]]:
@@ -107,7 +123,7 @@ def _model(args: Namespace) -> list[tuple[object, str, str]]:
 def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
     """Of what stock experts read and MoNE's do not."""
     layers = args.heterogeneous_layers_config_path or args.heterogeneous_layers_config_encoded_json
-    offloaded = {"expert_fc1", "moe_act", "fused_group_mlp"} & set(args.offload_modules or ())
+    fused = "fused_group_mlp" in (args.offload_modules or ())
     return [
         (args.spec and args.spec != OUR_SPEC, "spec", "its layers would be trained in place of "
          "MoNE's: leave one of them out"),
@@ -117,15 +133,15 @@ def _with_mone(args: Namespace) -> list[tuple[object, str, str]]:
          "apart, and a checkpoint that mixes them would be read wrongly: leave it out"),
         (args.te_precision_config_file, "te_precision_config_file", "its experts are no layers of "
          "Transformer Engine, and would keep the format of --fp8-format: leave it out"),
-        (args.moe_paged_stash, "moe_paged_stash", "it keeps Megatron's experts' activations; leave "
-         "it out"),
+        (args.moe_paged_stash, "moe_paged_stash", "its pages are of what Transformer Engine's "
+         f"fused experts keep, and its kernels run on GPUs alone: leave it out; {HAND_OVER}"),
         *((getattr(args, name), name, "it is of Transformer Engine's experts; leave it out")
           for name in ("moe_single_grouped_weight", "moe_single_grouped_bias")),
-        (offloaded, "offload_modules", f"{', '.join(sorted(offloaded))} of MoNE experts stay on "
-         f"the device, their input and {KEPT}: name other modules"),
-        (args.cpu_offloading_num_layers, "cpu_offloading_num_layers", "what its experts keep, "
-         f"their input and {KEPT}, would stay on the device: leave it out; --recompute-modules moe "
-         "frees it"),
+        (fused, "offload_modules", "fused_group_mlp is of Transformer Engine's fused experts: name "
+         f"expert_fc1, their input here, and moe_act, {KEPT}"),
+        (args.cpu_offloading_num_layers, "cpu_offloading_num_layers", "Transformer Engine moves "
+         "what its own modules mark, not what MoNE's experts keep, their input and "
+         f"{KEPT}: leave it out; {HAND_OVER}"),
         ("moe_act" in (args.recompute_modules or ()) and args.mone_backend == "reference",
          "recompute_modules", "mone_backend = reference keeps all that it computes: name moe "
          "instead of moe_act, or another mone_backend"),

@@ -9,6 +9,8 @@ update goes on beside that. Published bandwidths by an assumed share of them; fi
 May touch: nothing.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +33,13 @@ class HostWork:
     moved: float = 0.0
     pieces: int = 0
 
+    def plus(self, other: HostWork, times: int = 1) -> HostWork:
+        """Together with another's, so many times."""
+        return HostWork(
+            self.to_host + times * other.to_host, self.to_device + times * other.to_device,
+            self.moved + times * other.moved, self.pieces + times * other.pieces,
+        )  # fmt: skip
+
     def copying(self, host: Host) -> tuple[float, float]:
         """Seconds to the host and back, alone on the link."""
         rate = host.bandwidth * host.efficiency
@@ -39,6 +48,9 @@ class HostWork:
     def updating(self, host: Host) -> float:
         """Seconds of the host's own operators, which its memory bounds."""
         return self.moved / (host.memory_bandwidth * host.efficiency)
+
+
+NO_WORK = HostWork()
 
 
 def host_work(ops: Iterable[Op]) -> HostWork:

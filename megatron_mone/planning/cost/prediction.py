@@ -59,7 +59,7 @@ class Prediction:
         executed_flops: of one device and step, mean over stages, recomputation included.
         gathering: seconds by which gathering parameters delays the first pass.
         reducing_P: seconds of each stage from its last pass until its gradients are reduced.
-        host_P: what the host has of each stage's update.
+        host_P: what each stage has of the host in a step: its update, and copies of passes.
     """
 
     facts: JobFacts
@@ -198,7 +198,10 @@ def predict(
         * float(np.mean([sum(t.flops for t in row) for row in traces_PV])),
         gathering=before,
         reducing_P=[float(seconds) for seconds in ends_P - run.end_P],
-        host_P=[step.host for step in steps_P],
+        host_P=[
+            _with_copies(step.host, row, facts.micro_batches)
+            for step, row in zip(steps_P, costs_PV, strict=True)
+        ],
     )
 
 
@@ -213,6 +216,13 @@ def _known(
     if key not in known:
         known[key] = chunk_cost(trace, facts, cluster, efficiency)
     return known[key]
+
+
+def _with_copies(update: HostWork, chunks: Sequence[ChunkCost], micro_batches: int) -> HostWork:
+    for chunk in chunks:
+        for one in (chunk.forward, chunk.backward):
+            update = update.plus(one.copies, micro_batches)
+    return update
 
 
 def _transfer(traces_PV: Sequence[Sequence[Trace]], facts: JobFacts, cluster: Cluster) -> float:
@@ -283,7 +293,7 @@ def _parts(chunks: Sequence[ChunkCost], micro_batches: int, passes: float) -> di
         for one in (chunk.forward, chunk.backward):
             found["compute"] += micro_batches * one.compute
             for group, seconds in one.exposed.items():
-                name = f"{_GROUPS[group]} parallel"
+                name = "host copies" if group == "host" else f"{_GROUPS[group]} parallel"
                 found[name] = found.get(name, 0.0) + micro_batches * seconds
     # What is left is dispatch and combine; what overlap costs compute is counted there, too.
     found["expert parallel"] = max(0.0, found["expert parallel"] + passes - sum(found.values()))

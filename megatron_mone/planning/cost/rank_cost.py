@@ -12,6 +12,9 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
 And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
 - with `overlap_comm` all goes on beside all of the pass's compute, but for one bucket: the first of
   parameters gathered, the last of gradients reduced; without it nothing does.
+And activations to the host in a forward pass, back in a backward one, as Megatron's activation
+offloading copies them on streams of their own: beside the whole pass, so that a pass takes as long
+as its copies where those take longer.
 A pass takes as long as its kernels or as the host that launches them, whichever is more; kernels
 in a CUDA graph cost the host the graph's one launch.
 May touch: nothing.
@@ -32,7 +35,13 @@ from megatron_mone.planning.cost.collectives import (
 )
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
-from megatron_mone.planning.cost.host_cost import HostWork, host_of, host_work, update_seconds
+from megatron_mone.planning.cost.host_cost import (
+    NO_WORK,
+    HostWork,
+    host_of,
+    host_work,
+    update_seconds,
+)
 from megatron_mone.planning.cost.roofline import Operation, operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Collective, Op, Trace
@@ -56,6 +65,8 @@ class PassCost:
         expert_compute: of `compute`, what could hide another pass's expert communication: all.
         exposed: communication of other groups that is not hidden, by group.
         hidden: that is.
+        copies: what crosses to the host or from it; of that what the rest does not hide is in
+            `exposed`, under "host".
     """
 
     compute: float
@@ -63,6 +74,7 @@ class PassCost:
     expert: float
     exposed: dict[str, float]
     hidden: float
+    copies: HostWork = NO_WORK
 
     @property
     def seconds(self) -> float:
@@ -124,6 +136,7 @@ def _pass_cost(
 ) -> PassCost:
     by_phase: dict[str, float] = defaultdict(float)
     products: dict[str, float] = defaultdict(float)
+    copies, ops = host_work(ops), [op for op in ops if op.of_device]
     # A pass of a pipeline also receives from one stage and sends to another.
     launches = sum(one.count for one in collectives if one.phase not in facts.graphed)
     launches += 2 if facts.pp > 1 else 0
@@ -161,7 +174,12 @@ def _pass_cost(
             exposed[group] += seconds - behind
     device = sum(by_phase.values())
     compute = max(device, host) + efficiency.overlap_tax * hidden
-    return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden)
+    if copies != NO_WORK:
+        crossing = max(copies.copying(host_of(cluster)))
+        window = compute + expert + sum(exposed.values())
+        exposed["host"] = max(0.0, crossing - window)
+        hidden += crossing - exposed["host"]
+    return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden, copies)
 
 
 _BETWEEN_PRODUCTS = frozenset(
@@ -313,7 +331,7 @@ def step_cost(
         )
         for is_update in (False, True)
     )
-    if work != HostWork():
+    if work != NO_WORK:
         own = update_seconds(work, own, host_of(cluster), overlapped=facts.overlap_host_copies)
     return StepCost(
         _seconds(reductions, facts, cluster),

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_mone.common.device import Device
+from megatron_mone.common.phases import FORWARD
+from megatron_mone.planning.cost.host_cost import host_work
 from megatron_mone.planning.cost.pipeline import Schedule, peak_activations
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import Trace
@@ -88,10 +90,16 @@ def rank_memory(
     working_PV = [[_working(t) for t in chunks] for chunks in traces_PV]
     peaks_P = peak_activations(schedule, kept_PV, working_PV)
     idle_P = peak_activations(schedule, kept_PV, 0.0)
+    on_host_P = peak_activations(schedule, [[_on_host(t) for t in row] for row in traces_PV], 0.0)
     return [
-        _rank(chunks, float(idle), float(peak - idle), facts)
-        for chunks, idle, peak in zip(traces_PV, idle_P, peaks_P, strict=True)
+        _rank(chunks, float(idle), float(peak - idle), float(on_host), facts)
+        for chunks, idle, peak, on_host in zip(traces_PV, idle_P, peaks_P, on_host_P, strict=True)
     ]
+
+
+def _on_host(trace: Trace) -> float:
+    """Bytes of one micro-batch's activations there, from its forward pass to its backward one."""
+    return host_work(op for op in trace.ops if op.pass_ == FORWARD and not op.of_step).to_host
 
 
 def _working(trace: Trace) -> int:
@@ -101,7 +109,11 @@ def _working(trace: Trace) -> int:
 
 
 def _rank(
-    chunks: Sequence[Trace], activations: float, transient: float, facts: JobFacts
+    chunks: Sequence[Trace],
+    activations: float,
+    transient: float,
+    on_host: float,
+    facts: JobFacts,
 ) -> RankMemory:
     groups = {c.group for trace in chunks for c in trace.collectives if c.ranks > 1}
     received = [c.bytes for trace in chunks for c in trace.collectives if c.kind == "recv"]
@@ -117,5 +129,5 @@ def _rank(
         buffers=buffers,
         context=CONTEXT,
         fragmentation=FRAGMENTATION * (activations + transient),
-        host=sum(trace.memory.host_optimizer for trace in chunks),
+        host=on_host + sum(trace.memory.host_optimizer for trace in chunks),
     )

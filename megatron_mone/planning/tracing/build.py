@@ -109,7 +109,7 @@ def _stand_ins(
     with ExitStack() as stack:
         stack.enter_context(stand_ins.installed(args, config, recorder, rows))
         stack.enter_context(known_shapes(args, config))
-        stack.enter_context(host.installed(recorder.host))
+        stack.enter_context(host.installed(recorder))
         stack.enter_context(_recompute_is_told(recorder.clock))
         stack.enter_context(fused_op.recording(recorder))
         if config.transformer_impl == "transformer_engine":

@@ -95,7 +95,7 @@ def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Nam
 
     os.environ.update(
         WORLD_SIZE=str(world_size), RANK=str(rank), LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-        MASTER_PORT="1",
+        MASTER_PORT="1", NVTE_CPU_OFFLOAD_V1="1",  # which Megatron asks for beside offloading
     )  # fmt: skip
     with _as_on_the_cluster() if gpu else nullcontext():
         try:
@@ -120,7 +120,6 @@ def check_traceable(args: Namespace) -> None:
         "fp8_dot_product_attention",
         "fp8_multi_head_attention",
         "cpu_offloading",
-        "fine_grained_activation_offloading",
         "use_megatron_fsdp",
         "use_torch_fsdp2",
     ):

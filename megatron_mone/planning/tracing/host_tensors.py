@@ -58,17 +58,20 @@ class HostTensors:
 
         Args:
             func: the operator.
-            inputs, outputs: its tensors; those with values are nobody's.
+            inputs, outputs: its tensors.
 
         Returns:
             (name, bytes read, bytes written) of each op to take down; None: the device's.
         """
         if not self._known:
             return None
-        where = {self.holds(tensor) for tensor in inputs if tensor.is_meta}
-        if func.overloadpacket is torch.ops.aten.copy_ and len(where) == 2:
+        held = [self.holds(tensor) for tensor in inputs]
+        if func.overloadpacket is torch.ops.aten.copy_ and held[0] != held[1]:
             return self._crossing(*inputs[:2])
-        if where != {True}:
+        # Integers have values, and are the host's where it was said so.
+        if not any(held) or any(
+            t.is_meta for t, is_held in zip(inputs, held, strict=True) if not is_held
+        ):
             return None
         for output in outputs:
             self.add(output)

@@ -115,6 +115,7 @@ class Recorder:
         self.collectives: list[Collective] = []
         self._formulas = FlopCounter().flop_registry
         self._kept: dict[int, torch.UntypedStorage] = {}
+        self._handed: dict[Any, torch.UntypedStorage] = {}
         self.live = LiveBytes(self._pass)
         self.in_pass: bool | None = None
         self.host = HostTensors()
@@ -223,25 +224,47 @@ class Recorder:
 
     @contextmanager
     def watch_kept(self) -> Iterator[None]:
-        """Note every tensor that autograd keeps, but not in a recompute inside a backward pass."""
+        """Note every tensor that autograd keeps, but not in a recompute inside a backward pass.
+
+        Where hooks of the program's own take what is saved, only those that they give back: of the
+        others `handed_over` is told.
+        """
 
         def pack(tensor: Tensor) -> Tensor:
             if isinstance(tensor, Parameter):
                 return tensor  # a weight, whose storage ZeRO 3 frees meanwhile
-            if self.clock.running and torch._C._current_graph_task_id() == -1:
+            if self._keeps():
                 storage = tensor.untyped_storage()
                 self._kept[storage._cdata] = storage
             return tensor.detach()
 
+        def enter(hooks: torch.autograd.graph.saved_tensors_hooks) -> None:
+            def both(tensor: Tensor) -> Any:
+                packed = hooks.pack_hook(tensor)
+                return pack(packed) if isinstance(packed, Tensor) else packed
+
+            torch._C._autograd._push_saved_tensors_default_hooks(both, hooks.unpack_hook)
+
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            Replaced(torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
             self.live.watching_sizes(),
         ):
             yield
 
+    def _keeps(self) -> bool:
+        return self.clock.running and torch._C._current_graph_task_id() == -1
+
+    def handed_over(self, place: Any, tensor: Tensor | None) -> None:
+        """Something else keeps a tensor for the backward pass, at `place`; None: no longer."""
+        if tensor is None:
+            self._handed.pop(place, None)
+        elif self._keeps():
+            self._handed[place] = tensor.untyped_storage()
+
     def kept(self) -> dict[int, torch.UntypedStorage]:
         """The storages kept, by identity."""
-        return dict(self._kept)
+        return self._kept | {storage._cdata: storage for storage in self._handed.values()}
 
 
 def held_bytes(held: Mapping[str, Iterable[Tensor]]) -> dict[str, dict[int, int]]:

@@ -33,6 +33,7 @@ PART_COLOURS = {
     "expert tensor parallel": PHASE_COLOURS["combine"],
     "tensor parallel": PHASE_COLOURS["exposed communication"],
     "context parallel": "#A98BA9",
+    "host copies": "#8C6D31",
     "bubble": PHASE_COLOURS["pipeline bubble"],
     "data parallel": PHASE_COLOURS["grad reduce"],
     "optimizer": PHASE_COLOURS["optimizer"],

@@ -19,6 +19,9 @@ def defaults() -> dict:
     return {**found, "num_experts": 4, "world_size": 4}
 
 
+HANDED_OVER = {"offload_modules": ["attn_norm", "mlp_norm", "moe_act"], "num_layers": 8,
+               "pipeline_model_parallel_size": 2,
+               "num_virtual_stages_per_pipeline_rank": 2}  # fmt: skip
 CASES = [  # the refused, what the line says, and a way out
     ({"adlr_autoresume": True}, "adlr_autoresume = True .*python -m launch", {}),
     ({"optimizer": "sgd", "use_distributed_optimizer": True},
@@ -29,6 +32,10 @@ CASES = [  # the refused, what the line says, and a way out
      {"perform_initialization": False, "load": "x"}),
     ({"init_model_with_meta_device": True}, "load = None .*--init-model-with-meta-device",
      {"init_model_with_meta_device": True, "use_megatron_fsdp": True}),
+    ({**HANDED_OVER, "num_layers": 4}, "offload_modules = .*Chunk mismatch", HANDED_OVER),
+    ({**HANDED_OVER, "num_layers_per_virtual_pipeline_stage": 1},
+     "offload_modules = .*give chunks of two layers",
+     {**HANDED_OVER, "num_layers": 4, "offload_modules": ["expert_fc1", "moe_act"]}),
     ({"dataloader_type": "external"}, "dataloader_type = 'external' .*cyclic",
      {"dataloader_type": "cyclic"}),
     ({"multiple_validation_sets": True}, "multiple_validation_sets = True needs --full-valid",
@@ -72,13 +79,12 @@ WITH_MONE = [
     {"moe_single_grouped_bias": True},
     {"cpu_offloading_num_layers": 1},
     {"recompute_modules": ["core_attn", "moe_act"], "mone_backend": "reference"},
-    {"offload_modules": ["attn_norm", "moe_act"]},
-    {"offload_modules": ["expert_fc1"]},
+    {"offload_modules": ["fused_group_mlp"]},
     {"heterogeneous_layers_config_path": "x"},
 ]
 BESIDE_MONE = [
     {"spec": ["megatron_mone.layer_spec", "mone_layer_spec"]},
-    {"offload_modules": ["attn_norm"]},
+    {"offload_modules": ["attn_norm", "expert_fc1", "moe_act"]},
     {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn", "moe_router"]},
     {"moe_grouped_gemm": True},
     {"recompute_modules": ["moe_act"]},

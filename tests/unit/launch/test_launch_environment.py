@@ -53,3 +53,13 @@ def test_every_variable_has_a_reason_of_one_line():
     for variable in every:
         assert variable.reason
         assert "\n" not in variable.reason
+
+
+def test_offloading_keeps_transformer_engine_from_moving_weights():
+    def of(values, *arguments):
+        return {v.name: v.value for v in gpu_variables(values, arguments)}
+
+    name = "fine_grained_activation_offloading"
+    assert of({name: True})["NVTE_CPU_OFFLOAD_V1"] == "1"
+    assert of({}, "--fine-grained-activation-offloading")["NVTE_CPU_OFFLOAD_V1"] == "1"
+    assert "NVTE_CPU_OFFLOAD_V1" not in of({name: False})

@@ -44,7 +44,6 @@ def test_what_is_not_modelled_is_refused_in_one_line():
         {"use_megatron_fsdp": True},
         {"dataloader_inter_document_masking": True, "window_size": (7, 0)},
         {"cpu_offloading": True},
-        {"fine_grained_activation_offloading": True},
         {"hybrid_layer_pattern": "M*E/*E"},
         {"hybrid_layer_pattern": "GE"},
         {"hybrid_layer_pattern": "M*E", "cuda_graph_impl": "local"},

@@ -22,7 +22,7 @@ def recorder():
     """That watches what runs without values."""
     cpu_emulation.install()
     recorder = Recorder(PhaseClock(HostStamps()))
-    with host.installed(recorder.host), op.recording(recorder):
+    with host.installed(recorder), op.recording(recorder):
         with UnknownValues(recorder.saw_operator):
             yield recorder
 
@@ -109,7 +109,7 @@ def test_megatrons_hybrid_optimizer_holds_what_it_holds_on_tensors_with_values(f
     expected = held(real, lambda tensor: any(tensor is one for one in [*masters, *of_host]))
 
     recorder = Recorder(PhaseClock(HostStamps()))
-    with host.installed(recorder.host), op.recording(recorder):
+    with host.installed(recorder), op.recording(recorder):
         with UnknownValues(recorder.saw_operator):
             recorder.clock.begin()
             traced = hybrid([Parameter(torch.ones(n)) for n in SIZES], HostAdam, fraction)

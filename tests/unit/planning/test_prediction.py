@@ -289,6 +289,38 @@ def test_an_update_on_the_host(overlapped, own, expected):
     assert "\n" not in str(failure.value)
 
 
+def copies(milliseconds, pass_):
+    """Of activations, to the host forward and back backward."""
+    name = "link.to_host" if pass_ == FORWARD else "link.to_device"
+    return replace(on_host(name, milliseconds), phase=ATTENTION, pass_=pass_)
+
+
+@pytest.mark.parametrize(("longer", "left"), [(4, 0), (15, 15 - 10 - 1)])
+def test_copies_of_activations_hide_behind_their_pass(longer, left):
+    made = trace(
+        product(10), exchange(1), copies(longer, FORWARD), product(20, BACKWARD),
+        copies(longer, BACKWARD),
+    )  # fmt: skip
+    cost = chunk_cost(made, FACTS, WITH_HOST, EXACT)
+    plain = chunk_cost(
+        trace(product(10), exchange(1), product(20, BACKWARD)), FACTS, CLUSTER, EXACT
+    )
+    assert cost.forward.exposed["host"] == pytest.approx(left * MS)
+    assert cost.forward.seconds == pytest.approx(plain.forward.seconds + left * MS)
+    assert cost.forward.hidden - plain.forward.hidden == pytest.approx((longer - left) * MS)
+    assert cost.backward.seconds == pytest.approx(plain.backward.seconds)
+    with pytest.raises(ValueError, match="has no section host"):
+        chunk_cost(made, FACTS, CLUSTER, EXACT)
+    # As many micro-batches are on the host as are in flight, and each crosses twice.
+    step = predicted({(p, 0): made for p in range(2)}, cluster=WITH_HOST)
+    size = HOST.bandwidth * longer * MS
+    assert [memory.host for memory in step.memory_P] == pytest.approx([2 * size, size])
+    assert step.parts["host copies"] == pytest.approx(FACTS.micro_batches * left * MS)
+    assert step.host_P[0].to_host == pytest.approx(FACTS.micro_batches * size)
+    assert step.host_P[0].to_host == step.host_P[0].to_device
+    assert sum(step.parts.values()) == pytest.approx(step.seconds)
+
+
 def test_what_the_host_keeps_is_its_own_limit():
     def kept(size):
         stage = replace(STAGE, memory=replace(MEMORY, host_optimizer=size))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common.patch import Replaced
-from megatron_mone.planning.tracing.host_tensors import HostTensors
+from megatron_mone.planning.tracing.recorder import Recorder
 from megatron_mone.planning.tracing.stand_ins.op import note_flat
 
 
@@ -50,23 +50,26 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
 
 
 @contextmanager
-def installed(host: HostTensors) -> Iterator[None]:
+def installed(recorder: Recorder) -> Iterator[None]:
     """While it lasts programs on tensors without values have a host.
 
     Args:
-        host: told of its tensors.
+        recorder: whose host is told of its tensors; and of what activation offloading keeps.
     """
+    host = recorder.host
     from megatron.core import optimizer
     from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+    from megatron.core.pipeline_parallel.fine_grained_activation_offload import OffloadTensorGroup
 
     empty = torch.empty
     split = HybridDeviceOptimizer._get_sub_optimizer_param_groups
+    push = OffloadTensorGroup.push_tensor
 
     def made(*size: Any, **how: Any) -> Tensor:
         tensor = empty(*size, **how)
         pinned = bool(how.get("pin_memory"))
         on_host = pinned or how.get("device") == "cpu"
-        return host.add(tensor, pinned=pinned) if on_host and tensor.is_meta else tensor
+        return host.add(tensor, pinned=pinned) if on_host else tensor
 
     def pinned(tensor: Tensor, device: Any = None) -> Tensor:
         return host.add(tensor, pinned=True) if tensor.is_meta else tensor
@@ -76,8 +79,14 @@ def installed(host: HostTensors) -> Iterator[None]:
         with Replaced(Tensor, "is_cuda", on_device):
             return split(self, fraction)
 
+    def pushed(self: Any, tag: Any, state: Any) -> None:
+        """A tensor is handed over, or what is held in its place: (device, copy on the host, ..)."""
+        recorder.handed_over((id(self), tag), state if isinstance(state, Tensor) else None)
+        push(self, tag, state)
+
     with ExitStack() as stack:
         stack.enter_context(Replaced(torch, "empty", made))
+        stack.enter_context(Replaced(OffloadTensorGroup, "push_tensor", pushed))
         stack.enter_context(Replaced(Tensor, "pin_memory", pinned))
         stack.enter_context(
             Replaced(HybridDeviceOptimizer, "_get_sub_optimizer_param_groups", split_by_device)
