@@ -209,6 +209,13 @@ class HostPart(Part):
     """of the host's own operators: the optimizer, and what converts parameters"""
 
 
+class Range(Part):
+    """What nine of ten are taken to lie in, by the errors of the runs fitted to."""
+
+    low: Number
+    high: Number
+
+
 class PlannedModel(Part):
     """One model, predicted."""
 
@@ -220,6 +227,7 @@ class PlannedModel(Part):
     """the part of memory at which the device's limit is passed; `host`: the host's"""
     cheapest_fix: Fix | None
     step_ms: Positive
+    step_ms_band: Range | None = None
     tokens_per_s_per_gpu: Number
     tflops_per_gpu: Number
     """of the model's operations, 1e12/s"""
@@ -229,6 +237,7 @@ class PlannedModel(Part):
     """what the kernels compute, recomputation included"""
     memory_gib: Memory
     """of the fullest stage"""
+    peak_gib_band: Range | None = None
     stages: list[Stage]
     parts_ms: dict[Key, Difference]
     """of the stage that ends last, by compute, bubble, optimizer and groups of exposed

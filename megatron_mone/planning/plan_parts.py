@@ -23,6 +23,7 @@ from megatron_mone.planning.plan_document import (
     Memory,
     Pass,
     PlannedModel,
+    Range,
     Stage,
     Timeline,
 )
@@ -58,6 +59,10 @@ def model_document(
         cheapest_fix=cheapest_fix,
         **figures(prediction),
         memory_gib=memory_document(fullest),
+        step_ms_band=Range(low=1e3 * prediction.band.low, high=1e3 * prediction.band.high),
+        peak_gib_band=Range(
+            low=prediction.peak_band.low / GIB, high=prediction.peak_band.high / GIB
+        ),
         stages=[_stage(prediction, stage, stage_kinds) for stage in range(facts.pp)],
         parts_ms=_ms(prediction.parts),
         phases_ms=_ms(prediction.phases),

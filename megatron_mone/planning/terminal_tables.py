@@ -25,6 +25,12 @@ def table(plan: Plan) -> str:
             f"{one.tflops_per_gpu:8.3g} {one.mfu:6.1%} {one.exposed_comm_ms / step:8.1%} "
             f"{one.bubble_ms / step:7.1%} {one.memory_gib.peak:9.1f}  {_verdict(one)}"
         )
+        step_band, peak_band = one.step_ms_band, one.peak_gib_band
+        if step_band is not None and peak_band is not None:
+            lines.append(
+                f"{'':12} nine of ten: {step_band.low:,.0f} to {step_band.high:,.0f} ms, "
+                f"{peak_band.low:.1f} to {peak_band.high:.1f} GiB"
+            )
         if one.host is not None:
             lines.append(
                 f"{'':12} on the host: {one.host.memory_gib:.1f} of {one.host.limit_gib:.0f} GiB, "

@@ -161,10 +161,10 @@ def test_no_name_of_our_own_modules_is_patched(folder, kind, name):
 
 def layer_bytes():
     """Kept by a layer for one token: input, normalised input and 1 / deviation of both blocks; the
-    joint q, k and v (of which v is a part), q and k rotated, the output and its statistics; the
-    input and output of SwiGLU."""
+    copy of v out of the joint q, k and v, q and k rotated, the output and its statistics; the input
+    and output of SwiGLU."""
     norms = 2 * (2 * H * BF16 + FP32)
-    attention = (3 * H + 2 * H + H) * BF16 + HEADS * FP32
+    attention = (H + 2 * H + H) * BF16 + HEADS * FP32
     return norms + attention + (2 * F + F) * BF16
 
 
@@ -180,9 +180,9 @@ def test_tensor_and_sequence_parallel_ranks_share_it(folder):
 
 
 def test_context_parallel_ranks_share_it(folder):
-    # Of k and v the copy that was sent is kept, in place of rotated k and the joint q, k and v.
-    token = layer_bytes() - 4 * H * BF16 + 2 * H * BF16
-    assert of(folder, "middle CP2").memory.activations == STAGE * token // 2 + ANGLES // 2
+    # Of k and v the copy that was sent is kept, in place of rotated k and of v.
+    found = of(folder, "middle CP2").memory.activations
+    assert found == STAGE * layer_bytes() // 2 + ANGLES // 2
 
 
 def test_packed_documents_are_kept_as_one_sample_is(folder):
@@ -195,8 +195,9 @@ def test_packed_documents_are_kept_as_one_sample_is(folder):
 @pytest.mark.parametrize(
     ("name", "dropped", "added"),
     [
-        # The output is the projection's input, and stays. The kind of mask becomes a tensor.
-        ("middle core_attn", HEADS * FP32, LAYERS // 3 * 4),
+        # The output is the projection's input, and stays, as do v's q and k, of whose joint result
+        # it is a part. The kind of mask becomes a tensor.
+        ("middle core_attn", HEADS * FP32 - 2 * H * BF16, LAYERS // 3 * 4),
         ("middle mlp", H * BF16 + FP32 + 3 * F * BF16, 0),
         ("middle full", layer_bytes() - H * BF16, 0),
     ],
@@ -377,6 +378,7 @@ def test_every_kernel_of_a_dense_layer_is_one_op(folder):
         "aten.add",  # of gradients of the residual
         "aten.add_",  # of norm gradients to the gradient buffer
         "aten.cat",  # dq, dk, dv
+        "aten.clone",  # v
     }
     assert "fused.attention" in names
 

@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -83,7 +83,7 @@ def inputs(tmp_path_factory) -> Path:
     models = {"tiny": {**MODEL, **MONE}, "stock": MODEL, "huge": {**MODEL, **HUGE}}
     for name, model in models.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(model))
-    Efficiency(host_seconds=0.0, source="a test's").write(folder / "exact.json")
+    replace(Efficiency().without_host(), source="a test's").write(folder / "exact.json")
     (folder / "damaged.json").write_bytes((folder / "exact.json").read_bytes()[:-40])
     (folder / "no-profile.json").write_text('{"schema": "other"}')
     run = {"model": {**MODEL, **MONE}, "cluster": "gpu", "train": "plan-4k"}
@@ -179,7 +179,7 @@ def test_a_planned_layout_is_a_run_that_megatron_accepts(planned, tracer, name):
 
 def _exact(planned: Done) -> Path:
     path = planned.folder / "exact.json"
-    Efficiency(host_seconds=0.0, source="a test's").write(path)
+    replace(Efficiency().without_host(), source="a test's").write(path)
     return path
 
 

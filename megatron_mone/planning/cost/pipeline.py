@@ -16,6 +16,7 @@ Shapes: P stages, V chunks of a stage, M micro-batches.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -192,7 +193,7 @@ def simulate(
     if not 0 <= p2p_seconds < np.inf:
         raise ValueError(f"p2p_seconds = {p2p_seconds} must be finite and 0 or more")
     stages = range(schedule.stages)
-    orders = [schedule.order(stage) for stage in stages]
+    orders = [_order(schedule, stage) for stage in stages]
     free, nexts = [0.0] * schedule.stages, [0] * schedule.stages
     arrived: dict[tuple[bool, int, int, int], float] = {}  # (forward, stage, chunk, micro-batch)
     events: list[list[Event]] = [[] for _ in stages]
@@ -270,6 +271,17 @@ def _holds(schedule: Schedule, stage: int, work: Work) -> bool:
     return not ends and not hidden
 
 
+@lru_cache(maxsize=128)  # a fit and a search ask for the same stages again
+def _order(schedule: Schedule, stage: int) -> list[Work]:
+    return schedule.order(stage)
+
+
+@lru_cache(maxsize=128)
+def _held(schedule: Schedule, stage: int) -> NDArray[np.int64]:
+    """[2 M V, V] of `Schedule.in_flight`."""
+    return np.array(schedule.in_flight(stage))
+
+
 def peak_activations(
     schedule: Schedule, kept_PV: ArrayLike, working_PV: ArrayLike
 ) -> NDArray[np.float64]:
@@ -285,8 +297,8 @@ def peak_activations(
     working = np.broadcast_to(np.asarray(working_PV, dtype=np.float64), shape)
     peaks = []
     for stage in range(schedule.stages):
-        after = np.array(schedule.in_flight(stage)) @ kept[stage]
-        order = schedule.order(stage)
+        after = _held(schedule, stage) @ kept[stage]
+        order = _order(schedule, stage)
         # During a forward its micro-batch comes to be kept; during a backward it still is.
         during = [
             held + working[stage, work.chunk] + (0.0 if work.forward else kept[stage, work.chunk])

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_mone.common.phases import OTHER
+from megatron_mone.planning.cost.bands import Band, memory_band, time_band
 from megatron_mone.planning.cost.documents import in_documents
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
@@ -59,6 +60,8 @@ class Prediction:
         executed_flops: of one device and step, mean over stages, recomputation included.
         gathering: seconds by which gathering parameters delays the first pass.
         reducing_P: seconds of each stage from its last pass until its gradients are reduced.
+        band: around `seconds`.
+        peak_band: around `peak`, bytes.
         host_P: what each stage has of the host in a step: its update, and copies of passes.
     """
 
@@ -76,6 +79,8 @@ class Prediction:
     executed_flops: float
     gathering: float
     reducing_P: list[float]
+    band: Band
+    peak_band: Band
     host_P: list[HostWork]
 
     @property
@@ -176,10 +181,13 @@ def predict(
     once = float(ends_P[last] - run.end_P[last]) + before
     parts["data parallel"] = parts.get("data parallel", 0.0) + once
     parts["optimizer"] = optimizer
+    seconds = before + float(ends_P[last]) + optimizer
+    memory_P = rank_memory(traces_PV, schedule, facts)
+    fullest = max(memory_P, key=lambda memory: memory.peak)
     return Prediction(
         facts=facts,
         cluster=cluster,
-        seconds=before + float(ends_P[last]) + optimizer,
+        seconds=seconds,
         parts=parts,
         phases=_phases(costs_PV[last], facts.micro_batches),
         hidden=facts.micro_batches
@@ -187,7 +195,7 @@ def predict(
         last=last,
         run=run,
         costs_PV=costs_PV,
-        memory_P=rank_memory(traces_PV, schedule, facts),
+        memory_P=memory_P,
         collectives=[
             c
             for chunk, trace in enumerate(traces_PV[last])
@@ -197,7 +205,9 @@ def predict(
         executed_flops=facts.micro_batches
         * float(np.mean([sum(t.flops for t in row) for row in traces_PV])),
         gathering=before,
-        reducing_P=[float(seconds) for seconds in ends_P - run.end_P],
+        reducing_P=[float(late) for late in ends_P - run.end_P],
+        band=time_band(seconds, facts, efficiency.runs, efficiency.numbers),
+        peak_band=memory_band(fullest, efficiency.memory_errors),
         host_P=[
             _with_copies(step.host, row, facts.micro_batches)
             for step, row in zip(steps_P, costs_PV, strict=True)
@@ -264,7 +274,7 @@ def _beside(one: PassCost, chunks: Sequence[ChunkCost], efficiency: Efficiency) 
     if not communication:
         return one.seconds
     share = min(1.0, compute / communication) * efficiency.hidden_share
-    return one.seconds - one.expert * share * (1 - efficiency.overlap_tax)
+    return one.with_expert(one.expert * (1 - share * (1 - efficiency.overlap_tax)))
 
 
 def _end(run: PipelineRun, stage: int, step: StepCost, facts: JobFacts) -> float:
@@ -291,7 +301,7 @@ def _parts(chunks: Sequence[ChunkCost], micro_batches: int, passes: float) -> di
     found: dict[str, float] = {"compute": 0.0, "expert parallel": 0.0}
     for chunk in chunks:
         for one in (chunk.forward, chunk.backward):
-            found["compute"] += micro_batches * one.compute
+            found["compute"] += micro_batches * (one.compute + one.late)
             for group, seconds in one.exposed.items():
                 name = "host copies" if group == "host" else f"{_GROUPS[group]} parallel"
                 found[name] = found.get(name, 0.0) + micro_batches * seconds
@@ -313,6 +323,6 @@ def _phases(chunks: Sequence[ChunkCost], micro_batches: int) -> dict[str, float]
             for phase, seconds in one.by_phase.items():
                 found[phase] = found.get(phase, 0.0) + micro_batches * seconds
             # What no kernel takes: waiting for launches, and what overlap costs.
-            rest = one.compute - sum(one.by_phase.values())
+            rest = one.compute + one.late - sum(one.by_phase.values())
             found[OTHER] = found.get(OTHER, 0.0) + micro_batches * rest
     return found

@@ -15,8 +15,9 @@ And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
 And activations to the host in a forward pass, back in a backward one, as Megatron's activation
 offloading copies them on streams of their own: beside the whole pass, so that a pass takes as long
 as its copies where those take longer.
-A pass takes as long as its kernels or as the host that launches them, whichever is more; kernels
-in a CUDA graph cost the host the graph's one launch.
+A pass takes as long as the device's kernels and communication or as the host that launches them and
+makes and runs their nodes of autograd, whichever is more, and what the host's waits for the device
+cost both; in a CUDA graph kernels and nodes cost the host the graph's one launch.
 May touch: nothing.
 """
 
@@ -42,15 +43,21 @@ from megatron_mone.planning.cost.host_cost import (
     host_work,
     update_seconds,
 )
-from megatron_mone.planning.cost.roofline import Operation, operation
+from megatron_mone.planning.cost.roofline import WEIGHT_GRADIENTS, Operation, operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
-from megatron_mone.planning.tracing.trace import Collective, Op, Trace
+from megatron_mone.planning.tracing.trace import (
+    DEVICE_WAIT,
+    FUNCTION_NODE,
+    NODE,
+    Collective,
+    Op,
+    Trace,
+)
 
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
 _REPLICAS = ("dp-cp", "edp", "world")
 _ONCE_A_LAYER = ("fused.attention", "fused.attention_backward")
-_WEIGHT_GRADIENTS = ("mone.weight_grad", "fused.grouped_gemm_wgrad")  # of routed experts
 _HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
 
 
@@ -59,12 +66,13 @@ class PassCost:
     """One pass, forward or backward (recomputation included), in seconds.
 
     Attributes:
-        compute: of kernels, their launches, and what overlap adds to them.
+        compute: of kernels, of the host's waits for them, and what overlap adds to them.
         by_phase: compute -> phase, without overlap's part.
         expert: expert-parallel communication, dispatch and combine, not hidden.
         expert_compute: of `compute`, what could hide another pass's expert communication: all.
         exposed: communication of other groups that is not hidden, by group.
         hidden: that is.
+        host: that the host takes, beside all of that.
         copies: what crosses to the host or from it; of that what the rest does not hide is in
             `exposed`, under "host".
     """
@@ -74,12 +82,22 @@ class PassCost:
     expert: float
     exposed: dict[str, float]
     hidden: float
+    host: float
     copies: HostWork = NO_WORK
 
     @property
     def seconds(self) -> float:
         """From the pass's start to its end, if it runs alone."""
-        return self.compute + self.expert + sum(self.exposed.values())
+        return self.with_expert(self.expert)
+
+    @property
+    def late(self) -> float:
+        """Seconds in which the device waits for the host, if the pass runs alone."""
+        return max(0.0, self.host - self.compute - self.expert - sum(self.exposed.values()))
+
+    def with_expert(self, expert: float) -> float:
+        """Seconds, where so much of the expert-parallel communication is not hidden."""
+        return max(self.host, self.compute + expert + sum(self.exposed.values()))
 
 
 @dataclass(frozen=True)
@@ -137,24 +155,25 @@ def _pass_cost(
     by_phase: dict[str, float] = defaultdict(float)
     products: dict[str, float] = defaultdict(float)
     copies, ops = host_work(ops), [op for op in ops if op.of_device]
-    # A pass of a pipeline also receives from one stage and sends to another.
     launches = sum(one.count for one in collectives if one.phase not in facts.graphed)
-    launches += 2 if facts.pp > 1 else 0
     layers = sum(op.count for op in ops if op.name in _ONCE_A_LAYER)
     launches += layers * facts.graphs_per_layer
-    host = launches * efficiency.host_seconds
+    host = launches * efficiency.kernel_seconds + (efficiency.pass_seconds if facts.pp > 1 else 0.0)
+    waits = 0.0
     for op in ops:
         one = operation(op)
         seconds = op_seconds(one, cluster, efficiency) * op.count
         by_phase[op.phase] += seconds
-        if op.phase not in facts.graphed:
-            host += op.count * launch_seconds(op, efficiency)
+        if op.name == DEVICE_WAIT:
+            waits += op.count * efficiency.wait_seconds
+        elif op.phase not in facts.graphed:
+            host += op.count * host_seconds(op, efficiency)
         if one.flops:
             products[op.phase] += seconds
     of_weights = sum(
         op_seconds(operation(op), cluster, efficiency) * op.count
         for op in ops
-        if op.name in _WEIGHT_GRADIENTS
+        if op.name in WEIGHT_GRADIENTS
     )
     exposed: dict[str, float] = defaultdict(float)
     expert = hidden = 0.0
@@ -173,22 +192,13 @@ def _pass_cost(
         else:
             exposed[group] += seconds - behind
     device = sum(by_phase.values())
-    compute = max(device, host) + efficiency.overlap_tax * hidden
+    compute = device + waits + efficiency.overlap_tax * hidden
     if copies != NO_WORK:
         crossing = max(copies.copying(host_of(cluster)))
         window = compute + expert + sum(exposed.values())
         exposed["host"] = max(0.0, crossing - window)
         hidden += crossing - exposed["host"]
-    return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden, copies)
-
-
-_BETWEEN_PRODUCTS = frozenset(
-    f"mone.{name}"
-    for name in (
-        "row_map", "select", "select_wide", "select_blocks", "compact", "segment_map", "add_slots",
-        "union", "note_bad", "statistics", "gather", "weigh", "rebuild", "probability_grad",
-    )
-)  # fmt: skip
+    return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden, host + waits, copies)
 
 
 def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> float:
@@ -196,15 +206,19 @@ def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> floa
     return efficiency.curves[one.kind].seconds(one, cluster.device)
 
 
-def launch_seconds(op: Op, efficiency: Efficiency) -> float:
-    """Of the host, for one operator: a plain one of torch, or a fused kernel and its module.
+def host_seconds(op: Op, efficiency: Efficiency) -> float:
+    """Of the host, for one operator: the kernels it launches, or one node of autograd.
 
-    Of the kernels of MoNE's experts the grouped products cost what those of dense experts do, as
-    many of them in each pass; the small ones between them, launched by the same node of autograd,
-    are assumed to cost what a plain operator does.
+    Transformer Engine's grouped GEMM is a launch for each group, from C++; ours is one.
     """
-    plain = op.name.startswith("aten.") or op.name in _BETWEEN_PRODUCTS
-    return efficiency.operator_seconds if plain else efficiency.host_seconds
+    if op.name == FUNCTION_NODE:
+        return efficiency.function_seconds
+    if op.name == NODE:
+        return efficiency.node_seconds
+    launches = 1
+    if op.name.startswith("fused.grouped_gemm"):
+        launches = next(shape[0] for shape in (*op.inputs, *op.outputs) if len(shape) == 3)
+    return launches * efficiency.kernel_seconds
 
 
 def _communication(

@@ -33,6 +33,7 @@ class Operation:
         columns: of one product; a sequence's keys for attention.
         depth: what is summed over; the head size for attention.
         kept: share of a sparse product's entries that are computed; 1 is dense.
+        heads: of attention, all samples' together; rows of each run beside each other.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Operation:
     columns: int = 1
     depth: int = 1
     kept: float = 1.0
+    heads: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in DEFAULTS:
@@ -53,7 +55,7 @@ class Operation:
         for name in ("flops", "bytes"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be finite and 0 or more")
-        for name in ("rows", "columns", "depth"):
+        for name in ("rows", "columns", "depth", "heads"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} must be finite and above 0")
         if not 0 < self.kept <= 1:
@@ -75,6 +77,7 @@ class Curve:
         bandwidth_share: of the memory bandwidth, for large transfers, in (0, 1].
         half_bytes: bytes at which half of that is reached.
         launch: seconds before a kernel starts that no other hides.
+        half_grid: rows x heads at which half of that is reached: fewer leave multiprocessors idle.
     """
 
     peak_share: float
@@ -85,12 +88,15 @@ class Curve:
     bandwidth_share: float
     half_bytes: float
     launch: float
+    half_grid: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("peak_share", "bandwidth_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be in (0, 1]")
-        for name in ("half_rows", "half_depth", "sparse_loss", "half_bytes", "launch"):
+        for name in (
+            *("half_rows", "half_depth", "sparse_loss", "half_bytes", "launch", "half_grid"),
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be 0 or more")
         if self.column_tile < 1:
@@ -99,8 +105,11 @@ class Curve:
     def compute_efficiency(self, operation: Operation) -> float:
         """Share of the dense peak, in (0, 1]; rises with rows and depth."""
         tiles = math.ceil(operation.columns / self.column_tile)
+        grid = operation.rows * operation.heads
         return (
             self.peak_share
+            * grid
+            / (grid + self.half_grid)
             * operation.rows
             / (operation.rows + self.half_rows)
             * operation.depth
@@ -139,7 +148,9 @@ class Curve:
 DEFAULTS = {
     "gemm": Curve(0.80, 128.0, 128.0, 64, 0.0, 0.9, 1e6, 3e-6),
     "grouped_gemm": Curve(0.75, 128.0, 128.0, 64, 0.5, 0.85, 2e6, 5e-6),
+    "grouped_wgrad": Curve(0.75, 128.0, 128.0, 64, 0.5, 0.85, 2e6, 5e-6),
     "attention": Curve(0.60, 256.0, 16.0, 64, 0.0, 0.8, 1e6, 5e-6),
+    "attention_backward": Curve(0.55, 256.0, 16.0, 64, 0.0, 0.8, 1e6, 5e-6),
     "memory": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.9, 2e6, 3e-6),
     "selection": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.6, 2e6, 5e-6),
 }
@@ -154,6 +165,9 @@ DTYPES = {
 }
 SELECTIONS = ("mone.select", "mone.select_wide", "mone.select_blocks")
 
+
+WEIGHT_GRADIENTS = ("mone.weight_grad", "fused.grouped_gemm_wgrad")
+"""Of routed experts."""
 
 GPU_PRODUCTS = {
     "mone.gate_product": 0,
@@ -186,11 +200,13 @@ def operation(op: Op) -> Operation:
         raise ValueError(f"{op.name} multiplies in {op.dtype}: no device has a peak for it")
     flops = float(op.flops)
     if op.name.startswith("fused.attention"):
-        queries, keys, size = _attention(op)
-        return Operation("attention", dtype, flops, moved, queries, keys, size)
+        kind = "attention_backward" if op.name.endswith("_backward") else "attention"
+        queries, keys, size, heads = _attention(op)
+        return Operation(kind, dtype, flops, moved, queries, keys, size, heads=heads)
     if op.name.startswith("mone.") or op.name.startswith("fused.grouped_gemm"):
+        kind = "grouped_wgrad" if op.name in WEIGHT_GRADIENTS else "grouped_gemm"
         rows, columns, depth, kept = _grouped(op)
-        return Operation("grouped_gemm", dtype, flops, moved, rows, columns, depth, kept)
+        return Operation(kind, dtype, flops, moved, rows, columns, depth, kept)
     rows, columns = _matrix(op)
     depth = max(1, round(flops / (2.0 * rows * columns)))
     return Operation("gemm", dtype, flops, moved, rows, columns, depth)
@@ -202,10 +218,10 @@ def _matrix(op: Op) -> tuple[float, int]:
     return float(max(1, math.prod(shape[:-1]))), max(1, shape[-1] if shape else 1)
 
 
-def _attention(op: Op) -> tuple[float, int, int]:
-    """(queries, keys, head size) of inputs q [s, b, n, d], k [t, b, m, d], ...."""
+def _attention(op: Op) -> tuple[float, int, int, int]:
+    """(queries, keys, head size, heads) of inputs q [s, b, n, d], k [t, b, m, d], ...."""
     queries, keys = op.inputs[0], op.inputs[1]
-    return float(queries[0]), keys[0], queries[-1]
+    return float(queries[0]), keys[0], queries[-1], math.prod(queries[1:-1])
 
 
 def _grouped(op: Op) -> tuple[float, int, int, float]:

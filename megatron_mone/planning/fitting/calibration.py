@@ -38,7 +38,7 @@ from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 
 MOST_RANKS = 8
 """Ranks of an expert-parallel group that are traced; of larger groups so many, evenly spaced."""
-_HOST_SECONDS = 5e-6  # a fit's start
+_KERNEL_SECONDS = 5e-6  # a fit's start
 
 
 def calibrate(profile: MeasuredProfile, cluster: Cluster, tracer: Tracer) -> Calibration:
@@ -62,7 +62,9 @@ def calibrate(profile: MeasuredProfile, cluster: Cluster, tracer: Tracer) -> Cal
     if not phases:
         raise ValueError(f"{profile.path}: no measured phase has operators in its trace")
     # CPU ranks make an operation when they come to it: what the host costs is in its launch.
-    start = replace(Efficiency(), host_seconds=0.0 if profile.on_cpu else _HOST_SECONDS)
+    start = replace(
+        Efficiency().without_host(), kernel_seconds=0.0 if profile.on_cpu else _KERNEL_SECONDS
+    )
     efficiency = fit_phases(phases, cluster.device, start)
     whole = PhaseModel(phases, cluster.device)
     runs = [run.name for run in profile.runs]

@@ -33,7 +33,7 @@ def fit_kernels(answer: GpuAnswer, cluster: Cluster) -> tuple[Efficiency, Fitted
         raise ValueError("sections: no kernel of ours was timed; run megatron-mone gpu-answer")
     start = Efficiency()
     # Replays launch nothing from the host; what that costs stays as it is assumed.
-    fitted = fit_phases(phases, cluster.device, replace(start, host_seconds=0.0))
+    fitted = fit_phases(phases, cluster.device, start.without_host())
     predicted = PhaseModel(phases, cluster.device).seconds(fitted)
     worst = max(
         abs(float(seconds) / one.seconds - 1)
@@ -43,10 +43,7 @@ def fit_kernels(answer: GpuAnswer, cluster: Cluster) -> tuple[Efficiency, Fitted
         f"fitted to {len(phases)} kernels of {answer.device}, replayed in graphs, worst off by "
         f"{worst:.0%}: grouped products, selection and memory; the rest is assumed"
     )
-    efficiency = replace(
-        fitted, host_seconds=start.host_seconds, operator_seconds=start.operator_seconds,
-        source=source,
-    )  # fmt: skip
+    efficiency = replace(start, curves=fitted.curves, source=source)
     return efficiency, [(one, float(s)) for one, s in zip(phases, predicted, strict=True)]
 
 

@@ -1,6 +1,6 @@
 """Fits all curves of a device together to the seconds of phases, each the sum of many operations.
 
-    phase = sum over its operations of curve[kind].seconds, never less than launches x host_seconds
+    phase = sum over its operations of curve[kind].seconds, at least launches x kernel_seconds
 
 By curve_fit.py's method: least squares on the logarithm of the seconds, with a prior on the start.
 A phase counts by its share of the step, so that small ones do not decide. Touches nothing.
@@ -73,7 +73,7 @@ class PhaseModel:
         total = np.zeros(len(self._launches))
         for kind in self._operations:
             total += self._of_kind(kind, efficiency.curves[kind])
-        return np.maximum(total, self._launches * efficiency.host_seconds)
+        return np.maximum(total, self._launches * efficiency.kernel_seconds)
 
     def _of_kind(self, kind: str, curve: Curve) -> NDArray[np.float64]:
         known = self._known.get(kind)
@@ -98,8 +98,8 @@ def fit_phases(phases: Sequence[PhaseTime], device: Device, start: Efficiency) -
     measured = np.array([one.seconds for one in phases])
     weights = np.sqrt(measured * len(measured) / measured.sum())
     parts = [free_parameters(start.curves[kind]) for kind in model.kinds]
-    if start.host_seconds:
-        parts.append(np.log([start.host_seconds]))
+    if start.kernel_seconds:
+        parts.append(np.log([start.kernel_seconds]))
     origin = np.concatenate(parts)
     ends = np.cumsum([len(part) for part in parts])
 
@@ -109,10 +109,10 @@ def fit_phases(phases: Sequence[PhaseTime], device: Device, start: Efficiency) -
             kind: with_parameters(start.curves[kind], piece)
             for kind, piece in zip(model.kinds, pieces, strict=False)
         }
-        host = float(np.exp(pieces[len(model.kinds)][0])) if start.host_seconds else 0.0
-        host = min(1.0, host)  # a phase does not tell plain operators from fused ones
+        host = float(np.exp(pieces[len(model.kinds)][0])) if start.kernel_seconds else 0.0
+        # A phase does not tell what a launch costs from what its nodes of autograd do.
         return replace(
-            start, curves={**start.curves, **curves}, host_seconds=host, operator_seconds=host
+            start.without_host(), curves={**start.curves, **curves}, kernel_seconds=min(1.0, host)
         )
 
     def residuals(free: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,31 +1,41 @@
 """Fits what the planner cannot know of a cluster to published runs, by few numbers.
 
-Of each cluster: one factor on all compute peaks, one on the memory bandwidth, the host's seconds a
-launch, and what overlap costs. Only runs marked `calibrates` are looked at. May touch: nothing.
+Kernels come first: their curves are fitted to published times of single kernels, where there are
+any (kernel_benchmarks.py). What a step shows beside them is told by the totals of runs: one factor
+on all compute peaks, what the host costs, and what overlap costs. Only runs marked `calibrates` are
+looked at. May touch: nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from megatron_mone.planning.cost.bands import FittedRun, place_of
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.prediction import predict
+from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
 from megatron_mone.planning.fitting.published import PublishedRun, compare
 from megatron_mone.planning.planner import Planned
 
-COMPUTE = ("gemm", "grouped_gemm", "attention")
-# Bounds of each number, and steps of the last grid on either side of the best.
+PRODUCTS = ("gemm", "grouped_gemm", "grouped_wgrad")
 BOUNDS = {
-    "compute": (0.4, 1.0),
-    "memory": (0.6, 1.0),
-    "host_seconds": (0.0, 3e-4),
-    "overlap_tax": (0.0, 0.6),
+    "compute": (0.4, 1.6),
+    "memory": (0.5, 1.4),
+    "function_seconds": (2e-5, 6e-4),
+    "pass_seconds": (5e-5, 5e-3),
+    "wait_seconds": (1e-5, 1e-3),
+    "overlap_tax": (0.02, 0.6),
 }
-# Of a plain operator, which no published total tells from the others: an assumption.
-OPERATOR_SECONDS = 1e-5
-_STEPS = 7
-_ROUNDS = 4
+"""Name -> between what it is looked for. `compute` scales the peak shares of PRODUCTS, `memory` the
+bandwidth share of the rest, the others are fields of Efficiency."""
+PRIOR = 2e-4
+"""Weight, against one run's error, of one number staying a factor e from its start."""
+TAIL = 0.05
+"""Error from which a run counts linearly: one that has a cause of its own drags no other along."""
+_STEP, _ROUNDS = 0.04, 8
 
 
 @dataclass(frozen=True)
@@ -43,40 +53,49 @@ class PublishedFit:
     errors: dict[str, float]
 
 
-def with_values(values: Mapping[str, float], source: str) -> Efficiency:
-    """The assumed efficiency with the numbers of BOUNDS put in.
+def start_values() -> dict[str, float]:
+    """The numbers of BOUNDS as they are assumed."""
+    assumed = Efficiency()
+    scales = {"compute": 1.0, "memory": 1.0}
+    return {name: scales.get(name, getattr(assumed, name, 0.0)) for name in BOUNDS}
+
+
+def with_values(
+    values: Mapping[str, float], source: str, curves: Mapping[str, Curve] | None = None
+) -> Efficiency:
+    """An efficiency with the numbers of BOUNDS put in.
 
     Args:
-        values: `compute` scales peak shares, `memory` bandwidth shares, the others replace.
+        values: see BOUNDS.
         source: what they were fitted to.
+        curves: kind -> curve that the numbers scale; the assumed ones where None or left out.
     """
-    start = Efficiency()
-    curves = {
-        kind: replace(
-            curve,
-            peak_share=curve.peak_share * (values["compute"] if kind in COMPUTE else 1.0),
-            bandwidth_share=curve.bandwidth_share * values["memory"],
-        )
-        for kind, curve in start.curves.items()
-    }
-    return replace(
-        start, curves=curves, host_seconds=values["host_seconds"],
-        operator_seconds=OPERATOR_SECONDS,
-        overlap_tax=values["overlap_tax"], source=source,
-    )  # fmt: skip
+
+    def scaled(kind: str, curve: Curve) -> Curve:
+        if kind in PRODUCTS:
+            return replace(curve, peak_share=min(1.0, curve.peak_share * values["compute"]))
+        return replace(curve, bandwidth_share=min(1.0, curve.bandwidth_share * values["memory"]))
+
+    start = {**DEFAULTS, **(curves or {})}
+    own: dict[str, Any] = {k: v for k, v in values.items() if k not in ("compute", "memory")}
+    scaled_curves = {kind: scaled(kind, curve) for kind, curve in start.items()}
+    return replace(Efficiency(), curves=scaled_curves, source=source, **own)
 
 
 def fit_published(
-    rows: Sequence[tuple[PublishedRun, Planned]], free: Sequence[str]
+    rows: Sequence[tuple[PublishedRun, Planned]],
+    free: Sequence[str],
+    curves: Mapping[str, Curve] | None = None,
 ) -> PublishedFit:
     """The numbers that bring predicted times of some runs nearest to the published ones.
 
-    One number after the other is searched on a grid that narrows, four rounds: errors are of sums
-    and maxima, with corners that slopes do not see.
+    Least squares of the errors' logarithms, those beyond TAIL taken linearly, by damped steps on
+    the numbers' logarithms; slopes are taken over 4%, so that corners of sums and maxima are seen.
 
     Args:
         rows: runs of one cluster, planned with any efficiency.
         free: of BOUNDS; the others stay as assumed.
+        curves: of kernels that were fitted before; see `with_values`.
 
     Raises:
         ValueError: fewer runs than numbers.
@@ -84,27 +103,63 @@ def fit_published(
     if len(rows) < len(free):
         raise ValueError(f"{len(rows)} published runs cannot fit {len(free)} numbers: {list(free)}")
     names = ", ".join(run.name for run, _ in rows)
-    source = f"fitted to {len(rows)} published runs: {names}"
-    values = {
-        "compute": 1.0, "memory": 1.0, "host_seconds": Efficiency().host_seconds,
-        "overlap_tax": Efficiency().overlap_tax,
-    }  # fmt: skip
-    widths = {name: (BOUNDS[name][1] - BOUNDS[name][0]) / 2 for name in free}
+    kernels = f" and to published times of {', '.join(sorted(curves))}" if curves else ""
+    source = f"fitted to {len(rows)} published runs: {names}{kernels}"
+    start = start_values()
+    origin = np.log([start[name] for name in free])
+    low, high = (np.log([BOUNDS[name][side] for name in free]) for side in (0, 1))
 
-    def loss(trial: Mapping[str, float]) -> float:
-        errors = times_off(rows, with_values(trial, source)).values()
-        return float(sum(np.log1p(error) ** 2 for error in errors))
+    def values(at: NDArray[np.float64]) -> dict[str, float]:
+        return {**start, **dict(zip(free, map(float, np.exp(at)), strict=True))}
 
+    def residuals(at: NDArray[np.float64]) -> NDArray[np.float64]:
+        found = times_off(rows, with_values(values(at), source, curves)).values()
+        off = np.log1p(list(found)) / TAIL
+        soft = np.sign(off) * np.sqrt(2 * (np.sqrt(1 + off**2) - 1)) * TAIL
+        return np.concatenate([soft, np.sqrt(PRIOR) * (at - origin)])
+
+    # A host that no pass waits for has no slope: the search starts from a slow one, too.
+    slow = origin + np.log(2.0) * np.array([name.endswith("_seconds") for name in free])
+    found = [_nearest(residuals, one, low, high) for one in (origin, slow)]
+    at = min(found, key=lambda one: float(np.sum(residuals(one) ** 2)))
+    fitted = with_values(values(at), source, curves)
+    errors = times_off(rows, fitted)
+    runs = tuple(
+        FittedRun(run.name, place_of(planned.traced.facts), abs(float(np.log1p(errors[run.name]))))
+        for run, planned in rows
+    )
+    fitted = replace(fitted, runs=runs, numbers=len(free))
+    return PublishedFit(fitted, values(at), errors)
+
+
+def _nearest(
+    residuals: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    start: NDArray[np.float64],
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    """A minimum of the sum of squares between two bounds, by Levenberg-Marquardt steps."""
+    at, damping = np.clip(start, low, high), 1e-3
+    now = residuals(at)
     for _ in range(_ROUNDS):
-        for name in free:
-            low, high = BOUNDS[name]
-            around = values[name] + np.linspace(-widths[name], widths[name], _STEPS)
-            tries = {float(np.clip(x, low, high)) for x in (*around, values[name])}
-            losses = {tried: loss({**values, name: tried}) for tried in sorted(tries)}
-            values[name] = min(losses, key=lambda tried: losses[tried])
-            widths[name] /= 2
-    fitted = with_values(values, source)
-    return PublishedFit(fitted, values, times_off(rows, fitted))
+        slope = np.stack(
+            [(residuals(at + _STEP * axis) - now) / _STEP for axis in np.eye(len(at))], axis=1
+        )
+        normal = slope.T @ slope
+        for _ in range(8):
+            step = np.linalg.solve(normal + damping * np.diag(np.diag(normal)), -slope.T @ now)
+            there = np.clip(at + np.clip(step, -0.7, 0.7), low, high)
+            then = residuals(there)
+            if then @ then < now @ now:
+                break
+            damping = max(damping, 1e-2) * 6
+        else:
+            return at
+        done = (now @ now - then @ then) < 1e-4 * (now @ now)
+        at, now, damping = there, then, damping / 4
+        if done:
+            return at
+    return at
 
 
 def times_off(

@@ -100,6 +100,7 @@ def _stand_ins(
     from megatron_mone.planning.tracing.stage_messages import known_shapes
     from megatron_mone.planning.tracing.stand_ins import host
     from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
+    from megatron_mone.planning.tracing.stand_ins import linear as fused_linear
     from megatron_mone.planning.tracing.stand_ins import mamba as fused_mamba
     from megatron_mone.planning.tracing.stand_ins import op as fused_op
     from megatron_mone.planning.tracing.stand_ins import quantized_weight as fused_weight
@@ -116,6 +117,7 @@ def _stand_ins(
             stack.enter_context(fused_layers.installed())
             stack.enter_context(fused_mamba.installed())
             stack.enter_context(fused_weight.buffers_without_values())
+            stack.enter_context(fused_linear.no_dummies_yet())
             stack.enter_context(Replaced(clip_grads, "l2_norm_impl", l2_norm))
         yield
 
@@ -167,6 +169,7 @@ def _fewest_micro_batches(args: Namespace) -> int:
 
 def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int) -> Trace:
     from megatron_mone.planning.tracing.recorder import held_bytes, stage_memory
+    from megatron_mone.planning.tracing.stand_ins.linear import dummy_bytes
     from megatron_mone.profiling.baselines import RunSpec
     from megatron_mone.profiling.instrument import Instruments, moe_layers
     from megatron_mone.profiling.ledger import persistent_tensors
@@ -186,11 +189,15 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
         return persistent_tensors(model, optimizer)
 
     if is_deepspeed(args):
-        with last_micro_batch(recorder, held) as kept, recorder.watch_kept():
+        with (
+            last_micro_batch(recorder, held) as kept,
+            recorder.watch_kept(),
+            recorder.watch_nodes(),
+        ):
             run.step()
     else:
         recorder.clock.begin()
-        with recorder.watch_kept():
+        with recorder.watch_kept(), recorder.watch_nodes():
             run.step()
         kept = held_bytes(held())
     recorder.clock.end()
@@ -201,9 +208,9 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
         micro_batches=1 if is_deepspeed(args) else micro_batches,
         backend=run.run.backend,
         rows=rows,
-        ops=merged(recorder.ops),
+        ops=merged([*recorder.ops, *recorder.work_beside()]),
         collectives=merged(recorder.collectives),
-        memory=stage_memory(kept, held_bytes(of_experts), recorder),
+        memory=stage_memory(kept, held_bytes(of_experts), recorder, dummy_bytes()),
     )
 
 

@@ -1,5 +1,6 @@
 """Recorder: notes operators, collectives and tensors kept for backward, as they happen.
 
+Of the host it notes what it does beside launching: nodes of autograd and waits for the device.
 `LiveBytes` counts what the tensors of a program hold at once: every storage once, from the operator
 that made it until Python lets go of it. Autograd under a dispatch mode adds gradients out of place,
 so that a backward pass shows slightly more than it needs without.
@@ -8,6 +9,7 @@ May touch: a PhaseClock, which it asks for the phase and pass under way; torch's
 """
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -22,7 +24,14 @@ from megatron_mone.common.patch import Replaced
 from megatron_mone.common.phases import BACKWARD, FORWARD, RECOMPUTE
 from megatron_mone.common.phases import OPTIMIZER as OPTIMIZER_PHASE
 from megatron_mone.planning.tracing.host_tensors import HostTensors
-from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory
+from megatron_mone.planning.tracing.trace import (
+    DEVICE_WAIT,
+    FUNCTION_NODE,
+    NODE,
+    Collective,
+    Op,
+    StageMemory,
+)
 from megatron_mone.profiling.clock import PhaseClock
 from megatron_mone.profiling.communication import GROUP_NAMES, tensors_in
 from megatron_mone.profiling.flop_counter import FlopCounter
@@ -65,14 +74,22 @@ class LiveBytes:
         self.base, self.peaks = self.now, {}
 
     @contextmanager
-    def watching_sizes(self) -> Iterator[None]:
-        """While it lasts, a storage that is resized (freed under its tensor) counts as it is."""
+    def watching_sizes(
+        self, told: Callable[[torch.UntypedStorage], None] | None = None
+    ) -> Iterator[None]:
+        """While it lasts, a storage that is resized (freed under its tensor) counts as it is.
+
+        Args:
+            told: of every storage that was resized.
+        """
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, *size: Any) -> Any:
             result = resize(storage, *size)
             if storage._cdata in self._sizes:
                 self._change(storage._cdata, storage.nbytes())
+            if told is not None:
+                told(storage)
             return result
 
         with Replaced(torch.UntypedStorage, "resize_", resized):
@@ -89,11 +106,50 @@ class LiveBytes:
         del self._references[key]
 
 
+class KeptBytes:
+    """Sizes of storages that autograd keeps, as they were last; holds none of them alive, so that a
+    backward pass frees them as it goes."""
+
+    def __init__(self) -> None:
+        self._sizes: list[tuple[int, int]] = []
+        self._places: dict[int, int] = {}
+        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def note(self, storage: torch.UntypedStorage) -> None:
+        """It is kept; once it is known that changes nothing."""
+        key = storage._cdata
+        if key not in self._places:
+            self._places[key] = len(self._sizes)
+            self._sizes.append((key, storage.nbytes()))
+            self._references[key] = weakref.ref(storage, lambda _gone: self._forget(key))
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size now."""
+        place = self._places.get(storage._cdata)
+        if place is not None:
+            self._sizes[place] = storage._cdata, storage.nbytes()
+
+    def holds(self, key: int) -> bool:
+        """Whether a storage that is there is one of them, by identity."""
+        return key in self._places
+
+    def found(self) -> list[tuple[int, int]]:
+        """(identity, bytes) of each."""
+        return list(self._sizes)
+
+    def _forget(self, key: int) -> None:
+        del self._places[key], self._references[key]
+
+
 aten = torch.ops.aten
 
 # New storage that nothing is written to.
 _UNWRITTEN = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty,
               aten.new_empty_strided, aten.empty_permuted)  # fmt: skip
+# What writes over its first input without reading it.
+_OVERWRITING = (aten.zero_, aten.fill_, aten.copy_)
+# What Python learns of a tensor on the device, for which it waits.
+_ASKING = (aten._local_scalar_dense, aten.equal, aten.is_nonzero)
 # What reads of its first input the entries that another one names.
 _PICKING = (aten.embedding, aten.index, aten.index_select, aten.gather, aten.masked_select)
 
@@ -114,11 +170,12 @@ class Recorder:
         self.ops: list[Op] = []
         self.collectives: list[Collective] = []
         self._formulas = FlopCounter().flop_registry
-        self._kept: dict[int, torch.UntypedStorage] = {}
+        self._kept = KeptBytes()
         self._handed: dict[Any, torch.UntypedStorage] = {}
         self.live = LiveBytes(self._pass)
         self.in_pass: bool | None = None
         self.host = HostTensors()
+        self._beside: Counter[tuple[str, str, str]] = Counter()
 
     def _pass(self) -> str:
         return OPTIMIZER_PHASE if self.clock.phase == OPTIMIZER_PHASE else self.clock.pass_
@@ -128,6 +185,8 @@ class Recorder:
         if not self.clock.running and not self.host:
             return
         inputs, outputs = list(tensors_in((args, kwargs))), list(tensors_in((result,)))
+        if func.overloadpacket in _ASKING and any(tensor.is_meta for tensor in inputs):
+            self.saw_wait()
         if not outputs or _is_view(func):
             return
         if (of_host := self.host.saw(func, inputs, outputs)) is not None:
@@ -144,6 +203,8 @@ class Recorder:
         formula = self._formulas.get(func.overloadpacket)
         flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
         read = None
+        if func.overloadpacket in _OVERWRITING:
+            read = sum(tensor.nbytes for tensor in inputs[1:])
         if func.overloadpacket in _PICKING:
             picked = sum(tensor.nbytes for tensor in outputs)
             picked += sum(t.nbytes for t in inputs if not t.is_floating_point())
@@ -204,6 +265,51 @@ class Recorder:
             )
         )
 
+    def saw_wait(self) -> None:
+        """The host waited until the device had come to this point."""
+        if self.clock.running:
+            self._beside[DEVICE_WAIT, self.clock.phase, self.clock.pass_] += 1
+
+    def saw_node(self, is_function: bool, again: bool) -> None:
+        """A node of autograd ran in the phase under way, and was made in the pass before.
+
+        Args:
+            is_function: whether its code is Python's, a torch.autograd.Function.
+            again: whether it was made by a recompute.
+        """
+        if self.clock.running:
+            name = FUNCTION_NODE if is_function else NODE
+            for pass_ in (BACKWARD, RECOMPUTE if again else FORWARD):
+                self._beside[name, self.clock.phase, pass_] += 1
+
+    def work_beside(self) -> list[Op]:
+        """What was noted of the host: ops that move nothing."""
+        return [
+            Op(name, (), (), "none", 0, 0, 0, phase, pass_, count)
+            for (name, phase, pass_), count in self._beside.items()
+        ]
+
+    @contextmanager
+    def watch_nodes(self) -> Iterator[None]:
+        """While it lasts every node of autograd that runs is noted."""
+        engine = torch.autograd.Variable._execution_engine
+
+        class Watched:
+            def __getattr__(self, name: str) -> Any:
+                return getattr(engine, name)
+
+            @staticmethod
+            def run_backward(tensors: Iterable[Tensor], *given: Any, **named: Any) -> Any:
+                again = torch._C._current_graph_task_id() != -1
+                tensors = tuple(tensors)
+                for node in _nodes(tensors):
+                    is_function = isinstance(node, torch.autograd.function.BackwardCFunction)
+                    node.register_prehook(_noting(self, is_function, again))
+                return engine.run_backward(tensors, *given, **named)
+
+        with Replaced(torch.autograd.Variable, "_execution_engine", Watched()):
+            yield
+
     def saw_collective(self, kind: str, size: int, group: dist.ProcessGroup) -> None:
         """A collective of more than one rank was launched."""
         if not self.clock.running:
@@ -234,8 +340,7 @@ class Recorder:
             if isinstance(tensor, Parameter):
                 return tensor  # a weight, whose storage ZeRO 3 frees meanwhile
             if self._keeps():
-                storage = tensor.untyped_storage()
-                self._kept[storage._cdata] = storage
+                self._kept.note(tensor.untyped_storage())
             return tensor.detach()
 
         def enter(hooks: torch.autograd.graph.saved_tensors_hooks) -> None:
@@ -248,7 +353,7 @@ class Recorder:
         with (
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             Replaced(torch.autograd.graph.saved_tensors_hooks, "__enter__", enter),
-            self.live.watching_sizes(),
+            self.live.watching_sizes(self._kept.resized),
         ):
             yield
 
@@ -262,9 +367,28 @@ class Recorder:
         elif self._keeps():
             self._handed[place] = tensor.untyped_storage()
 
-    def kept(self) -> dict[int, torch.UntypedStorage]:
-        """The storages kept, by identity."""
-        return self._kept | {storage._cdata: storage for storage in self._handed.values()}
+    def kept(self) -> list[tuple[int, int]]:
+        """(identity, bytes) of the storages kept; those of ended ones may serve again."""
+        handed = {storage._cdata: storage.nbytes() for storage in self._handed.values()}
+        return self._kept.found() + [
+            (key, size) for key, size in handed.items() if not self._kept.holds(key)
+        ]
+
+
+def _noting(recorder: Recorder, is_function: bool, again: bool) -> Callable[..., None]:
+    return lambda *_gradients: recorder.saw_node(is_function, again)
+
+
+def _nodes(tensors: Iterable[Tensor]) -> list[Any]:
+    """Every node below some tensors, once; they stay alive, so that each is itself."""
+    found: dict[Any, None] = {}
+    ahead = [tensor.grad_fn for tensor in tensors]
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in found:
+            found[node] = None
+            ahead += [following for following, _ in node.next_functions]
+    return list(found)
 
 
 def held_bytes(held: Mapping[str, Iterable[Tensor]]) -> dict[str, dict[int, int]]:
@@ -288,6 +412,7 @@ def stage_memory(
     held: Mapping[str, Mapping[int, int]],
     of_experts: Mapping[str, Mapping[int, int]],
     recorder: Recorder,
+    standing: int = 0,
 ) -> StageMemory:
     """Bytes by kind; activations are neither weights nor the optimizer's. Of gradients the identity
     may serve again: DeepSpeed's end within the step.
@@ -296,6 +421,7 @@ def stage_memory(
         held: from step to step, or from micro-batch to micro-batch; of `held_bytes`.
         of_experts: which of them are of routed experts; as `held`.
         recorder: of the step.
+        standing: bytes of what is there in every pass, made before the step.
     """
     on_host = {key for found in held.values() for key in found if recorder.host.holds_storage(key)}
     sizes = {
@@ -307,11 +433,11 @@ def stage_memory(
         sizes[f"expert_{kind}"] = sum(found[key] for key in here)
     sizes["host_optimizer"] = sum(held[kind].get(key, 0) for kind in held for key in on_host)
     others = held[WEIGHTS].keys() | held[OPTIMIZER].keys()
-    kept = recorder.kept().items()
-    sizes["activations"] = sum(s.nbytes() for key, s in kept if key not in others)
+    sizes["activations"] = sum(size for key, size in recorder.kept() if key not in others)
     live = recorder.live
     forward, backward, again = (
-        max(0, live.peaks.get(one, 0) - live.base) for one in (FORWARD, BACKWARD, RECOMPUTE)
+        max(0, live.peaks.get(one, 0) - live.base) + standing
+        for one in (FORWARD, BACKWARD, RECOMPUTE)
     )
     return StageMemory(**sizes, forward_peak=forward, backward_peak=max(backward, again))
 

@@ -25,6 +25,10 @@ from megatron_mone.profiling.rank_record import PassName, Phase
 SCHEMA = "megatron-mone/trace/1"
 _FIX = "trace the rank again"
 
+FUNCTION_NODE, NODE, DEVICE_WAIT = "autograd.function", "autograd.node", "wait.device"
+"""Ops of the host alone, without tensors: a node of autograd whose code is Python's, one in C++
+(each as it is made and again as it runs), and a wait until the device has caught up."""
+
 # Groups whose ranks work on one micro-batch together.
 _PER_MICRO_BATCH = ("tp", "cp", "tp-cp", "ep", "etp", "tp-ep", "pp")
 # Groups of several stages, over which a rank agrees on norms, faults and losses.
@@ -54,7 +58,8 @@ class Op:
     Attributes:
         name: "aten.mm", or of MoNE's routed experts "mone.gate", "mone.up_down" and
             "mone.up_down_backward" on CPU ranks, "mone." and a kernel's name on GPUs; TO_HOST,
-            TO_DEVICE, or of the host's tensors HOST and its own.
+            TO_DEVICE, or of the host's tensors HOST and its own. Nodes and waits (FUNCTION_NODE and
+            its like) stand behind the others, in no order.
         inputs, outputs: shapes of its tensors; of in-place operators the tensor is in both.
         dtype: of the first output.
         bytes_read, bytes_written: of one; its tensors once, whole.
@@ -136,7 +141,8 @@ class StageMemory:
         activations: that autograd keeps for backward after the forward of all micro-batches of the
             trace, every storage once, weights left out.
         forward_peak, backward_peak: the most that tensors made in the step hold at once in its
-            forward and backward passes, activations included.
+            forward and backward passes, activations included, and what stands beside them from the
+            first step on (Transformer Engine's dummy gradients).
         expert_weights, expert_gradients, expert_optimizer: those of routed experts, contained in
             the first three.
         host_optimizer: of the optimizer, in the host's memory; in none of the others.
@@ -163,7 +169,7 @@ class Trace:
         micro_batches: in the step traced: 1, or as many as an interleaved schedule needs.
         backend: of the routed experts, whose products are counted; see live_run.experts_backend.
         rows: {layer, 1-based: routed rows of this rank's experts}.
-        ops, collectives: in the order in which they ran.
+        ops, collectives: in the order in which they ran, those of the host alone last.
         memory: of the rank.
     """
 

@@ -3,7 +3,14 @@
 from collections.abc import Callable, Sequence
 
 from megatron_mone.planning.cost.rank_memory import ORDER
-from megatron_mone.planning.plan_document import ExpertPoint, Plan, PlannedModel, RatioPoint, Search
+from megatron_mone.planning.plan_document import (
+    ExpertPoint,
+    Plan,
+    PlannedModel,
+    Range,
+    RatioPoint,
+    Search,
+)
 from megatron_mone.reporting.plan.view import layout_text, over_limit, time
 from megatron_mone.reporting.profile.tables import MOST_ROWS, NOTHING, Table
 from megatron_mone.reporting.profile.view import (
@@ -17,6 +24,7 @@ from megatron_mone.reporting.profile.view import (
 _RESULTS: dict[str, Callable[[PlannedModel], str]] = {
     "fits": lambda model: _yes(model.fits),
     "ms a step": lambda model: milliseconds(model.step_ms),
+    "nine of ten, ms": lambda model: _range(model.step_ms_band, milliseconds),
     "tokens/s a GPU": lambda model: f"{model.tokens_per_s_per_gpu:,.0f}",
     "model TFLOP/s a GPU": lambda model: f"{model.tflops_per_gpu:,.0f}",
     "MFU": lambda model: f"{model.mfu:.1%}",
@@ -25,6 +33,7 @@ _RESULTS: dict[str, Callable[[PlannedModel], str]] = {
     "communication hidden, ms": lambda model: milliseconds(model.hidden_comm_ms),
     "pipeline bubble, ms": lambda model: time(model.bubble_ms),
     "peak memory, GiB": lambda model: _one(model.memory_gib.peak),
+    "nine of ten, GiB": lambda model: _range(model.peak_gib_band, _one),
 }
 _RATIOS: dict[str, Callable[[PlannedModel], float]] = {
     "ms a step": lambda model: model.step_ms,
@@ -34,6 +43,10 @@ _RATIOS: dict[str, Callable[[PlannedModel], float]] = {
     "pipeline bubble, ms": lambda model: model.bubble_ms,
     "peak memory, GiB": lambda model: model.memory_gib.peak,
 }
+
+
+def _range(band: Range | None, shown: Callable[[float], str]) -> str:
+    return NOTHING if band is None else f"{shown(band.low)} to {shown(band.high)}"
 
 
 def models_table(plan: Plan) -> Table:

@@ -32,7 +32,9 @@ CLUSTER = Cluster(
     sources={},
 )
 PERFECT = Curve(1.0, 0.0, 0.0, 1, 0.0, 1.0, 0.0, 0.0)
-EXACT = Efficiency(dict.fromkeys(DEFAULTS, PERFECT), 0.0, 0.0, 0.0, 1.0, "perfect")
+EXACT = Efficiency(
+    dict.fromkeys(DEFAULTS, PERFECT), overlap_tax=0.0, hidden_share=1.0, source="perfect"
+).without_host()
 MEMORY = StageMemory(10_000_000, 20_000_000, 15_000_000, 5_000_000, 6_000_000, 9_000_000)
 
 

@@ -47,7 +47,7 @@ DEVICE = CLUSTER.device
 FAST = replace(DEVICE, memory_bandwidth=1e12)
 MS = 1e-3
 CPU = replace(CLUSTER, device=replace(DEVICE, name="AMD EPYC core (AVX2)"))
-START = replace(Efficiency(), host_seconds=0.0)
+START = Efficiency().without_host()
 PLANTED = replace(
     START,
     curves={
@@ -228,7 +228,7 @@ def test_a_phase_is_the_sum_of_its_operations_or_its_launches():
     product_, copy = gemm(100, 100, 500, "bf16", 0), Operation("memory", "bf16", 0.0, 2e6)
     phases = [PhaseTime("r", "p", FORWARD, 1.0, {product_: 3.0, copy: 0.5})]
     assert PhaseModel(phases, DEVICE).seconds(EXACT) == pytest.approx([3 * 1e-5 + 0.5 * 2e-3])
-    slow_host = replace(EXACT, host_seconds=1e-2)
+    slow_host = replace(EXACT, kernel_seconds=1e-2)
     assert PhaseModel(phases, DEVICE).seconds(slow_host) == pytest.approx([3.5e-2])
 
 
@@ -248,7 +248,7 @@ def test_what_no_phase_tells_stays_where_it_was():
     found = fit_phases(phases, FAST, START)
     for kind in ("attention", "selection"):
         assert found.curves[kind] == START.curves[kind]
-    assert found.host_seconds == 0.0
+    assert found.kernel_seconds == 0.0
     assert found.curves["gemm"].sparse_loss == 0.0
     assert found.curves["gemm"].column_tile == START.curves["gemm"].column_tile
 
@@ -259,8 +259,8 @@ def test_launches_of_a_gpus_host_are_found():
     large = Operation("memory", "bf16", 0.0, 1e10)
     phases = [PhaseTime("mone", f"{n}", FORWARD, 1.0, {small: float(n)}) for n in (50, 100, 200)]
     phases += [PhaseTime("mone", f"large {n}", FORWARD, 1.0, {large: n}) for n in (1.0, 2.0)]
-    truth = replace(EXACT, host_seconds=4e-5)
-    found = fit_phases(timed(phases, truth), FAST, replace(Efficiency(), host_seconds=5e-6))
+    truth = replace(EXACT, kernel_seconds=4e-5)
+    found = fit_phases(timed(phases, truth), FAST, replace(START, kernel_seconds=5e-6))
     assert PhaseModel(phases, FAST).seconds(found)[:3] == pytest.approx(
         4e-5 * np.array([50, 100, 200]), rel=0.02
     )
@@ -485,8 +485,8 @@ def test_a_gpus_host_is_fitted_and_a_cpus_is_not(tmp_path):
     path = made_profile(tmp_path, **config(machine={**machine, "GPU": "NVIDIA H100"}))
     h100 = replace(CPU, device=replace(DEVICE, name="NVIDIA H100"))
     on_gpu = calibrate(read_profile(path), h100, tracer)
-    assert on_cpu.efficiency.host_seconds == 0.0
-    assert on_gpu.efficiency.host_seconds > 0.0
+    assert on_cpu.efficiency.kernel_seconds == 0.0
+    assert on_gpu.efficiency.kernel_seconds > 0.0
 
 
 @pytest.mark.parametrize(

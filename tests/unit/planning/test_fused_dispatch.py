@@ -70,7 +70,7 @@ def hidden(rows=T, dtype=torch.bfloat16):
 
 
 def kept_bytes(recorder):
-    return sum(storage.nbytes() for storage in recorder.kept().values())
+    return sum(size for _, size in recorder.kept())
 
 
 def hits(experts, topk, held, groups=1, group_topk=1):

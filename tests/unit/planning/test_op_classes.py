@@ -1,14 +1,15 @@
 """Operators as the roofline sees them: shapes of products, kept shares, files of efficiencies."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
+from megatron_mone.planning.cost.bands import FittedRun
 from megatron_mone.planning.cost.efficiency import Efficiency
-from megatron_mone.planning.cost.rank_cost import launch_seconds
 from megatron_mone.planning.cost.roofline import DEFAULTS, operation
-from megatron_mone.planning.tracing.recorder import LiveBytes
+from megatron_mone.planning.tracing.recorder import KeptBytes, LiveBytes
 from megatron_mone.planning.tracing.trace import Op
 from tests.unit.planning.made_jobs import EXACT
 
@@ -61,7 +62,10 @@ def test_a_type_without_units_is_refused():
 
 def test_efficiencies_read_back(tmp_path):
     path = tmp_path / "efficiency.json"
-    given = replace(EXACT, host_seconds=3e-6, source="a profile of 4 ranks")
+    given = replace(
+        EXACT, kernel_seconds=3e-6, source="a profile of 4 ranks",
+        runs=(FittedRun("a run", (2.0, 0.5), 0.03),), numbers=1, memory_errors=(0.01,),
+    )  # fmt: skip
     given.write(path)
     assert Efficiency.read(path) == given
     assert Efficiency().curves == DEFAULTS
@@ -70,15 +74,15 @@ def test_efficiencies_read_back(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "fault"),
     [
-        ('"host_seconds": 3e-06', '"host_seconds": -1', "host_seconds"),
+        ('"kernel_seconds": 3e-06', '"kernel_seconds": -1', "kernel_seconds"),
         ('"gemm"', '"jemm"', "'jemm' is no kind of operation"),
         ('"source"', '"sauce"', "no field 'source'"),
-        ("efficiency/1", "efficiency/2", "schema"),
+        ("efficiency/2", "efficiency/1", "schema"),
     ],
 )
 def test_a_damaged_file_of_efficiencies_is_one_line(tmp_path, old, new, fault):
     path = tmp_path / "efficiency.json"
-    replace(EXACT, host_seconds=3e-6).write(path)
+    replace(EXACT, kernel_seconds=3e-6).write(path)
     path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match=fault) as failure:
         Efficiency.read(path)
@@ -111,13 +115,28 @@ def test_live_bytes_follow_tensors_views_and_freed_storage():
     assert live.peaks == {"forward": 440, "backward": 440}
 
 
-def test_the_host_pays_for_mones_products_what_it_pays_for_dense_ones():
-    """Three products forward, five backward, as dense experts' fused kernels; small kernels cost
-    what a plain operator does."""
-    given = replace(EXACT, host_seconds=3e-5, operator_seconds=2e-6)
-    for name, seconds in (
-        ("fused.grouped_gemm", 3e-5), ("mone.gate_product", 3e-5), ("mone.weight_grad", 3e-5),
-        ("mone.up_segments", 3e-5), ("mone.rebuild", 2e-6), ("mone.select", 2e-6),
-        ("aten.add", 2e-6), ("mone.up_down", 3e-5),
-    ):  # fmt: skip
-        assert launch_seconds(op(name, ((4,),), ((4,),), 0), given) == seconds
+def test_kept_bytes_are_those_at_last_and_hold_nothing():
+    kept = KeptBytes()
+    first, second = torch.empty(10, device="meta"), torch.empty(100, device="meta")
+    for tensor in (first, first.view(2, 5), second):
+        kept.note(tensor.untyped_storage())
+    second.untyped_storage().resize_(0)
+    kept.resized(second.untyped_storage())
+    assert [size for _, size in kept.found()] == [40, 0]
+    gone = weakref.ref(first.untyped_storage())
+    del first, tensor
+    assert gone() is None
+    assert [size for _, size in kept.found()] == [40, 0]
+
+
+def test_attention_is_slower_with_few_heads_and_short_sequences():
+    curve = replace(DEFAULTS["attention"], half_grid=8192.0)
+
+    def share(queries, heads):
+        shape = (queries, 1, heads, 128)
+        one = op("fused.attention", (shape, shape, shape), (shape,), 2 * queries * queries * heads)
+        return curve.compute_efficiency(operation(one))
+
+    assert operation(op("fused.attention_backward", ((4, 2, 3, 8), (4, 2, 3, 8)), (), 1)).heads == 6
+    assert share(4096, 2) / share(4096, 6) == pytest.approx((1 / 2) / (3 / 4))
+    assert share(512, 48) / share(8192, 3) == pytest.approx((512 / 768) / (8192 / 8448))

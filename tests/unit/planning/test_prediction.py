@@ -21,7 +21,7 @@ from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
 from megatron_mone.planning.plan_parts import model_document
-from megatron_mone.planning.tracing.trace import Collective, Op
+from megatron_mone.planning.tracing.trace import DEVICE_WAIT, FUNCTION_NODE, NODE, Collective, Op
 from tests.unit.planning.made_jobs import (
     CLUSTER,
     EXACT,
@@ -60,17 +60,47 @@ def test_recomputation_belongs_to_the_backward():
 
 
 def test_launches_bound_a_pass_of_small_kernels():
-    slow_host = replace(EXACT, host_seconds=1 * MS, operator_seconds=0.1 * MS)
+    slow_host = replace(EXACT, kernel_seconds=1 * MS, pass_seconds=2 * MS)
     small = trace(move(0.01, name="fused.swiglu", count=50), product(30, BACKWARD, count=2))
     cost = chunk_cost(small, ALONE, CLUSTER, slow_host)
     assert cost.forward.seconds == pytest.approx(50 * MS)
+    assert cost.forward.late == pytest.approx(49.5 * MS)
     assert cost.backward.seconds == pytest.approx(60 * MS)
-    # A collective is launched, too, and in a pipeline a pass receives and sends.
+    assert cost.backward.late == 0.0
+    # A collective is launched, too, beside which the host goes on; a pipeline's pass is one more.
     more = trace(move(0.01, name="fused.swiglu", count=50), exchange(1))
-    plain = trace(move(0.01, count=50), exchange(1))
-    assert chunk_cost(plain, ALONE, CLUSTER, slow_host).forward.compute == pytest.approx(6 * MS)
-    assert chunk_cost(more, ALONE, CLUSTER, slow_host).forward.compute == pytest.approx(51 * MS)
-    assert chunk_cost(more, FACTS, CLUSTER, slow_host).forward.compute == pytest.approx(53 * MS)
+    assert chunk_cost(more, ALONE, CLUSTER, slow_host).forward.seconds == pytest.approx(51 * MS)
+    assert chunk_cost(more, FACTS, CLUSTER, slow_host).forward.seconds == pytest.approx(53 * MS)
+
+
+def test_nodes_of_autograd_and_waits_cost_the_host():
+    """3 Python nodes at 4 ms and 10 in C++ at 1 ms keep the device waiting; a wait costs both."""
+    slow_host = replace(EXACT, function_seconds=4 * MS, node_seconds=1 * MS, wait_seconds=5 * MS)
+    beside = [
+        Op(name, (), (), "none", 0, 0, 0, ATTENTION, FORWARD, count)
+        for name, count in ((FUNCTION_NODE, 3), (NODE, 10), (DEVICE_WAIT, 2))
+    ]
+    short = chunk_cost(trace(product(6), *beside), ALONE, CLUSTER, slow_host).forward
+    assert short.seconds == pytest.approx((12 + 10 + 10) * MS)
+    assert short.late == pytest.approx(16 * MS)
+    long = chunk_cost(trace(product(60), *beside), ALONE, CLUSTER, slow_host).forward
+    assert long.seconds == pytest.approx(70 * MS)
+    assert chunk_cost(trace(product(6), *beside), ALONE, CLUSTER, EXACT).forward.seconds == (
+        pytest.approx(6 * MS)
+    )
+
+
+def test_experts_of_a_grouped_product_are_a_launch_each():
+    slow_host = replace(EXACT, kernel_seconds=1 * MS)
+    grouped = Op(
+        "fused.grouped_gemm", ((16, 4), (8, 4, 2)), ((16, 2),), "bfloat16", 1, 1, 256,
+        UP_DOWN_GEMM, FORWARD,
+    )  # fmt: skip
+    ours = replace(grouped, name="mone.gate_product", outputs=((16, 4),))
+    assert chunk_cost(trace(grouped), ALONE, CLUSTER, slow_host).forward.host == (
+        pytest.approx(8 * MS)
+    )
+    assert chunk_cost(trace(ours), ALONE, CLUSTER, slow_host).forward.host == pytest.approx(1 * MS)
 
 
 def gather(milliseconds, kind, pass_):
@@ -187,15 +217,15 @@ def weight_gradient(milliseconds):
 
 
 def test_kernels_in_a_graph_cost_the_host_one_launch():
-    slow_host = replace(EXACT, host_seconds=1 * MS, operator_seconds=1 * MS)
+    slow_host = replace(EXACT, kernel_seconds=1 * MS)
     layer = [product(0.01, count=20), product(0.01, phase=UP_DOWN_GEMM, count=30)]
     attention = replace(product(0.01), name="fused.attention")
     passes = trace(*layer, attention, exchange(0))
-    plain = chunk_cost(passes, facts(pp=1), CLUSTER, slow_host).forward.compute
+    plain = chunk_cost(passes, facts(pp=1), CLUSTER, slow_host).forward.seconds
     assert plain == pytest.approx((20 + 30 + 1 + 1) * MS)
     of_attention = facts(pp=1, graphed=(ATTENTION,), graphs_per_layer=1)
     captured = chunk_cost(passes, of_attention, CLUSTER, slow_host).forward
-    assert captured.compute == pytest.approx((30 + 1 + 1) * MS)
+    assert captured.seconds == pytest.approx((30 + 1 + 1) * MS)
     assert captured.by_phase == chunk_cost(passes, FACTS, CLUSTER, EXACT).forward.by_phase
     whole = facts(pp=1, graphed=tuple(PHASES))
     in_one = chunk_cost(passes, whole, CLUSTER, slow_host).forward.compute
@@ -447,7 +477,8 @@ def test_zero_has_no_scaling_curve():
 
 
 def test_phases_add_up_to_compute_and_a_late_host_is_in_other():
-    late = predicted(efficiency=replace(EXACT, operator_seconds=30 * MS))
+    late = predicted(efficiency=replace(EXACT, kernel_seconds=30 * MS))
     assert sum(late.phases.values()) == pytest.approx(late.parts["compute"])
-    assert late.phases["other"] == pytest.approx(4 * (20 + 10) * MS)  # 30 ms each of 10 and 20
+    # Of each pass a product and an exchange are launched in 60 ms, and take 11 and 22.
+    assert late.phases["other"] == pytest.approx(4 * (49 + 38) * MS)
     assert predicted().phases["other"] == pytest.approx(0.0, abs=1e-12)

@@ -5,11 +5,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, ROUTER
+from megatron_mone.common.phases import ATTENTION, BACKWARD, FORWARD, RECOMPUTE, ROUTER
 from megatron_mone.planning.tracing.recorder import Recorder, held_bytes, stage_memory
 from megatron_mone.planning.tracing.stand_ins.values import balanced_rows, routing_map
-from megatron_mone.planning.tracing.trace import Collective, Op, StageMemory, Trace, merged
+from megatron_mone.planning.tracing.trace import (
+    DEVICE_WAIT,
+    FUNCTION_NODE,
+    NODE,
+    Collective,
+    Op,
+    StageMemory,
+    Trace,
+    merged,
+)
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
@@ -143,7 +153,62 @@ def test_tensors_kept_for_backward_count_once(recorder):
             (x.sin() * x.cos()).sum()
         kept = recorder.kept()
     # sin and cos keep x, the product both of its factors
-    assert sorted(storage.nbytes() for storage in kept.values()) == [128] * 3
+    assert sorted(size for _, size in kept) == [128] * 3
+
+
+def test_what_is_written_over_is_not_read(recorder):
+    with UnknownValues(recorder.saw_operator):
+        a, b = torch.ones(10), torch.ones(10, dtype=torch.bfloat16)
+        recorder.ops.clear()
+        a.zero_()
+        a.copy_(b)
+        a.mul_(2.0)
+    moved = [(op.name, op.bytes_read, op.bytes_written) for op in recorder.ops]
+    assert moved == [("aten.zero_", 0, 40), ("aten.copy_", 20, 40), ("aten.mul_", 40, 40)]
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy * 2
+
+
+def beside(recorder):
+    return {(op.name, op.pass_): op.count for op in recorder.work_beside()}
+
+
+def test_nodes_of_autograd_count_as_they_are_made_and_run(recorder):
+    """sin and sum in C++, the leaf's accumulation, and one of Python."""
+    x = torch.ones(4, requires_grad=True)
+    with recorder.watch_nodes():
+        _Twice.apply(x.sin()).sum().backward()
+    assert beside(recorder) == {
+        (FUNCTION_NODE, FORWARD): 1, (FUNCTION_NODE, BACKWARD): 1,
+        (NODE, FORWARD): 3, (NODE, BACKWARD): 3,
+    }  # fmt: skip
+    _Twice.apply(x.sin()).sum().backward()  # nobody watches
+    assert beside(recorder)[NODE, BACKWARD] == 3
+
+
+def test_nodes_made_again_belong_to_the_recompute(recorder):
+    x = torch.ones(4, requires_grad=True)
+    with recorder.watch_nodes():
+        checkpoint(_Twice.apply, x, use_reentrant=True).sum().backward()
+    found = beside(recorder)
+    assert found[FUNCTION_NODE, RECOMPUTE] == 1
+    assert found[FUNCTION_NODE, FORWARD] == 1  # the checkpoint's own
+    assert found[FUNCTION_NODE, BACKWARD] == 2
+
+
+def test_asking_the_device_is_a_wait(recorder):
+    with UnknownValues(recorder.saw_operator):
+        (torch.ones(3).sum() > 0).item()
+        torch.arange(3).sum().item()  # known: the host's
+    assert beside(recorder) == {(DEVICE_WAIT, FORWARD): 1}
 
 
 def test_work_outside_a_step_is_not_taken_down(recorder):

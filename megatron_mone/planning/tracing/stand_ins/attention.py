@@ -94,6 +94,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, job: AttentionJob):
         ctx.job, ctx.products = job, products(q, v, job)
+        # v is a part of the projection's result, a layout that no kernel knows: it is copied, as in
+        # get_qkv_layout of transformer_engine/pytorch/attention/dot_product_attention/utils.py.
+        q, k, v = (tensor.contiguous() for tensor in (q, k, v))
         kept_q, kept_k, kept_v = _exchange(q, k, v, job)
         s, b, n, _ = kept_q.shape
         out = q.new_empty((s, b, n, v.shape[3]))

@@ -215,6 +215,7 @@ class _Dispatch(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         size = x.nbytes + handle.pairs * FLOAT.itemsize
         recorder.saw_collective("dispatch", size, handle.group)
+        recorder.saw_wait()  # for the number of tokens that arrive
         ctx.save_for_backward(*handle.kept)
         ctx.back = lambda: recorder.saw_collective("combine", size, handle.group)
         ctx.like = (x.shape, x.dtype), (probs.shape, probs.dtype)
@@ -256,6 +257,17 @@ def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
     return setup_metadata
 
 
+def _waiting(original: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    """`MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize` whose wait for counts is told."""
+
+    def synchronize(dispatcher: Any, point: str, tokens_per_expert: Any = None) -> Any:
+        if not dispatcher.drop_and_pad and point == dispatcher.cuda_sync_point:
+            recorder.saw_wait()
+        return original(dispatcher, point, tokens_per_expert)
+
+    return synchronize
+
+
 @contextmanager
 def installed(config: Any, recorder: Recorder) -> Iterator[None]:
     """While it lasts models run on these exchanges.
@@ -276,6 +288,8 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
             f"moe_flex_dispatcher_backend = {backend!r} is not traced: use deepep or hybridep"
         )
     exchange, deepep = Exchange(config, recorder), token_dispatcher._DeepepManager
+    alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
+    synchronize = "_maybe_dtoh_and_synchronize"
     replaced: list[tuple[Any, str, Any]] = [
         (token_dispatcher, "fused_dispatch", exchange.fused_dispatch),
         (token_dispatcher, "fused_combine", exchange.fused_combine),
@@ -288,6 +302,7 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
         (deepep, "setup_metadata", _known_experts(deepep.setup_metadata)),
         (deepep, "_indices_to_multihot", lambda manager, indices, probs: indices_to_multihot(
             indices, probs, manager.num_local_experts)),
+        (alltoall, synchronize, _waiting(getattr(alltoall, synchronize), recorder)),
         # The job's packages need not be here.
         (fused_a2a, "HAVE_DEEP_EP", True),
         (fused_a2a, "HAVE_HYBRIDEP", True),

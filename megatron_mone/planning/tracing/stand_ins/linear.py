@@ -18,6 +18,8 @@ Transformer Engine cache them from a step's first micro-batch on. May touch: `ma
 Sources: transformer_engine/pytorch/module/linear.py, layernorm_linear.py, base.py.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,23 @@ def get_dummy_wgrad(shape: list, dtype: torch.dtype, zero: bool = False) -> Tens
     if key not in _dummies:
         _dummies[key] = torch.empty(shape, dtype=dtype, device="meta")
     return _dummies[key].detach()
+
+
+def dummy_bytes() -> int:
+    """Of all dummies: they stand from the first backward pass on."""
+    return sum(dummy.nbytes for dummy in _dummies.values())
+
+
+@contextmanager
+def no_dummies_yet() -> Iterator[None]:
+    """While it lasts there are only dummies that were asked for in it."""
+    before = dict(_dummies)
+    _dummies.clear()
+    try:
+        yield
+    finally:
+        _dummies.clear()
+        _dummies.update(before)
 
 
 def gather_rows(matrix: Tensor, group: Any) -> Tensor:
@@ -98,6 +117,7 @@ class LinearJob:
         keeps_original: keep the input itself for the weight gradient.
         norm: "rms_norm" or "layer_norm" before the product, "" for none.
         fuses_wgrad: add the weight gradient to `main_grad`.
+        of_megatron: whether it is Megatron's own, whose dummy gradient comes and goes.
     """
 
     parallel: str | None
@@ -108,6 +128,7 @@ class LinearJob:
     keeps_original: bool
     norm: str
     fuses_wgrad: bool
+    of_megatron: bool = False
 
     @property
     def ranks(self) -> int:
@@ -215,6 +236,8 @@ def _wgrad(job: LinearJob, weight: Any, dy: Tensor | Quantized, x: Tensor | Quan
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
+    if job.of_megatron:
+        return weight.new_empty(weight.main_grad.shape, dtype=weight.dtype)
     return get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype)
 
 
@@ -261,8 +284,9 @@ def linear_of_megatron(
         raise ValueError("weights split over replicas (gtp) cannot be traced: turn that off")
     parallel = COLUMN if allreduce_dgrad or sequence_parallel else None
     job = LinearJob(
-        parallel, tp_group, sequence_parallel, None, None, False, "", gradient_accumulation_fusion
-    )
+        parallel, tp_group, sequence_parallel, None, None, False, "", gradient_accumulation_fusion,
+        of_megatron=True,
+    )  # fmt: skip
     return _Linear.apply(input, weight, bias, None, None, job)
 
 
