@@ -170,6 +170,7 @@ def _all_weight_grads(
 ) -> list[Tensor | None]:
     """`_weight_grads` of each (terms, x_NH), which goes as soon as it was used."""
     made: list[Tensor | None] = []
+    products.by_neuron([value for some, _ in terms for value, _ in some])
     while terms:
         made += _weight_grads(products, *terms.pop(0))
     return made

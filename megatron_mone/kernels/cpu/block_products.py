@@ -16,27 +16,12 @@ from megatron_mone.kernels.cpu.products import (
     SparseProducts,
     empty,
     gradient_matrices,
-    scratch,
     sum_arguments,
     unit_stride,
     value_addresses,
+    wide_rows,
 )
 from megatron_mone.kernels.weight_views import Gradient
-
-
-def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
-    """[N, >= H] float32 rows of whole vectors: x itself where it is that, else a copy in scratch,
-    zeros after H."""
-    hidden = layout.hidden
-    if x_NH.dtype == torch.float32 and x_NH.stride(-1) == 1 and hidden % native.WIDEST_VECTOR == 0:
-        return x_NH
-    x_NH = unit_stride(x_NH)
-    width = -(-hidden // native.WIDEST_VECTOR) * native.WIDEST_VECTOR
-    wide_NH = scratch("wide", (layout.rows, width), torch.float32)
-    native.kernels().widen(
-        byref(layout.shape()), byref(native.matrix(x_NH)), wide_NH.data_ptr(), width
-    )
-    return wide_NH
 
 
 def dense_products(x_NH: Tensor, weight_EFH: Tensor, layout: native.Layout, out_NF: Tensor) -> None:
@@ -77,6 +62,9 @@ class BlockProducts(SparseProducts):
             *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
+
+    def by_neuron(self, values: list[Tensor]) -> None:
+        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
-from megatron_mone.kernels.cpu.block_products import wide_rows
 from megatron_mone.kernels.cpu.products import (
     SparseProducts,
     empty,
@@ -18,6 +17,7 @@ from megatron_mone.kernels.cpu.products import (
     sum_arguments,
     unit_stride,
     value_addresses,
+    wide_rows,
 )
 from megatron_mone.kernels.weight_views import Gradient
 
@@ -45,6 +45,9 @@ class FewProducts(SparseProducts):
             byref(self.shape), byref(self.mask), *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
+
+    def by_neuron(self, values: list[Tensor]) -> None:
+        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""

@@ -4,7 +4,7 @@ Only the kept entries of a tile outlive it. Shapes: N rows grouped by expert, M 
 experts, F neurons, H hidden, S kept of a row, K kept in all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import byref
 from dataclasses import replace
 
@@ -49,10 +49,8 @@ def kept_gates(
         gate_MF = gate_activation(activation, a_MF)
         enter(SELECTION)
         part = slice(first * size, (first + a_MF.shape[0]) * size)
-        select_rows(gate_MF, choose, indices_K[part])
-        tile = (indices_K[part], offsets_N1[: a_MF.shape[0] + 1])
-        _pick(a_MF, *tile, out_K=a_K[part])
-        _pick(gate_MF, *tile, out_K=gate_K[part])
+        picked = ((a_MF, a_K[part]), (gate_MF, gate_K[part]))
+        select_rows(gate_MF, choose, indices_K[part], picked)
     return a_K, gate_K, indices_K, offsets_N1
 
 
@@ -109,18 +107,27 @@ def _part_of(layout: native.Layout, first: int, end: int) -> native.Layout:
     return replace(layout, counts=tuple(counts))
 
 
-def select_rows(gate_MF: Tensor, selection: Selection, indices_K: Tensor) -> None:
-    """Write the M * S chosen neurons of each row, ascending, into `indices_K` (contiguous)."""
+def select_rows(
+    gate_MF: Tensor,
+    selection: Selection,
+    indices_K: Tensor,
+    picked: Sequence[tuple[Tensor, Tensor]] = (),
+) -> None:
+    """Write the M * S chosen neurons of each row, ascending, into `indices_K` (contiguous), and of
+    up to two (dense [M, F], out [M * S]) in the gates' dtype the values there."""
     gate_MF = gate_MF.contiguous()
     if gate_MF.dtype not in (torch.float32, torch.bfloat16):
+        assert not picked
         gate_MF = gate_MF.float()
     rows, neurons = gate_MF.shape
     layout = native.layout([rows], neurons, 0)
     keys = empty((layout.threads, 2 * neurons), torch.int32)
+    addresses = [native.address(tensor) for pair in picked for tensor in pair]
     native.kernels().select(
         byref(layout.shape()), gate_MF.data_ptr(), gate_MF.element_size(),
         selection.kept // selection.groups, selection.groups, selection.block,
         indices_K.data_ptr(), indices_K.element_size(), keys.data_ptr(),
+        *[*addresses, None, None, None, None][:4],
     )  # fmt: skip
 
 

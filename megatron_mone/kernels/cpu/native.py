@@ -19,10 +19,9 @@ from torch import Tensor
 from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 7
+INTERFACE_VERSION = 8
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
-# kernels.h: edges of the blocks that the cut tables describe.
-DOT_NEURONS, DOT_LENGTH, SUM_INPUTS = 64, 128, 96
+# kernels.h
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
 WIDEST_VECTOR = 16  # floats
@@ -65,16 +64,15 @@ class _Blocks(ctypes.Structure):
 _S, _K, _X, _P, _I = POINTER(_Shape), POINTER(_Mask), POINTER(_Matrix), c_void_p, c_int64
 _C, _B = POINTER(_Cuts), POINTER(_Blocks)
 _SIGNATURES = (
-    ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P)),
+    ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P, _P, _P, _P, _P)),
     ("gather", (_S, _K, _P, _P, _I)),
     ("scatter", (_S, _K, _P, _X)),
     ("cuts", (_S, _K, _I, _C)),
-    ("panels", (_S, _X, _P)),
-    ("sampled", (_S, _K, _C, _P, _I, _I, _X, _P)),
+    ("sampled", (_S, _K, _C, _P, _I, _X, _P)),
     ("accumulate", (_S, _K, _C, _P, _X, _P, _X, _X)),
     ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
-    ("transpose", (_S, _K, _P, _P, _P, _C, _P)),
-    ("weight_grads", (_S, _P, _C, _P, _X, _X, _X)),
+    ("transpose", (_S, _K, _P, _P, _P, _C, _P, _P, _I)),
+    ("weight_grads", (_S, _K, _C, _P, _P, _P, _X, _X, _X)),
     ("widen", (_S, _X, _P, _I)),
     ("dense", (_S, _P, _I, _X, _X)),
     ("block_lists", (_S, _K, _B)),
@@ -94,7 +92,12 @@ _SIGNATURES = (
 class Kernels(ctypes.Structure):
     """The function table of one instruction set (MoneKernels of kernels.h)."""
 
-    _fields_ = tuple((name, ctypes.CFUNCTYPE(None, *types)) for name, types in _SIGNATURES)
+    _fields_ = (
+        ("dot_neurons", c_int64),
+        ("sum_inputs", c_int64),
+        ("grad_rows", c_int64),
+        *((name, ctypes.CFUNCTYPE(None, *types)) for name, types in _SIGNATURES),
+    )
 
 
 @cache

@@ -81,6 +81,21 @@ def sum_arguments(terms: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], lis
     return weights, arguments + [None] * (4 - len(arguments))
 
 
+def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
+    """[N, >= H] float32 rows of whole vectors: x itself where it is that, else a copy in scratch,
+    zeros after H."""
+    hidden = layout.hidden
+    if x_NH.dtype == torch.float32 and x_NH.stride(-1) == 1 and hidden % native.WIDEST_VECTOR == 0:
+        return x_NH
+    x_NH = unit_stride(x_NH)
+    width = -(-hidden // native.WIDEST_VECTOR) * native.WIDEST_VECTOR
+    wide_NH = scratch("wide", (layout.rows, width), torch.float32)
+    native.kernels().widen(
+        byref(layout.shape()), byref(native.matrix(x_NH)), wide_NH.data_ptr(), width
+    )
+    return wide_NH
+
+
 class SparseProducts:
     """Native sampled products and accumulations.
 
@@ -110,23 +125,17 @@ class SparseProducts:
 
     def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
         """out_K = <x_n, weight_j>."""
-        x_NH, weight_EFH = unit_stride(x_NH), unit_stride(weight_EFH)
-        rows, strides = x_NH, (x_NH.stride(0), native.DOT_LENGTH)
-        if x_NH.dtype != torch.float32 or self.layout.hidden % native.DOT_LENGTH:
-            panels = -(-self.layout.hidden // native.DOT_LENGTH)
-            rows = scratch("panels", (panels, *x_NH.shape[:1], native.DOT_LENGTH), torch.float32)
-            self.kernels.panels(byref(self.shape), byref(native.matrix(x_NH)), rows.data_ptr())
-            strides = (native.DOT_LENGTH, rows.stride(0))
-        cuts = self._cut_table(native.DOT_NEURONS)
+        wide_NH, weight_EFH = wide_rows(x_NH, self.layout), unit_stride(weight_EFH)
+        cuts = self._cut_table(self.kernels.dot_neurons)
         self.kernels.sampled(
-            byref(self.shape), byref(self.mask), byref(cuts), rows.data_ptr(), *strides,
-            byref(native.matrix(weight_EFH)), out_K.data_ptr(),
+            byref(self.shape), byref(self.mask), byref(cuts), wide_NH.data_ptr(),
+            wide_NH.stride(0), byref(native.matrix(weight_EFH)), out_K.data_ptr(),
         )  # fmt: skip
 
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
-        cuts = self._cut_table(native.SUM_INPUTS)
+        cuts = self._cut_table(self.kernels.sum_inputs)
         _kept, arguments = sum_arguments(terms)
         self.kernels.accumulate(
             byref(self.shape), byref(self.mask), byref(cuts),
@@ -134,37 +143,35 @@ class SparseProducts:
         )  # fmt: skip
         return out_NH
 
-    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
-        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
-        # an entry seen from its neuron takes 8 or 12 bytes: some experts' at a time
+    def by_neuron(self, values: list[Tensor]) -> None:
+        """Put up to three arrays of kept entries, in place, into the order of `weight_grads`."""
         self._cuts.clear()
-        count, experts = len(self.layout.counts), max(1, len(self.layout.counts) // 4)
-        experts = max(experts, self.layout.threads)
-        for first in range(0, count, experts):
-            self._grads_of(terms, unit_stride(x_NH), first, min(first + experts, count))
-
-    def _grads_of(
-        self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor, first: int, end: int
-    ) -> None:
-        """`weight_grads` of experts [first, end)."""
-        neurons, counts = self.layout.neurons, self.layout.counts
-        row = sum(counts[:first])
-        last = row + sum(counts[first:end])
-        kept = int(self.offsets_N1[last]) - int(self.offsets_N1[row])
-        starts = empty((end - first, neurons + 1), torch.int64)
-        blocks = sum(-(-rows // native.SUM_INPUTS) + 1 for rows in counts[first:end])
-        at, order = (empty((blocks, neurons), t) for t in (torch.int32, torch.int16))
-        cuts = native.cuts(at, order)
-        entries = scratch("tile", (kept, len(terms) + 1), torch.float32)
-        shape, addresses = self.layout.shape(first, end), value_addresses(terms)
+        neurons, size = self.layout.neurons, self.kernels.grad_rows
+        ends = [0]
+        for count in self.layout.counts:
+            first = ends[-1]
+            ends += [first + min(row + size, count) for row in range(0, count, size)]
+        kept = self.offsets_N1[torch.tensor(ends)].diff()
+        most = int(kept.max()) if len(kept) else 0
+        at = empty((len(kept), neurons + 1), torch.int32)
+        order = empty((len(kept), neurons), torch.int16)
+        rows_K = empty(self.indices_K.shape, torch.uint8)
+        work = scratch("tile", (self.layout.threads, 2 * most), torch.int32)
+        self._transposed = (at, order, rows_K)
         self.kernels.transpose(
-            byref(shape), byref(self.mask), *addresses, starts.data_ptr(), byref(cuts),
-            entries.data_ptr(),
+            byref(self.shape), byref(self.mask),
+            *[*map(native.address, values), None, None, None][:3],
+            byref(native.cuts(at, order)), rows_K.data_ptr(), work.data_ptr(), most,
         )  # fmt: skip
-        part = [(value, Gradient(g.out_EFH[first:end], g.adds)) for value, g in terms]
+
+    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
+        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient) whose
+        values went through `by_neuron`."""
+        x_NH = unit_stride(x_NH)
+        at, order, rows_K = self._transposed
         self.kernels.weight_grads(
-            byref(shape), starts.data_ptr(), byref(cuts), entries.data_ptr(),
-            byref(native.matrix(x_NH)), *gradient_matrices(part),
+            byref(self.shape), byref(self.mask), byref(native.cuts(at, order)), rows_K.data_ptr(),
+            *value_addresses(terms), byref(native.matrix(x_NH)), *gradient_matrices(terms),
         )  # fmt: skip
 
 
@@ -231,6 +238,9 @@ class DenseProducts:
             for value_K, weight_EFH in terms[1:]:
                 out_NH[rows] += self._spread(value_K, rows, kept, dtype) @ weight_EFH[e]
         return out_NH
+
+    def by_neuron(self, values: list[Tensor]) -> None:
+        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""

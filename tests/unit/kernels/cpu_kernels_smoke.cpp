@@ -48,7 +48,9 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     std::vector<int32_t> bits(N * F), keys(threads * 2 * F);
     for (int64_t i = 0; i < N * F; ++i) std::memcpy(&bits[i], &gate[i], 4);
     std::vector<Index> idx(K);
-    k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data());
+    std::vector<float> picked0(K), picked1(K);
+    k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data(), gate.data(),
+             picked0.data(), bits.data(), picked1.data());
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
     auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0, 0}; };
     auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0, 0}; };
@@ -64,18 +66,18 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     };
     std::vector<int32_t> dot_at, sum_at;
     std::vector<uint16_t> dot_order, sum_order;
-    MoneCuts dot_cuts = table(kDotNeurons, dot_at, dot_order);
-    MoneCuts sum_cuts = table(kSumInputs, sum_at, sum_order);
+    MoneCuts dot_cuts = table(k.dot_neurons, dot_at, dot_order);
+    MoneCuts sum_cuts = table(k.sum_inputs, sum_at, sum_order);
 
     std::vector<float> a(K), u(K), da(K), du(K), h(K), dp(N), y(N * H);
-    std::vector<float> panels((H + kDotLength - 1) / kDotLength * kDotLength * N);
+    const int64_t width = (H + 15) / 16 * 16;
+    std::vector<float> wide(N * width);
     k.gather(&shape, &mask, gate.data(), a.data(), 4);
-    k.panels(&shape, &X, panels.data());
-    k.sampled(&shape, &mask, &dot_cuts, panels.data(), kDotLength, N * kDotLength, &W0, u.data());
-    if (H % kDotLength == 0) {
-        std::vector<float> in_place(K);
-        k.sampled(&shape, &mask, &dot_cuts, x.data(), H, kDotLength, &W0, in_place.data());
-        for (int64_t i = 0; i < K; ++i) near("sampled in place", in_place[i], u[i]);
+    k.widen(&shape, &X, wide.data(), width);
+    k.sampled(&shape, &mask, &dot_cuts, wide.data(), width, &W0, u.data());
+    for (int64_t i = 0; i < K; ++i) {
+        near("picked", picked0[i], a[i]);
+        near("picked too", picked1[i], a[i]);
     }
     MoneMatrix Y = rows(y);
     k.accumulate(&shape, &mask, &sum_cuts, a.data(), &W0, u.data(), &W1, &Y);
@@ -99,28 +101,20 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     near("shares", shares, rows_with_shares);
     near("counts", entries_counted, K);
 
-    int64_t block_rows = 0;
-    for (int64_t count : counts) block_rows += (count + kSumInputs - 1) / kSumInputs + 1;
-    std::vector<int64_t> starts(E * (F + 1));
-    std::vector<int32_t> at(block_rows * F);
-    std::vector<uint16_t> order(block_rows * F);
-    std::vector<MoneEntry<2>> pairs(K);
-    std::vector<MoneEntry<1>> entries(K);
+    int64_t row_blocks = 0;
+    for (int64_t count : counts) row_blocks += (count + k.grad_rows - 1) / k.grad_rows;
+    const int64_t most = std::min(N, k.grad_rows) * kept;
+    std::vector<int32_t> at(row_blocks * (F + 1)), work(threads * 2 * most);
+    std::vector<uint16_t> order(row_blocks * F);
+    std::vector<uint8_t> row_K(K);
     MoneCuts cuts{at.data(), order.data()};
     std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H, 1.0f);
     MoneMatrix G0 = weights(g0), G1 = weights(g1), G2 = weights(g2);
     G2.adds = 1;
-    k.transpose(&shape, &mask, a.data(), u.data(), starts.data(), &cuts, pairs.data());
-    k.weight_grads(&shape, starts.data(), &cuts, pairs.data(), &X, &G0, &G1);
-    // the last expert alone, then those before it
-    for (int64_t e : {E - 1, int64_t(0)}) {
-        MoneShape part{start.data() + e, e ? 1 : E > 1 ? E - 1 : 1, N, F, H, threads};
-        MoneMatrix out = G2;
-        out.data = g2.data() + e * F * H;
-        k.transpose(&part, &mask, h.data(), nullptr, starts.data(), &cuts, entries.data());
-        k.weight_grads(&part, starts.data(), &cuts, entries.data(), &DY, &out, nullptr);
-        if (!e) break;
-    }
+    std::vector<float> t0 = a, t1 = u, t2 = h;
+    k.transpose(&shape, &mask, t0.data(), t1.data(), t2.data(), &cuts, row_K.data(), work.data(), most);
+    k.weight_grads(&shape, &mask, &cuts, row_K.data(), t0.data(), t1.data(), &X, &G0, &G1);
+    k.weight_grads(&shape, &mask, &cuts, row_K.data(), t2.data(), nullptr, &DY, &G2, nullptr);
 
     std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
     for (int64_t n = 0; n < N; ++n) {
@@ -185,7 +179,7 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     std::vector<Index> idx(K);
     std::vector<int32_t> keys(threads * 2 * F);
     k.select(&shape, data(gate, gate_half), half ? 2 : 4, kept, 1, block, idx.data(), sizeof(Index),
-             keys.data());
+             keys.data(), nullptr, nullptr, nullptr, nullptr);
     for (int64_t i = 0; i < K; ++i) near("block", idx[i], idx[i / block * block] + i % block);
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
     const int64_t width = (H + 15) / 16 * 16;
@@ -271,7 +265,8 @@ void check_choice(int64_t N, int64_t F, int64_t kept, int64_t groups, int64_t bl
     auto gate = noises(N * F);
     std::vector<Index> idx(N * kept * groups);
     std::vector<int32_t> keys(threads * 2 * F);
-    k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data());
+    k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data(),
+             nullptr, nullptr, nullptr, nullptr);
     const int64_t width = F / groups / block;
     for (int64_t part = 0; part < N * groups; ++part) {
         std::vector<std::pair<float, int64_t>> order;  // largest sum first, then the lower block
@@ -299,7 +294,7 @@ int main() {
         check<int32_t>({130, 40}, 70, 130, 33, threads);
         check<int16_t>({520, 3}, 131, 65, 17, threads);
         check<int16_t>({9}, 64, 600, 599, threads);
-        check<int16_t>({30, 7}, 2 * kDotLength, 65, 17, threads);
+        check<int16_t>({30, 7}, 2 * 256 + 80, 65, 17, threads);
         for (bool half : {false, true}) {
             check_blocks<int16_t>({5, 0, 1}, 7, 48, 16, 16, half, threads);
             check_blocks<int16_t>({0}, 7, 32, 16, 16, half, threads);

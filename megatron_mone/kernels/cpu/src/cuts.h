@@ -4,12 +4,12 @@
 namespace {
 
 // order = 0 .. count - 1 by the lengths to[i] - from[i], a stable counting sort; equal lengths then
-// follow each other. Lengths are at most `longest`.
-inline void order_by_length(const int32_t* from, const int32_t* to, int64_t count, int64_t longest,
+// follow each other. Lengths are at most kLongestRun.
+inline void order_by_length(const int32_t* from, const int32_t* to, int64_t count,
                             uint16_t* order) {
-    int32_t first[kSumInputs + 2] = {};
+    int32_t first[kLongestRun + 2] = {};
     for (int64_t i = 0; i < count; ++i) ++first[to[i] - from[i] + 1];
-    for (int64_t l = 0; l < longest; ++l) first[l + 1] += first[l];
+    for (int64_t l = 0; l < kLongestRun; ++l) first[l + 1] += first[l];
     for (int64_t i = 0; i < count; ++i)
         order[first[to[i] - from[i]]++] = static_cast<uint16_t>(i);
 }
@@ -53,7 +53,7 @@ const bool* used_neurons(const MoneShape& s, const MoneMask& m, const MoneCuts& 
                          const Tile& tile, int64_t b, int64_t first, bool* used) {
     if (tile.end - tile.begin > kSparseRows) return nullptr;
     const int32_t *from = cuts.at + element(b, s.rows, 0), *to = from + s.rows;
-    std::memset(used, 0, kSumInputs);
+    std::memset(used, 0, kLongestRun);
     for (int64_t n = tile.begin; n < tile.end; ++n)
         for (int64_t k = m.offsets[n] + from[n]; k < m.offsets[n] + to[n]; ++k)
             used[static_cast<const Index*>(m.idx)[k] - first] = true;
@@ -72,7 +72,7 @@ void cut_rows(const MoneShape& s, const MoneMask& m, int64_t width, MoneCuts& cu
                     cuts.at + n);
         for (int64_t b = 0; b < count; ++b) {
             const int32_t* from = cuts.at + element(b, s.rows, tile.begin);
-            order_by_length(from, from + s.rows, tile.end - tile.begin, width,
+            order_by_length(from, from + s.rows, tile.end - tile.begin,
                             cuts.order + element(b, s.rows, tile.begin));
         }
     }

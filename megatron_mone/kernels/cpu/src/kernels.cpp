@@ -5,8 +5,12 @@
 #include <algorithm>
 #include <math.h>
 #include <omp.h>
+#if MONE_LANES == 16 && defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "simd.h"
+#include "widths.h"
 #include "selection.h"
 #include "cuts.h"
 #include "sampled.h"
@@ -25,11 +29,14 @@
 namespace {
 
 void select_any(const MoneShape* s, const void* gate, int64_t gate_bytes, int64_t kept,
-                int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys) {
-    if (idx_bytes == 2)
-        select_rows(*s, gate, gate_bytes, kept, groups, block, static_cast<int16_t*>(idx), keys);
-    else
-        select_rows(*s, gate, gate_bytes, kept, groups, block, static_cast<int32_t*>(idx), keys);
+                int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys,
+                const void* dense0, void* picked0, const void* dense1, void* picked1) {
+    const void* const dense[2] = {dense0, dense1};
+    void* const picked[2] = {picked0, picked1};
+    auto run = [&](auto* out) {
+        select_rows(*s, gate, gate_bytes, kept, groups, block, out, keys, dense, picked);
+    };
+    idx_bytes == 2 ? run(static_cast<int16_t*>(idx)) : run(static_cast<int32_t*>(idx));
 }
 
 template <class Index>
@@ -63,16 +70,12 @@ void cuts_any(const MoneShape* s, const MoneMask* m, int64_t width, MoneCuts* cu
         cut_rows<int32_t>(*s, *m, width, *cuts);
 }
 
-void panels_any(const MoneShape* s, const MoneMatrix* x, float* panels) {
-    make_panels(*s, *x, panels);
-}
-
 void sampled_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* x,
-                 int64_t row_stride, int64_t panel_stride, const MoneMatrix* weight, float* out) {
+                 int64_t x_stride, const MoneMatrix* weight, float* out) {
     if (m->idx_bytes == 2)
-        sample<int16_t>(*s, *m, *cuts, x, row_stride, panel_stride, *weight, out);
+        sample<int16_t>(*s, *m, *cuts, x, x_stride, *weight, out);
     else
-        sample<int32_t>(*s, *m, *cuts, x, row_stride, panel_stride, *weight, out);
+        sample<int32_t>(*s, *m, *cuts, x, x_stride, *weight, out);
 }
 
 void accumulate_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* value0,
@@ -95,31 +98,23 @@ void gate_any(const MoneShape* s, const MoneMask* m, int64_t activation, const f
     run(*s, *m, a, u, probs, dgate, da, du, h, dprobs);
 }
 
-template <class Index>
-void transpose_terms(const MoneShape& s, const MoneMask& m, const float* v0, const float* v1,
-                     int64_t* starts, MoneCuts& cuts, void* entries) {
-    if (v1)
-        transpose_mask<Index>(s, m, v0, v1, starts, cuts, static_cast<MoneEntry<2>*>(entries));
-    else
-        transpose_mask<Index>(s, m, v0, v1, starts, cuts, static_cast<MoneEntry<1>*>(entries));
-}
-
-void transpose_any(const MoneShape* s, const MoneMask* m, const float* v0, const float* v1,
-                   int64_t* starts, MoneCuts* cuts, void* entries) {
+void transpose_any(const MoneShape* s, const MoneMask* m, float* v0, float* v1, float* v2,
+                   MoneCuts* cuts, uint8_t* rows, int32_t* work, int64_t most) {
+    float* const values[3] = {v0, v1, v2};
     if (m->idx_bytes == 2)
-        transpose_terms<int16_t>(*s, *m, v0, v1, starts, *cuts, entries);
+        transpose_mask<int16_t>(*s, *m, values, *cuts, rows, work, most);
     else
-        transpose_terms<int32_t>(*s, *m, v0, v1, starts, *cuts, entries);
+        transpose_mask<int32_t>(*s, *m, values, *cuts, rows, work, most);
 }
 
-void weight_grads_any(const MoneShape* s, const int64_t* starts, const MoneCuts* cuts,
-                      const void* entries, const MoneMatrix* x, MoneMatrix* out0,
-                      MoneMatrix* out1) {
+void weight_grads_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts,
+                      const uint8_t* rows, const float* v0, const float* v1, const MoneMatrix* x,
+                      MoneMatrix* out0, MoneMatrix* out1) {
     MoneMatrix* const outs[2] = {out0, out1};
     if (out1)
-        sum_weight_grads(*s, starts, *cuts, static_cast<const MoneEntry<2>*>(entries), *x, outs);
+        sum_weight_grads<2>(*s, *m, *cuts, {rows, {v0, v1}}, *x, outs);
     else
-        sum_weight_grads(*s, starts, *cuts, static_cast<const MoneEntry<1>*>(entries), *x, outs);
+        sum_weight_grads<1>(*s, *m, *cuts, {rows, {v0, nullptr}}, *x, outs);
 }
 
 void widen_any(const MoneShape* s, const MoneMatrix* from, float* to, int64_t stride) {
@@ -229,7 +224,8 @@ void share_slopes_any(const MoneShape* s, const MoneMask* m, const void* gate, i
 }  // namespace
 
 extern "C" const MoneKernels MONE_TABLE = {
-    select_any, gather_any, scatter_any, cuts_any, panels_any, sampled_any,
+    kDotNeurons, kSumInputs, kGradRows,
+    select_any, gather_any, scatter_any, cuts_any, sampled_any,
     accumulate_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
     block_lists_any, block_sampled_any, block_accumulate_any, block_grads_any,
     few_sampled_any, few_accumulate_any, few_grads_any, gated_any,

@@ -8,13 +8,6 @@
 #pragma once
 #include <cstdint>
 
-// Edges of the blocks that share the first-level cache with what streams past them.
-constexpr int64_t kDotNeurons = 64;   // neurons of one block of the sampled products
-constexpr int64_t kDotLength = 128;   // floats of H of one such block; panels are this wide
-constexpr int64_t kSumInputs = 96;    // input rows (neurons or tokens) of one accumulation block
-constexpr int64_t kSumWidth = 64;     // floats of H of one accumulation block of y or dx
-constexpr int64_t kGradWidth = 64;    // floats of H of one block of the weight gradients
-static_assert(kDotNeurons <= kSumInputs, "tables of both are sized by kSumInputs");
 constexpr int64_t kBlock = 16;        // neurons of one block of a mask of whole blocks
 constexpr int64_t kBlockWidth = 128;  // floats of H of one strip of y, dx or gradients, by blocks
 constexpr int64_t kTile = 512;        // output rows of a task: they stay in the second-level cache
@@ -57,13 +50,6 @@ struct MoneCuts {
     uint16_t* order;
 };
 
-// One kept entry seen from its neuron: the row within its expert and one or two values.
-template <int Terms>
-struct MoneEntry {
-    float value[Terms];
-    int32_t row;
-};
-
 // One kept block of a row: the row within its tile of kTile rows of an expert, and which of the row's
 // kept blocks it is.
 struct MoneBlockEntry {
@@ -82,26 +68,28 @@ enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3, kSquaredRel
 extern "C" {
 
 struct MoneKernels {
+    // Widths that suit this instruction set: neurons of a block of `sampled`, of `accumulate`, and
+    // rows of a block of `transpose` and `weight_grads`.
+    int64_t dot_neurons, sum_inputs, grad_rows;
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
     // bfloat16, 4: float32), keys is work space of [threads, 2 F]. With `block` above 1 (it divides
-    // kept and a group) blocks of so many neurons are chosen by their sums, added as halves.
+    // kept and a group) blocks of so many neurons are chosen by their sums, added as halves. While a
+    // row is near, the kept of up to two dense [rows, F] of gate_bytes go to picked0 and picked1.
     void (*select)(const MoneShape*, const void* gate, int64_t gate_bytes, int64_t kept,
-                   int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys);
+                   int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys,
+                   const void* dense0, void* picked0, const void* dense1, void* picked1);
     // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.
     void (*gather)(const MoneShape*, const MoneMask*, const void* dense, void* out_K, int64_t bytes);
     void (*scatter)(const MoneShape*, const MoneMask*, const float* values_K, MoneMatrix* dense);
     // Fills the table for blocks of `width` neurons.
     void (*cuts)(const MoneShape*, const MoneMask*, int64_t width, MoneCuts* cuts);
-    // float32 copy of a [N, H] matrix as [ceil(H / kDotLength), N, kDotLength], zero-padded.
-    void (*panels)(const MoneShape*, const MoneMatrix*, float* panels);
-    // out_K = <x_n, weight_j> for kept (n, j); cuts at kDotNeurons. kDotLength floats of x_n from
-    // c * kDotLength on begin at x + n * row_stride + c * panel_stride: panels, or float32 rows that
-    // are a multiple of kDotLength long.
+    // out_K = <x_n, weight_j> for kept (n, j); cuts at dot_neurons; x as `widen` writes it, whole
+    // vectors a row.
     void (*sampled)(const MoneShape*, const MoneMask*, const MoneCuts* cuts, const float* x,
-                    int64_t row_stride, int64_t panel_stride, const MoneMatrix* weight,
-                    float* out_K);
-    // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]); cuts at kSumInputs.
+                    int64_t x_stride, const MoneMatrix* weight, float* out_K);
+    // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]); cuts at
+    // sum_inputs.
     void (*accumulate)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
                        const float* value0_K, const MoneMatrix* weight0, const float* value1_K,
                        const MoneMatrix* weight1, MoneMatrix* out);
@@ -110,16 +98,18 @@ struct MoneKernels {
     void (*gate_backward)(const MoneShape*, const MoneMask*, int64_t activation, const float* a_K,
                           const float* u_K, const float* probs, const float* dgate_K, float* da_K,
                           float* du_K, float* h_K, float* dprobs);
-    // Entries of each expert by neuron, then row, with value[i] = v_i: MoneEntry<1> where v1 is null,
-    // else MoneEntry<2>. starts is [E, F + 1], from the first entry of the shape's first expert.
-    // cuts are of blocks of kSumInputs rows of an expert, in tiles of neurons: [B, F] where each
-    // expert has ceil(rows / kSumInputs) + 1 of the B rows.
-    void (*transpose)(const MoneShape*, const MoneMask*, const float* v0_K, const float* v1_K,
-                      int64_t* starts, MoneCuts* cuts, void* entries);
-    // out_i[j] = sum over the entries of value[i] x[n]; out1 is null for MoneEntry<1>.
-    void (*weight_grads)(const MoneShape*, const int64_t* starts, const MoneCuts* cuts,
-                         const void* entries, const MoneMatrix* x, MoneMatrix* out0,
-                         MoneMatrix* out1);
+    // Each block of grad_rows rows of an expert by neuron, then row, in place: the entries of up to
+    // three v_K (others null) change their order within the block, and row_K tells each one's row in
+    // it. at[b][j] entries of block b lie before neuron j, [B, F + 1], B the blocks of all experts;
+    // order[b] lists the neurons of each tile of kTile by their number of entries, [B, F]. work is
+    // [threads, 2 most], `most` the entries of the fullest block.
+    void (*transpose)(const MoneShape*, const MoneMask*, float* v0_K, float* v1_K, float* v2_K,
+                      MoneCuts* cuts, uint8_t* row_K, int32_t* work, int64_t most);
+    // out_i[j] = sum over the entries of v_i x[n], all as `transpose` leaves them; v1 and out1 may be
+    // null.
+    void (*weight_grads)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
+                         const uint8_t* row_K, const float* v0_K, const float* v1_K,
+                         const MoneMatrix* x, MoneMatrix* out0, MoneMatrix* out1);
     // float32 copy of a [N, H] matrix, rows `stride` apart, zeros after H.
     void (*widen)(const MoneShape*, const MoneMatrix*, float* to, int64_t stride);
     // out[n, j] = <x_n, weight_j> for every neuron; x as `widen` writes it, whole vectors a row.

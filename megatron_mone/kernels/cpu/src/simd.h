@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 namespace {
 
@@ -49,12 +50,18 @@ inline Vec4 lane_sums8(Vec8 a, Vec8 b, Vec8 c, Vec8 d) {
 #if MONE_LANES == 8
 inline Vec4 lane_sums(Vec a, Vec b, Vec c, Vec d) { return lane_sums8(a, b, c, d); }
 #else
-inline Vec8 halves(Vec v) {
-    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-           __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-}
+// Halves of a and c, then quarters of all, side by side: a shuffle, a blend and a sum each.
 inline Vec4 lane_sums(Vec a, Vec b, Vec c, Vec d) {
-    return lane_sums8(halves(a), halves(b), halves(c), halves(d));
+#define MONE_PICK(p, q, i, j, k, l)                                                              \
+    __builtin_shufflevector(p, q, i, i + 1, i + 2, i + 3, j, j + 1, j + 2, j + 3, k, k + 1, k + 2, \
+                            k + 3, l, l + 1, l + 2, l + 3)
+    const Vec ab = MONE_PICK(a, b, 8, 12, 16, 20) + MONE_PICK(a, b, 0, 4, 24, 28);
+    const Vec cd = MONE_PICK(c, d, 8, 12, 16, 20) + MONE_PICK(c, d, 0, 4, 24, 28);
+    Vec s = MONE_PICK(ab, cd, 4, 16, 12, 24) + MONE_PICK(ab, cd, 0, 20, 8, 28);
+#undef MONE_PICK
+    s += __builtin_shufflevector(s, s, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    s += __builtin_shufflevector(s, s, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+    return __builtin_shufflevector(s, s, 0, 8, 4, 12);
 }
 #endif
 #endif
@@ -96,6 +103,15 @@ inline Vec exponential(Vec x) {
 
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t size, int64_t width) { return (size + width - 1) / width; }
+
+// Calls run with the smallest of 1, 2, 4 and 8 that is at least `count`, or 8, as a constant.
+template <class Run>
+inline void with_vecs(int64_t count, Run run) {
+    if (count > 4) return run(std::integral_constant<int, 8>{});
+    if (count > 2) return run(std::integral_constant<int, 4>{});
+    if (count > 1) return run(std::integral_constant<int, 2>{});
+    run(std::integral_constant<int, 1>{});
+}
 
 inline float from_bf16(uint16_t half) {
     uint32_t bits = static_cast<uint32_t>(half) << 16;
@@ -141,7 +157,8 @@ struct NextBlock {
     void step() {
         for (due += rows; due >= steps && row < rows; due -= steps, ++row) {
             const int64_t bytes = m.is_bf16 ? 2 : 4, at = base + element(row, m.row_stride, start);
-            prefetch(static_cast<const char*>(m.data) + at * bytes, length * bytes);
+            for (int64_t b = 0; b < length * bytes; b += 64)
+                __builtin_prefetch(static_cast<const char*>(m.data) + at * bytes + b, 0, 2);
         }
     }
 };

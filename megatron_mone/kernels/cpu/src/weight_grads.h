@@ -1,155 +1,165 @@
-// Entries by neuron (the mask transposed) and the weight gradients summed over them.
+// Entries by neuron (each block of rows transposed in place) and the weight gradients summed over
+// them. A block of rows of x stays in the first-level cache, the sums of a tile of neurons in the
+// second.
 #pragma once
 
 namespace {
 
-// Row blocks of expert e begin at this row of the [blocks, F] cuts; each expert has one row more.
-inline int64_t cut_base(const MoneShape& s, int64_t e) {
-    int64_t base = 0;
-    for (int64_t i = 0; i < e; ++i) base += blocks(rows_of(s, i), kSumInputs) + 1;
-    return base;
+// Blocks of rows of the experts before e.
+inline int64_t grad_blocks_before(const MoneShape& s, int64_t e) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < e; ++i) count += blocks(rows_of(s, i), kGradRows);
+    return count;
 }
 
-// One expert. Entries of a neuron ascend in row because rows are walked in order.
-template <class Index, int Terms>
-void transpose_expert(const MoneShape& s, const MoneMask& m, int64_t e, const float* const* values,
-                      int64_t* starts, int32_t* cuts, MoneEntry<Terms>* entries) {
-    const Index* idx = static_cast<const Index*>(m.idx);
-    const int64_t first = s.row_start[e], last = s.row_start[e + 1], F = s.neurons;
-    int64_t begin = m.offsets[first] - m.offsets[s.row_start[0]];
-    for (int64_t j = 0; j <= F; ++j) starts[j] = 0;
-    for (int64_t k = m.offsets[first]; k < m.offsets[last]; ++k) ++starts[idx[k]];
-    for (int64_t j = 0; j < F; ++j) {
-        int64_t count = starts[j];
-        starts[j] = begin;
-        begin += count;
-    }
-    starts[F] = begin;
-    int32_t* seen = cuts;  // counts up through the rows; one row of cuts per block is its snapshot
-    for (int64_t j = 0; j < F; ++j) seen[j] = 0;
-    for (int64_t n = first; n < last; ++n) {
-        const int32_t row = static_cast<int32_t>(n - first);
-        for (int64_t k = m.offsets[n]; k < m.offsets[n + 1]; ++k) {
-            MoneEntry<Terms>& entry = entries[starts[idx[k]] + seen[idx[k]]++];
-            for (int i = 0; i < Terms; ++i) entry.value[i] = values[i][k];
-            entry.row = row;
-        }
-        if ((row + 1) % kSumInputs == 0 || n + 1 == last) {
-            std::memcpy(seen + F, seen, F * sizeof(int32_t));
-            seen += F;
-        }
-    }
-    // Now cuts[b] holds the counts up to the end of block b, twice for the last: shift by one.
-    for (int32_t* row = seen; row > cuts; row -= F) std::memcpy(row, row - F, F * sizeof(int32_t));
-    std::memset(cuts, 0, F * sizeof(int32_t));
+// Rows [begin, end) of one expert.
+struct RowBlock {
+    int64_t begin, end;
+};
+
+inline RowBlock find_block(const MoneShape& s, int64_t b) {
+    int64_t e = 0;
+    for (; b >= blocks(rows_of(s, e), kGradRows); ++e) b -= blocks(rows_of(s, e), kGradRows);
+    const int64_t begin = s.row_start[e] + b * kGradRows;
+    return {begin, at_most(begin + kGradRows, s.row_start[e + 1])};
 }
 
-void order_neurons(const MoneShape& s, int64_t e, const int32_t* at, uint16_t* order) {
-    for (int64_t b = 0; b * kSumInputs < rows_of(s, e); ++b) {
-        for (int64_t j = 0; j < s.neurons; j += kTile) {
-            const int32_t* from = at + element(b, s.neurons, j);
-            order_by_length(from, from + s.neurons, at_most(kTile, s.neurons - j), kSumInputs,
-                            order + element(b, s.neurons, j));
+template <class Index>
+void transpose_block(const MoneShape& s, const MoneMask& m, const RowBlock& rows,
+                     float* const* values, int32_t* at, uint8_t* row_K, int32_t* to, float* moved) {
+    const int64_t F = s.neurons, first = m.offsets[rows.begin], count = m.offsets[rows.end] - first;
+    const Index* idx = static_cast<const Index*>(m.idx) + first;
+    std::memset(at, 0, (F + 1) * sizeof(int32_t));
+    for (int64_t k = 0; k < count; ++k) ++at[idx[k]];
+    int32_t begin = 0;
+    for (int64_t j = 0; j <= F; ++j) {
+        const int32_t entries = at[j];
+        at[j] = begin;
+        begin += entries;
+    }
+    // each neuron's position moves to where the next one began
+    for (int64_t n = rows.begin; n < rows.end; ++n)
+        for (int64_t k = m.offsets[n] - first; k < m.offsets[n + 1] - first; ++k) {
+            to[k] = at[idx[k]]++;
+            row_K[first + to[k]] = static_cast<uint8_t>(n - rows.begin);
         }
+    std::memmove(at + 1, at, F * sizeof(int32_t));
+    at[0] = 0;
+    for (int i = 0; i < 3; ++i) {
+        if (!values[i]) continue;
+        for (int64_t k = 0; k < count; ++k) moved[to[k]] = values[i][first + k];
+        std::memcpy(values[i] + first, moved, count * sizeof(float));
     }
 }
 
-template <class Index, int Terms>
-void transpose_mask(const MoneShape& s, const MoneMask& m, const float* v0, const float* v1,
-                    int64_t* starts, MoneCuts& cuts, MoneEntry<Terms>* entries) {
-    const float* values[2] = {v0, v1};
+template <class Index>
+void transpose_mask(const MoneShape& s, const MoneMask& m, float* const* values, MoneCuts& cuts,
+                    uint8_t* row_K, int32_t* work, int64_t most) {
+    const int64_t F = s.neurons, count = grad_blocks_before(s, s.experts);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int64_t e = 0; e < s.experts; ++e) {
-        const int64_t base = element(cut_base(s, e), s.neurons, 0);
-        transpose_expert<Index>(s, m, e, values, starts + element(e, s.neurons + 1, 0),
-                                cuts.at + base, entries);
-        order_neurons(s, e, cuts.at + base, cuts.order + base);
+    for (int64_t b = 0; b < count; ++b) {
+        int32_t* at = cuts.at + element(b, F + 1, 0);
+        int32_t* to = work + element(omp_get_thread_num(), 2 * most, 0);
+        transpose_block<Index>(s, m, find_block(s, b), values, at, row_K, to,
+                               reinterpret_cast<LooseFloat*>(to + most));
+        for (int64_t j = 0; j < F; j += kTile)
+            order_by_length(at + j, at + j + 1, at_most(kTile, F - j),
+                            cuts.order + element(b, F, j));
     }
-}
-
-// Vectors of each of `Terms` sums in registers, and the floats they span.
-template <int Terms>
-constexpr int grad_vecs() {
-    return kGradWidth / kLanes < 8 / Terms ? kGradWidth / kLanes : 8 / Terms;
 }
 
 template <int Terms>
 struct GradScratch {
     alignas(64) float sums[Terms][kTile * kGradWidth];
-    alignas(64) float x[kSumInputs * kGradWidth];
+    alignas(64) float x[kGradRows * kGradWidth];
 };
 
-// All sums of neuron j, over its entries in one block of rows that starts at row `base`.
-template <int Terms>
-inline void add_entries(GradScratch<Terms>& g, int64_t base, const MoneEntry<Terms>* entry,
-                        int64_t count, int64_t j) {
-    constexpr int V = grad_vecs<Terms>();
-    for (int64_t part = 0; part < kGradWidth; part += V * kLanes) {
-        const int64_t at = j * kGradWidth + part;
-        Vec sum[Terms][V];
+// Up to two values of entries, by neuron.
+struct GradValues {
+    const uint8_t* row_K;
+    const float* v_K[2];
+};
+
+// The sums of one neuron, V vectors, over its entries [from, to) in one block of rows.
+template <int Terms, int V>
+inline void add_entries(const float* x, const GradValues& values, int64_t from, int64_t to,
+                        float* const* sums) {
+    Vec sum[Terms][V];
 #pragma GCC unroll 2
-        for (int o = 0; o < Terms; ++o)
+    for (int o = 0; o < Terms; ++o)
 #pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) sum[o][i] = load(g.sums[o] + at + i * kLanes);
-        for (int64_t k = 0; k < count; ++k) {
-            const float* row = g.x + (entry[k].row - base) * kGradWidth + part;
-            Vec value[Terms];
-            for (int o = 0; o < Terms; ++o) value[o] = splat(entry[k].value[o]);
-#pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) {
-                const Vec x = Terms > 1 ? in_register(load(row + i * kLanes)) : load(row + i * kLanes);
+        for (int i = 0; i < V; ++i) sum[o][i] = load(sums[o] + i * kLanes);
+    for (int64_t k = from; k < to; ++k) {
+        const float* row = x + values.row_K[k] * kGradWidth;
+        Vec value[Terms];
 #pragma GCC unroll 2
-                for (int o = 0; o < Terms; ++o) sum[o][i] += value[o] * x;
-            }
+        for (int o = 0; o < Terms; ++o) value[o] = splat(values.v_K[o][k]);
+#pragma GCC unroll 8
+        for (int i = 0; i < V; ++i) {
+            const Vec part = Terms > 1 ? in_register(load(row + i * kLanes)) : load(row + i * kLanes);
+#pragma GCC unroll 2
+            for (int o = 0; o < Terms; ++o) sum[o][i] += value[o] * part;
         }
-#pragma GCC unroll 2
-        for (int o = 0; o < Terms; ++o)
-#pragma GCC unroll 8
-            for (int i = 0; i < V; ++i) store(g.sums[o] + at + i * kLanes, sum[o][i]);
     }
+#pragma GCC unroll 2
+    for (int o = 0; o < Terms; ++o)
+#pragma GCC unroll 8
+        for (int i = 0; i < V; ++i) store(sums[o] + i * kLanes, sum[o][i]);
+}
+
+// Vectors of each of `Terms` sums that fit in registers together.
+template <int Terms>
+constexpr int grad_vecs() {
+    return kLanes == 16 ? 8 : 8 / Terms;
 }
 
 // A tile of neurons of expert e, columns from `start`.
 template <int Terms>
-void grad_tile(const MoneShape& s, const int64_t* starts, const MoneCuts& cuts,
-               const MoneEntry<Terms>* entries, const MoneMatrix& x, int64_t e, int64_t tile,
-               int64_t start, GradScratch<Terms>& g) {
+void grad_tile(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
+               const GradValues& values, const MoneMatrix& x, int64_t e, int64_t tile, int64_t start,
+               GradScratch<Terms>& g) {
+    constexpr int V = grad_vecs<Terms>();
     const int64_t length = at_most(kGradWidth, s.hidden - start), rows = rows_of(s, e);
-    const int64_t count = at_most(kTile, s.neurons - tile);
-    starts += element(e, s.neurons + 1, tile);
+    const int64_t count = at_most(kTile, s.neurons - tile), used = blocks(length, V * kLanes);
     for (int o = 0; o < Terms; ++o) std::memset(g.sums[o], 0, count * kGradWidth * sizeof(float));
-    for (int64_t b = 0; b * kSumInputs < rows; ++b) {
-        const int64_t base = b * kSumInputs, size = at_most(kSumInputs, rows - base);
-        load_block(x, element(s.row_start[e] + base, x.row_stride, 0), size, start, length,
-                   kGradWidth, g.x);
-        const int64_t at = element(cut_base(s, e) + b, s.neurons, tile);
-        const int32_t *from = cuts.at + at, *to = from + s.neurons;
-        const uint16_t* order = cuts.order + at;
-        const int64_t after = at_most(base + kSumInputs, rows);
+    for (int64_t b = 0; b * kGradRows < rows; ++b) {
+        const int64_t base = s.row_start[e] + b * kGradRows, index = grad_blocks_before(s, e) + b;
+        load_block(x, element(base, x.row_stride, 0), at_most(kGradRows, rows - b * kGradRows), start,
+                   length, kGradWidth, g.x);
+        const int32_t* at = cuts.at + element(index, s.neurons + 1, tile);
+        const uint16_t* order = cuts.order + element(index, s.neurons, tile);
+        const int64_t first = m.offsets[base], after = at_most((b + 1) * kGradRows, rows);
         NextBlock ahead{x, element(s.row_start[e] + after, x.row_stride, 0),
-                        at_most(kSumInputs, rows - after), start, length, count};
+                        at_most(kGradRows, rows - after), start, length, count};
         for (int64_t i = 0; i < count; ++i) {
             ahead.step();
             const int64_t next = order[at_most(i + kAhead, count - 1)], j = order[i];
-            prefetch(entries + starts[next] + from[next], Terms * 4 * 64);
-            for (int o = 0; o < Terms; ++o)
+            prefetch(values.row_K + first + at[next], 64);
+            for (int o = 0; o < Terms; ++o) {
+                prefetch(values.v_K[o] + first + at[next], 2 * 64);
                 prefetch(g.sums[o] + next * kGradWidth, kGradWidth * sizeof(float));
-            add_entries(g, base, entries + starts[j] + from[j], to[j] - from[j], j);
+            }
+            for (int64_t part = 0; part < used; ++part) {
+                float* sums[Terms];
+                for (int o = 0; o < Terms; ++o)
+                    sums[o] = g.sums[o] + j * kGradWidth + part * V * kLanes;
+                add_entries<Terms, V>(g.x + part * V * kLanes, values, first + at[j],
+                                      first + at[j + 1], sums);
+            }
         }
     }
 }
 
 template <int Terms>
-void sum_weight_grads(const MoneShape& s, const int64_t* starts, const MoneCuts& cuts,
-                      const MoneEntry<Terms>* entries, const MoneMatrix& x,
-                      MoneMatrix* const* outs) {
+void sum_weight_grads(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
+                      const GradValues& values, const MoneMatrix& x, MoneMatrix* const* outs) {
     const int64_t across = blocks(s.hidden, kGradWidth), down = blocks(s.neurons, kTile);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < s.experts * across * down; ++t) {
         GradScratch<Terms> g;
         const int64_t e = t / (across * down), tile = t / across % down * kTile;
         const int64_t start = t % across * kGradWidth;
-        grad_tile(s, starts, cuts, entries, x, e, tile, start, g);
+        grad_tile(s, m, cuts, values, x, e, tile, start, g);
         for (int o = 0; o < Terms; ++o)
             write_block(g.sums[o], kGradWidth, at_most(kTile, s.neurons - tile),
                         e * outs[o]->expert_stride + element(tile, outs[o]->row_stride, start),
