@@ -40,6 +40,7 @@ from megatron_mone.common.phases import (
     UP_DOWN_GEMM,
 )
 from megatron_mone.config import chosen_by_rule, expert_hidden, needs_all_gates
+from megatron_mone.model.wrappers import unwrapped
 
 Kind = Literal["dense", "moe", "mone", "attention", "mamba"]
 WHOLE_LAYER = frozenset(("attention", "mlp", "moe", "mtp"))
@@ -383,9 +384,7 @@ def rank_share(
         document_tokens: of packed documents, tokens of its own document that a token finds on
             average, the sum of squares over the sum; None: samples are whole.
     """
-    from megatron.core.utils import unwrap_model
-
-    models = unwrap_model(list(model_chunks))
+    models = [unwrapped(chunk) for chunk in model_chunks]
     layers: list[LayerShare] = []
     for module, number, repeats, mtp, nested, uses in (
         found for m in models for found in _modules(config, m)

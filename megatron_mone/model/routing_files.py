@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_mone.common.patch import Replaced
+from megatron_mone.model.wrappers import unwrapped
 from megatron_mone.moe.routing_tape import RoutesError, RoutingTape
 
 Place = tuple[str, int | None, int]
@@ -162,11 +163,10 @@ def _routers(chunks: Any) -> dict[Place, Any]:
     """The routers of this rank's model."""
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.router_trace import _parse_router_module_name
-    from megatron.core.utils import unwrap_model
 
     found = {}
     for chunk in chunks:
-        for name, module in unwrap_model(chunk).named_modules():
+        for name, module in unwrapped(chunk).named_modules():
             if isinstance(module, TopKRouter):
                 place = _parse_router_module_name(name)
                 assert place is not None, name

@@ -161,8 +161,8 @@ class MoNEExperts(MegatronModule):
         """
         self._keep_float32()
         choose = self._choice(tokens_per_expert) if neuron_mask is None else neuron_mask
-        fused = self.config.gradient_accumulation_fusion
-        weights: Any = weight_views(self.linear_fc1, self.linear_fc2, fused, self._later(x_NH))
+        later = self._later(x_NH)
+        weights: Any = weight_views(self.linear_fc1, self.linear_fc2, self._fuses, later)
         weights[0].fp8_scales = self.fp8_scales
         compute = partial(
             grouped_mlp_with_gates,
@@ -199,6 +199,12 @@ class MoNEExperts(MegatronModule):
             if buffer is not None and buffer.dtype != torch.float32:
                 buffer.data = buffer.data.float()
 
+    @property
+    def _fuses(self) -> bool:
+        """Megatron FSDP makes a `main_grad` when it takes a gradient, and has none before."""
+        makes_later = hasattr(self.linear_fc1, "get_main_grad")
+        return bool(self.config.gradient_accumulation_fusion) and not makes_later
+
     def _later(self, x_NH: Tensor) -> list | None:
         """Where weight gradients wait for `backward_dw`, which nobody calls below rows that need no
         gradient."""
@@ -215,8 +221,7 @@ class MoNEExperts(MegatronModule):
     def backward_dw(self) -> None:
         """Make the weight gradients that backward passes put off; Megatron calls it, once for each,
         with delay_wgrad_compute or overlap_dispatch_backward_with_experts_wgrad."""
-        fused = self.config.gradient_accumulation_fusion
-        add_later(self.linear_fc1, self.linear_fc2, fused, self._delayed)
+        add_later(self.linear_fc1, self.linear_fc2, self._fuses, self._delayed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -38,13 +38,13 @@ _WHOLE = ("aten.zero_",)  # of the optimizer's operators: all gradients, not tho
 
 def scaled_facts(facts: JobFacts, gpus: int) -> JobFacts | None:
     """The facts on other devices, tokens of a device alike; None where the layout does not fit, or
-    is DeepSpeed's, whose buckets do not grow with its replicas.
+    is DeepSpeed's or Megatron FSDP's, whose buckets do not grow with its replicas.
 
     Args:
         facts: of a job.
         gpus: W of the other.
     """
-    if facts.zero_stage is not None:
+    if facts.zero_stage is not None or facts.fsdp:
         return None
     factor = Fraction(gpus, facts.world_size)
     counts = [factor * count for count in (facts.dp, facts.edp, facts.global_batch_size)]

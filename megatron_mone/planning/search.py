@@ -269,7 +269,8 @@ def search(
         progress: told (planned, limit, layout).
 
     Raises:
-        ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed steps it.
+        ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed or Megatron
+            FSDP cuts it over replicas.
     """
     found = Found()
     known: dict[tuple[int, ...], Held] = {}
@@ -278,6 +279,11 @@ def search(
         raise ValueError(
             f"{job.name}: a search with engine = 'deepspeed' is not made: what ZeRO shards is not "
             "composed of layers; plan its layouts one by one, or give engine = megatron"
+        )
+    if facts.fsdp:
+        raise ValueError(
+            f"{job.name}: a search with use_megatron_fsdp = True is not made: what it cuts is not "
+            "composed of layers; plan its layouts one by one, or leave it out"
         )
     tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
     left = iter(tried)

@@ -80,7 +80,7 @@ class Instruments:
             for name in GRAD_SYNC:
                 self._wrap(BUCKETS, name, phases.GRAD_REDUCE)
         else:
-            for part in step_parts(optimizer):
+            for part in step_parts(optimizer, model):
                 self._wrap_within(*part)
         self._attached.callback(watch_communication(self.clock))
         self._attached.callback(watch_schedule_plans(self.clock))

@@ -47,12 +47,10 @@ def build_runs(options: Options, words: Sequence[str]) -> list[LiveRun]:
 
     from megatron_mone.deepspeed.attach import PATCHES
     from megatron_mone.model.arguments import parse_arguments
-    from megatron_mone.model.checks.hybrid import check_profiled
 
     install(PATCHES)
     specs = run_specs(options.against)
     base = parse_arguments(words)
-    check_profiled(base)
     if len(specs) > 1 and base.fine_grained_activation_offloading:
         raise ValueError(
             f"--against {options.against}: with fine_grained_activation_offloading a process has "

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from megatron_mone.common import phases
 from megatron_mone.deepspeed.held import held
+from megatron_mone.profiling import sharded_buffers
 from megatron_mone.profiling.communication import tensors_in
 
 WEIGHTS = "weights"
@@ -74,6 +75,9 @@ def persistent_tensors(
                 own = [p for p in own if not getattr(p, "allreduce", True)]
             if own or not of_experts:
                 found[WEIGHTS] += tensors_in([*own, *module._buffers.values()])
+        shards = sharded_buffers.held(chunk, of_experts=of_experts)
+        for kind, tensors in zip((WEIGHTS, GRADIENTS, OPTIMIZER), shards, strict=True):
+            found[kind] += tensors
         for name in buffers:
             for buffer in vars(chunk).get(name, ()):
                 found[WEIGHTS] += tensors_in([buffer.param_data])
@@ -88,7 +92,7 @@ def persistent_tensors(
     for parameter in found[WEIGHTS] + found[OPTIMIZER]:
         if parameter.is_leaf:  # torch warns about `.grad` of any other
             found[GRADIENTS] += tensors_in([getattr(parameter, "main_grad", None), parameter.grad])
-    return found
+    return {kind: [sharded_buffers.local(one) for one in of_it] for kind, of_it in found.items()}
 
 
 class MemoryLedger:

@@ -3,11 +3,11 @@ and gathers parameters, by the names that the profiler wraps. Touches nothing.
 
 DeepSpeed reduces gradients in hooks of the backward pass (ZeRO 2 and 3) or as its step begins (ZeRO
 0 and 1); it gathers parameters as its step ends (ZeRO 1 and 2), or around every module, forward and
-back (ZeRO 3).
+back (ZeRO 3). Megatron FSDP reduces and gathers in hooks too, or as the step ends.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core.distributed import param_and_grad_buffer
@@ -38,14 +38,17 @@ _AROUND_MODULES = tuple(
 )  # fmt: skip
 
 
-def step_parts(optimizer: Any) -> Iterator[Part]:
+def step_parts(optimizer: Any, model: Sequence[Any]) -> Iterator[Part]:
     """The parts of a run's engine.
 
     Args:
         optimizer: Megatron's, or the one that steps by DeepSpeed.
+        model: chunks, as Megatron wrapped them.
     """
     engine = getattr(optimizer, "engine", None)
     yield from _of_megatron() if engine is None else _of_deepspeed(engine)
+    if any(hasattr(chunk, "param_and_grad_buffer") for chunk in model):
+        yield from _of_fsdp()
 
 
 def _of_megatron() -> Iterator[Part]:
@@ -55,6 +58,16 @@ def _of_megatron() -> Iterator[Part]:
         yield megatron_optimizer, name, CLIPPING
     for name in ("start_param_sync", "finish_param_sync"):
         yield BUCKETS, name, PARAMETER_GATHER
+
+
+def _of_fsdp() -> Iterator[Part]:
+    own = "megatron.core.distributed.fsdp.src.megatron_fsdp"
+    wrapper = importlib.import_module(f"{own}.megatron_fsdp").MegatronFSDP
+    buffers = importlib.import_module(f"{own}.param_and_grad_buffer")
+    yield wrapper, "all_gather_and_wait_parameters_ready", PARAMETER_GATHER  # around modules
+    yield wrapper, "start_param_sync", PARAMETER_GATHER  # as the step ends
+    yield buffers.GradReducePipeline, "reduce_gradients", GRAD_REDUCE  # in hooks
+    yield wrapper, "synchronize_gradient_reduce", GRAD_REDUCE  # as the last pass ends
 
 
 def _of_deepspeed(engine: Any) -> Iterator[Part]:

@@ -115,8 +115,8 @@ ROWS = (
         "torch_fsdp2_reshard_after_forward",
         "weights cut over replicas, by Megatron FSDP or torch's FSDP2, train as replicas do; "
         "Megatron FSDP's checkpoints are saved expert by expert and read by other layouts; FSDP2's "
-        "and those of no_shard are refused, which Megatron 0.19 itself cannot save and load; not "
-        "planned",
+        "and those of no_shard are refused, which Megatron 0.19 itself cannot save and load; FSDP2 "
+        "is not planned",
         shown="tests/parity/test_sharded_weights.py::test_shards_train_as_replicas "
         "tests/parity/test_sharded_weights.py::test_keep_all_is_stock "
         "tests/integration/test_sharded_checkpoints.py::test_goes_on_as_if_never_stopped "

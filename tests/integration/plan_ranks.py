@@ -23,22 +23,25 @@ class Kept:
 
     Args:
         left_out: addresses of storages that are no activations: weights and what else stays.
+        gathered: identities of storages that weights are gathered into.
 
     Attributes:
         most: bytes that were kept at one time.
     """
 
-    def __init__(self, left_out: set[int]) -> None:
+    def __init__(self, left_out: set[int], gathered: set[int]) -> None:
         self._left_out = left_out
+        self._gathered = gathered
         self._uses: Counter[int] = Counter()
         self._now = 0
         self.most = 0
 
     def pack(self, tensor: torch.Tensor) -> Any:
         """What autograd holds in place of a tensor that it saves."""
-        address = tensor.untyped_storage().data_ptr()
+        storage = tensor.untyped_storage()
+        known = storage.data_ptr() in self._left_out or storage._cdata in self._gathered
         # Inside a backward pass there is a graph task: what a recompute saves is of that pass.
-        is_weight = isinstance(tensor, torch.nn.Parameter) or address in self._left_out
+        is_weight = isinstance(tensor, torch.nn.Parameter) or known
         if torch._C._current_graph_task_id() != -1 or is_weight:
             return _Saved(tensor, None)
         return _Saved(tensor, self)
@@ -92,13 +95,17 @@ def measured(train_step: Any) -> Any:
     from megatron.training import get_args
 
     from megatron_mone.common.patch import Replaced
-    from megatron_mone.profiling.ledger import persistent_tensors
+    from megatron_mone.profiling.ledger import WEIGHTS, persistent_tensors
 
     @functools.wraps(train_step)
     def step(*arguments: Any, **keywords: Any) -> Any:
         model, optimizer = arguments[2], arguments[3]
         before = persistent_tensors(model, optimizer)
-        kept = Kept(set().union(*(_sizes(tensors) for tensors in before.values())))
+        gathered = {t.untyped_storage()._cdata for t in before[WEIGHTS]}
+        stay = dict(before)
+        if hasattr(model[0], "param_and_grad_buffer"):
+            del stay[WEIGHTS]  # whose memory Megatron FSDP gives up to others within the step
+        kept = Kept(set().union(*(_sizes(tensors) for tensors in stay.values())), gathered)
         found: dict[str, int] = {}
         forward_step = schedules.forward_step
 

@@ -20,8 +20,6 @@ def check_pattern(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
-    if args.mone_profile_steps:
-        check_profiled(args)
     pattern = args.hybrid_layer_pattern
     if pattern is None:
         return
@@ -58,19 +56,6 @@ def check_gpt(args: Namespace, done: str) -> None:
             f"{done}: no family of Hugging Face models has these layers here; give a GPT model by "
             "--num-layers"
         )
-
-
-def check_profiled(args: Namespace) -> None:
-    """Steps that the profiler would read wrongly: of weights behind another wrapper.
-
-    Args:
-        args: Megatron's.
-
-    Raises:
-        ValueError: names the argument, its value and what to do.
-    """
-    if args.use_megatron_fsdp:
-        raise ValueError("use_megatron_fsdp = True is trained, not profiled: leave one of them out")
 
 
 def hybrid_faults(args: Namespace) -> Iterator[str]:

@@ -31,6 +31,7 @@ from megatron_mone.planning.cost.rank_cost import (
     StepCost,
     chunk_cost,
     collective_seconds,
+    is_of_replicas,
     step_cost,
 )
 from megatron_mone.planning.cost.rank_memory import RankMemory, rank_memory
@@ -303,7 +304,7 @@ def _parts(chunks: Sequence[ChunkCost], micro_batches: int, passes: float) -> di
         for one in (chunk.forward, chunk.backward):
             found["compute"] += micro_batches * (one.compute + one.late)
             for group, seconds in one.exposed.items():
-                name = "host copies" if group == "host" else f"{_GROUPS[group]} parallel"
+                name = "host copies" if group == "host" else f"{_group_name(group)} parallel"
                 found[name] = found.get(name, 0.0) + micro_batches * seconds
     # What is left is dispatch and combine; what overlap costs compute is counted there, too.
     found["expert parallel"] = max(0.0, found["expert parallel"] + passes - sum(found.values()))
@@ -314,6 +315,12 @@ _GROUPS = {
     "tp": "tensor", "tp-cp": "tensor", "cp": "context", "ep": "expert", "etp": "expert tensor",
     "tp-ep": "expert tensor", "edp": "expert data", "dp-cp": "data", "world": "data",
 }  # fmt: skip
+
+
+def _group_name(group: str) -> str:
+    if group not in _GROUPS and is_of_replicas(group):
+        return "expert data" if "expert" in group else "data"
+    return _GROUPS[group]
 
 
 def _phases(chunks: Sequence[ChunkCost], micro_batches: int) -> dict[str, float]:

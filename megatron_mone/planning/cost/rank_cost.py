@@ -12,6 +12,9 @@ What goes on beside a pass's compute, as megatron-core 0.19 does it:
 And as DeepSpeed 0.19 does, of what ZeRO 2 and 3 send over replicas in a pass:
 - with `overlap_comm` all goes on beside all of the pass's compute, but for one bucket: the first of
   parameters gathered, the last of gradients reduced; without it nothing does.
+As Megatron FSDP does, of what optim_grads and optim_grads_params send in a pass: gathers are
+launched ahead by half of --suggested-communication-unit-size, 500 million parameters or more, and
+reductions are waited for when twice that is under way, so that it is as with `overlap_comm`.
 And activations to the host in a forward pass, back in a backward one, as Megatron's activation
 offloading copies them on streams of their own: beside the whole pass, so that a pass takes as long
 as its copies where those take longer.
@@ -57,6 +60,8 @@ from megatron_mone.planning.tracing.trace import (
 HIERARCHICAL = ("dispatch", "combine")
 # What one matrix multiplication of a block can hide of its three tensor-parallel collectives.
 _REPLICAS = ("dp-cp", "edp", "world")
+_OF_INSTANCES = ("data_parallel_group", "distributed_optimizer_instance")
+"""In names of groups of replicas where the optimizer has several instances."""
 _ONCE_A_LAYER = ("fused.attention", "fused.attention_backward")
 _HIDDEN_IN_BACKWARD = {"all_gather": 0.5, "reduce_scatter": 1.0, "all_reduce": 1.0}
 
@@ -183,7 +188,7 @@ def _pass_cost(
         window = products[ATTENTION] if group == "cp" else products[phase]
         if of_experts:
             window = of_weights
-        elif group in _REPLICAS:
+        elif is_of_replicas(group):
             window = max(0.0, sum(by_phase.values()) - hidden)
         behind = min(share * seconds, window) * efficiency.hidden_share
         hidden += behind
@@ -240,7 +245,12 @@ def _communication(
 
 def _of_zero(one: Collective) -> bool:
     """Whether ZeRO sends it in a pass: parameters or gradients over their replicas."""
-    return bool(one.in_pass) and one.group in _REPLICAS
+    return bool(one.in_pass) and is_of_replicas(one.group)
+
+
+def is_of_replicas(group: str) -> bool:
+    """Whether the ranks of a group hold the same weights, or pieces of them."""
+    return group in _REPLICAS or any(name in group for name in _OF_INSTANCES)
 
 
 def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:

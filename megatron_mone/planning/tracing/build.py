@@ -18,7 +18,7 @@ from typing import Any
 from megatron_mone.common.patch import Replaced, install
 from megatron_mone.deepspeed.settings import is_deepspeed, settings_of
 from megatron_mone.planning.tracing.trace import Trace, merged
-from megatron_mone.planning.tracing.zero_step import MICRO_BATCHES, last_micro_batch
+from megatron_mone.planning.tracing.zero_step import MICRO_BATCHES, last_micro_batch, sent_by_any
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 
@@ -98,7 +98,7 @@ def _stand_ins(
     from megatron.core.optimizer import clip_grads
 
     from megatron_mone.planning.tracing.stage_messages import known_shapes
-    from megatron_mone.planning.tracing.stand_ins import host
+    from megatron_mone.planning.tracing.stand_ins import host, sharded_weights
     from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
     from megatron_mone.planning.tracing.stand_ins import linear as fused_linear
     from megatron_mone.planning.tracing.stand_ins import mamba as fused_mamba
@@ -113,6 +113,8 @@ def _stand_ins(
         stack.enter_context(host.installed(recorder))
         stack.enter_context(_recompute_is_told(recorder.clock))
         stack.enter_context(fused_op.recording(recorder))
+        if args.use_megatron_fsdp:
+            stack.enter_context(sharded_weights.installed())
         if config.transformer_impl == "transformer_engine":
             stack.enter_context(fused_layers.installed())
             stack.enter_context(fused_mamba.installed())
@@ -158,10 +160,15 @@ def _one_micro_batch_at_a_time(args: Namespace, config: Any) -> None:
     args.cuda_graph_impl = config.cuda_graph_impl = "none"
 
 
+def _cuts_steps(args: Namespace) -> bool:
+    """Whether a step is recorded from its last micro-batch on; see zero_step.py."""
+    return is_deepspeed(args) or bool(args.use_megatron_fsdp)
+
+
 def _fewest_micro_batches(args: Namespace) -> int:
     """1; an interleaved schedule takes multiples of the pipeline's length, and what DeepSpeed holds
     is there after the first."""
-    if is_deepspeed(args):
+    if _cuts_steps(args):
         return MICRO_BATCHES
     interleaved = args.virtual_pipeline_model_parallel_size is not None
     return args.pipeline_model_parallel_size if interleaved else 1
@@ -188,9 +195,10 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
     def held() -> dict[str, list[Any]]:
         return persistent_tensors(model, optimizer)
 
-    if is_deepspeed(args):
+    earlier: list[Any] | None = [] if args.use_megatron_fsdp else None
+    if _cuts_steps(args):
         with (
-            last_micro_batch(recorder, held) as kept,
+            last_micro_batch(recorder, held, earlier) as kept,
             recorder.watch_kept(),
             recorder.watch_nodes(),
         ):
@@ -202,14 +210,15 @@ def _step(args: Namespace, model_config: Any, recorder: Any, micro_batches: int)
         kept = held_bytes(held())
     recorder.clock.end()
     of_experts = persistent_tensors(model, optimizer, of_experts=True)
+    sent = recorder.collectives if earlier is None else sent_by_any(earlier, recorder.collectives)
     return Trace(
         world_size=args.world_size,
         rank=args.rank,
-        micro_batches=1 if is_deepspeed(args) else micro_batches,
+        micro_batches=1 if _cuts_steps(args) else micro_batches,
         backend=run.run.backend,
         rows=rows,
         ops=merged([*recorder.ops, *recorder.work_beside()]),
-        collectives=merged(recorder.collectives),
+        collectives=merged(sent),
         memory=stage_memory(kept, held_bytes(of_experts), recorder, dummy_bytes()),
     )
 

@@ -120,7 +120,6 @@ def check_traceable(args: Namespace) -> None:
         "fp8_dot_product_attention",
         "fp8_multi_head_attention",
         "cpu_offloading",
-        "use_megatron_fsdp",
         "use_torch_fsdp2",
     ):
         if getattr(args, name, False):

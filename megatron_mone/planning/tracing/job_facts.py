@@ -66,7 +66,9 @@ class JobFacts:
         executed_flops_per_step, active_flops_per_step: the same with the experts as they run, and
             with the kept neurons alone.
         zero_stage: of DeepSpeed's engine; None where Megatron's steps.
-        overlap_zero: whether what that sends in a pass goes on beside compute.
+        fsdp: what Megatron FSDP cuts over replicas, its data_parallel_sharding_strategy; "" where
+            it does not hold the model.
+        overlap_zero: whether what either sends in a pass goes on beside compute.
         overlap_dispatch_backward: whether the backward of the dispatch goes on beside the weight
             gradients of its experts.
         graphs_per_layer: CUDA graphs that a layer's pass is launched as; 0: kernel by kernel.
@@ -118,6 +120,7 @@ class JobFacts:
     executed_flops_per_step: Number
     active_flops_per_step: Number
     zero_stage: Whole | None = None
+    fsdp: AnyText = ""
     overlap_zero: StrictBool = False
     overlap_dispatch_backward: StrictBool = False
     graphs_per_layer: Whole = 0
@@ -182,7 +185,7 @@ def job_facts(args: Namespace, model_config: Any) -> JobFacts:
     return JobFacts(
         **_layout(args),
         **_experts(args, config),
-        **_overlap(args),
+        **{**_overlap(args), **_fsdp(args)},
         seq_length=args.seq_length,
         params_dtype=str(config.params_dtype).removeprefix("torch."),
         fp8=str(args.fp8_recipe) if args.fp8 else "",
@@ -268,6 +271,21 @@ def _zero(args: Namespace) -> dict[str, Any]:
     return {
         "zero_stage": zero["stage"],
         "overlap_zero": zero["stage"] == 3 if overlap is None else bool(overlap),
+    }
+
+
+def _fsdp(args: Namespace) -> dict[str, Any]:
+    """As MegatronFSDP.__init__ has it, whose overlap is not the arguments' where it cuts gradients
+    or weights."""
+    if not args.use_megatron_fsdp:
+        return {}
+    cut = args.data_parallel_sharding_strategy
+    in_passes = cut in ("optim_grads", "optim_grads_params")
+    return {
+        "fsdp": cut,
+        "overlap_zero": in_passes,
+        "overlap_grad_reduce": args.overlap_grad_reduce or in_passes,
+        "overlap_param_gather": args.overlap_param_gather or cut == "optim_grads_params",
     }
 
 

@@ -174,8 +174,14 @@ class Recorder:
         self._handed: dict[Any, torch.UntypedStorage] = {}
         self.live = LiveBytes(self._pass)
         self.in_pass: bool | None = None
+        self.earlier: list[Collective] | None = None
+        self.gathered: set[int] = set()
         self.host = HostTensors()
         self._beside: Counter[tuple[str, str, str]] = Counter()
+
+    @property
+    def _records(self) -> bool:
+        return self.clock.running and self.earlier is None
 
     def _pass(self) -> str:
         return OPTIMIZER_PHASE if self.clock.phase == OPTIMIZER_PHASE else self.clock.pass_
@@ -193,7 +199,7 @@ class Recorder:
             for name, moved, written in of_host:
                 self._note(name, inputs, outputs, str(outputs[0].dtype), moved, written)
             return
-        if not self.clock.running:
+        if not self._records:
             return
         if not _is_in_place(func):
             for output in outputs:
@@ -249,7 +255,7 @@ class Recorder:
         flops: int = 0,
         phase: str | None = None,
     ) -> None:
-        if not self.clock.running:
+        if not self._records:
             return
         self.ops.append(
             Op(
@@ -267,7 +273,7 @@ class Recorder:
 
     def saw_wait(self) -> None:
         """The host waited until the device had come to this point."""
-        if self.clock.running:
+        if self._records:
             self._beside[DEVICE_WAIT, self.clock.phase, self.clock.pass_] += 1
 
     def saw_node(self, is_function: bool, again: bool) -> None:
@@ -277,7 +283,7 @@ class Recorder:
             is_function: whether its code is Python's, a torch.autograd.Function.
             again: whether it was made by a recompute.
         """
-        if self.clock.running:
+        if self._records:
             name = FUNCTION_NODE if is_function else NODE
             for pass_ in (BACKWARD, RECOMPUTE if again else FORWARD):
                 self._beside[name, self.clock.phase, pass_] += 1
@@ -315,7 +321,7 @@ class Recorder:
         if not self.clock.running:
             return
         ranks = dist.get_process_group_ranks(group)
-        self.collectives.append(
+        (self.collectives if self.earlier is None else self.earlier).append(
             Collective(
                 kind=kind,
                 bytes=size,
@@ -339,8 +345,11 @@ class Recorder:
         def pack(tensor: Tensor) -> Tensor:
             if isinstance(tensor, Parameter):
                 return tensor  # a weight, whose storage ZeRO 3 frees meanwhile
+            storage = tensor.untyped_storage()
+            if storage._cdata in self.gathered:
+                return tensor  # a view of one
             if self._keeps():
-                self._kept.note(tensor.untyped_storage())
+                self._kept.note(storage)
             return tensor.detach()
 
         def enter(hooks: torch.autograd.graph.saved_tensors_hooks) -> None:
@@ -358,7 +367,7 @@ class Recorder:
             yield
 
     def _keeps(self) -> bool:
-        return self.clock.running and torch._C._current_graph_task_id() == -1
+        return self._records and torch._C._current_graph_task_id() == -1
 
     def handed_over(self, place: Any, tensor: Tensor | None) -> None:
         """Something else keeps a tensor for the backward pass, at `place`; None: no longer."""

@@ -23,7 +23,6 @@ def args():
         ({"num_experts": None}, "hybrid_layer_pattern = 'M[*]E' has layers of experts"),
         ({"hybrid_layer_pattern": "M*-"}, "num_experts = 4 would have no effect"),
         ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm = True"),
-        ({"mone_profile_steps": "2:3", "use_megatron_fsdp": True}, "use_megatron_fsdp = True is"),
     ],
 )
 def test_pattern(args, changed, says):
@@ -63,13 +62,6 @@ def test_commands_of_gpt_models_say_so(args):
         hybrid.check_gpt(args, "converted")
     args.hybrid_layer_pattern = None
     hybrid.check_gpt(args, "converted")
-
-
-def test_what_the_profiler_would_misread(args):
-    hybrid.check_profiled(args)
-    args.use_megatron_fsdp = True
-    with pytest.raises(ValueError, match=r"^use_megatron_fsdp = True is trained, not profiled"):
-        hybrid.check_profiled(args)
 
 
 def test_layers_of_experts():

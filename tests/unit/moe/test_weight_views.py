@@ -131,6 +131,21 @@ def test_fused_without_ddp_leaves_no_gradient():
     assert all(p.grad is None and p.main_grad.abs().sum() > 0 for p in experts.parameters())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_megatron_fsdp_has_a_gradient_to_take(backend):
+    """It makes a main_grad when it takes a gradient, so that there is none to add to."""
+    plain, x, probs = experts_and_inputs(backend)
+    fused, _, _ = experts_and_inputs(backend)
+    fused.load_state_dict(plain.state_dict())
+    fused.config.gradient_accumulation_fusion = True
+    for parameter in fused.parameters():
+        parameter.get_main_grad = pytest.fail
+    backward(plain, x, probs)
+    backward(fused, x, probs)
+    for one, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
 def test_zeroed_placeholder_where_megatron_asks():
     experts, x, probs = experts_and_inputs("reference")
     experts.config.gradient_accumulation_fusion = True

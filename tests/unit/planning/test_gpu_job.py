@@ -41,7 +41,7 @@ def arguments(**changed):
 def test_what_is_not_modelled_is_refused_in_one_line():
     check_traceable(arguments())
     for changed in (
-        {"use_megatron_fsdp": True},
+        {"use_torch_fsdp2": True},
         {"dataloader_inter_document_masking": True, "window_size": (7, 0)},
         {"cpu_offloading": True},
         {"hybrid_layer_pattern": "M*E/*E"},

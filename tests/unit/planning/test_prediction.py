@@ -473,6 +473,7 @@ def test_zero_hides_all_but_one_bucket_in_the_compute_of_a_pass(buckets, left):
 
 def test_zero_has_no_scaling_curve():
     assert scaled_facts(facts(pp=1, zero_stage=1), 32) is None
+    assert scaled_facts(facts(pp=1, fsdp="optim"), 32) is None
     assert scaled_facts(facts(pp=1), 32) is not None
 
 

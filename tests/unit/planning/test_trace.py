@@ -21,6 +21,7 @@ from megatron_mone.planning.tracing.trace import (
     merged,
 )
 from megatron_mone.planning.tracing.unknown_values import UnknownValues
+from megatron_mone.planning.tracing.zero_step import sent_by_any
 from megatron_mone.profiling.clock import HostStamps, PhaseClock
 
 MM = Op(
@@ -304,3 +305,25 @@ def test_what_picks_entries_reads_those_alone(recorder):
     assert read["aten.index"] == 2 * 4 * 4 + 2 * 8
     assert read["aten.index_select"] == 3 * 4 * 4 + 3 * 8
     assert read["aten.mm"] == 1000 * 4 * 4 + 4 * 2 * 4
+
+
+def sent(kind: str, size: int, in_pass: bool = True) -> Collective:
+    return Collective(kind, size, "dp-cp", 2, 1, ROUTER, FORWARD, in_pass=in_pass)
+
+
+def test_what_every_micro_batch_sends_is_told_from_what_a_step_does():
+    """Megatron FSDP gathers embeddings (7) in a step's first micro-batch alone, and reduces some
+    gradients (5) in its last; a layer (3) it gathers in each, of the first ahead of the step."""
+    first = [sent("all_gather", 7), sent("reduce_scatter", 2)]
+    last = [sent("all_gather", 3), sent("reduce_scatter", 2), sent("all_reduce", 5)]
+    around = [sent("all_reduce", 4, in_pass=False), sent("all_gather", 3, in_pass=False)]
+    found = [(one.kind, one.bytes, one.in_pass) for one in sent_by_any(first, last + around)]
+    assert sorted(found) == [
+        ("all_gather", 3, True), ("all_gather", 7, False), ("all_reduce", 4, False),
+        ("all_reduce", 5, False), ("reduce_scatter", 2, True),
+    ]  # fmt: skip
+
+
+def test_what_is_of_one_micro_batch_is_not_of_each():
+    with pytest.raises(RuntimeError, match="is not of each of 2 micro-batches"):
+        sent_by_any([], [sent("all_gather", 3)])
