@@ -110,7 +110,9 @@ def _stand_ins(
     with ExitStack() as stack:
         stack.enter_context(stand_ins.installed(args, config, recorder, rows))
         stack.enter_context(known_shapes(args, config))
-        stack.enter_context(host.installed(recorder))
+        if args.optimizer_cpu_offload or args.fine_grained_activation_offloading:
+            # Not of DeepSpeed on CPU ranks, which pins its own buffers.
+            stack.enter_context(host.installed(recorder))
         stack.enter_context(_recompute_is_told(recorder.clock))
         stack.enter_context(fused_op.recording(recorder))
         if args.use_megatron_fsdp:
