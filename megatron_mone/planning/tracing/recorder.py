@@ -129,10 +129,6 @@ class KeptBytes:
         if place is not None:
             self._sizes[place] = storage._cdata, storage.nbytes()
 
-    def holds(self, key: int) -> bool:
-        """Whether a storage that is there is one of them, by identity."""
-        return key in self._places
-
     def found(self) -> list[tuple[int, int]]:
         """(identity, bytes) of each."""
         return list(self._sizes)
@@ -171,7 +167,7 @@ class Recorder:
         self.collectives: list[Collective] = []
         self._formulas = FlopCounter().flop_registry
         self._kept = KeptBytes()
-        self._handed: dict[Any, torch.UntypedStorage] = {}
+        self._handed: dict[Any, tuple[int, int]] = {}
         self.live = LiveBytes(self._pass)
         self.in_pass: bool | None = None
         self.earlier: list[Collective] | None = None
@@ -374,14 +370,15 @@ class Recorder:
         if tensor is None:
             self._handed.pop(place, None)
         elif self._keeps():
-            self._handed[place] = tensor.untyped_storage()
+            storage = tensor.untyped_storage()
+            self._handed[place] = storage._cdata, storage.nbytes()
 
     def kept(self) -> list[tuple[int, int]]:
         """(identity, bytes) of the storages kept; those of ended ones may serve again."""
-        handed = {storage._cdata: storage.nbytes() for storage in self._handed.values()}
-        return self._kept.found() + [
-            (key, size) for key, size in handed.items() if not self._kept.holds(key)
-        ]
+        found = self._kept.found()
+        known = {key for key, _ in found}
+        handed = dict(self._handed.values())
+        return found + [(key, size) for key, size in handed.items() if key not in known]
 
 
 def _noting(recorder: Recorder, is_function: bool, again: bool) -> Callable[..., None]:
