@@ -9,6 +9,7 @@ from typer import Exit, Option
 from launch.__main__ import program as launch
 from megatron_mone.commands import (
     bench,
+    calibrate_nodes,
     check_published,
     compare,
     convert,
@@ -38,7 +39,17 @@ app = Program("Mixture of Neuron Experts on Megatron-Core.", completes=_NAMED)
 main = app.main
 for _room in (
     *(train, prepare, profile, compare, merge_profile, report_profile, gather_profiles, doctor),
-    *(plan, report_plan, check_published, inspect, generate, evaluate, losses, study),
+    *(
+        plan,
+        calibrate_nodes,
+        report_plan,
+        check_published,
+        inspect,
+        generate,
+        evaluate,
+        losses,
+        study,
+    ),
     *(export_load, gpu_answer),
 ):
     app.add_typer(_room.program)

@@ -1,18 +1,26 @@
-"""`compare`: two profiled runs phase by phase; fails where the second one got worse."""
+"""`compare`: two profiled runs phase by phase, or a planned job against its profile; fails where
+the second got worse, or the plan is off.
+"""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from megatron_mone.common.checked_json import load
 from megatron_mone.common.files import write_json
 from megatron_mone.common.program import Program
 from megatron_mone.profiling.compare import PEAK_MEMORY, STEP, Comparison, Row, compare, run_names
 from megatron_mone.profiling.profile_document import Profile, path_of
 
+if TYPE_CHECKING:
+    from megatron_mone.planning.against_profile import ComparedPart, PlanAgainstProfile
+
 SCHEMA = "megatron-mone/profile-comparison/1"
+PLAN, COMPUTE = "plan.json", "compute"
 REGRESSION = 3
 program = Program()
 main = program.main
@@ -27,9 +35,16 @@ def _share(text: object) -> float:
 
 @program.command("compare")
 def compare_command(
-    run_a: Annotated[str, Argument(metavar="RUN_A[:NAME]", help="what is compared against")],
+    run_a: Annotated[
+        str, Argument(metavar="RUN_A[:NAME]", help="what is compared against, or a plan")
+    ],
     run_b: Annotated[str, Argument(metavar="RUN_B[:NAME]", help="what may have got worse")],
-    threshold: Annotated[float, Option(parser=_share, help="growth that is a regression")] = 0.05,
+    threshold: Annotated[
+        float | None,
+        Option(
+            parser=_share, help="growth that is a regression (0.05); of a plan: error of a step"
+        ),
+    ] = None,
     run: Annotated[str | None, Option(metavar="NAME", help="only this run of both")] = None,
     allow_different: Annotated[
         bool, Option("--allow-different", help="compare different models and layouts")
@@ -38,16 +53,24 @@ def compare_command(
         Path | None, Option(metavar="OUT", help="also write the comparison here")
     ] = None,
 ) -> int:
-    """Compare two profiled runs phase by phase, and fail where the second one got worse.
+    """Compare two profiled runs phase by phase, or a planned job with its profile, part by part.
 
         megatron-mone compare out/before out/after [--threshold 0.05] [--run mone] [--json OUT]
         megatron-mone compare out/profile:grouped_mm out/profile:mone
+        megatron-mone compare out/plan/plan.json out/profile [--json OUT]
 
     A run is a profile.json or its folder, with :NAME for one of the runs inside; without a name all
-    runs that both have are compared. Exit status: 0 no regression; 3 the step, a phase of at least
-    1% of it or the peak memory grew by more than the threshold (times only where a 95% confidence
-    interval says that they grew); 2 wrong input.
+    runs that both have are compared. A plan is a plan.json or its folder, with :NAME for one of its
+    models, and the profile must be of the same model, layout and batch. Exit status: 0 no
+    regression; 3 the step, a phase of at least 1% of it or the peak memory grew by more than the
+    threshold (times only where a 95% confidence interval says that they grew), or the planned step
+    is off by more than a threshold that was given; 2 wrong input.
     """
+    if _is_plan(run_b):
+        raise ValueError(f"{run_b} is a plan: give the plan first and then the profile of its job")
+    if _is_plan(run_a):
+        return _compare_plan(run_a, run_b, run, threshold, json, allow_different=allow_different)
+    threshold = 0.05 if threshold is None else threshold
     found = _compare_all(run_a, run_b, run, threshold, allow_different)
     if json:
         json.parent.mkdir(parents=True, exist_ok=True)
@@ -60,6 +83,73 @@ def compare_command(
         return REGRESSION
     print(f"no regression over {threshold:.1%}")
     return 0
+
+
+def _is_plan(argument: str) -> bool:
+    """Whether a path, with or without :NAME, is a plan's file, or a folder with no profile in it
+    but a plan."""
+    path, _ = _split(argument)
+    if path.is_dir():
+        return not path_of(path).exists() and (path / PLAN).exists()
+    if not path.is_file():
+        return False
+    found = load(path, "give the profile.json of tools/profile.py, or a plan.json")
+    return isinstance(found, dict) and str(found.get("schema")).startswith("megatron-mone/plan/")
+
+
+def _compare_plan(
+    plan: str,
+    profile: str,
+    run: str | None,
+    threshold: float | None,
+    json: Path | None,
+    *,
+    allow_different: bool,
+) -> int:
+    from megatron_mone.planning.against_profile import against_profile, read_plan
+
+    (plan_path, model), (profile_path, name) = _split(plan), _split(profile)
+    if run and (model or name):
+        raise ValueError("--run names the run of both: leave it out, or the :NAME")
+    found = against_profile(
+        read_plan(plan_path), Profile.read_folder(profile_path), model or run, name or run,
+        allow_different=allow_different,
+    )  # fmt: skip
+    if json:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        found.write(json)
+    print("\n".join(plan_lines(found)))
+    error = found.step_ms.error
+    if threshold is None or error is None or abs(error) <= threshold:
+        return 0
+    print(f"the planned step is off by {error:+.1%}, more than {threshold:.1%}")
+    return REGRESSION
+
+
+def plan_lines(found: "PlanAgainstProfile") -> Iterator[str]:
+    """A plan against a profile as lines of text."""
+    yield f"planned: {found.model}   measured: {found.run}, {found.routing} routing"
+    yield from (
+        f"differs: {one.field}: {one.planned!r} in the plan, {one.measured!r} in the profile"
+        for one in found.differs
+    )
+    yield f"{'':30}{'planned':>12}{'measured':>12}{'difference':>12}{'error':>9}"
+    yield _plan_line("step, ms", found.step_ms)
+    for part in found.parts:
+        yield _plan_line(f"  {part.name}", part)
+        if part.name == COMPUTE:
+            yield from (_plan_line(f"    {one.name}", one) for one in found.phases)
+    for one in found.memory_gib:
+        name = "peak memory, GiB" if one.name == "peak" else f"  {one.name}, GiB"
+        yield _plan_line(name, one, ".3f")
+    yield from (f"explains: {words}" for words in found.explained)
+    yield f"efficiency: {found.efficiency}"
+
+
+def _plan_line(name: str, one: "ComparedPart", unit: str = ".1f") -> str:
+    error = "" if one.error is None else f"{one.error:+.1%}"
+    values = f"{one.planned:12{unit}}{one.measured:12{unit}}{one.difference:+12{unit}}"
+    return f"{name:30}{values}{error:>9}"
 
 
 def _compare_all(

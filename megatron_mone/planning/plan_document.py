@@ -216,11 +216,26 @@ class Range(Part):
     high: Number
 
 
+class Shape(Part):
+    """What a model is known by, as a profile names it; 0 is what it has none of."""
+
+    num_layers: AtLeast1
+    hidden_size: AtLeast1
+    seq_length: AtLeast1
+    num_experts: Whole
+    moe_router_topk: Whole
+    moe_ffn_hidden_size: Whole
+    neurons_per_token: Whole
+    """kept in each expert of a token; all of them of stock experts"""
+    params_dtype: Text
+
+
 class PlannedModel(Part):
     """One model, predicted."""
 
     name: Text
     """`mone` (`moe` where it is stock) for the model asked for, then those of `--against`"""
+    shape: Shape | None = None
     layout: Layout
     fits: bool
     first_unfit: Annotated[str, one_of((*ORDER, "host"))] | None

@@ -24,6 +24,7 @@ from megatron_mone.planning.plan_document import (
     Pass,
     PlannedModel,
     Range,
+    Shape,
     Stage,
     Timeline,
 )
@@ -53,6 +54,7 @@ def model_document(
     fullest = memory_P[prediction.fullest]
     return PlannedModel(
         name=name,
+        shape=_shape(facts),
         layout=layout_document(facts),
         fits=prediction.fits,
         first_unfit=prediction.first_unfit,
@@ -73,6 +75,17 @@ def model_document(
         timeline=_timeline(prediction),
         **_host(prediction),
     )
+
+
+def _shape(facts: JobFacts) -> Shape:
+    experts = facts.num_experts
+    return Shape(
+        num_layers=facts.num_layers, hidden_size=facts.hidden_size, seq_length=facts.seq_length,
+        num_experts=experts, moe_router_topk=facts.topk if experts else 0,
+        moe_ffn_hidden_size=facts.moe_ffn_hidden_size,
+        neurons_per_token=facts.neurons_per_token if experts else 0,
+        params_dtype=facts.params_dtype,
+    )  # fmt: skip
 
 
 def figures(prediction: Prediction) -> dict[str, Any]:
@@ -161,7 +174,9 @@ def _collectives(prediction: Prediction) -> list[CollectiveCalls]:
     found = []
     for (kind, group, ranks, stride, size), count in calls.items():
         one = Collective(kind, size, group, ranks, stride, "other", "forward")
-        ms = 1e3 * collective_seconds(one, prediction.facts, prediction.cluster)
+        ms = 1e3 * collective_seconds(
+            one, prediction.facts, prediction.cluster, prediction.efficiency
+        )
         found.append(
             CollectiveCalls(kind=kind, group=group, ranks=ranks, stride=stride, calls=count,
                             bytes=size, ms=ms)

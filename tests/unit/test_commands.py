@@ -16,7 +16,8 @@ from tests.training_cases import ROOT
 
 COMMANDS = {
     "train": "--ranks", "prepare": "--json-key", "profile": "--warm-up", "compare": "--threshold",
-    "plan": "--sweep", "merge-profile": "--skip-unreadable", "gather-profiles": "--nodes",
+    "plan": "--sweep", "calibrate": "--prepare",
+    "merge-profile": "--skip-unreadable", "gather-profiles": "--nodes",
     "report-plan": "--out", "inspect": "--mone", "generate": "--top-p", "eval": "--tasks",
     "export-load": "--steps",
     "run": "--hang-seconds", "submit": "--test-only", "sweep": "--grid", "status": "--runs",
@@ -89,6 +90,11 @@ def test_a_shell_completes_commands_and_flags(typed, offered):
         (("train", "--config", "no.yaml"), "no.yaml cannot be read: No such file or directory\n"),
         (("plan", "--model", "demo-mone"), "--gpus is missing: give the devices of the job"),
         (("train", "--config", "demo-mone", "--ranks", "0"), "--ranks 0 is not allowed: give at"),
+        (("calibrate", "--model", "demo-mone"), "--gpus is missing: give the devices of the job"),
+        (("calibrate", "--gpus", "2"), "give --model NAME, or --config RUN.yaml, and not both"),
+        (("calibrate", "--seconds", "0"), "--seconds 0 is not allowed: it must be above 0"),
+        (("calibrate", "--ranks", "0"), "--ranks 0 is not allowed: give at least 1"),
+        (("calibrate", "--model", "demo-mone", "--gpus", "2", "--cluster", "h100"), "cluster 'h1"),
         (("compare", "a", "b", "--jsn", "c"), "unrecognized arguments: --jsn (did you mean"),
         (("plan", "--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
         (("plan", "--gpus"), "argument --gpus: expected one argument"),

@@ -1,8 +1,9 @@
 """Efficiency: how near to its data sheets a machine comes; all that the planner cannot compute.
 
 Without a file these are assumptions (roofline.DEFAULTS and the ones here). `--calibrate` writes a
-file that is fitted to a profile, with what it was fitted to. Files are JSON, schema
-"megatron-mone/efficiency/2". Touches the files it is given.
+file that is fitted to a profile, with what it was fitted to; `calibrate` one that also holds what
+it timed, which goes before the curves. Files are JSON, schema "megatron-mone/efficiency/2". Touches
+the files it is given.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from megatron_mone.common.checked_json import Field, load
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import CONFIG_ROOT
 from megatron_mone.planning.cost.bands import FittedRun
+from megatron_mone.planning.cost.measured_times import MeasuredTimes
 from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
 
 SCHEMA = "megatron-mone/efficiency/2"
@@ -47,6 +49,7 @@ class Efficiency:
         numbers: that were fitted to them.
         memory_errors: sizes of the logarithm of predicted over published bytes, of runs that say
             them.
+        measured: operators and collectives that were timed.
     """
 
     curves: Mapping[str, Curve] = field(default_factory=lambda: dict(DEFAULTS))
@@ -61,6 +64,7 @@ class Efficiency:
     runs: tuple[FittedRun, ...] = ()
     numbers: int = 0
     memory_errors: tuple[float, ...] = ()
+    measured: MeasuredTimes = field(default_factory=MeasuredTimes)
 
     def __post_init__(self) -> None:
         missing = sorted(set(DEFAULTS) - set(self.curves))
@@ -78,7 +82,11 @@ class Efficiency:
 
     def write(self, path: Path) -> None:
         """Write the file, whole or not at all."""
-        write_json(path, {"schema": SCHEMA, **asdict(self)})
+        found = self.measured
+        fields_ = asdict(replace(self, measured=MeasuredTimes()))
+        del fields_["measured"]
+        timed = {"measured": found.plain()} if found.operators or found.links else {}
+        write_json(path, {"schema": SCHEMA, **fields_, **timed})
 
     @classmethod
     def read(cls, path: Path) -> Efficiency:
@@ -108,7 +116,9 @@ class Efficiency:
             runs=tuple(_run(one) for one in document["runs"].elements()),
             numbers=document["numbers"].whole(),
             memory_errors=tuple(one.number() for one in document["memory_errors"].elements()),
-        )
+            measured=MeasuredTimes.of(document["measured"]) if "measured" in document
+            else MeasuredTimes(),
+        )  # fmt: skip
 
 
 def _run(one: Field) -> FittedRun:

@@ -46,7 +46,7 @@ class Prediction:
 
     Attributes:
         facts: of the job.
-        cluster: it was predicted for.
+        cluster, efficiency: it was predicted for.
         seconds: of one step.
         parts: name -> seconds of the stage that ends last: "compute", "expert parallel", other
             groups, "bubble", "data parallel", "optimizer"; they add up to `seconds`.
@@ -68,6 +68,7 @@ class Prediction:
 
     facts: JobFacts
     cluster: Cluster
+    efficiency: Efficiency
     seconds: float
     parts: dict[str, float]
     phases: dict[str, float]
@@ -165,7 +166,7 @@ def predict(
     traces_PV = [[traces[p, v] for v in range(facts.vp)] for p in range(facts.pp)]
     costs_PV = [[_known(known, t, facts, cluster, efficiency) for t in row] for row in traces_PV]
     schedule = schedule_of(facts)
-    transfer = _transfer(traces_PV, facts, cluster)
+    transfer = _transfer(traces_PV, facts, cluster, efficiency)
     forward_PVM, backward_PVM = _pass_seconds(costs_PV, schedule, facts, efficiency)
     run = simulate(schedule, forward_PVM, backward_PVM, transfer)
     steps_P = [step_cost(row, facts, cluster, efficiency) for row in traces_PV]
@@ -188,6 +189,7 @@ def predict(
     return Prediction(
         facts=facts,
         cluster=cluster,
+        efficiency=efficiency,
         seconds=seconds,
         parts=parts,
         phases=_phases(costs_PV[last], facts.micro_batches),
@@ -236,10 +238,15 @@ def _with_copies(update: HostWork, chunks: Sequence[ChunkCost], micro_batches: i
     return update
 
 
-def _transfer(traces_PV: Sequence[Sequence[Trace]], facts: JobFacts, cluster: Cluster) -> float:
+def _transfer(
+    traces_PV: Sequence[Sequence[Trace]],
+    facts: JobFacts,
+    cluster: Cluster,
+    efficiency: Efficiency,
+) -> float:
     """Seconds of the largest send between stages; 0 without a pipeline."""
     sends = {c for row in traces_PV for t in row for c in t.collectives if c.kind == "send"}
-    return max((collective_seconds(c, facts, cluster) for c in sends), default=0.0)
+    return max((collective_seconds(c, facts, cluster, efficiency) for c in sends), default=0.0)
 
 
 def _pass_seconds(

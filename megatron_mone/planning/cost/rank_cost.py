@@ -46,7 +46,7 @@ from megatron_mone.planning.cost.host_cost import (
     host_work,
     update_seconds,
 )
-from megatron_mone.planning.cost.roofline import WEIGHT_GRADIENTS, Operation, operation
+from megatron_mone.planning.cost.roofline import WEIGHT_GRADIENTS, operation
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace import (
     DEVICE_WAIT,
@@ -167,7 +167,7 @@ def _pass_cost(
     waits = 0.0
     for op in ops:
         one = operation(op)
-        seconds = op_seconds(one, cluster, efficiency) * op.count
+        seconds = op_seconds(op, cluster, efficiency) * op.count
         by_phase[op.phase] += seconds
         if op.name == DEVICE_WAIT:
             waits += op.count * efficiency.wait_seconds
@@ -176,14 +176,14 @@ def _pass_cost(
         if one.flops:
             products[op.phase] += seconds
     of_weights = sum(
-        op_seconds(operation(op), cluster, efficiency) * op.count
-        for op in ops
-        if op.name in WEIGHT_GRADIENTS
+        op_seconds(op, cluster, efficiency) * op.count for op in ops if op.name in WEIGHT_GRADIENTS
     )
     exposed: dict[str, float] = defaultdict(float)
     expert = hidden = 0.0
     buckets = sum(one.count for one in collectives if _of_zero(one))
-    for group, phase, share, seconds in _communication(collectives, facts, cluster, buckets):
+    for group, phase, share, seconds in _communication(
+        collectives, facts, cluster, buckets, efficiency
+    ):
         of_experts = phase in (DISPATCH, COMBINE)
         window = products[ATTENTION] if group == "cp" else products[phase]
         if of_experts:
@@ -206,8 +206,14 @@ def _pass_cost(
     return PassCost(compute, dict(by_phase), expert, dict(exposed), hidden, host + waits, copies)
 
 
-def op_seconds(one: Operation, cluster: Cluster, efficiency: Efficiency) -> float:
-    """Of one operation on the cluster's device."""
+def op_seconds(op: Op, cluster: Cluster, efficiency: Efficiency) -> float:
+    """Of one operator on the cluster's device: as it was timed there, else by the curve of its
+    kind.
+    """
+    timed = efficiency.measured.operator(op)
+    if timed is not None:
+        return timed
+    one = operation(op)
     return efficiency.curves[one.kind].seconds(one, cluster.device)
 
 
@@ -227,17 +233,18 @@ def host_seconds(op: Op, efficiency: Efficiency) -> float:
 
 
 def _communication(
-    collectives: list[Collective], facts: JobFacts, cluster: Cluster, buckets: int
-) -> Iterator[tuple[str, str, float, float]]:
+    collectives: list[Collective], facts: JobFacts, cluster: Cluster, buckets: int,
+    efficiency: Efficiency,
+) -> Iterator[tuple[str, str, float, float]]:  # fmt: skip
     """(group, phase, share that can be hidden, seconds) of all collectives of a kind and phase.
 
     Args:
-        collectives, facts, cluster: as of `_pass_cost`.
+        collectives, facts, cluster, efficiency: as of `_pass_cost`.
         buckets: collectives that ZeRO has among them.
     """
     found: dict[tuple[str, str, float], float] = defaultdict(float)
     for one in collectives:
-        seconds = one.count * collective_seconds(one, facts, cluster)
+        seconds = one.count * collective_seconds(one, facts, cluster, efficiency)
         found[one.group, one.phase, _hideable(one, facts, buckets)] += seconds
     for (group, phase, share), seconds in found.items():
         yield group, phase, share, seconds
@@ -269,8 +276,15 @@ def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:
     return _HIDDEN_IN_BACKWARD.get(one.kind, 0.0) if one.pass_ == BACKWARD else 0.0
 
 
-def collective_seconds(one: Collective, facts: JobFacts, cluster: Cluster) -> float:
-    """Of one collective, if all ranks of its group call together."""
+def collective_seconds(
+    one: Collective, facts: JobFacts, cluster: Cluster, efficiency: Efficiency
+) -> float:
+    """Of one collective, if all ranks of its group call together: as it was timed, else by the
+    cluster's links.
+    """
+    timed = efficiency.measured.collective(one, cluster)
+    if timed is not None:
+        return timed
     placement = place_stride(one.ranks, one.stride, cluster)
     if one.kind in HIERARCHICAL:
         return hierarchical_dispatch_cost(
@@ -349,7 +363,7 @@ def step_cost(
     work = host_work(ops)
     others, own = (
         sum(
-            op.count * op_seconds(operation(op), cluster, efficiency)
+            op.count * op_seconds(op, cluster, efficiency)
             for op in ops
             if op.of_device and (op.name == _UPDATE) == is_update
         )
@@ -358,12 +372,12 @@ def step_cost(
     if work != NO_WORK:
         own = update_seconds(work, own, host_of(cluster), overlapped=facts.overlap_host_copies)
     return StepCost(
-        _seconds(reductions, facts, cluster),
+        _seconds(reductions, facts, cluster, efficiency),
         sum(c.count for c in reductions),
-        _seconds(gathers, facts, cluster),
+        _seconds(gathers, facts, cluster, efficiency),
         sum(c.count for c in gathers),
         others + own,
-        _seconds(small, facts, cluster),
+        _seconds(small, facts, cluster, efficiency),
         work,
     )
 
@@ -377,5 +391,9 @@ def _of_step(chunks: Iterable[Trace]) -> list[Collective]:
     ]
 
 
-def _seconds(collectives: Iterable[Collective], facts: JobFacts, cluster: Cluster) -> float:
-    return sum(one.count * collective_seconds(one, facts, cluster) for one in collectives)
+def _seconds(
+    collectives: Iterable[Collective], facts: JobFacts, cluster: Cluster, efficiency: Efficiency
+) -> float:
+    return sum(
+        one.count * collective_seconds(one, facts, cluster, efficiency) for one in collectives
+    )

@@ -222,7 +222,7 @@ def _communication(
         for trace in job.traces.values():
             for one in trace.collectives:
                 often = one.count * (job.facts.micro_batches if one.of_micro_batch else 1)
-                seconds = collective_seconds(one, job.facts, cluster)
+                seconds = collective_seconds(one, job.facts, cluster, Efficiency())
                 predicted[f"{one.kind} {one.group}"] += (
                     seconds * often / (len(traced) * job.facts.pp)
                 )
