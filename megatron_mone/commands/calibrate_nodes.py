@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from typer import Context, Option
 
-from megatron_mone.common.local_ranks import TERMINAL, run_ranks, terminal
+from megatron_mone.common.local_ranks import run_ranks, terminal
 from megatron_mone.common.places import program_words
 from megatron_mone.common.program import WORDS, Program
 from megatron_mone.common.surroundings import without_ranks
@@ -43,6 +43,9 @@ class Asked:
     prepare: Annotated[bool, Option("--prepare", help="only trace the job and write work.json")] = (
         False
     )
+    prepared: Annotated[
+        bool, Option("--prepared", help="take work.json as --prepare left it, trace nothing")
+    ] = False
 
 
 @program.command("calibrate")
@@ -66,16 +69,19 @@ def calibrate(
     plots (docs/PLANNER.md). Not run on a GPU. Exit status: 0; 2 after a wrong input, said in one
     line.
     """
+    if asked.prepare and asked.prepared:
+        raise ValueError("--prepare writes work.json, --prepared takes it as it is: give one")
     if not 0 < asked.seconds < 1e6:
         raise ValueError(f"--seconds {asked.seconds:g} is not allowed: it must be above 0")
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} is not allowed: give at least 1")
     if "WORLD_SIZE" in os.environ and not asked.prepare:
         return _rank(asked, context.meta[WORDS])
-    prepare(asked)
+    if not asked.prepared:
+        prepare(asked)
     if asked.prepare:
         return 0
-    one = [sys.executable, *program_words("calibrate"), *context.meta[WORDS]]
+    one = [sys.executable, *program_words("calibrate"), *context.meta[WORDS], "--prepared"]
     return run_ranks(one, ranks, asked.out / "logs")
 
 
@@ -86,7 +92,7 @@ def prepare(asked: Asked) -> None:
         ValueError: one line; a wrong input, or another job's files in the folder.
     """
     from megatron_mone.common.progress import progress_bar
-    from megatron_mone.planning.fitting.node_times import TIMES, WORK, Times
+    from megatron_mone.planning.fitting.node_times import TIMES, WORK, Times, check_same_job
     from megatron_mone.planning.fitting.node_work import work_of
     from megatron_mone.planning.planner import Planner
     from megatron_mone.planning.question import Asked as Plan
@@ -109,28 +115,16 @@ def prepare(asked: Asked) -> None:
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if known is not None:
-        _check_same(earlier, known.plain(), work.job.plain())
+        check_same_job(earlier, known, work.job)
     asked.out.mkdir(parents=True, exist_ok=True)
     work.write(asked.out / WORK)
-
-
-def _check_same(path: Path, known: dict[str, Any], now: dict[str, Any]) -> None:
-    for name, value in now.items():
-        if known[name] != value:
-            was, now_is = (str(one)[:80] for one in (known[name], value))
-            if name == "flags":
-                only = sorted(set(value) ^ set(known[name]))[:4]
-                was, now_is = "others", f"these, {' '.join(only)} in one alone"
-            raise ValueError(
-                f"{path}: job.{name} is {was}, not {now_is}: give another --out for another job"
-            )
 
 
 def _rank(asked: Asked, words: list[str]) -> int:
     from megatron_mone.planning.fitting.node_times import WORK
 
     first = os.environ.get("RANK", "0") == "0"
-    if first and TERMINAL not in os.environ:  # nobody who started the ranks has prepared
+    if first and not asked.prepared:
         command = [sys.executable, *program_words("calibrate"), *words, "--prepare"]
         done = subprocess.run(command, env=without_ranks(os.environ), check=False)
         if done.returncode:

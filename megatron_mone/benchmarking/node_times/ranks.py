@@ -29,6 +29,7 @@ from megatron_mone.planning.fitting.node_times import (
     OperatorTime,
     Times,
     Work,
+    check_same_job,
 )
 
 SHARES = {"collectives": 0.25, "launch": 0.25, "operators": 0.5}
@@ -80,7 +81,9 @@ class Calibration:
         """What an earlier run of the same job left, or an empty file's content."""
         path = self._folder / TIMES
         if path.exists():
-            found = Times.read(path, "give another --out").plain()
+            earlier = Times.read(path, "give another --out")
+            check_same_job(path, earlier.job, self._work.job)
+            found = earlier.plain()
             found["notes"] = list(self._work.notes)
             return found
         facts = machine.facts()

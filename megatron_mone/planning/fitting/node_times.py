@@ -5,6 +5,8 @@ benchmarking/node_times times it, planning/fitting/node_fit.py makes an efficien
 Touches nothing but the files it is given.
 """
 
+from pathlib import Path
+
 from pydantic import model_validator
 
 from megatron_mone.common.checked_json import Fault
@@ -109,6 +111,28 @@ class CalibrationJob(Part):
     """neurons that are chosen together"""
     kept_of: Whole
     """neurons of an expert; 0 without MoNE"""
+
+
+def check_same_job(path: Path, known: CalibrationJob, now: CalibrationJob) -> None:
+    """Refuse a folder in which another job was timed.
+
+    Args:
+        path: of the file that says so.
+        known: the job there.
+        now: the one that is asked for.
+
+    Raises:
+        ValueError: one line; the first field that differs.
+    """
+    was, wanted = known.plain(), now.plain()
+    for name, value in wanted.items():
+        if was[name] == value:
+            continue
+        words = f"{str(was[name])[:80]}, not {str(value)[:80]}"
+        if name == "flags":
+            alone = sorted(set(value) ^ set(was[name]))[:4]
+            words = f"another's, with {' '.join(alone)} in one of them alone"
+        raise ValueError(f"{path}: job.{name} is {words}: give another --out for another job")
 
 
 class SmallJob(Part):
