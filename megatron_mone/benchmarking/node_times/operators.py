@@ -68,7 +68,7 @@ class Operators:
             return lambda: self._product(op, one), PRODUCT
         if one.kind == "grouped_gemm":
             return lambda: self._grouped(op, one), GROUPED
-        if one.kind == "attention":
+        if one.kind.startswith("attention"):
             return lambda: self._attention(op), ATTENTION
         if one.kind == "selection" and op.inputs and len(op.inputs[0]) == 2:
             return lambda: self._choice(op), CHOICE
