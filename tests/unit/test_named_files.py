@@ -24,8 +24,6 @@ NOT_HERE = {
     "backends.py", "fp8.py", "_common.py", "rmsnorm.py", "layer_norm.py", "cross_entropy.py",
     "rope.py", "linear.py", "layernorm_linear.py", "fused_adam.py", "multi_tensor_apply.py",
     "quantized_tensor.py", "utils.py",
-    # mamba-ssm's, likewise.
-    "mamba_ssm/ops/triton/ssd_combined.py",
     # Made by a command.
     "engines.md",
     "parity.md",

@@ -9,7 +9,7 @@ The norm behind it is mamba-ssm's RMSNorm, which keeps its input and a deviation
 Symbols: b batch, l sequence, h heads of p channels, g groups of n states, c chunks of q positions.
 May touch: names in Megatron's mixer, while `installed`.
 
-Sources: mamba_ssm/ops/triton/ssd_combined.py (MambaSplitConv1dScanCombinedFn,
+Sources: mamba_ssm.ops.triton.ssd_combined (MambaSplitConv1dScanCombinedFn,
 _mamba_chunk_scan_combined_fwd and _bwd), layernorm_gated.py; megatron/core/ssm/mamba_mixer.py.
 """
 
