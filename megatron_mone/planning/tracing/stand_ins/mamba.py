@@ -10,7 +10,7 @@ Symbols: b batch, l sequence, h heads of p channels, g groups of n states, c chu
 May touch: names in Megatron's mixer, while `installed`.
 
 Sources: mamba_ssm.ops.triton.ssd_combined (MambaSplitConv1dScanCombinedFn,
-_mamba_chunk_scan_combined_fwd and _bwd), layernorm_gated.py; megatron/core/ssm/mamba_mixer.py.
+_mamba_chunk_scan_combined_fwd and _bwd), layernorm_gated; megatron/core/ssm/mamba_mixer.py.
 """
 
 from collections.abc import Iterator
