@@ -51,10 +51,11 @@ LOCAL = (
     *("--transformer-impl", "local", "--distributed-backend", "gloo", "--no-rope-fusion"),
     *("--no-gradient-accumulation-fusion", "--no-masked-softmax-fusion"),
 )
-MONE = (
+STOCK_EXPERTS = (
     *("--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", F, "--moe-grouped-gemm"),
-    *("--moe-token-dispatcher-type", "alltoall", "--mone-neuron-ratio", 0.25),
+    *("--moe-token-dispatcher-type", "alltoall"),
 )
+MONE = (*STOCK_EXPERTS, "--mone-neuron-ratio", 0.25)
 PACKED = ("--dataloader-inter-document-masking", "--micro-batch-size", 1)
 STATES, CHANNELS, GROUPS = 16, 8, 4
 MAMBA = (
@@ -92,6 +93,7 @@ GPU = {
     "middle fp8 weights": ((*PP3, *FP8, "--fp8-param-gather"), 3, 1),
     "middle Mamba": ((*PP3, *MAMBA, "*|MM|*"), 3, 1),
     "hybrid MoNE": ((*MONE, *MAMBA, "M*E"), 2, 0),
+    "hybrid stock": ((*STOCK_EXPERTS, *MAMBA, "M*E"), 2, 0),
     "MLA": ((*PP3, *MLA), 3, 1),
     "MLA mla_up_proj": ((*PP3, *MLA, *SELECTIVE, "mla_up_proj"), 3, 1),
     "MLA layernorm": ((*PP3, *MLA, *SELECTIVE, "layernorm"), 3, 1),
@@ -264,6 +266,9 @@ def test_mamba_layers(folder):
     names = {op.name for op in of(folder, "hybrid MoNE").ops}
     assert {"fused.mamba_outputs", "fused.attention"} <= names
     assert of(folder, "hybrid MoNE").rows == {3: 2 * TOKENS}
+    stock = [op.name for op in of(folder, "hybrid stock").ops]
+    assert "fused.mamba_outputs" in stock
+    assert stock.count("fused.grouped_gemm") == 2  # fc1 and fc2
 
 
 def test_latent_attention(folder):

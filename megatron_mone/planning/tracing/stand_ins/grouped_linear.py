@@ -269,6 +269,7 @@ def installed(config: Any) -> Iterator[None]:
     """
     from megatron.core.extensions import transformer_engine_spec_provider as provider
     from megatron.core.fusions import fused_bias_swiglu
+    from megatron.core.models.hybrid import hybrid_layer_specs
     from megatron.core.transformer.moe import experts as stock
     from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 
@@ -278,9 +279,14 @@ def installed(config: Any) -> Iterator[None]:
                 f"{name} = {getattr(config, name)!r} cannot be traced: unset it to plan"
             )
     align = get_align_size_for_quantization(config)
+    column, row = (partial(GroupedLinear, parallel_mode=mode) for mode in ("column", "row"))
+    # hybrid models' spec is made where its module is imported, once
+    hybrid = hybrid_layer_specs.moe.keywords["submodules"].experts.keywords["submodules"]
     replaced: list[tuple[Any, str, Any]] = [
-        (provider, "TEColumnParallelGroupedLinear", partial(GroupedLinear, parallel_mode="column")),
-        (provider, "TERowParallelGroupedLinear", partial(GroupedLinear, parallel_mode="row")),
+        (provider, "TEColumnParallelGroupedLinear", column),
+        (provider, "TERowParallelGroupedLinear", row),
+        (hybrid, "linear_fc1", column),
+        (hybrid, "linear_fc2", row),
         (provider, "SequentialMLP", _no_sequential_experts),
         (stock, "Fp8Padding", lambda _experts, align_size: RowPadding(align_size or align)),
         (stock, "Fp8Unpadding", lambda _experts, align_size: RowUnpadding()),
