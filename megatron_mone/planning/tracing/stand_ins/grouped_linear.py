@@ -281,7 +281,8 @@ def installed(config: Any) -> Iterator[None]:
     align = get_align_size_for_quantization(config)
     column, row = (partial(GroupedLinear, parallel_mode=mode) for mode in ("column", "row"))
     # hybrid models' spec is made where its module is imported, once
-    hybrid = hybrid_layer_specs.moe.keywords["submodules"].experts.keywords["submodules"]
+    moe: Any = hybrid_layer_specs.moe
+    hybrid = moe.keywords["submodules"].experts.keywords["submodules"]
     replaced: list[tuple[Any, str, Any]] = [
         (provider, "TEColumnParallelGroupedLinear", column),
         (provider, "TERowParallelGroupedLinear", row),
