@@ -254,7 +254,7 @@ class PreSubmitChecks:
         return self._planners[cluster]
 
     def _fix(self, planner: Planner, planned: Planned, gpus: int) -> str:
-        from megatron_mone.planning.search import cheapest_fix
+        from megatron_mone.planning.fixes import cheapest_fix
 
         try:
             found = cheapest_fix(

@@ -19,6 +19,8 @@ def plan(asked: Asked) -> int:
         megatron-mone plan --model moe-30b-a3b-mone --gpus 128 --layout tp=1,ep=8,pp=4 \\
             --cluster h100-ndr --against moe --json out/plan/plan.json
         megatron-mone plan --config moe-671b-a37b-mone-1024 --gpus 1024
+        megatron-mone plan --model Qwen3-30B-A3B/config.json --gpus 64 --search
+        megatron-mone plan --compare A.run.yaml B.run.yaml --gpus 64
         megatron-mone plan --model moe-30b-a3b-mone --gpus 128 --search --limit 200
         megatron-mone plan --calibrate out/profile/profile.json --cluster cpu-avx2 \\
             --json out/plan/efficiency.json
@@ -50,8 +52,10 @@ def _fits(asked: Asked) -> bool:
         calibrate_command(asked.calibrate, asked.cluster, asked.json)
         return True
     question = read_question(asked)
+    from megatron_mone.common.files import atomic_write
     from megatron_mone.common.progress import progress_bar
-    from megatron_mone.planning.answer import answer_plan, answer_search
+    from megatron_mone.planning.answer import answer_comparison, answer_plan, answer_search
+    from megatron_mone.planning.plan_document import Comparison
     from megatron_mone.planning.planner import Planner
     from megatron_mone.planning.tracing import trace_server
     from megatron_mone.reporting.plan.report import write_plan_files
@@ -60,7 +64,9 @@ def _fits(asked: Asked) -> bool:
         planner = Planner(
             tracer, question.cluster, question.efficiency, question.skew, question.document_tokens
         )
-        if asked.search:
+        if question.second is not None:
+            answer = answer_comparison(planner, question, question.second, say)
+        elif asked.search:
             answer = answer_search(planner, question, asked.limit, say)
         else:
             answer = answer_plan(planner, question, asked.sweep, say)
@@ -68,11 +74,16 @@ def _fits(asked: Asked) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     answer.document.write(asked.json)
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of fonts
-    write_plan_files(answer.document, folder)
+    if not isinstance(answer.document, Comparison):
+        write_plan_files(answer.document, folder)
+    if question.model_file:
+        path = folder / f"{question.job.name}.model.yaml"
+        atomic_write(path, question.model_file.encode())
     for name, job in answer.runs.items():
         job.write(folder / f"{name}.run.yaml")
     print(answer.text)
-    print(f"wrote {asked.json} and {folder / 'report.html'}")
+    page = "" if isinstance(answer.document, Comparison) else f" and {folder / 'report.html'}"
+    print(f"wrote {asked.json}{page}")
     if answer.refusal:
         raise ValueError(answer.refusal)
     return answer.fits

@@ -9,11 +9,20 @@ from typing import Any
 
 from megatron_mone.common.progress import Say
 from megatron_mone.planning import sweeps
+from megatron_mone.planning.comparison import (
+    compared,
+    comparison_table,
+    differences,
+    memory_parts,
+    step_parts,
+)
 from megatron_mone.planning.cost.prediction import Prediction
+from megatron_mone.planning.fixes import cheapest_fix, faster_stages
 from megatron_mone.planning.job import JobSpec, short_layout
 from megatron_mone.planning.plan_document import (
     Best,
     CandidateLayout,
+    Comparison,
     ExpertPoint,
     Fix,
     Plan,
@@ -25,7 +34,7 @@ from megatron_mone.planning.plan_document import (
 from megatron_mone.planning.plan_parts import GIB, cluster_document, layout_document, model_document
 from megatron_mone.planning.planner import Planned, Planner, Progress
 from megatron_mone.planning.question import Question, is_mone
-from megatron_mone.planning.search import Candidate, cheapest_fix, explain, pareto, search
+from megatron_mone.planning.search import Candidate, explain, pareto, search
 from megatron_mone.planning.terminal_tables import (
     nothing_fits,
     nothing_planned,
@@ -49,7 +58,7 @@ class Answer:
         refusal: one line where no layout of a search fits, or nothing.
     """
 
-    document: Plan | Search
+    document: Plan | Search | Comparison
     runs: Mapping[str, JobSpec]
     text: str
     fits: bool = True
@@ -63,7 +72,13 @@ def answer_plan(planner: Planner, question: Question, sweep: bool, say: Say) -> 
     jobs = {main: job, **{spec.name: job.against(spec) for spec in question.baselines}}
     planned = {name: planner.plan(one, gpus, _about(say, name)) for name, one in jobs.items()}
     models = [
-        model_document(name, one.prediction, one.stage_kinds, _fix(planner, one, gpus, say))
+        model_document(
+            name,
+            one.prediction,
+            one.stage_kinds,
+            _fix(planner, one, gpus, say),
+            _faster(planner, one, gpus, say),
+        )
         for name, one in planned.items()
     ]
     warnings = _warnings(planner, planned)
@@ -85,6 +100,32 @@ def answer_plan(planner: Planner, question: Question, sweep: bool, say: Say) -> 
     return Answer(plan, runs, table(plan), planned[main].prediction.fits)
 
 
+def answer_comparison(planner: Planner, question: Question, second: JobSpec, say: Say) -> Answer:
+    """Two layouts, part by part.
+
+    Args:
+        planner: of the cluster.
+        question: whose job is the first.
+        second: the other.
+        say: told what is traced.
+    """
+    jobs = question.job, second
+    plans = [planner.plan(job, question.gpus, _about(say, job.name)) for job in jobs]
+    one, other = (plan.prediction for plan in plans)
+    document = Comparison(
+        **_head(question, planner, plans[0]),
+        warnings=_warnings(
+            planner, {job.name: plan for job, plan in zip(jobs, plans, strict=True)}
+        ),
+        first=compared(jobs[0].name, plans[0]),
+        second=compared(jobs[1].name, plans[1]),
+        step_ms=differences(step_parts(one), step_parts(other), 1e3),
+        compute_ms=differences(one.phases, other.phases, 1e3),
+        memory_gib=differences(memory_parts(one), memory_parts(other), 1 / GIB),
+    )
+    return Answer(document, {}, comparison_table(document), one.fits and other.fits)
+
+
 def answer_search(planner: Planner, question: Question, limit: int, say: Say) -> Answer:
     """The search over layouts.
 
@@ -103,7 +144,8 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
         candidates=[_candidate(one, one.layout in front) for one in found.candidates],
         refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
         hopeless=found.hopeless,
-        not_tried=found.not_tried,
+        not_tried=dict(found.not_tried),
+        least_ms=None if found.least_seconds is None else 1e3 * found.least_seconds,
         best=[Best(layout=one.layout, why=explain(one, best[0])) for one in best],
     )
     text = search_table(document)
@@ -172,11 +214,26 @@ def _fix(planner: Planner, planned: Planned, gpus: int, say: Say) -> Fix | None:
     fix = cheapest_fix(planner, planned, gpus, lambda words: say(0, 1, f"trying {words}"))
     if fix is None:
         return None
-    words, fitting = fix
-    prediction = fitting.prediction
+    return _as_fix(*fix)
+
+
+_UNEVEN = 0.02  # of a step; an imbalance that layers are moved for
+
+
+def _faster(planner: Planner, planned: Planned, gpus: int, say: Say) -> Fix | None:
+    prediction = planned.prediction
+    if prediction.imbalance_P.max() < _UNEVEN * prediction.seconds:
+        return None
+    say(0, 1, "moving layers between stages")
+    found = faster_stages(planner, planned, gpus)
+    return None if found is None else _as_fix(*found)
+
+
+def _as_fix(words: str, planned: Planned) -> Fix:
+    prediction = planned.prediction
     return Fix(
         change=words,
-        layout=short_layout(fitting.job.values()),
+        layout=short_layout(planned.job.values()),
         step_ms=1e3 * prediction.seconds,
         peak_gib=prediction.peak / GIB,
     )

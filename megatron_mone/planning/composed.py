@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
 
 from megatron_mone.common.phases import OPTIMIZER
 from megatron_mone.planning.cost.documents import with_documents
@@ -148,7 +147,7 @@ def stage_contents(key: str) -> StageContents | None:
 
 
 @dataclass(frozen=True)
-class _Sum:
+class Sum:
     """A trace that can be added, subtracted and multiplied."""
 
     ops: Counter[Op]
@@ -156,7 +155,8 @@ class _Sum:
     memory: dict[str, float]
 
     @classmethod
-    def of(cls, trace: Trace) -> _Sum:
+    def of(cls, trace: Trace) -> Sum:
+        """What a trace holds."""
         ops: Counter[Op] = Counter()
         collectives: Counter[Collective] = Counter()
         for op in trace.ops:
@@ -166,14 +166,15 @@ class _Sum:
         memory = {f.name: float(getattr(trace.memory, f.name)) for f in fields(StageMemory)}
         return cls(ops, collectives, memory)
 
-    def plus(self, other: _Sum, times: int = 1) -> _Sum:
+    def plus(self, other: Sum, times: int = 1) -> Sum:
+        """This and so many times the other."""
         ops, collectives = Counter(self.ops), Counter(self.collectives)
         for op, count in other.ops.items():
             ops[op] += times * count
         for one, count in other.collectives.items():
             collectives[one] += times * count
         memory = {name: size + times * other.memory[name] for name, size in self.memory.items()}
-        return _Sum(ops, collectives, memory)
+        return Sum(ops, collectives, memory)
 
     def trace(self, like: Trace, gpus: int, stages: int, unit_stages: int) -> Trace:
         """As a trace of a job of `stages` stages; the parts are of one of `unit_stages`."""
@@ -199,6 +200,38 @@ class _Sum:
         )
 
 
+@dataclass(frozen=True)
+class Unit:
+    """Of what the stages of every pipeline of one sharding are put together.
+
+    Attributes:
+        parts: each kind of layer, "embedding", "head" and "rest" -> what it does, sends and keeps.
+        like: a trace of the unit job.
+        facts: of the unit job, its devices those of one stage.
+        tied: whether the head's weights are the embedding's.
+    """
+
+    parts: Mapping[str, Sum]
+    like: Trace
+    facts: JobFacts
+    tied: bool
+
+    def trace(self, key: str, gpus: int, stages: int) -> Trace:
+        """Of a virtual stage, with as many replicas as the unit job has.
+
+        Args:
+            key: of a stage that can be put together.
+            gpus: W.
+            stages: P.
+        """
+        contents = stage_contents(key)
+        assert contents is not None, key
+        whole = _stage(contents, self.parts)
+        if self.tied and contents.embedding and contents.head:
+            whole = _without_copy(whole, self.parts["embedding"])
+        return whole.trace(self.like, gpus, stages, self.facts.pp)
+
+
 class Composer:
     """Plans jobs from unit traces; jobs that cannot be, as the Planner does.
 
@@ -208,7 +241,7 @@ class Composer:
 
     def __init__(self, planner: Planner) -> None:
         self._planner = planner
-        self._units: dict[str, dict[str, _Sum]] = {}
+        self._units: dict[tuple[str, ...], Unit] = {}
 
     def plan(self, job: JobSpec, gpus: int) -> Planned:
         """As Planner.plan, with composed traces.
@@ -221,58 +254,79 @@ class Composer:
         description = planner.tracer.describe(planner.flags(job), gpus)
         facts = with_documents(description.facts, planner.document_tokens)
         keys = description.keys
-        # In the order in which a micro-batch goes through them.
-        places = sorted(keys, key=lambda place: (place[1], place[0]))
-        contents = {key: stage_contents(key) for key in keys.values()}
-        if {
-            "mone_layer_freq",
-            "hybrid_layer_pattern",
-        } & job.model.keys() or None in contents.values():
+        kinds = layer_kinds(job, keys)
+        if kinds is None:
             return planner.plan(job, gpus)
-        rows = rows_of(planner.skew, facts)
-        kinds = [kind for place in places for kind in _layers(contents[keys[place]])]
-        first, last = kinds[0], kinds[-1]
-        parts, like, unit_facts = self._parts(job, facts, rows, sorted(set(kinds)), first, last)
-        known = {
-            key: _stage(held, parts).trace(like, gpus, facts.pp, unit_facts.pp)
-            for key, held in contents.items()
-        }
+        unit = self.unit(job, facts, kinds)
+        known = {key: unit.trace(key, gpus, facts.pp) for key in set(keys.values())}
         traces = {place: known[key] for place, key in keys.items()}
         # As if the unit's replicas of a stage were the job's: what is once a step follows them.
-        ranks = gpus // facts.pp
-        of_unit = replace(unit_facts, world_size=_unit_ranks(facts))
-        traces = {**scaled_traces(traces, of_unit, ranks)}
+        traces = {**scaled_traces(traces, unit.facts, gpus // facts.pp)}
         traced = TracedJob(facts, traces, 0.0, 0)
         prediction = predict(traces, facts, planner.cluster, planner.efficiency)
+        rows = rows_of(planner.skew, facts)
         return Planned(job, traced, dict(keys), prediction, hottest(rows, max(1, facts.ep)))
 
-    def _parts(
-        self, job: JobSpec, facts: JobFacts, rows: Any, kinds: list[str], first: str, last: str
-    ) -> tuple[dict[str, _Sum], Trace, JobFacts]:
-        unit, stages = _unit_job(job, facts, kinds, first, last)
-        planner = self._planner
+    def unit(self, job: JobSpec, facts: JobFacts, kinds: Sequence[str]) -> Unit:
+        """Trace the unit job of a layout, if no other layout of its sharding has it.
+
+        Args:
+            job: in the layout.
+            facts: of it.
+            kinds: of all its layers, in order.
+
+        Raises:
+            ValueError: one line; Megatron refuses the layout.
+            RuntimeError: one line; a trace failed.
+        """
+        planner, first, last = self._planner, kinds[0], kinds[-1]
+        unit, stages = _unit_job(job, facts, sorted(set(kinds)), first, last)
         flags = planner.flags(unit)
-        traced = planner.tracer.trace(flags, _unit_ranks(facts) * len(stages), rows)
-        name = " ".join(flags)
+        name = tuple(flags)
         if name not in self._units:
-            sums = [_Sum.of(traced.traces[p, 0]) for p in range(len(stages))]
+            ranks = _unit_ranks(facts) * len(stages)
+            traced = planner.tracer.trace(flags, ranks, rows_of(planner.skew, facts))
+            sums = [Sum.of(traced.traces[p, 0]) for p in range(len(stages))]
             at = {stage: number for number, stage in enumerate(stages)}
-            layers = {kind: sums[at[f"{kind} more"]].plus(sums[at[kind]], -1) for kind in kinds}
-            self._units[name] = {
+            layers = {k: sums[at[f"{k} more"]].plus(sums[at[k]], -1) for k in set(kinds)}
+            parts = {
                 **layers,
                 "rest": sums[at[last]].plus(layers[last], -UNIT_LAYERS),
                 "embedding": sums[0].plus(sums[at[first]], -1),
                 "head": sums[-1].plus(sums[at[last]], -1),
             }
-        return self._units[name], traced.traces[0, 0], traced.facts
+            of_stage = replace(traced.facts, world_size=_unit_ranks(facts))
+            self._units[name] = Unit(parts, traced.traces[0, 0], of_stage, is_tied(job))
+        return self._units[name]
 
 
-def _layers(contents: StageContents | None) -> list[str]:
-    return [] if contents is None else list(contents.layers)
+def is_tied(job: JobSpec) -> bool:
+    """Whether the head's weights are the embedding's, and a pipeline holds them at both ends."""
+    return not job.values().get("untie_embeddings_and_output_weights")
 
 
-def _stage(contents: StageContents | None, parts: Mapping[str, _Sum]) -> _Sum:
-    assert contents is not None
+def layer_kinds(job: JobSpec, keys: Mapping[tuple[int, int], str]) -> list[str] | None:
+    """The kind of every decoder layer, in order; None where stages cannot be put together.
+
+    Args:
+        job: whose they are.
+        keys: (p, v) -> key of the virtual stage.
+    """
+    # In the order in which a micro-batch goes through them.
+    places = sorted(keys, key=lambda place: (place[1], place[0]))
+    contents = [stage_contents(keys[place]) for place in places]
+    if {"mone_layer_freq", "hybrid_layer_pattern"} & job.model.keys() or None in contents:
+        return None
+    found = []
+    for place in places:
+        for part in keys[place].split(", "):
+            kind, times, count = part.partition("*")
+            if times and kind != "mtp":
+                found += [kind] * int(count)
+    return found
+
+
+def _stage(contents: StageContents, parts: Mapping[str, Sum]) -> Sum:
     whole = parts["rest"]
     if contents.embedding:
         whole = whole.plus(parts["embedding"])
@@ -281,6 +335,14 @@ def _stage(contents: StageContents | None, parts: Mapping[str, _Sum]) -> _Sum:
     for kind, count in contents.layers.items():
         whole = whole.plus(parts[kind], count)
     return whole
+
+
+def _without_copy(whole: Sum, embedding: Sum) -> Sum:
+    """A stage that is first and last without the head's own copy of tied weights."""
+    held = ("weights", "gradients", "optimizer")
+    memory = {**whole.memory, **{n: whole.memory[n] - embedding.memory[n] for n in held}}
+    sent = {one: n for one, n in whole.collectives.items() if one.group != "embedding"}
+    return Sum(whole.ops, Counter(sent), memory)
 
 
 def _unit_ranks(facts: JobFacts) -> int:

@@ -44,6 +44,22 @@ _DISPATCHER = "moe_token_dispatcher_type"
 RECOMPUTE = "recompute"
 NO_RECOMPUTE = "none"
 FULL_RECOMPUTE = "full"
+STATE = "state"
+_STATES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16-moments": {
+        "use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16",
+    },
+    "bf16": {
+        "use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16",
+        "main_grads_dtype": "bf16", "grad_reduce_in_bf16": True,
+    },
+}  # fmt: skip
+STATES = tuple(_STATES)
+"""Precisions of what is kept from step to step beside the weights: all as the job has it; the
+optimizer's moments in bf16; its moments and the gradients, also as they are reduced."""
+STAGES = "stages"
+_STAGES = "pipeline_model_parallel_layout"
 _HOME = dict.fromkeys(("micro_batch_size", "global_batch_size"), "train")
 _RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_modules", "recompute_method",
                      "recompute_num_layers")  # fmt: skip
@@ -152,7 +168,11 @@ _EDITED = ("mone_neuron_ratio", "mone_neurons_per_token", "moe_ffn_hidden_size")
 
 
 def job_spec(
-    model: str, layout: str | None = None, cluster: str = "gpu", train: str = "plan-4k"
+    model: str,
+    layout: str | None = None,
+    cluster: str = "gpu",
+    train: str = "plan-4k",
+    shape: Mapping[str, Any] | None = None,
 ) -> JobSpec:
     """A job of parts by name or path.
 
@@ -161,6 +181,7 @@ def job_spec(
         layout: of configs/parallel/, a file, or short form; None: all sizes 1.
         cluster: of configs/cluster/, Megatron's flags on that cluster.
         train: of configs/train/.
+        shape: of the model, whose `model` is then the name alone.
 
     Raises:
         ValueError: one line naming the part, the name and the nearest known one.
@@ -168,7 +189,8 @@ def job_spec(
     here = Path("plan")
     job = JobSpec(
         Path(model).stem if model.endswith((".yaml", ".yml")) else model,
-        read_part(here, "model", model), {}, read_part(here, "cluster", cluster),
+        read_part(here, "model", model if shape is None else dict(shape)), {},
+        read_part(here, "cluster", cluster),
         read_part(here, "train", train),
     )  # fmt: skip
     return job if layout is None else job.with_text_layout(layout)
@@ -190,7 +212,8 @@ def parse_layout(text: str) -> dict[str, Any]:
     """Megatron arguments of "tp=2,pp=8,vpp=4,ep=32,mbs=1,gbs=2048,recompute=layernorm+moe_act".
 
     Names are those of SHORT, any Megatron argument, and `recompute`: none, full, or modules of
-    selective recompute joined by +.
+    selective recompute joined by +; `state`: one of STATES; `stages`: what each stage holds,
+    Et*3|t*4|t*4|t*3L.
 
     Raises:
         ValueError: one line naming what is wrong.
@@ -202,6 +225,10 @@ def parse_layout(text: str) -> dict[str, Any]:
             raise ValueError(f"layout {text!r}: write NAME=VALUE[,NAME=VALUE...], as tp=2,ep=8")
         if name == RECOMPUTE:
             found.update(recompute_fields(value))
+        elif name == STATE:
+            found.update(state_fields(value))
+        elif name == STAGES:
+            found[_STAGES] = value
         elif name in SHORT:
             if not value.isascii() or not value.isdecimal() or int(value) < 1:
                 raise ValueError(f"layout {name} = {value!r} must be a whole number of 1 or more")
@@ -224,23 +251,50 @@ def recompute_fields(text: str) -> dict[str, Any]:
             "recompute_modules": text.split("+")}  # fmt: skip
 
 
+def state_fields(text: str) -> dict[str, Any]:
+    """Megatron's arguments of one of STATES.
+
+    Raises:
+        ValueError: another.
+    """
+    if text not in _STATES:
+        raise ValueError(
+            f"layout {STATE} = {text!r} is none of {', '.join(STATES)}"
+            f"{nearest_name(text, list(STATES))}"
+        )
+    every = {name for fields in _STATES.values() for name in fields}
+    return {**dict.fromkeys(sorted(every)), **_STATES[text]}
+
+
 def short_layout(values: Mapping[str, Any]) -> str:
     """The short form of Megatron's arguments; sizes of 1 and what is not in SHORT are left out."""
     sizes = [(k, values.get(name)) for k, name in SHORT.items()]
-    parts = [f"{k}={value}" for k, value in sizes if value not in (None, 1) or k in ("tp", "pp")]
+    named = ["tp", "pp"]
+    if (values.get(SHORT["tp"]) or 1) > 1 and values.get(SHORT["etp"]) is not None:
+        named.append("etp")  # Megatron's default is tp
+    parts = [f"{k}={value}" for k, value in sizes if value not in (None, 1) or k in named]
     granularity = values.get("recompute_granularity")
     if granularity == "full":
         parts.append(f"{RECOMPUTE}={FULL_RECOMPUTE}")
     elif granularity:
         modules = values.get("recompute_modules") or ["core_attn"]
         parts.append(f"{RECOMPUTE}={'+'.join(modules)}")
+    given = {name: values[name] for name in state_fields(STATES[0]) if values.get(name) is not None}
+    known = [name for name, fields in _STATES.items() if fields == given]
+    if known and given:
+        parts.append(f"{STATE}={known[0]}")
+    elif given:
+        parts += [f"{name}={value}" for name, value in given.items()]
+    if values.get(_STAGES) is not None:
+        parts.append(f"{STAGES}={values[_STAGES]}")
     return ",".join(p if "=None" not in p else p.replace("None", "1") for p in parts)
 
 
 def _value(text: str, name: str, value: str) -> Any:
     if not name.replace("_", "").isalnum():
         raise ValueError(
-            f"layout {text!r}: {name!r} is no argument{nearest_name(name, [*SHORT, RECOMPUTE])}"
+            f"layout {text!r}: {name!r} is no argument"
+            f"{nearest_name(name, [*SHORT, RECOMPUTE, STATE, STAGES])}"
         )
     try:
         return read_scalar(value)

@@ -115,11 +115,16 @@ class Stage(Part):
     memory_gib: Memory
     end_ms: Number
     """when its last pass ends"""
+    busy_ms: Number = 0.0
+    """of its passes; what is left until the pipeline's end it waits: while the pipeline fills,
+    drains and sends, which is the same for all stages, and for a slower stage"""
+    imbalance_ms: Number = 0.0
+    """for a slower stage"""
     chunks: list[ChunkTimes]
 
 
 class Fix(Part):
-    """A single change by which the layout fits."""
+    """A change by which a layout fits, or is faster."""
 
     change: Text
     """in words"""
@@ -263,6 +268,13 @@ class PlannedModel(Part):
     exposed_comm_ms: Difference
     hidden_comm_ms: Number
     bubble_ms: Difference
+    """`fill_ms` and `imbalance_ms`"""
+    fill_ms: Difference = 0.0
+    """while the pipeline fills, drains and sends"""
+    imbalance_ms: Number = 0.0
+    """while a slower stage works"""
+    faster_stages: Fix | None = None
+    """layers moved between stages, where that is faster and fits"""
     collectives: list[Collective]
     timeline: Timeline
     host: HostPart | None = None
@@ -415,7 +427,7 @@ class Best(Part):
     why: Words
 
 
-class Search(_Head, schema="megatron-mone/plan-search/1", again=_AGAIN, indent=1):
+class Search(_Head, schema="megatron-mone/plan-search/2", again=_AGAIN, indent=1):
     """Layouts that were tried for a job."""
 
     candidates: list[CandidateLayout]
@@ -423,8 +435,11 @@ class Search(_Head, schema="megatron-mone/plan-search/1", again=_AGAIN, indent=1
     refused: list[Refused]
     hopeless: list[Text]
     """layouts whose weights, gradients and optimizer alone pass the device's memory"""
-    not_tried: Whole
-    """layouts beyond `--limit`, or after an interrupt"""
+    not_tried: dict[Key, Whole]
+    """how many layouts, by why: `slower` than those found, `too large` with what they keep for
+    backward, by lower bounds; `limit` and `interrupt`: could have been among the fastest"""
+    least_ms: Number | None = None
+    """of those of `limit` or `interrupt`, the least that one could take"""
     best: list[Best]
     """the 5 fastest that fit"""
 
@@ -440,6 +455,49 @@ class Search(_Head, schema="megatron-mone/plan-search/1", again=_AGAIN, indent=1
         """The candidates that are the best, in their order."""
         by_name = {one.name: one for one in self.candidates}
         return [by_name[one.layout] for one in self.best]
+
+
+class ComparedLayout(Part):
+    """One of two layouts."""
+
+    name: Text
+    """of its run file"""
+    layout: Text
+    """in short"""
+    fits: bool
+    step_ms: Positive
+    peak_gib: Positive
+
+
+class PartDifference(Part):
+    """One part of a step or of memory in both."""
+
+    part: Text
+    first: Difference
+    second: Difference
+    difference: Difference
+    """the second's less the first's"""
+
+
+class Comparison(_Head, schema="megatron-mone/plan-comparison/1", again=_AGAIN, indent=1):
+    """Where the difference of two layouts goes."""
+
+    first: ComparedLayout
+    second: ComparedLayout
+    step_ms: list[PartDifference]
+    """parts of the step, of the stage that ends last; add up to it"""
+    compute_ms: list[PartDifference]
+    """compute of that stage by profiler phase"""
+    memory_gib: list[PartDifference]
+    """of the fullest stage; add up to the peak"""
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> Self:
+        for place, whole in (("first", self.first), ("second", self.second)):
+            for what, total in (("step_ms", whole.step_ms), ("memory_gib", whole.peak_gib)):
+                parts = {one.part: getattr(one, place) for one in getattr(self, what)}
+                _check_sum(f"the {place} of {what}", parts, place, total)
+        return self
 
 
 def _check_sum(what: str, parts: Mapping[str, float], total: str, whole: float) -> None:

@@ -41,6 +41,7 @@ def model_document(
     prediction: Prediction,
     stage_kinds: Mapping[tuple[int, int], str],
     cheapest_fix: Fix | None = None,
+    faster_stages: Fix | None = None,
 ) -> PlannedModel:
     """One element of a plan's `models`.
 
@@ -49,6 +50,7 @@ def model_document(
         prediction: of its step.
         stage_kinds: (stage, chunk) -> what it holds, in short.
         cheapest_fix: where it does not fit.
+        faster_stages: layers moved between stages, where that is faster.
     """
     facts, memory_P = prediction.facts, prediction.memory_P
     fullest = memory_P[prediction.fullest]
@@ -71,6 +73,9 @@ def model_document(
         exposed_comm_ms=1e3 * prediction.exposed,
         hidden_comm_ms=1e3 * prediction.hidden,
         bubble_ms=1e3 * prediction.parts["bubble"],
+        fill_ms=1e3 * (prediction.parts["bubble"] - prediction.imbalance),
+        imbalance_ms=1e3 * prediction.imbalance,
+        faster_stages=faster_stages,
         collectives=_collectives(prediction),
         timeline=_timeline(prediction),
         **_host(prediction),
@@ -153,6 +158,8 @@ def _stage(prediction: Prediction, stage: int, stage_kinds: Mapping[tuple[int, i
         layers=" | ".join(stage_kinds[stage, chunk] for chunk in range(len(costs))),
         memory_gib=memory_document(prediction.memory_P[stage]),
         end_ms=1e3 * float(prediction.run.end_P[stage]),
+        busy_ms=1e3 * float(prediction.busy_P[stage]),
+        imbalance_ms=1e3 * float(prediction.imbalance_P[stage]),
         chunks=[
             ChunkTimes(forward_ms=1e3 * c.forward.seconds, backward_ms=1e3 * c.backward.seconds)
             for c in costs

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import yaml
 from typer import Option
 
+from megatron_mone.conversion.hf_config import CONFIG
+from megatron_mone.conversion.inspect import model_file
 from megatron_mone.planning.cost.efficiency import Efficiency, efficiency_of
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
 from megatron_mone.planning.cost.routing_skew import Skew, parse_skew
@@ -19,6 +22,7 @@ _LAYOUT_HELP = (
     "of configs/parallel/, a YAML file, or "
     "tp=..,cp=..,pp=..,vpp=..,ep=..,etp=..,mbs=..,gbs=..,recompute=.."
 )
+_MODEL_HELP = "of configs/model/, a YAML file, or a Hugging Face model's folder or config.json"
 _EFFICIENCY_HELP = "file of --calibrate; without, what is fitted for the cluster, or assumptions"
 
 
@@ -26,10 +30,17 @@ _EFFICIENCY_HELP = "file of --calibrate; without, what is fitted for the cluster
 class Asked:
     """The options as typed."""
 
-    model: Annotated[str | None, Option(help="of configs/model/, or a YAML file")] = None
+    model: Annotated[str | None, Option(help=_MODEL_HELP)] = None
     config: Annotated[
         Path | None,
         Option(help="a whole run file, or its name, instead of --model, --layout and --train"),
+    ] = None
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        Option(
+            metavar="A.yaml B.yaml",
+            help="two run files, instead of --model or --config: where their difference goes",
+        ),
     ] = None
     gpus: Annotated[int | None, Option(help="devices of the job, W")] = None
     layout: Annotated[str | None, Option(help=_LAYOUT_HELP)] = None
@@ -71,6 +82,8 @@ class Question:
         baselines: models compared.
         json: file to write.
         document_tokens: of each packed document; None: assumed.
+        model_file: text of a model file, made of a Hugging Face config.json; or nothing.
+        second: the job that `job` is compared with, part by part.
     """
 
     job: JobSpec
@@ -81,6 +94,8 @@ class Question:
     baselines: tuple[RunSpec, ...]
     json: Path
     document_tokens: int | None = None
+    model_file: str = ""
+    second: JobSpec | None = None
 
 
 def read_question(asked: Asked) -> Question:
@@ -89,7 +104,9 @@ def read_question(asked: Asked) -> Question:
     Raises:
         ValueError: one line naming the option, its value and the fix.
     """
-    if (asked.model is None) == (asked.config is None):
+    if asked.compare is not None:
+        _check_comparison(asked)
+    elif (asked.model is None) == (asked.config is None):
         raise ValueError("give --model NAME, or --config RUN.yaml, and not both")
     if asked.gpus is None or asked.gpus < 1:
         given = "is missing" if asked.gpus is None else f"{asked.gpus} is not allowed"
@@ -98,8 +115,15 @@ def read_question(asked: Asked) -> Question:
         raise ValueError(f"--limit {asked.limit} is not allowed: give at least 1")
     if asked.json.suffix != ".json":
         raise ValueError(f"--json {asked.json} must end in .json: reports go beside it")
-    if asked.config is None:
-        job = job_spec(str(asked.model), asked.layout, asked.flags, asked.train)
+    text, second = "", None
+    if asked.compare is not None:
+        job, second = map(run_job, asked.compare)
+    elif asked.config is None:
+        model, shape = str(asked.model), None
+        if _is_hugging_face(model):
+            text = model_file(Path(model))
+            shape, model = yaml.safe_load(text), _hugging_face_name(model)
+        job = job_spec(model, asked.layout, asked.flags, asked.train, shape)
     else:
         job = run_job(asked.config)
         if asked.layout is not None:
@@ -114,14 +138,43 @@ def read_question(asked: Asked) -> Question:
             raise ValueError(
                 f"--against {spec.name} is not planned: DeepSpeed steps it: leave it out"
             )
-        job.against(spec)  # refuses what the model has nothing of
+        compared = job.against(spec)  # refuses what the model has nothing of
+        if compared.values() == job.values():
+            given = ", ".join(f"{name} = {value}" for name, value in spec.fields.items())
+            raise ValueError(
+                f"--against {spec.name}: {given or 'it'} changes nothing of {job.name}"
+                f"{'' if is_mone(job) else ', which has no MoNE: give a MoNE model, or'}"
+                f"{': ' if is_mone(job) else ' '}leave it out"
+            )
     cluster = load_cluster(asked.cluster)
     return Question(
         job, asked.gpus, cluster,
         efficiency_of(cluster.name) if asked.efficiency is None
         else Efficiency.read(asked.efficiency),
-        parse_skew(asked.routing), tuple(specs), asked.json, asked.document_tokens,
+        parse_skew(asked.routing), tuple(specs), asked.json, asked.document_tokens, text,
+        second,
     )  # fmt: skip
+
+
+def _check_comparison(asked: Asked) -> None:
+    given = {
+        "--model": asked.model, "--config": asked.config, "--layout": asked.layout,
+        "--against": asked.against, "--search": asked.search, "--sweep": asked.sweep,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value:
+            raise ValueError(f"{name} beside --compare says nothing: the two run files are all")
+
+
+def _is_hugging_face(model: str) -> bool:
+    """Whether a model is named by its config.json, or the folder that holds it."""
+    path = Path(model)
+    return path.name == CONFIG or (path / CONFIG).is_file()
+
+
+def _hugging_face_name(model: str) -> str:
+    path = Path(model)
+    return (path.parent if path.name == CONFIG else path).resolve().name
 
 
 def is_mone(job: JobSpec) -> bool:

@@ -1,91 +1,39 @@
-"""Search: layouts of one model on given devices, tried one after another; who is fast, who fits.
+"""Search: the fastest layouts of one model on given devices, by branch and bound.
 
-Sizes are powers of two that the devices, layers and experts admit; whether a layout is allowed is
-Megatron's to say. What cannot fit even empty of activations is left out before it is traced. All
-are planned from composed traces (composed.py), the fastest few then from whole ones. Of one layout
-that does not fit, the cheapest single change by which it does (`cheapest_fix`).
+Every layout of the axes (layout_axes.py) has two lower bounds (bounds.py): one from small groups,
+one from the trace of its sharding. The layout of the least bound is looked at next: its sharding is
+traced, or, where that was, it is planned. The search ends where the least bound left is above the
+time of the layouts found, or at its limit. What cannot fit is left out by bytes: even empty of
+activations (hopeless), or with those that it keeps. More recomputation and less precise state are
+tried only where a layout does not fit without them. The fastest few are planned from whole traces.
 May touch: the tracer's processes and cache, by way of the Planner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
-from typing import Any
+from typing import Protocol
 
-from megatron_mone.planning.composed import Composer
-from megatron_mone.planning.job import SHORT, JobSpec, recompute_fields, short_layout
+from megatron_mone.planning.bounds import Bound, Bounds, Model
+from megatron_mone.planning.composed import Composer, layer_kinds
+from megatron_mone.planning.cost.documents import with_documents
+from megatron_mone.planning.job import NO_RECOMPUTE, JobSpec, short_layout
+from megatron_mone.planning.layout_axes import (
+    Pipeline,
+    Shards,
+    all_shards,
+    all_stages,
+    recomputes,
+    states,
+)
 from megatron_mone.planning.planner import Planned, Planner
-from megatron_mone.planning.tracing.job_facts import JobFacts
-from megatron_mone.planning.tracing.trace import Trace
+from megatron_mone.planning.stage_split import even_split
 
-_SMALL_STATE = {
-    "use_precision_aware_optimizer": True,
-    "main_grads_dtype": "bf16",
-    "exp_avg_dtype": "bf16",
-    "exp_avg_sq_dtype": "bf16",
-}
-
-
-def changes(facts: JobFacts) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(what it is in words, Megatron arguments) of single changes, cheap ones first."""
-    modules = "layernorm+moe_act" if facts.num_experts else "layernorm+mlp"
-    if facts.recompute_granularity == "":
-        yield f"recompute {modules}", recompute_fields(modules)
-    if facts.num_experts and "moe" not in facts.recompute_modules:
-        yield "recompute layernorm and moe", recompute_fields("layernorm+moe")
-    if facts.distributed_optimizer:
-        yield "optimizer moments and main gradients in bf16", dict(_SMALL_STATE)
-    if facts.micro_batch_size > 1:
-        yield "micro batch 1", {SHORT["mbs"]: 1}
-    if facts.ep and facts.num_experts % (2 * facts.ep) == 0 and facts.edp % 2 == 0:
-        yield f"ep {2 * facts.ep}", {SHORT["ep"]: 2 * facts.ep}
-    if facts.dp % 2 == 0 and facts.edp % 2 == 0 and 2 * facts.pp * facts.vp <= facts.num_layers:
-        layers = {"pipeline_model_parallel_layout": None}
-        yield f"pp {2 * facts.pp}", {SHORT["pp"]: 2 * facts.pp, **layers}
-    if facts.dp % 2 == 0:
-        wider = {SHORT["tp"]: 2 * facts.tp, SHORT["etp"]: facts.etp, "sequence_parallel": True}
-        yield f"tp {2 * facts.tp}", wider
-    if facts.recompute_granularity != "full":
-        yield "recompute full", recompute_fields("full")
-
-
-def cheapest_fix(
-    planner: Planner,
-    planned: Planned,
-    gpus: int,
-    progress: Callable[[str], None] | None = None,
-) -> tuple[str, Planned] | None:
-    """The fastest of the changes that make a layout fit; None where no single one does.
-
-    Args:
-        planner: of the cluster.
-        planned: that does not fit.
-        gpus: W.
-        progress: told what is tried.
-    """
-    best: tuple[str, Planned] | None = None
-    for words, fields in changes(planned.traced.facts):
-        if progress is not None:
-            progress(words)
-        try:
-            tried = planner.plan(planned.job.with_layout(fields), gpus)
-        except ValueError:
-            continue  # Megatron refuses this change in this layout: the next one
-        if not tried.prediction.fits:
-            continue
-        if best is None or tried.prediction.seconds < best[1].prediction.seconds:
-            best = words, tried
-    return best
-
-
-RECOMPUTES = ("none", "layernorm+moe_act", "full")
-DENSE_RECOMPUTES = ("none", "layernorm+mlp", "full")
-LONG_SEQUENCE = 16384  # tokens above which context parallelism is tried
-_SHARDING = ("tp", "pp", "ep", "etp")
-_WITHOUT_PADDING = 0.98
-"""Of the optimizer's state, whose shards are padded, and rounded where they are scaled."""
+SLOWER, TOO_LARGE, LIMIT, INTERRUPT = "slower", "too large", "limit", "interrupt"
+WHYS = (SLOWER, TOO_LARGE, LIMIT, INTERRUPT)
 
 
 @dataclass(frozen=True)
@@ -109,13 +57,15 @@ class Found:
         candidates: planned, fastest first.
         refused: (layout, reason) of those Megatron refuses.
         hopeless: layouts whose weights, gradients and optimizer alone pass the device's memory.
-        not_tried: beyond the limit, or after an interrupt.
+        not_tried: why, of WHYS -> how many layouts.
+        least_seconds: of the layouts of the limit, or of an interrupt, the least bound.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     hopeless: list[str] = field(default_factory=list)
-    not_tried: int = 0
+    not_tried: Counter[str] = field(default_factory=Counter)
+    least_seconds: float | None = None
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -123,131 +73,40 @@ class Found:
         return sorted((c for c in self.candidates if c.planned.prediction.fits), key=_seconds)
 
 
-@dataclass(frozen=True)
-class Held:
-    """Bytes that a layout holds from step to step, and at least what others of the model hold.
+class LowerBounds(Protocol):
+    """What a search asks of bounds.py."""
 
-    Attributes:
-        facts: of the layout.
-        dense, expert: weights and gradients, summed over the ranks of one pipeline.
-        dense_state, expert_state: of the optimizer, the same, as if no replicas shared it.
-    """
+    recomputes: tuple[str, ...]
+    states: tuple[str, ...]
 
-    facts: JobFacts
-    dense: float
-    expert: float
-    dense_state: float
-    expert_state: float
+    def pipelines(self, shards: Shards, pp: int, vpp: int) -> list[Pipeline]:
+        """Splits of the layers."""
 
-    @classmethod
-    def of(cls, traces: Mapping[tuple[int, int], Trace], facts: JobFacts) -> Held:
-        """Read from the traces of a layout."""
-        memories = [trace.memory for trace in traces.values()]
-        expert = sum(m.expert_weights + m.expert_gradients for m in memories)
-        state = sum(m.expert_optimizer for m in memories)
-        return cls(
-            facts,
-            sum(m.weights + m.gradients for m in memories) - expert,
-            expert,
-            (sum(m.optimizer for m in memories) - state) * _sharing(facts, facts.dp * facts.cp),
-            state * _sharing(facts, facts.edp),
-        )
+    def first(self, shards: Shards, pipeline: Pipeline) -> Bound:
+        """Before the sharding is traced."""
 
-    def least_bytes(self, sizes: Mapping[str, int], gpus: int) -> float:
-        """Of an average rank of a pipeline, which the fullest does not fall short of.
-
-        What tensor parallelism does not shard and what a pipeline holds twice, as embeddings at
-        both of its ends, is not told from the rest: fewer shards or stages than were read are taken
-        to hold no more. Experts are sharded whole by expert parallelism and by stages; where
-        Megatron keeps them among the rest, as at ep = 1 (`_set_expert_parameter_attributes`), a
-        layout tells of others with the same shards of them.
-
-        Args:
-            sizes: short names of SHORT -> size.
-            gpus: W.
-        """
-        facts, stages = self.facts, sizes["pp"]
-        is_apart = self.expert > 0 or not facts.num_experts
-        if not is_apart and any(sizes[n] != getattr(facts, n) for n in ("tp", "ep", "etp")):
-            return 0.0
-        dense = min(1.0, facts.tp / sizes["tp"]) / max(stages, facts.pp)
-        expert = facts.ep / sizes["ep"] * min(1.0, facts.etp / sizes["etp"]) / stages
-        replicas = _sharing(facts, gpus // (sizes["tp"] * stages))
-        copies = _sharing(facts, gpus // (sizes["ep"] * sizes["etp"] * stages))
-        state = dense * self.dense_state / replicas + expert * self.expert_state / copies
-        return dense * self.dense + expert * self.expert + _WITHOUT_PADDING * state
+    def second(self, shards: Shards, pipeline: Pipeline) -> Bound:
+        """Once it is."""
 
 
-def _sharing(facts: JobFacts, replicas: int) -> int:
-    """How many replicas share a piece of the optimizer's state."""
-    if not facts.distributed_optimizer:
-        return 1
-    return max(1, replicas // facts.num_distributed_optimizer_instances)
+class NoBounds(LowerBounds):
+    """Of models whose stages cannot be put together: every layout is traced whole."""
 
+    recomputes, states = (NO_RECOMPUTE,), ("fp32",)
 
-def layouts(facts: JobFacts, gpus: int, domain: int) -> Iterator[dict[str, Any]]:
-    """Sizes by short name, and `recompute`; those likely to be fast first.
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
 
-    Args:
-        facts: of any layout of the model: its layers, experts, sequence and batch.
-        gpus: W.
-        domain: devices of an NVLink domain, which tensor parallelism does not leave.
-    """
-    experts = max(facts.num_experts, 1)
-    context = _powers(8) if facts.seq_length >= LONG_SEQUENCE else [1]
-    choices = product(
-        _powers(min(domain, 8)), context, _powers(min(facts.num_layers, 32)), (1, 2, 4),
-        [ep for ep in _powers(gpus) if experts % ep == 0], (1, 2),
-    )  # fmt: skip
-    found = []
-    for tp, cp, pp, vpp, ep, mbs in choices:
-        for etp in {1, tp} if facts.num_experts else {1}:
-            sizes = dict(tp=tp, cp=cp, pp=pp, vpp=vpp, ep=ep, etp=etp, mbs=mbs)
-            if _divides(sizes, facts, gpus):
-                for recompute in RECOMPUTES if facts.num_experts else DENSE_RECOMPUTES:
-                    found.append({**sizes, "recompute": recompute})
-    yield from sorted(found, key=lambda sizes: _rank(sizes, facts, gpus, domain))
+    def pipelines(self, shards: Shards, pp: int, vpp: int) -> list[Pipeline]:
+        """Megatron's own."""
+        even = even_split(self._layers, pp, vpp)
+        return [] if even is None else [Pipeline(pp, vpp, even, True)]
 
+    def first(self, shards: Shards, pipeline: Pipeline) -> Bound:
+        """Nothing is known."""
+        return Bound(0.0, 0.0, 0.0)
 
-def _powers(most: int) -> list[int]:
-    return [1 << exponent for exponent in range(most.bit_length())]
-
-
-def _divides(sizes: Mapping[str, int], facts: JobFacts, gpus: int) -> bool:
-    """Whether there are as many devices and samples as the sizes ask for."""
-    of_model = sizes["tp"] * sizes["cp"] * sizes["pp"]
-    of_experts = sizes["ep"] * sizes["etp"] * sizes["pp"]
-    if gpus % of_model or gpus % of_experts or sizes["pp"] * sizes["vpp"] > facts.num_layers:
-        return False
-    samples = sizes["mbs"] * (gpus // of_model)
-    if (sizes["vpp"] > 1 and sizes["pp"] == 1) or facts.global_batch_size % samples:
-        return False
-    micro_batches = facts.global_batch_size // samples
-    return sizes["vpp"] == 1 or micro_batches % sizes["pp"] == 0
-
-
-def _rank(sizes: Mapping[str, Any], facts: JobFacts, gpus: int, domain: int) -> tuple[float, ...]:
-    """A rough guess of what costs time; only the order of trying depends on it."""
-    samples = sizes["mbs"] * (gpus // (sizes["tp"] * sizes["cp"] * sizes["pp"]))
-    bubble = (sizes["pp"] - 1) / (facts.global_batch_size / samples) / sizes["vpp"]
-    away = max(0, sizes["ep"] * sizes["etp"] // domain - 1) ** 0.5
-    recompute = (RECOMPUTES + DENSE_RECOMPUTES).index(sizes["recompute"]) % len(RECOMPUTES)
-    costs = (
-        0.1 * sizes["tp"].bit_length() + 0.15 * sizes["etp"].bit_length() + bubble
-        + 0.03 * away + 0.12 * recompute + 0.05 * sizes["cp"].bit_length()
-    )  # fmt: skip
-    return costs, *(float(sizes[name]) for name in ("pp", "vpp", "ep", "mbs"))
-
-
-def as_changes(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron arguments of a layout of `layouts`."""
-    changes: dict[str, Any] = {SHORT[k]: v for k, v in sizes.items() if k in SHORT}
-    if sizes["vpp"] == 1:
-        changes[SHORT["vpp"]] = None
-    changes["sequence_parallel"] = True if sizes["tp"] > 1 else None
-    # A layout file may split layers over its own stages.
-    changes["pipeline_model_parallel_layout"] = None
-    return {**changes, **recompute_fields(sizes["recompute"])}
+    second = first
 
 
 def search(
@@ -265,16 +124,38 @@ def search(
         job: whose layout is changed.
         gpus: W.
         limit: layouts to plan; refused and hopeless ones do not count.
-        whole: of the fastest that fit, how many are planned from whole traces in the end.
+        whole: of the fastest that fit, how many are sought, and planned from whole traces.
         progress: told (planned, limit, layout).
 
     Raises:
-        ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed or Megatron
-            FSDP cuts it over replicas.
+        ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed steps it.
     """
-    found = Found()
-    known: dict[tuple[int, ...], Held] = {}
-    facts = _facts(planner, job, gpus)
+    model, bounds, composer = prepared(planner, job, gpus)
+    run = _Run(planner, composer, model, bounds, limit, whole, progress)
+    try:
+        run.begin()
+        run.go_on()
+        for one in run.found.fitting[:whole]:
+            place = run.found.candidates.index(one)
+            again = planner.plan(one.planned.job, gpus)
+            run.found.candidates[place] = replace(one, planned=again)
+    except KeyboardInterrupt:
+        run.stop(INTERRUPT)
+    run.found.candidates.sort(key=_seconds)
+    return run.found
+
+
+def prepared(planner: Planner, job: JobSpec, gpus: int) -> tuple[Model, LowerBounds, Composer]:
+    """What a search begins with.
+
+    Raises:
+        ValueError: one line; as of `search`.
+    """
+    smallest = job.with_layout(Shards(1, 1, 1, 1, 1).fields)
+    smallest = smallest.with_layout(Pipeline(1, 1, (), True).fields(0))
+    description = planner.tracer.describe(planner.flags(smallest), 1)
+    facts = with_documents(description.facts, planner.document_tokens)
+    facts = replace(facts, world_size=gpus)
     if facts.zero_stage is not None:
         raise ValueError(
             f"{job.name}: a search with engine = 'deepspeed' is not made: what ZeRO shards is not "
@@ -285,57 +166,172 @@ def search(
             f"{job.name}: a search with use_megatron_fsdp = True is not made: what it cuts is not "
             "composed of layers; plan its layouts one by one, or leave it out"
         )
-    tried = list(layouts(facts, gpus, planner.cluster.domain.devices))
-    left = iter(tried)
     composer = Composer(planner)
-    try:
-        while len(found.candidates) < limit:
-            sizes = next(left, None)
-            if sizes is None:
-                break
-            candidate = job.with_layout(as_changes(sizes))
-            name = short_layout(candidate.values())
-            if _is_hopeless(known.values(), sizes, planner, gpus):
-                found.hopeless.append(name)
-                continue
-            if progress is not None:
-                progress(len(found.candidates), limit, name)
+    kinds = layer_kinds(job, description.keys)
+    mtp = int(job.values().get("mtp_num_layers") or 0)
+    model = Model(smallest, facts, tuple(kinds or ()), mtp, gpus)
+    if kinds is None:
+        return model, NoBounds(facts.num_layers), composer
+    values = job.values()
+    tried = recomputes(values), states(facts, values)
+    return model, Bounds(composer, planner, model, *tried), composer
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    """A layout that waits for its turn: the least bound first, then who is likely to be fast."""
+
+    seconds: float
+    guess: tuple[float, ...]
+    shards: Shards
+    pipeline: Pipeline
+    traced: bool
+
+
+class _Run:
+    """One search as it goes on."""
+
+    def __init__(
+        self,
+        planner: Planner,
+        composer: Composer,
+        model: Model,
+        bounds: LowerBounds,
+        limit: int,
+        whole: int,
+        progress: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self._planner, self._composer, self._model = planner, composer, model
+        self._bounds, self._limit, self._whole = bounds, limit, max(1, whole)
+        self._progress = progress
+        self._memory = planner.cluster.device.memory_bytes
+        self._waiting: list[_Entry] = []
+        self._refused: dict[Shards, str] = {}
+        self._seen: set[tuple[Shards, Pipeline]] = set()
+        self._stopped = False
+        self.found = Found()
+
+    def begin(self) -> None:
+        """Bound every layout without recomputation, with the state as the job has it."""
+        model = self._model
+        for shards in all_shards(model.facts, model.gpus, self._planner.cluster.domain.devices):
+            for pp, vpp in all_stages(shards, model.facts, model.gpus):
+                for pipeline in self._bounds.pipelines(shards, pp, vpp):
+                    self._consider(shards, pipeline)
+
+    def go_on(self) -> None:
+        """Look at the layout of the least bound, until none left can be among the fastest."""
+        while self._waiting:
+            if len(self.found.candidates) >= self._limit:
+                return self.stop(LIMIT)
+            if self._waiting[0].seconds >= self._cutoff():
+                return self.stop(SLOWER)
+            entry = heapq.heappop(self._waiting)
             try:
-                planned = composer.plan(candidate, gpus)
+                self._look_at(entry)
+            except KeyboardInterrupt:
+                heapq.heappush(self._waiting, entry)
+                raise
+        return None
+
+    def stop(self, why: str) -> None:
+        """Count what is left, once."""
+        if self._stopped:
+            return
+        self._stopped = True
+        for entry in self._waiting:
+            if entry.shards in self._refused:
+                self._refuse(entry.shards, entry.pipeline, self._refused[entry.shards])
+            else:
+                slower = entry.seconds >= self._cutoff()
+                self.found.not_tried[SLOWER if slower else why] += 1
+        left = [one.seconds for one in self._waiting if one.seconds < self._cutoff()]
+        if left and why != SLOWER:
+            self.found.least_seconds = min(left)
+
+    def _cutoff(self) -> float:
+        """Seconds of the slowest layout that is sought."""
+        fitting = self.found.fitting[: self._whole]
+        full = len(fitting) == self._whole
+        return fitting[-1].planned.prediction.seconds if full else float("inf")
+
+    def _consider(self, shards: Shards, pipeline: Pipeline) -> None:
+        if (shards, pipeline) in self._seen:
+            return None
+        self._seen.add((shards, pipeline))
+        if shards in self._refused:
+            return self._refuse(shards, pipeline, self._refused[shards])
+        return self._take(shards, pipeline, self._bounds.first(shards, pipeline), False)
+
+    def _take(self, shards: Shards, pipeline: Pipeline, bound: Bound, traced: bool) -> None:
+        """Let a layout wait, unless it cannot fit: then what is like it and smaller."""
+        if bound.held > self._memory:
+            self.found.hopeless.append(self._name(shards, pipeline))
+        elif bound.peak > self._memory:
+            self.found.not_tried[TOO_LARGE] += 1
+        else:
+            guess = _guess(shards, pipeline, self._model)
+            entry = _Entry(bound.seconds, guess, shards, pipeline, traced)
+            return heapq.heappush(self._waiting, entry)
+        return self._consider_smaller(shards, pipeline, hopeless=bound.held > self._memory)
+
+    def _consider_smaller(self, shards: Shards, pipeline: Pipeline, hopeless: bool) -> None:
+        """The same layout with more recomputation, or with less precise state."""
+        states = self._bounds.states
+        state = states.index(shards.state)
+        if shards.recompute == NO_RECOMPUTE and not hopeless:
+            for recompute in self._bounds.recomputes[1:]:
+                self._consider(replace(shards, recompute=recompute), pipeline)
+        if state + 1 < len(states):
+            self._consider(replace(shards, state=states[state + 1]), pipeline)
+
+    def _look_at(self, entry: _Entry) -> None:
+        """Trace the layout's sharding, or plan it."""
+        shards, pipeline = entry.shards, entry.pipeline
+        if shards in self._refused:
+            return self._refuse(shards, pipeline, self._refused[shards])
+        name = self._name(shards, pipeline)
+        if self._progress is not None:
+            self._progress(len(self.found.candidates), self._limit, name)
+        if not entry.traced:
+            try:
+                bound = self._bounds.second(shards, pipeline)
             except ValueError as error:
-                found.refused.append((name, str(error)))
-                continue
-            held = Held.of(planned.traced.traces, planned.traced.facts)
-            known.setdefault(tuple(sizes[name] for name in _SHARDING), held)
-            found.candidates.append(Candidate(name, planned))
-        for one in found.fitting[:whole]:
-            place = found.candidates.index(one)
-            again = planner.plan(one.planned.job, gpus)
-            found.candidates[place] = replace(one, planned=again)
-    except KeyboardInterrupt:
-        pass
-    found.not_tried = sum(1 for _ in left)
-    found.candidates.sort(key=_seconds)
-    return found
+                self._refused[shards] = str(error)
+                return self._refuse(shards, pipeline, str(error))
+            seconds = max(bound.seconds, entry.seconds)
+            return self._take(shards, pipeline, replace(bound, seconds=seconds), True)
+        try:
+            planned = self._composer.plan(self._job(shards, pipeline), self._model.gpus)
+        except ValueError as error:
+            return self._refuse(shards, pipeline, str(error))
+        self.found.candidates.append(Candidate(name, planned))
+        if not planned.prediction.fits:
+            self._consider_smaller(shards, pipeline, hopeless=False)
+        return None
+
+    def _refuse(self, shards: Shards, pipeline: Pipeline, reason: str) -> None:
+        self.found.refused.append((self._name(shards, pipeline), reason))
+
+    def _job(self, shards: Shards, pipeline: Pipeline) -> JobSpec:
+        fields = {**shards.fields, **pipeline.fields(self._model.mtp)}
+        return self._model.job.with_layout(fields)
+
+    def _name(self, shards: Shards, pipeline: Pipeline) -> str:
+        return short_layout(self._job(shards, pipeline).values())
+
+
+def _guess(shards: Shards, pipeline: Pipeline, model: Model) -> tuple[float, ...]:
+    """A rough guess of what costs time; it orders layouts of equal bounds alone."""
+    samples = shards.mbs * (model.gpus // (shards.tp * shards.cp * pipeline.pp))
+    micro_batches = model.facts.global_batch_size / samples
+    bubble = (pipeline.pp - 1) / micro_batches / pipeline.vpp
+    costs = 0.1 * shards.tp.bit_length() + 0.15 * shards.etp.bit_length() + bubble
+    return costs + 0.05 * shards.cp.bit_length(), float(pipeline.vpp), float(shards.ep)
 
 
 def _seconds(candidate: Candidate) -> float:
     return candidate.planned.prediction.seconds
-
-
-def _is_hopeless(
-    known: Iterable[Held], sizes: Mapping[str, Any], planner: Planner, gpus: int
-) -> bool:
-    """Whether any of the planned layouts says that this one holds too much."""
-    least = max((one.least_bytes(sizes, gpus) for one in known), default=0.0)
-    return least > planner.cluster.device.memory_bytes
-
-
-def _facts(planner: Planner, job: JobSpec, gpus: int) -> JobFacts:
-    """Of the model: any layout says them that Megatron accepts."""
-    smallest = dict(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, mbs=1, recompute="none")
-    plain = job.with_layout(as_changes(smallest))
-    return planner.tracer.describe(planner.flags(plain), gpus).facts
 
 
 def pareto(candidates: Sequence[Candidate]) -> set[str]:

@@ -6,7 +6,7 @@ May touch: nothing.
 from megatron_mone.common.device import Device
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.planning.plan_parts import GIB
-from megatron_mone.planning.search import Found
+from megatron_mone.planning.search import INTERRUPT, LIMIT, SLOWER, TOO_LARGE, Found
 
 
 def table(plan: Plan) -> str:
@@ -31,12 +31,32 @@ def table(plan: Plan) -> str:
                 f"{'':12} nine of ten: {step_band.low:,.0f} to {step_band.high:,.0f} ms, "
                 f"{peak_band.low:.1f} to {peak_band.high:.1f} GiB"
             )
+    for one in plan.models:
+        if one.bubble_ms > _SHOWN * one.step_ms:
+            lines.append(stage_line(one))
         if one.host is not None:
             lines.append(
                 f"{'':12} on the host: {one.host.memory_gib:.1f} of {one.host.limit_gib:.0f} GiB, "
                 f"copies {one.host.copy_ms:,.0f} ms, update {one.host.update_ms:,.0f} ms"
             )
     return "\n".join(lines)
+
+
+_SHOWN = 0.02  # of a step; a bubble that is worth a line
+
+
+def stage_line(one: PlannedModel) -> str:
+    """What of a model's bubble is the pipeline's fill, and what the slowest stage's doing."""
+    slowest = max(one.stages, key=lambda stage: stage.busy_ms)
+    mean = sum(stage.busy_ms for stage in one.stages) / len(one.stages)
+    line = (
+        f"{one.name}: the bubble is {one.fill_ms / one.step_ms:.1%} fill and "
+        f"{one.imbalance_ms / one.step_ms:.1%} imbalance: the slowest stage, {slowest.stage} "
+        f"({slowest.layers}), works {slowest.busy_ms:,.0f} ms, stages on average {mean:,.0f} ms"
+    )
+    if one.faster_stages is not None:
+        line += f"; faster: {one.faster_stages.change} ({one.faster_stages.step_ms:,.0f} ms)"
+    return line
 
 
 def _verdict(one: PlannedModel) -> str:
@@ -52,10 +72,11 @@ def search_table(document: Search) -> str:
     """The best of a search, for a terminal."""
     counts = (
         f"{len(document.candidates)} layouts planned, {len(document.refused)} refused by "
-        f"Megatron, {len(document.hopeless)} too large without activations, "
-        f"{document.not_tried} not tried"
+        f"Megatron, {len(document.hopeless)} too large without activations"
     )
     lines = [f"{document.model} on {document.gpus} x {document.cluster.device}: {counts}"]
+    if document.not_tried:
+        lines.append(f"not tried: {not_tried(document)}")
     best = zip(document.best, document.best_candidates(), strict=True)
     for place, (one, candidate) in enumerate(best, 1):
         lines.append(
@@ -65,14 +86,38 @@ def search_table(document: Search) -> str:
     return "\n".join(lines)
 
 
+_WHY = {
+    SLOWER: "slower by their lower bounds than those found",
+    TOO_LARGE: "too large by theirs",
+    LIMIT: "beyond --limit",
+    INTERRUPT: "when it was interrupted",
+}
+
+
+def not_tried(document: Search) -> str:
+    """How many layouts were not planned, by why, and what they could have been worth."""
+    counts = [f"{count:,} {_WHY.get(why, why)}" for why, count in document.not_tried.items()]
+    text = ", ".join(counts)
+    if document.least_ms is not None:
+        text += f", of which none takes less than {document.least_ms:,.0f} ms"
+    return text
+
+
 def nothing_planned(found: Found, name: str, gpus: int, device: Device) -> str:
     """Why a search planned no layout of the model `name`, in one line."""
+    hopeless, large = len(found.hopeless), found.not_tried[TOO_LARGE]
+    if hopeless + large:
+        return (
+            f"{name} does not fit {gpus} x {device.name}: of its layouts {hopeless} are too large "
+            f"even without activations, {large} with them, and Megatron refuses "
+            f"{len(found.refused)}: use more or larger devices"
+        )
     if found.refused:
         layout, reason = found.refused[0]
         return f"Megatron refuses every layout of {name}; the first, {layout}: {reason}"
     return (
-        f"{name} does not fit {gpus} x {device.name} in any of {len(found.hopeless)} layouts, even "
-        "without activations: use more or larger devices"
+        f"{name} has no layout on {gpus} devices that shares global_batch_size in whole "
+        "micro-batches: give other --gpus, or gbs=.. in --layout"
     )
 
 

@@ -24,7 +24,7 @@ from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.rank_memory import ORDER
 from megatron_mone.planning.job import run_job
-from megatron_mone.planning.plan_document import Plan, Search
+from megatron_mone.planning.plan_document import Comparison, Plan, Search
 from megatron_mone.planning.plan_parts import layout_document
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.tracing import trace_server
@@ -230,6 +230,17 @@ def test_both_sweeps(planned, command, asked):
     assert pairs[2]["step_ms"] == mone["step_ms"]
 
 
+def test_two_of_its_run_files_are_compared(planned, command):
+    files = [str(planned.folder / f"{name}.run.yaml") for name in ("mone", "moe")]
+    done = command("--compare", *files, "--gpus", str(GPUS), "--cluster", "h100-ndr")
+    assert done.status == 0, done.err
+    found = Comparison.read(done.folder / "plan.json", "")
+    total = found.second.step_ms - found.first.step_ms
+    assert sum(one.difference for one in found.step_ms) == pytest.approx(total, rel=1e-6)
+    assert "GiB" in done.out
+    assert not (done.folder / "report.html").exists()
+
+
 def test_skewed_routing_is_slower(planned, command, asked):
     skewed = command(*asked, "--routing", "zipf:0.6")
     assert skewed.status == 0, skewed.err
@@ -248,7 +259,7 @@ def test_a_search(command, inputs, tracer):
     steps = [one["step_ms"] for one in found["candidates"]]
     assert steps == sorted(steps)
     assert found["candidates"][0]["pareto"]
-    assert found["not_tried"] > 0
+    assert found["not_tried"]["limit"] > 0
     best = found["best"][0]
     assert best["layout"] == found["candidates"][0]["name"]
     assert f"1. {best['layout']}" in done.out
@@ -277,12 +288,22 @@ def test_what_does_not_fit_says_by_what_and_what_would_help(command, inputs):
 
 # name: (words, what the one line says)
 WRONG = {
-    "refused layout": (("--layout", "tp=3"), "Megatron refuses the arguments: world size (16)"),
+    "refused layout": (
+        ("--layout", "tp=3"),
+        "--gpus 16 is no multiple of tp x cp",
+    ),
     "unknown cluster": (("--cluster", "h100-ndrr"), "(did you mean 'h100-ndr'?)"),
     "unknown model": (("--model", "moe-30b-a3b-moan"), "(did you mean 'moe-30b-a3b-mone'?)"),
     "layout without a value": (("--layout", "tp=2,ep"), "write NAME=VALUE"),
     "layout of no size": (("--layout", "tp=two"), "layout tp = 'two' must be a whole number"),
-    "unknown argument": (("--layout", "tpp=2"), "tpp"),
+    "unknown argument": (
+        ("--layout", "epp=2"),
+        "epp = 2 of the layout is no argument (did you mean 'pp'?)",
+    ),
+    "nothing to compare": (
+        ("--model", "{inputs}/stock.yaml", "--against", "blocks:mone_neuron_block=32"),
+        "--against blocks: mone_neuron_block = 32 changes nothing of stock, which has no MoNE",
+    ),
     "model and run": (("--config", "{inputs}/job.run.yaml"), "--model NAME, or --config RUN.yaml"),
     "no devices": (("--gpus", "0"), "--gpus 0 is not allowed"),
     "json": (("--json", "plan.txt"), "--json plan.txt must end in .json"),
@@ -315,8 +336,8 @@ def test_without_devices_or_a_model_nothing_is_planned(command, inputs, words):
 def test_a_model_that_fits_no_layout(command, inputs):
     done = command("--model", f"{inputs}/huge.yaml", "--gpus", "2", "--layout", "gbs=64",
                    "--search", "--limit", "2")  # fmt: skip
-    _is_one_line(done, "huge fits 2 x 80 GiB: the smallest, ")
-    assert "passes the limit at weights: use more or larger devices" in done.err
+    _is_one_line(done, "huge does not fit 2 x NVIDIA H100")
+    assert "are too large even without activations" in done.err
 
 
 def _is_one_line(done: Done, said: str) -> None:

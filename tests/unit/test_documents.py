@@ -137,7 +137,7 @@ def test_what_is_no_object_or_no_json_is_refused_too(tmp_path):
 
 def test_the_docs_have_the_fields_of_the_classes():
     """After a change of a class: python -m megatron_mone.commands.write_schemas."""
-    for name, tables in (("PLANNER.md", 3), ("PROFILER.md", 3), ("KERNELS.md", 2)):
+    for name, tables in (("PLANNER.md", 4), ("PROFILER.md", 3), ("KERNELS.md", 2)):
         text = (ROOT / "docs" / name).read_text(encoding="utf-8")
         assert text.count("<!-- fields of ") == text.count("| field | kind | meaning |") == tables
         assert with_tables(text) == text

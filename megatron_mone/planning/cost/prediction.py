@@ -126,6 +126,30 @@ class Prediction:
         return self.flops_per_second / self.cluster.device.peak(DTYPES[self.facts.params_dtype])
 
     @property
+    def busy_P(self) -> NDArray[np.float64]:
+        """[P] seconds of each stage's passes."""
+        found = np.zeros(self.facts.pp)
+        for event in self.run.events:
+            found[event.stage] += event.end - event.start
+        return found
+
+    @property
+    def imbalance_P(self) -> NDArray[np.float64]:
+        """[P] seconds by which each stage is done sooner than the slowest, and waits for it."""
+        busy_P = self.busy_P
+        return np.asarray(busy_P.max() - busy_P)
+
+    @property
+    def fill(self) -> float:
+        """Seconds that any stage waits beside: the pipeline fills and drains, and sends."""
+        return max(0.0, float(self.run.end_P.max() - self.busy_P.max()))
+
+    @property
+    def imbalance(self) -> float:
+        """Of the bubble, what is no fill: the stage that ends last waits for a slower one."""
+        return min(self.parts["bubble"], float(self.imbalance_P[self.last]))
+
+    @property
     def exposed(self) -> float:
         """Seconds of communication that nothing hides, bubbles left out."""
         own = ("compute", "bubble", "optimizer")
@@ -270,11 +294,11 @@ def _pass_seconds(
                 if work.steady:
                     one = row[work.chunk].forward if work.forward else row[work.chunk].backward
                     times = forward if work.forward else backward
-                    times[p, work.chunk, work.micro_batch] = _beside(one, row, efficiency)
+                    times[p, work.chunk, work.micro_batch] = beside_seconds(one, row, efficiency)
     return forward, backward
 
 
-def _beside(one: PassCost, chunks: Sequence[ChunkCost], efficiency: Efficiency) -> float:
+def beside_seconds(one: PassCost, chunks: Sequence[ChunkCost], efficiency: Efficiency) -> float:
     """Seconds of a pass whose expert communication another pass of the stage hides."""
     both = [(c.forward, c.backward) for c in chunks]
     communication = sum(f.expert + b.expert for f, b in both)

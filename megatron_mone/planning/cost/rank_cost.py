@@ -245,7 +245,7 @@ def _communication(
     found: dict[tuple[str, str, float], float] = defaultdict(float)
     for one in collectives:
         seconds = one.count * collective_seconds(one, facts, cluster, efficiency)
-        found[one.group, one.phase, _hideable(one, facts, buckets)] += seconds
+        found[one.group, one.phase, hideable_share(one, facts, buckets)] += seconds
     for (group, phase, share), seconds in found.items():
         yield group, phase, share, seconds
 
@@ -260,7 +260,7 @@ def is_of_replicas(group: str) -> bool:
     return group in _REPLICAS or any(name in group for name in _OF_INSTANCES)
 
 
-def _hideable(one: Collective, facts: JobFacts, buckets: int) -> float:
+def hideable_share(one: Collective, facts: JobFacts, buckets: int) -> float:
     """Share of a collective that can go on beside compute of its own pass."""
     if one.phase in (DISPATCH, COMBINE):
         beside = facts.overlap_dispatch_backward and one.pass_ == BACKWARD

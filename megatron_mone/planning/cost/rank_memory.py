@@ -14,7 +14,7 @@ from megatron_mone.common.phases import FORWARD
 from megatron_mone.planning.cost.host_cost import host_work
 from megatron_mone.planning.cost.pipeline import Schedule, peak_activations
 from megatron_mone.planning.tracing.job_facts import JobFacts
-from megatron_mone.planning.tracing.trace import Trace
+from megatron_mone.planning.tracing.trace import StageMemory, Trace
 
 MIB = 2**20
 # Assumptions. A NCCL ring holds 16 channels, each with buffers of its three protocols of some 9 MiB
@@ -87,7 +87,7 @@ def rank_memory(
         facts: of the job.
     """
     kept_PV = [[t.memory.activations for t in chunks] for chunks in traces_PV]
-    working_PV = [[_working(t) for t in chunks] for chunks in traces_PV]
+    working_PV = [[working_bytes(t.memory) for t in chunks] for chunks in traces_PV]
     peaks_P = peak_activations(schedule, kept_PV, working_PV)
     idle_P = peak_activations(schedule, kept_PV, 0.0)
     on_host_P = peak_activations(schedule, [[_on_host(t) for t in row] for row in traces_PV], 0.0)
@@ -102,9 +102,8 @@ def _on_host(trace: Trace) -> float:
     return host_work(op for op in trace.ops if op.pass_ == FORWARD and not op.of_step).to_host
 
 
-def _working(trace: Trace) -> int:
+def working_bytes(memory: StageMemory) -> int:
     """Bytes beside what is kept while a pass runs."""
-    memory = trace.memory
     return max(0, max(memory.forward_peak, memory.backward_peak) - memory.activations)
 
 

@@ -21,6 +21,15 @@ CAPABILITY = (9, 0)
 """Reported compute capability: Hopper's, the least with fp8."""
 
 
+_NOT_MODELLED = (
+    "fp8_dot_product_attention",
+    "fp8_multi_head_attention",
+    "cpu_offloading",
+    "use_torch_fsdp2",
+)
+_CANNOT = "{name} = True cannot be planned: its work is not modelled; unset it"
+
+
 def is_gpu_job(flags: Sequence[str]) -> bool:
     """Whether the layers are Transformer Engine's: `--transformer-impl`, a run file's, or none.
 
@@ -88,6 +97,9 @@ def parse_gpu_job(flags: Sequence[str], world_size: int, rank: int) -> tuple[Nam
     Raises:
         ValueError: one line: Megatron or a check of ours refuses the flags.
     """
+    for name in _NOT_MODELLED:
+        if f"--{name.replace('_', '-')}" in flags:  # Megatron may refuse it for what it lacks here
+            raise ValueError(_CANNOT.format(name=name))
     gpu = is_gpu_job(flags)
     prepare(gpu)
     from megatron_mone.model.arguments import parse_arguments
@@ -116,14 +128,9 @@ def check_traceable(args: Namespace) -> None:
     Raises:
         ValueError: names the argument, its value and what to do.
     """
-    for name in (
-        "fp8_dot_product_attention",
-        "fp8_multi_head_attention",
-        "cpu_offloading",
-        "use_torch_fsdp2",
-    ):
+    for name in _NOT_MODELLED:
         if getattr(args, name, False):
-            raise ValueError(f"{name} = True cannot be planned: its work is not modelled; unset it")
+            raise ValueError(_CANNOT.format(name=name))
     if getattr(args, "dataloader_inter_document_masking", False) and args.window_size:
         raise ValueError(
             f"window_size = {args.window_size!r} cannot be planned with packed documents: which "

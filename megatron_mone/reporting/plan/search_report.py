@@ -6,6 +6,7 @@ Writes report.html, plots/NAME.png and plots/NAME.svg under one folder, each who
 from pathlib import Path
 
 from megatron_mone.planning.plan_document import Search
+from megatron_mone.planning.terminal_tables import not_tried
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -56,7 +57,7 @@ def answer(search: Search) -> str:
     if search.hopeless:
         counted += f"; {len(search.hopeless):,} are too large without any activation"
     if search.not_tried:
-        counted += f"; {search.not_tried:,} beyond the limit were not tried"
+        counted += f"; not tried: {not_tried(search)}"
     if not search.best:
         return f"No layout fits: {counted}."
     best = search.best_candidates()[0]

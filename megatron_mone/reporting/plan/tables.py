@@ -32,6 +32,7 @@ _RESULTS: dict[str, Callable[[PlannedModel], str]] = {
     "communication exposed, ms": lambda model: time(model.exposed_comm_ms),
     "communication hidden, ms": lambda model: milliseconds(model.hidden_comm_ms),
     "pipeline bubble, ms": lambda model: time(model.bubble_ms),
+    "of it for a slower stage, ms": lambda model: time(model.imbalance_ms),
     "peak memory, GiB": lambda model: _one(model.memory_gib.peak),
     "nine of ten, GiB": lambda model: _range(model.peak_gib_band, _one),
 }

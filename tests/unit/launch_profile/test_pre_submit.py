@@ -14,7 +14,7 @@ from launch.spec.pre_submit import (
     together,
 )
 from launch.spec.training_job import Job, program_job, training_job
-from megatron_mone.planning import search
+from megatron_mone.planning import fixes
 from megatron_mone.planning.cost.rank_memory import RankMemory
 from megatron_mone.profiling.baselines import run_specs
 
@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(tmp_path, monkeyp
         fixed = planned.job.with_layout({"recompute_granularity": "full", "micro_batch_size": 1})
         return "recompute full", SimpleNamespace(job=fixed, prediction=fitting)
 
-    monkeypatch.setattr(search, "cheapest_fix", cheapest_fix)
+    monkeypatch.setattr(fixes, "cheapest_fix", cheapest_fix)
     with pytest.raises(Refused) as caught:
         checks.memory({"mone": stated(checks, job, "--micro-batch-size", "2")}, job.spec)
     assert str(caught.value) == (
@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_refused_with_the_cheapest_change(tmp_path, monkeyp
         "with --force"
     )
     assert asked == [16]
-    monkeypatch.setattr(search, "cheapest_fix", lambda *arguments: None)
+    monkeypatch.setattr(fixes, "cheapest_fix", lambda *arguments: None)
     with pytest.raises(Refused, match="no single change makes it fit: use more GPUs"):
         checks.memory({"mone": stated(checks, job)}, job.spec)
 

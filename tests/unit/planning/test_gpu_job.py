@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_mone.planning.tracing.gpu_job import check_traceable, is_gpu_job
+from megatron_mone.planning.tracing.gpu_job import check_traceable, is_gpu_job, parse_gpu_job
 from megatron_mone.planning.tracing.stage_messages import mtp_layers_before
 
 
@@ -120,3 +120,9 @@ def test_megatron_builds_its_own_classes_on_the_package():
         "package.install()\n"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_what_cannot_be_planned_is_said_before_megatron_asks_for_more():
+    """Its own checks of FSDP may name an environment variable."""
+    with pytest.raises(ValueError, match="use_torch_fsdp2 = True cannot be planned"):
+        parse_gpu_job(["--use-torch-fsdp2"], 8, 0)

@@ -5,6 +5,7 @@ import yaml
 
 from megatron_mone.model.run_config import load_run
 from megatron_mone.planning.job import JobSpec, job_spec, parse_layout, run_job, short_layout
+from megatron_mone.planning.planner import check_batch
 from megatron_mone.profiling.baselines import run_specs
 
 JOB = JobSpec(
@@ -66,8 +67,43 @@ def test_the_short_form_reads_back(layout):
 
 
 @pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("state=bf16-moments", {"exp_avg_dtype": "bf16", "grad_reduce_in_bf16": None}),
+        ("state=bf16", {"main_grads_dtype": "bf16", "grad_reduce_in_bf16": True}),
+        ("stages=Et*3|t*4L", {"pipeline_model_parallel_layout": "Et*3|t*4L"}),
+    ],
+)
+def test_state_and_stages_in_short(text, arguments):
+    read = parse_layout(f"tp=2,etp=1,{text}")
+    assert read.items() >= arguments.items()
+    values = JobSpec("x", {}, {}, {}, {}).with_layout(read).values()
+    assert short_layout(values) == f"tp=2,pp=1,etp=1,{text}"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "layout", "line"),
+    [
+        (100, "tp=1,gbs=2048", "100 replicas of micro-batches of 1, which do not divide "
+         "global_batch_size = 2048: give gbs=2000 in --layout, or --gpus 64"),
+        (64, "tp=2,pp=4,mbs=3,gbs=32", "8 replicas of micro-batches of 3"),
+        (60, "tp=8,gbs=64", "--gpus 60 is no multiple of tp x cp x pp = 8 x 1 x 1 = 8: give 56"),
+        (64, "tp=2,pp=4,gbs=64", None),
+    ],
+)  # fmt: skip
+def test_replicas_share_whole_micro_batches(gpus, layout, line):
+    job = JobSpec("x", {}, {}, {}, {"micro_batch_size": 1}).with_layout(parse_layout(layout))
+    if line is None:
+        return check_batch(job, gpus)
+    with pytest.raises(ValueError, match="--gpus") as refused:
+        check_batch(job, gpus)
+    assert line in str(refused.value)
+
+
+@pytest.mark.parametrize(
     ("layout", "fault"),
     [
+        ("state=bf17", "is none of fp32, bf16-moments, bf16"),
         ("tp", "write NAME=VALUE"),
         ("tp=", "write NAME=VALUE"),
         ("tp=0", "tp = '0' must be a whole number"),

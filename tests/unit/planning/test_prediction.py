@@ -21,6 +21,7 @@ from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
 from megatron_mone.planning.plan_parts import model_document
+from megatron_mone.planning.terminal_tables import stage_line
 from megatron_mone.planning.tracing.trace import DEVICE_WAIT, FUNCTION_NODE, NODE, Collective, Op
 from tests.unit.planning.made_jobs import (
     CLUSTER,
@@ -157,6 +158,27 @@ def test_two_stages_wait_for_each_other_and_all_parts_add_up():
     assert sum(one.parts.values()) == pytest.approx(one.seconds)
     assert one.parts["bubble"] == pytest.approx(33 * MS)
     assert one.last == 0
+
+
+def test_a_bubble_is_fill_and_waiting_for_a_slower_stage():
+    """M = 4 passes of 33 ms on stage 0, of 66 on stage 1, which is busy but for the first pass."""
+    slow = trace(product(22), product(44, BACKWARD))
+    quick = trace(product(11), product(22, BACKWARD))
+    found = predicted({(0, 0): quick, (1, 0): slow})
+    assert found.busy_P == pytest.approx([4 * 33 * MS, 4 * 66 * MS])
+    assert found.imbalance_P == pytest.approx([4 * 33 * MS, 0])
+    assert found.fill == pytest.approx(33 * MS)
+    assert found.last == 0
+    assert found.imbalance == pytest.approx(4 * 33 * MS)
+    assert found.parts["bubble"] == pytest.approx(found.fill + found.imbalance)
+    model = model_document("moe", found, {(0, 0): "moe*2", (1, 0): "moe*4"})
+    assert model.bubble_ms == pytest.approx(model.fill_ms + model.imbalance_ms)
+    assert [stage.imbalance_ms for stage in model.stages] == pytest.approx([132, 0])
+    line = stage_line(model)
+    assert "the slowest stage, 1 (moe*4), works 264 ms, stages on average 198 ms" in line
+    alike = predicted({(0, 0): quick, (1, 0): quick})
+    assert alike.imbalance == 0
+    assert alike.parts["bubble"] == pytest.approx(alike.fill) == pytest.approx(33 * MS)
 
 
 def test_transfers_between_stages_delay_the_next():

@@ -1,25 +1,25 @@
 """Searching layouts: what is tried, refused, hopeless; fronts, reasons and cheapest fixes."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+from megatron_mone.planning.bounds import Bound, Model
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
+from megatron_mone.planning.fixes import changes, cheapest_fix
 from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.plan_document import Search
 from megatron_mone.planning.planner import Planned, rows_of
 from megatron_mone.planning.search import (
+    LIMIT,
+    SLOWER,
+    TOO_LARGE,
     Found,
-    Held,
-    changes,
-    cheapest_fix,
+    NoBounds,
     explain,
-    layouts,
     pareto,
     search,
 )
@@ -31,13 +31,6 @@ from megatron_mone.planning.terminal_tables import (
 )
 from megatron_mone.planning.tracing.trace_server import TracedJob
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, MEMORY, STAGE, facts, trace
-
-
-@pytest.fixture(autouse=True)
-def _plans_on_paper(monkeypatch):
-    """Composing needs traces of Megatron's; test_composed.py holds it to whole ones."""
-    monkeypatch.setattr("megatron_mone.planning.search.Composer", lambda planner: planner)
-
 
 GPUS = 16
 JOB = JobSpec("tiny", {"num_experts": 8}, {}, {}, {"micro_batch_size": 1, "global_batch_size": 32})
@@ -90,149 +83,121 @@ class PaperPlanner:
         return Planned(job, TracedJob(of, traces, 0.0, 1), {}, prediction, 1.0)
 
 
-def sizes(**given):
-    return dict(tp=1, cp=1, pp=1, vpp=1, ep=1, etp=1, mbs=1, recompute="none") | given
+class PaperBounds(NoBounds):
+    """Of a paper planner's layouts: those that it says, or next to nothing.
+
+    Args:
+        planner: whose layouts.
+        bound_of: shards, pipeline -> bound.
+    """
+
+    recomputes, states = ("none", "full"), ("fp32", "bf16")
+
+    def __init__(self, bound_of=lambda shards, pipeline: Bound(0.0, 0.0, 0.0)):
+        super().__init__(layers=4)
+        self.bound_of = bound_of
+
+    def first(self, shards, pipeline):
+        return self.bound_of(shards, pipeline)
+
+    second = first
 
 
-def test_layouts_use_all_devices_and_divide_the_batch():
-    found = list(layouts(facts(global_batch_size=64), GPUS, domain=8))
-    assert found
-    assert len({tuple(one.items()) for one in found}) == len(found)
-    for one in found:
-        assert GPUS % (one["tp"] * one["pp"] * one["cp"]) == 0
-        assert GPUS % (one["ep"] * one["etp"] * one["pp"]) == 0
-        assert one["etp"] in (1, one["tp"])
-        assert one["pp"] * one["vpp"] <= 4  # layers
-        assert one["cp"] == 1  # a short sequence
-    assert {one["recompute"] for one in found} == {"none", "layernorm+moe_act", "full"}
-    long = layouts(facts(global_batch_size=64, seq_length=32768), GPUS, domain=8)
-    assert {one["cp"] for one in long} == {1, 2, 4, 8}
+@pytest.fixture
+def searched(monkeypatch):
+    """Search on paper: composing needs traces of Megatron's, which test_bounds.py has."""
+
+    def run(planner, limit, whole=3, bounds=None, progress=None):
+        model = Model(JOB, planner.facts({}), ("moe",) * 4, 0, GPUS)
+        monkeypatch.setattr(
+            "megatron_mone.planning.search.prepared",
+            lambda *_: (model, bounds or PaperBounds(), planner),
+        )
+        return search(planner, JOB, GPUS, limit, whole, progress)
+
+    return run
 
 
-def test_a_search_sorts_by_time_and_keeps_reasons():
+def seconds_of(found):
+    return [one.planned.prediction.seconds for one in found.candidates]
+
+
+def test_a_search_sorts_by_time_and_keeps_reasons(searched):
     refuses = lambda v: "Megatron refuses tp" if v[SHORT["tp"]] == 2 else None  # noqa: E731
     planner = PaperPlanner(refuses=refuses)
-    found = search(planner, JOB, GPUS, 12, 3)
+    found = searched(planner, 12)
     assert len(found.candidates) == 12
     assert len(planner.planned) == 12 + 3  # the fastest again, whole
-    seconds = [one.planned.prediction.seconds for one in found.candidates]
-    assert seconds == sorted(seconds)
-    assert found.not_tried > 0
-    everything = search(planner, JOB, GPUS, 10_000, 3)
-    assert everything.not_tried == 0
+    assert seconds_of(found) == sorted(seconds_of(found))
+    assert found.not_tried[LIMIT] > 0
+    assert found.least_seconds == 0
+    everything = searched(planner, 10_000, whole=1000)
+    assert not everything.not_tried
+    assert everything.least_seconds is None
     assert all("tp=2" in layout for layout, _ in everything.refused)
     assert {reason for _, reason in everything.refused} == {"Megatron refuses tp"}
 
 
-def test_an_interrupt_keeps_what_there_is():
-    planner = PaperPlanner()
-
+def test_an_interrupt_keeps_what_there_is(searched):
     def stop(done, limit, layout):
         if done == 3:
             raise KeyboardInterrupt
 
-    found = search(planner, JOB, GPUS, 100, 3, stop)
+    found = searched(PaperPlanner(), 100, progress=stop)
     assert len(found.candidates) == 3
-    assert found.not_tried > 0
+    assert found.not_tried["interrupt"] > 0
 
 
-SIZES = st.fixed_dictionaries({
-    "tp": st.sampled_from([1, 2, 4]), "pp": st.sampled_from([1, 2, 4, 8]),
-    "ep": st.sampled_from([1, 2, 4, 8]), "etp": st.sampled_from([1, 2, 4]),
-})  # fmt: skip
-
-
-@dataclass
-class PaperModel:
-    """Bytes of a model by what shards them; each of its 8 layers alike."""
-
-    sharded: int  # of a layer, by tensor parallelism
-    whole: int  # of a layer, by nothing: norms, routers
-    embedding: int  # by tensor parallelism; at the first stage, and again at the last if tied
-    tied: bool
-    experts: int  # of a layer
-    weights: float  # bytes of weights over bytes of gradients
-    state: float  # bytes of optimizer state over bytes of gradients
-    shared: bool  # among replicas
-
-    def traced(self, sizes, gpus):
-        """Traces of its stages in a layout, and its facts."""
-        tp, pp, ep, etp = (sizes[name] for name in ("tp", "pp", "ep", "etp"))
-        dp, edp = gpus // (tp * pp), gpus // (ep * etp * pp)
-        is_apart = ep > 1  # Megatron's experts of ep = 1 are parameters like others
-        memories = {}
-        for stage in range(pp):
-            dense = 8 / pp * (self.sharded / tp + self.whole)
-            dense += self.embedding / tp * ((stage == 0) + (self.tied and 0 < stage == pp - 1))
-            experts = 8 / pp * self.experts / (ep * etp)
-            shards = (dp, edp) if self.shared else (1, 1)
-            state = dense / shards[0], experts / shards[1]
-            memories[stage, 0] = replace(
-                MEMORY, weights=self.weights * (dense + experts), gradients=dense + experts,
-                optimizer=self.state * sum(state), expert_weights=is_apart * self.weights * experts,
-                expert_gradients=is_apart * experts,
-                expert_optimizer=is_apart * self.state * state[1],
-            )  # fmt: skip
-        of = facts(**sizes, world_size=gpus, dp=dp, edp=edp, distributed_optimizer=self.shared)
-        return {place: trace(memory=memory) for place, memory in memories.items()}, of
-
-    def fullest(self, sizes, gpus):
-        """Bytes of weights, gradients and optimizer of the stage that has most."""
-        memories = [trace.memory for trace in self.traced(sizes, gpus)[0].values()]
-        return max(m.weights + m.gradients + m.optimizer for m in memories)
-
-
-MODELS = st.builds(
-    PaperModel, *(st.integers(10**6, 10**9),) * 3, st.booleans(), st.integers(10**6, 10**11),
-    st.sampled_from([0.25, 0.5, 1.0]), st.sampled_from([0.0, 1.5, 3.0]), st.booleans(),
-)  # fmt: skip
-
-
-@given(MODELS, SIZES, SIZES)
-def test_no_layout_is_said_to_hold_more_than_it_does(model, planned, other):
-    """Whatever layout was planned before."""
-    held = Held.of(*model.traced(planned, 256))
-    assert held.least_bytes(other, 256) <= 1.000001 * model.fullest(other, 256)
-
-
-@given(MODELS, SIZES, SIZES)
-def test_more_shards_are_known_from_fewer(model, planned, other):
-    """The bound is worth something: it is what a layout holds that shards everything further."""
-    model = replace(model, whole=0, embedding=0)
-    other = {name: max(size, planned[name]) for name, size in other.items()}
-    if planned["ep"] == 1:
-        other |= {name: planned[name] for name in ("tp", "ep", "etp")}
-    held = Held.of(*model.traced(planned, 1024))
-    least, true = held.least_bytes(other, 1024), model.fullest(other, 1024)
-    assert least >= 0.97 * true
-
-
-def test_a_search_begins_with_layouts_that_hold_experts_whole():
-    """64 H100, moe-30b-a3b: 8.6 GB a rank in all layouts, and 81 GB of experts by ep."""
-    gib = 2**30
-    model = PaperModel(gib, 0, gib, False, 27 * gib, 0.5, 2.0, True)
-    whole = Held.of(*model.traced({"tp": 1, "pp": 1, "ep": 1, "etp": 1}, 64))
-    split = {"tp": 1, "pp": 2, "ep": 8, "etp": 1}
-    assert whole.least_bytes(split, 64) == 0
-    assert whole.least_bytes({**split, "ep": 1}, 64) > 80 * gib
-    halved = Held.of(*model.traced({"tp": 1, "pp": 1, "ep": 2, "etp": 1}, 64))
-    assert 20 * gib < halved.least_bytes(split, 64) < 40 * gib
-    assert halved.least_bytes({**split, "ep": 1}, 64) > 80 * gib
-
-
-def test_what_cannot_fit_is_not_planned():
+def test_bounds_end_a_search_at_the_best_of_all(searched):
+    """Whatever true bounds: what is found is what planning everything finds."""
+    everything = searched(PaperPlanner(), 10_000, whole=1000)
+    exact = {one.layout: one.planned.prediction.seconds for one in everything.candidates}
     planner = PaperPlanner()
-    planner.cluster = replace(planner.cluster, device=replace(CLUSTER.device, memory_bytes=2e7))
-    found = search(planner, JOB, GPUS, 1000, 0)
+
+    def bound_of(shards, pipeline):
+        fields = {**shards.fields, **pipeline.fields(0)}
+        true = planner.plan(JOB.with_layout(fields), GPUS).prediction.seconds
+        return Bound(true * (0.8 + 0.2 * (shards.ep % 3 == 1)), 0.0, 0.0)
+
+    found = searched(PaperPlanner(), 10_000, whole=3, bounds=PaperBounds(bound_of))
+    assert seconds_of(found)[:3] == sorted(exact.values())[:3]
+    assert found.not_tried[SLOWER] > 0
+    assert len(found.candidates) + found.not_tried[SLOWER] == len(exact)
+
+
+def test_what_cannot_fit_is_not_planned(searched):
+    """Hopeless layouts are tried with less precise state, large ones with recomputation, too."""
+
+    def bound_of(shards, pipeline):
+        limit = 3 * GIB
+        held = 2 * limit if shards.ep == 1 and shards.state == "fp32" else 0
+        kept = 2 * limit if shards.mbs == 4 and shards.recompute == "none" else 0
+        return Bound(0.0, held, held + kept)
+
+    planner = PaperPlanner()
+    found = searched(planner, 10_000, whole=1000, bounds=PaperBounds(bound_of))
     assert found.hopeless
-    assert len(planner.planned) + len(found.hopeless) == len(
-        list(layouts(planner.facts({}), GPUS, 8))
-    )
+    assert all("ep=" not in layout.replace("tp=", "") for layout in found.hopeless)
+    assert found.not_tried[TOO_LARGE] > 0
+    names = {one.layout for one in found.candidates}
+    assert names.isdisjoint(found.hopeless)
+    for name in names:
+        recomputed, small = "recompute=full" in name, "state=bf16" in name
+        assert recomputed <= ("mbs=4" in name)
+        assert not ("mbs=4" in name and not recomputed)
+        assert small or "ep=" in name.replace("tp=", "")
 
 
-def test_the_front_has_who_is_not_both_slower_and_larger():
+def test_an_unfit_layout_is_tried_with_less(searched):
+    kept = lambda values: 1 if values.get("recompute_granularity") else 4 * GIB  # noqa: E731
+    found = searched(PaperPlanner(memory_of=kept), 10_000, whole=1000)
+    assert found.fitting
+    assert all("recompute=full" in one.layout for one in found.fitting)
+
+
+def test_the_front_has_who_is_not_both_slower_and_larger(searched):
     smaller_if_full = lambda v: 10**6 if v.get("recompute_granularity") == "full" else 10**8  # noqa: E731
-    found = search(PaperPlanner(memory_of=smaller_if_full), JOB, GPUS, 40, 3)
+    found = searched(PaperPlanner(memory_of=smaller_if_full), 40)
     front = pareto(found.candidates)
     assert found.candidates[0].layout in front
     peaks = [
@@ -267,14 +232,15 @@ def test_fixes_do_not_repeat_what_is_done():
     assert "recompute layernorm+moe_act" not in words
 
 
-def test_why_nothing_fits_is_one_line():
-    found = search(PaperPlanner(memory_of=lambda values: 100 * GIB), JOB, GPUS, 5, 3)
+def test_why_nothing_fits_is_one_line(searched):
+    found = searched(PaperPlanner(memory_of=lambda values: 100 * GIB), 5)
     assert found.fitting == []
     line = nothing_fits(found, "tiny", GPUS, CLUSTER.device)
     assert "none of 5 layouts of tiny fits 16 x" in line
     refused = Found(refused=[("tp=1", "Megatron refuses that")])
     assert "Megatron refuses that" in nothing_planned(refused, "tiny", GPUS, CLUSTER.device)
-    assert "in any of 2 layouts" in nothing_planned(
+    assert "has no layout on 16 devices" in nothing_planned(Found(), "a", GPUS, CLUSTER.device)
+    assert "2 are too large even without activations" in nothing_planned(
         Found(hopeless=["a", "b"]), "tiny", GPUS, CLUSTER.device
     )
     assert "\n" not in line
@@ -288,7 +254,9 @@ def as_object(document):
 def test_tables_say_what_fits_and_what_would():
     model = {
         "name": "mone", "step_ms": 1234.0, "tokens_per_s_per_gpu": 10.0, "tflops_per_gpu": 5.0,
-        "mfu": 0.25, "exposed_comm_ms": 123.4, "bubble_ms": 0.0, "memory_gib": {"peak": 90.0},
+        "mfu": 0.25, "exposed_comm_ms": 123.4, "bubble_ms": 0.0,
+        "memory_gib": {"peak": 90.0}, "step_ms_band": None,
+        "peak_gib_band": None,
         "host": None,
         "fits": False, "first_unfit": "activations",
         "cheapest_fix": {"change": "recompute full", "step_ms": 2000.0},
@@ -303,10 +271,11 @@ def test_tables_say_what_fits_and_what_would():
     assert "try --search" in table(as_object({**plan, "models": [{**model, "cheapest_fix": None}]}))
     found = as_object({
         **plan, "candidates": [{"name": "tp=1", "step_ms": 10.0, "peak_gib": 5.0}], "refused": [],
-        "hopeless": [], "not_tried": 7, "best": [{"layout": "tp=1", "why": "90% compute"}],
+        "hopeless": [], "best": [{"layout": "tp=1", "why": "90% compute"}],
     })  # fmt: skip
-    search_text = search_table(Search.model_construct(**vars(found)))
-    assert "7 not tried" in search_text
+    left = {"not_tried": {"limit": 7}, "least_ms": 9.0}
+    search_text = search_table(Search.model_construct(**vars(found), **left))
+    assert "7 beyond --limit, of which none takes less than 9 ms" in search_text
     assert "1. tp=1: 10 ms, 5.0 GiB" in search_text
 
 

@@ -101,15 +101,15 @@ def test_the_key_follows_from_everything(tmp_path, monkeypatch):
 
 def test_the_digest_reads_the_source(tmp_path, monkeypatch):
     root = tmp_path / "package"
-    (root / "planning").mkdir(parents=True)
+    (root / "planning" / "tracing").mkdir(parents=True)
     (root / "__init__.py").write_text("")
-    (root / "planning" / "build.py").write_text("a = 1\n")
+    (root / "planning" / "tracing" / "build.py").write_text("a = 1\n")
     monkeypatch.setattr(trace_cache, "PACKAGE", root)
 
     before = digest()
-    (root / "planning" / "build.py").write_text("a = 2\n")
+    (root / "planning" / "tracing" / "build.py").write_text("a = 2\n")
     changed = digest()
-    (root / "planning" / "build.py").rename(root / "planning" / "built.py")
+    (root / "planning" / "tracing" / "build.py").rename(root / "planning" / "tracing" / "built.py")
     assert len({before, changed, digest()}) == 3
 
 

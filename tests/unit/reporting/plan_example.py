@@ -70,7 +70,7 @@ def example_plan(
 
 
 def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
-    """A search of `megatron-mone/plan-search/1`; its Pareto front and best five are true."""
+    """A search of `megatron-mone/plan-search/2`; its Pareto front and best five are true."""
     random = np.random.default_rng(seed)
     found = [_candidate(random) for _ in range(candidates)]
     found = list({one["name"]: one for one in found}.values())
@@ -82,12 +82,13 @@ def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
     best = [one for one in found if one["fits"]][:5]
     reason = "Megatron refuses pipeline_model_parallel_size: 48 layers are not divisible by 5"
     return {
-        "schema": "megatron-mone/plan-search/1",
+        "schema": "megatron-mone/plan-search/2",
         **_head("moe-30b-a3b-mone", 128),
         "candidates": found,
         "refused": [{"layout": f"tp={tp},ep=8,pp=5", "reason": reason} for tp in (1, 2, 4)],
         "hopeless": ["tp=1,ep=1,pp=1"],
-        "not_tried": 24,
+        "not_tried": {"slower": 1200, "limit": 24},
+        "least_ms": 900.0,
         "best": [
             {"layout": one["name"], "why": "no tensor-parallel traffic, least pipeline bubble"}
             for one in best

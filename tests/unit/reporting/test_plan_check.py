@@ -89,7 +89,7 @@ def test_a_fault_of_a_plan_is_named(place, value, words):
         (("refused", 0, "reason"), None, "refused[0].reason: must be a text"),
         (("hopeless",), ..., "has no field 'hopeless'"),
         (("best", 0, "layout"), "tp=9", "best[0].layout: 'tp=9' is the name of no candidate"),
-        (("not_tried",), -1, "not_tried: -1 is not a whole number"),
+        (("not_tried", "limit"), -1, "not_tried.limit: -1 is not a whole number"),
     ],
 )
 def test_a_fault_of_a_search_is_named(place, value, words):
@@ -119,7 +119,7 @@ def test_files_are_read_by_what_they_say_they_are(tmp_path):
         path.write_text(json.dumps(document))
         for found in (kind.read(path, "look elsewhere"), read_either(path)):
             assert json.loads(json.dumps(found.plain())) == document
-    with pytest.raises(ValueError, match="schema is megatron-mone/plan-search/1, not"):
+    with pytest.raises(ValueError, match="schema is megatron-mone/plan-search/2, not"):
         Plan.read(tmp_path / "s", "look elsewhere")
     (tmp_path / "text").write_text("{")
     for name in ("text", "absent"):

@@ -314,7 +314,7 @@ def test_a_search_says_what_is_best_and_what_was_left_out(search, tmp_path):
     assert f"{len(search['candidates'])} layouts were predicted and {len(fit)} fit" in text
     assert "Megatron refuses 3 more" in text
     assert "1 are too large without any activation" in text
-    assert "24 beyond the limit were not tried" in text
+    assert "24 beyond --limit, of which none takes less than 900 ms" in text
     assert answer(as_search({**search, "best": []})).startswith("No layout fits: ")
     page = write_plan_files(as_search(search), tmp_path).read_text()
     assert re.search(r"<summary>3 layouts that Megatron refuses</summary>", page)
