@@ -164,6 +164,15 @@ def difference(value: Any) -> float:
     return value if isinstance(value, float) and -1e-6 < value < 0 else number(value)
 
 
+def signed(value: Any) -> float:
+    """Finite, of either sign; not true or false."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Fault("must be a number")
+    if not abs(value) <= sys.float_info.max:  # false for NaN too
+        raise Fault(f"{str(value)[:40]} is not a finite number")
+    return value
+
+
 def whole(value: Any, most: int = LARGEST_WHOLE, least: int = 0) -> int:
     """An int from `least` to `most`."""
     if not isinstance(value, int):

@@ -79,6 +79,8 @@ Number = Annotated[float, Kind("number", checked_json.number)]
 Positive = Annotated[float, Kind("number", checked_json.positive)]
 Difference = Annotated[float, Kind("number", checked_json.difference)]
 """Found by subtraction, which rounding may leave a hair below 0."""
+Signed = Annotated[float, Kind("number", checked_json.signed)]
+"""Finite, of either sign."""
 Whole = Annotated[int, whole()]
 AtLeast1 = Annotated[int, whole(least=1)]
 Text = Annotated[str, Kind("text", checked_json.text)]

@@ -18,6 +18,7 @@ from megatron_mone.common.documents import (
     Number,
     Part,
     Positive,
+    Signed,
     Text,
     Whole,
     Words,
@@ -475,7 +476,7 @@ class PartDifference(Part):
     part: Text
     first: Difference
     second: Difference
-    difference: Difference
+    difference: Signed
     """the second's less the first's"""
 
 

@@ -78,7 +78,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Models, runs, a GPU of 4 GiB, and exact.json, by which launches cost nothing."""
+    """Models, runs, a GPU of 3.5 GiB, and exact.json, by which launches cost nothing."""
     folder = tmp_path_factory.mktemp("inputs")
     models = {"tiny": {**MODEL, **MONE}, "stock": MODEL, "huge": {**MODEL, **HUGE}}
     for name, model in models.items():
@@ -89,7 +89,7 @@ def inputs(tmp_path_factory) -> Path:
     run = {"model": {**MODEL, **MONE}, "cluster": "gpu", "train": "plan-4k"}
     (folder / "job.run.yaml").write_text(yaml.safe_dump(run))
     cluster = yaml.safe_load((HARDWARE_ROOT / "h100-ndr.yaml").read_text())
-    cluster["device"]["memory_mib"] = 4096
+    cluster["device"]["memory_mib"] = 3584
     (folder / "small-gpu.yaml").write_text(yaml.safe_dump(cluster))
     return folder
 
