@@ -16,6 +16,7 @@ from megatron_mone.planning.comparison import (
     memory_parts,
     step_parts,
 )
+from megatron_mone.planning.cost.bands import tied
 from megatron_mone.planning.cost.prediction import Prediction
 from megatron_mone.planning.fixes import cheapest_fix, faster_stages
 from megatron_mone.planning.job import JobSpec, short_layout
@@ -26,6 +27,7 @@ from megatron_mone.planning.plan_document import (
     ExpertPoint,
     Fix,
     Plan,
+    Range,
     RatioPoint,
     Refused,
     Routing,
@@ -141,7 +143,7 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
     document = Search(
         **_head(question, planner, found.candidates[0].planned),
         warnings=_assumed([one.planned.prediction for one in found.candidates]),
-        candidates=[_candidate(one, one.layout in front) for one in found.candidates],
+        candidates=[_candidate(one, one.layout in front, best) for one in found.candidates],
         refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
         hopeless=found.hopeless,
         not_tried=dict(found.not_tried),
@@ -158,8 +160,9 @@ def _about(say: Say, what: str) -> Progress:
     return lambda done, total: say(done, total, what)
 
 
-def _candidate(one: Candidate, on_front: bool) -> CandidateLayout:
+def _candidate(one: Candidate, on_front: bool, best: Sequence[Candidate]) -> CandidateLayout:
     prediction = one.planned.prediction
+    band = prediction.band
     return CandidateLayout(
         name=one.layout,
         layout=layout_document(prediction.facts),
@@ -169,6 +172,8 @@ def _candidate(one: Candidate, on_front: bool) -> CandidateLayout:
         peak_gib=prediction.peak / GIB,
         parts_ms={name: 1e3 * value for name, value in prediction.parts.items()},
         pareto=on_front,
+        step_ms_band=Range(low=1e3 * band.low, high=1e3 * band.high),
+        tied=bool(best) and prediction.fits and tied(band, best[0].planned.prediction.band),
     )
 
 

@@ -406,6 +406,9 @@ class CandidateLayout(Part):
     parts_ms: dict[Key, Difference]
     pareto: bool
     """whether no other is both faster and smaller"""
+    step_ms_band: Range | None = None
+    tied: bool = False
+    """whether its band overlaps that of the fastest that fits: which is faster is not known"""
 
     @model_validator(mode="after")
     def _adds_up(self) -> Self:

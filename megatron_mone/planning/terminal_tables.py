@@ -79,10 +79,13 @@ def search_table(document: Search) -> str:
         lines.append(f"not tried: {not_tried(document)}")
     best = zip(document.best, document.best_candidates(), strict=True)
     for place, (one, candidate) in enumerate(best, 1):
+        tied = ", tied with 1" if place > 1 and candidate.tied else ""
         lines.append(
             f"{place}. {one.layout}: {candidate.step_ms:,.0f} ms, "
-            f"{candidate.peak_gib:.1f} GiB\n   {one.why}"
+            f"{candidate.peak_gib:.1f} GiB{tied}\n   {one.why}"
         )
+    if any(one.tied for one in document.best_candidates()[1:]):
+        lines.append("tied: their bands overlap, so that the planner cannot tell which is faster")
     return "\n".join(lines)
 
 

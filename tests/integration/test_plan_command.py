@@ -259,6 +259,10 @@ def test_a_search(command, inputs, tracer):
     steps = [one["step_ms"] for one in found["candidates"]]
     assert steps == sorted(steps)
     assert found["candidates"][0]["pareto"]
+    bands = [one["step_ms_band"] for one in found["candidates"]]
+    for one, band in zip(found["candidates"], bands, strict=True):
+        assert one["tied"] == (one["fits"] and band["low"] <= bands[0]["high"])
+    assert all(band["low"] < step < band["high"] for band, step in zip(bands, steps, strict=True))
     assert found["not_tried"]["limit"] > 0
     best = found["best"][0]
     assert best["layout"] == found["candidates"][0]["name"]
