@@ -511,8 +511,9 @@ class TestBetweenLayers:
         out.backward(torch.empty_like(out))
         assert t.grad.shape == t.shape
         assert [op.name for op in recorder.ops] == ["fused.rope"] * 2
-        with pytest.raises(ValueError, match="packed"):
-            apply_rotary_pos_emb(t, angles, tensor_format="thd")
+        packed = activation(S * B, HEADS, D)  # documents are turned like samples
+        assert apply_rotary_pos_emb(packed, angles, tensor_format="thd").shape == packed.shape
+        assert recorder.ops[-1].outputs == (tuple(packed.shape),)
 
     def test_ropes_of_latent_attention(self, recorder):
         nope, rope, value = 8, 4, 6
