@@ -124,6 +124,11 @@ GPU = {
         (*MONE, "--moe-token-dispatcher-type", "flex", "--mone-backend", "triton",
          "--expert-model-parallel-size", 2), 2, 0,
     ),
+    "NCCL EP": (
+        (*MONE, "--moe-token-dispatcher-type", "flex", "--moe-flex-dispatcher-backend", "ncclep",
+         "--moe-expert-rank-capacity-factor", 2.0, "--mone-backend", "triton",
+         "--expert-model-parallel-size", 2), 2, 0,
+    ),
 }  # fmt: skip
 
 
@@ -153,7 +158,11 @@ def of(folder, name, kind="gpu") -> Trace:
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("gpu", "flex"), *((kind, name) for kind in ("gpu", "cpu") for name in PATCHES)],
+    [
+        ("gpu", "flex"),
+        ("gpu", "NCCL EP"),
+        *((kind, name) for kind in ("gpu", "cpu") for name in PATCHES),
+    ],
 )
 def test_no_name_of_our_own_modules_is_patched(folder, kind, name):
     """Megatron and torch have stand-ins while a job is traced; our modules are handed theirs."""

@@ -214,7 +214,8 @@ class MaskFlexTokenDispatcher(MaskCarrier, MoEFlexTokenDispatcher):
         """See MaskCarrier."""
         manager: Any = self._comm_manager
         device = manager.token_probs.device
-        if tokens_per_expert.device == device:
+        nccl_ep = self.config.moe_flex_dispatcher_backend == "ncclep"  # counts on the device
+        if nccl_ep or tokens_per_expert.device == device:
             return tokens_per_expert.long()
         if self._is_deepep:  # its counts are on the host, and a map of what arrived is here
             return manager.dispatched_routing_map.sum(dim=0)

@@ -168,5 +168,6 @@ def _as_on_the_cluster() -> Iterator[None]:
         Replaced(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         Replaced(fused_a2a, "HAVE_DEEP_EP", True),
         Replaced(fused_a2a, "HAVE_HYBRIDEP", True),
+        Replaced(fused_a2a, "HAVE_TE_EP", True),
     ):
         yield

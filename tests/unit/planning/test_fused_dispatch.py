@@ -306,13 +306,47 @@ def test_products_of_the_router(recorder, layout, a, b, result, name):
     assert (op.name, op.flops, op.dtype) == (name, 2 * T * E * H, "bfloat16")
 
 
-def test_a_backend_that_is_not_traced_is_one_line(recorder):
-    config = config_of(moe_flex_dispatcher_backend="ncclep")
-    with (
-        pytest.raises(ValueError, match="moe_flex_dispatcher_backend = 'ncclep'") as failure,
-        deep_ep.installed(config, recorder),
-    ):
-        pass
+def nccl(recorder, capacity):
+    """Through NCCL EP: the exchange, its buffer, what a dispatch made, and its inputs."""
+    config = config_of(moe_flex_dispatcher_backend="ncclep", moe_expert_rank_capacity_factor=2.0)
+    exchange, buffer = Exchange(config, recorder), deep_ep.Slots(recv_capacity_per_rank=capacity)
+    exchange.bootstrap(Group(), num_experts=E, hidden_dim=H)
+    indices = deep_ep._indices(routing_map(balanced_rows(T, K, E), T, K), K)
+    x, probs = hidden(), torch.empty(T, K, requires_grad=True)
+    return exchange, buffer, exchange.nccl_dispatch(buffer, x, indices, probs), (x, probs)
+
+
+def test_nccl_ep_fills_a_buffer_of_its_capacity(recorder):
+    capacity = 2 * T * K
+    exchange, buffer, (rows, counts, weights), inputs = nccl(recorder, capacity)
+    assert counts.tolist() == [RANKS * T * K // E] * MINE
+    assert (rows.shape, weights.shape) == ((capacity, H), (capacity,))
+    handle = buffer.handle
+    exchange.nccl_dispatch(
+        buffer,
+        rows[:T] * 1,
+        deep_ep._indices(  # masks, by the same slots
+            routing_map(balanced_rows(T, K, E), T, K), K
+        ),
+        torch.empty(T, K),
+    )
+    assert buffer.handle is handle
+    y = exchange.nccl_combine(buffer, rows * 1, num_local_tokens=T)
+    (y.float().sum() + weights.sum()).backward()
+    assert y.shape == (T, H)
+    assert [t.grad.shape for t in inputs] == [(T, H), (T, K)]
+    states, each_pair = 2 * T * H, 4 * T * K
+    assert [(c.kind, c.bytes) for c in recorder.collectives] == [
+        ("dispatch", states + each_pair), ("dispatch", states + each_pair), ("combine", states),
+        ("dispatch", states), ("combine", states + each_pair),
+    ]  # fmt: skip
+
+
+def test_more_rows_than_nccl_ep_has_room_for_are_one_line(recorder):
+    with pytest.raises(
+        ValueError, match=r"moe_expert_rank_capacity_factor = 2\.0 holds"
+    ) as failure:
+        nccl(recorder, MINE * RANKS * T * K // E - 1)
     assert "\n" not in str(failure.value)
 
 

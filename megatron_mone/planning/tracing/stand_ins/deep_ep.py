@@ -1,4 +1,5 @@
-"""DeepEP and HybridEP without values: exchanges that bring tokens to the ranks of their experts.
+"""DeepEP, HybridEP and NCCL EP without values: exchanges that bring tokens to the ranks of their
+experts.
 
 They bring a token once to each rank that holds one of its experts. Their exchanges are collectives
 of the TP x EP group, "dispatch" (also the backward of combine) and "combine" (also the backward of
@@ -97,8 +98,21 @@ class Handle:
         return torch.zeros(1, dtype=INT)
 
 
+class Slots:
+    """NCCL EP's buffer of one dispatch and its combine, te_ep.EpBuffer.
+
+    Attributes:
+        capacity: C, rows that a rank has room for.
+        handle: what the first dispatch leaves.
+    """
+
+    def __init__(self, *, recv_capacity_per_rank: int, **_sizes: int) -> None:
+        self.capacity = recv_capacity_per_rank
+        self.handle: Handle | None = None
+
+
 class Exchange:
-    """DeepEP and HybridEP of one model, as megatron/core/transformer/moe/fused_a2a.py calls them.
+    """DeepEP, HybridEP and NCCL EP of one model, as megatron/core/transformer/moe/fused_a2a.py calls them.
 
     Args:
         config: of the model.
@@ -108,6 +122,7 @@ class Exchange:
     def __init__(self, config: Any, recorder: Recorder) -> None:
         self._config = config
         self._recorder = recorder
+        self._context: tuple[Any, int] | None = None  # NCCL EP's group and its experts
 
     def fused_dispatch(
         self, x: Tensor, token_indices: Tensor, token_probs: Tensor, num_experts: int, group: Any,
@@ -154,6 +169,47 @@ class Exchange:
         summed = unpermute(x, handle.row_map, restore_shape=(handle.arrived, x.shape[1]))
         return _Combine.apply(summed, self._recorder, handle)
 
+    def bootstrap(self, ep_group: Any, num_experts: int, **_sizes: Any) -> None:
+        """NCCL EP's context, of which a process has one."""
+        self._context = ep_group, num_experts
+
+    def nccl_dispatch(
+        self, buffer: Slots, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor,
+        **_given: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Rows [C, H] by expert, counts, and probabilities [C]. NCCL EP is HybridEP's way, whose
+        rows lie in a buffer of a rank's capacity; it is read and written whole.
+
+        Raises:
+            ValueError: more rows arrive than the buffer has, where the kernel ends the job.
+        """
+        assert self._context is not None
+        group, experts = self._context
+        mine = experts // group.size()
+        sent = torch.bincount(topk_idx.flatten(), minlength=experts)
+        sent = sent[mine * group.rank() : mine * (group.rank() + 1)]
+        counts = sent * group.size()
+        if int(counts.sum()) > buffer.capacity:
+            factor = self._config.moe_expert_rank_capacity_factor
+            raise ValueError(
+                f"moe_expert_rank_capacity_factor = {factor} holds {buffer.capacity} rows, and "
+                f"{int(counts.sum())} arrive at the fullest rank, where NCCL EP ends the job: "
+                f"give at least {int(counts.sum()) / buffer.capacity * factor:.3g}"
+            )
+        if buffer.handle is None:
+            buffer.handle = self._handle(
+                sent.tolist(), tokens.shape[0], topk_idx.shape[1], experts, group
+            )
+        arrived = _Dispatch.apply(tokens, topk_weights, mine, self._recorder, buffer.handle)
+        outputs = (((buffer.capacity, tokens.shape[1]), tokens.dtype), ((buffer.capacity,), FLOAT))
+        rows, weights = run("fused.permute", arrived, outputs, (buffer.handle.row_map,))
+        return rows, counts.to(INT), weights
+
+    def nccl_combine(self, buffer: Slots, expert_out: Tensor, **_given: Any) -> Tensor:
+        """[C, H] by expert -> [T, H], summed."""
+        assert buffer.handle is not None
+        return self.hybrid_combine(expert_out, buffer.handle)
+
     def _handle(self, rows: list[int], tokens: int, topk: int, experts: int, group: Any) -> Handle:
         config, ranks = self._config, group.size()
         groups = config.moe_router_num_groups or 1
@@ -169,7 +225,7 @@ class Exchange:
         # As DeepEP's handle within a node: is_token_in_rank, send_head, recv_src_idx. HybridEP's
         # has a place for each rank and token too, and its row map.
         shapes = [((tokens, ranks), BOOL), ((tokens, ranks), INT), ((arrived,), INT)]
-        if config.moe_flex_dispatcher_backend == "hybridep":
+        if config.moe_flex_dispatcher_backend != "deepep":
             shapes.append(((arrived, 2 * len(rows) + 1), INT))
         kept = tuple(unknown(*shape) for shape in shapes)
         with _disable_current_modes():
@@ -246,7 +302,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
-    """`_DeepepManager.setup_metadata` whose indices have values: those of the routing map."""
+    """`setup_metadata` of DeepEP's or NCCL EP's manager whose indices have values: those of the routing map."""
 
     def setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
         original(manager, routing_map, probs)
@@ -275,19 +331,12 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
     Args:
         config: the transformer config.
         recorder: told of the exchanges.
-
-    Raises:
-        ValueError: a flex backend that is not traced.
     """
     from megatron.core.fusions import fused_pad_routing_map
     from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
 
-    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
-    if flex and backend not in ("deepep", "hybridep"):
-        raise ValueError(
-            f"moe_flex_dispatcher_backend = {backend!r} is not traced: use deepep or hybridep"
-        )
     exchange, deepep = Exchange(config, recorder), token_dispatcher._DeepepManager
+    nccl_ep = token_dispatcher._NCCLEPManager
     alltoall = token_dispatcher.MoEAlltoAllTokenDispatcher
     synchronize = "_maybe_dtoh_and_synchronize"
     replaced: list[tuple[Any, str, Any]] = [
@@ -299,13 +348,20 @@ def installed(config: Any, recorder: Recorder) -> Iterator[None]:
         (token_dispatcher, "fused_indices_to_multihot", indices_to_multihot),
         (token_dispatcher, "fused_pad_routing_map", moe_utils.pad_routing_map),
         (fused_pad_routing_map, "fused_pad_routing_map", moe_utils.pad_routing_map),
+        (token_dispatcher, "ensure_nccl_ep_bootstrapped", exchange.bootstrap),
+        *((module, name, value) for module in (token_dispatcher, fused_a2a) for name, value in (
+            ("new_nccl_ep_buffer", Slots),
+            ("nccl_ep_dispatch", exchange.nccl_dispatch),
+            ("nccl_ep_combine", exchange.nccl_combine))),
         (deepep, "setup_metadata", _known_experts(deepep.setup_metadata)),
+        (nccl_ep, "setup_metadata", _known_experts(nccl_ep.setup_metadata)),
         (deepep, "_indices_to_multihot", lambda manager, indices, probs: indices_to_multihot(
             indices, probs, manager.num_local_experts)),
         (alltoall, synchronize, _waiting(getattr(alltoall, synchronize), recorder)),
         # The job's packages need not be here.
         (fused_a2a, "HAVE_DEEP_EP", True),
         (fused_a2a, "HAVE_HYBRIDEP", True),
+        (fused_a2a, "HAVE_TE_EP", True),
     ]  # fmt: skip
     with ExitStack() as stack:
         for owner, name, value in replaced:
