@@ -112,7 +112,9 @@ class Slots:
 
 
 class Exchange:
-    """DeepEP, HybridEP and NCCL EP of one model, as megatron/core/transformer/moe/fused_a2a.py calls them.
+    """DeepEP, HybridEP and NCCL EP of one model.
+
+    As megatron/core/transformer/moe/fused_a2a.py calls them.
 
     Args:
         config: of the model.
@@ -302,7 +304,8 @@ class _Combine(torch.autograd.Function):
 
 
 def _known_experts(original: Callable[..., None]) -> Callable[..., None]:
-    """`setup_metadata` of DeepEP's or NCCL EP's manager whose indices have values: those of the routing map."""
+    """`setup_metadata` of DeepEP's or NCCL EP's manager whose indices have values: those of the
+    routing map."""
 
     def setup_metadata(manager: Any, routing_map: Tensor, probs: Tensor) -> None:
         original(manager, routing_map, probs)
