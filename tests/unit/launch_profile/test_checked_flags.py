@@ -110,7 +110,7 @@ def test_a_gpu_job_is_checked_without_gpus(tracer):
         check(tracer, values=LARGE, ranks=12, gpus=True)
 
 
-@pytest.mark.parametrize("words", [["--use-megatron-fsdp", "--ckpt-format", "fsdp_dtensor"]])
+@pytest.mark.parametrize("words", [["--use-torch-fsdp2", "--ckpt-format", "torch_dcp"]])
 def test_what_the_planner_alone_does_not_take_passes(tracer, words):
     stock = {name: value for name, value in LARGE.items() if not name.startswith("mone_")}
     assert check(tracer, *words, values=stock, ranks=128, gpus=True) is None
