@@ -97,6 +97,9 @@ def _data(args: Namespace) -> list[tuple[object, str, str]]:
          "--test-data-path"),
         (args.tokenizer_type == "NullMultimodalTokenizer", "tokenizer_type", "is of multimodal "
          "models; this entry trains GPT models: give NullTokenizer"),
+        (args.tokenizer_type == "NullTokenizer" and args.vocab_size is None
+         and not args.use_checkpoint_args, "vocab_size", "is not given, and tokenizer_type = "
+         "'NullTokenizer' knows none: give the number of tokens"),
     ]  # fmt: skip
 
 
