@@ -467,6 +467,7 @@ OPTIONS = (
     Refusal(
         "checkpoints of FSDP2", "optimizer: KeyError at the first save",
         ("--use-torch-fsdp2", "--save", "TMP/save"), "does not go with use_torch_fsdp2 = True",
+        by=LOAD,
     ),
     Refusal(
         "weights alone under Megatron FSDP", "distrib_optimizer: NotImplementedError",
