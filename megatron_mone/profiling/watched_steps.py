@@ -8,7 +8,7 @@ import gzip
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from megatron_mone.profiling.run_meter import Run
 TRACES = "traces"
 SNAPSHOTS = "memory"
 _ANCHOR = "megatron-mone: step"
+_MARK, _MARKS = "megatron-mone: clock", 5
 
 
 def measure_memory(
@@ -91,8 +92,8 @@ def write_trace(folder: Path, run: Run, step: Callable[[], Any]) -> Path:
     instruments.attach(run.model, run.optimizer)
     try:
         with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
+            marks = [_mark() for _ in range(_MARKS)]
             with torch.profiler.record_function(_ANCHOR):
-                started = time.perf_counter_ns()
                 clock.begin()
                 step()
                 clock.end()
@@ -105,7 +106,7 @@ def write_trace(folder: Path, run: Run, step: Callable[[], Any]) -> Path:
         trace = json.loads(beside.read_text())
     finally:
         beside.unlink(missing_ok=True)
-    trace["traceEvents"] += _phase_track(trace["traceEvents"], clock, started)
+    trace["traceEvents"] += _phase_track(trace["traceEvents"], clock, marks)
     atomic_write(path, gzip.compress(json.dumps(trace).encode(), mtime=0))
     return path
 
@@ -115,9 +116,24 @@ def _rank_file(folder: Path, run: Run, ending: str) -> Path:
     return folder / f"{run.name}-rank-{torch.distributed.get_rank():05d}.{ending}"
 
 
-def _phase_track(events: list[dict[str, Any]], clock: PhaseClock, started: int) -> list[dict]:
-    """The clock's phases in the trace's time (microseconds), set by the event around the step."""
-    anchor = next(event for event in events if event.get("name") == _ANCHOR and "ts" in event)
+def _mark() -> tuple[int, int]:
+    """An event of the trace that does nothing: our clock (ns) before it began, and within it."""
+    before = time.perf_counter_ns()
+    with torch.profiler.record_function(_MARK):
+        return before, time.perf_counter_ns()
+
+
+def _phase_track(
+    events: list[dict[str, Any]], clock: PhaseClock, marks: Sequence[tuple[int, int]]
+) -> list[dict]:
+    """The clock's phases in the trace's time (microseconds), set by the mark that nothing came
+    between: its event began when our clock was read, but for the least of their widths."""
+    marked = [e for e in events if e.get("name") == _MARK and "ts" in e]
+    ours = [e for e in marked if e.get("cat") != "gpu_user_annotation"]  # the GPU's side of it
+    found = sorted(ours, key=lambda e: e["ts"])
+    anchor, (_, started) = min(
+        zip(found, marks, strict=True), key=lambda pair: pair[1][1] - pair[1][0]
+    )
     track = {"pid": anchor["pid"], "tid": "phases"}
     spans = [
         {
