@@ -43,7 +43,7 @@ from megatron_mone.kernels.weight_views import Goal, gradient_goals, later_of, s
 ACTIVATIONS = tuple(native.ACTIVATION_CODES)
 
 
-Products = DenseProducts | SparseProducts
+Products = DenseProducts | BlockProducts | SparseProducts | FewProducts
 ROUTES: dict[str, type[Products]] = {
     "dense": DenseProducts,
     "blocks": BlockProducts,

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.products import (
-    SparseProducts,
+    InMaskOrder,
+    NativeProducts,
     empty,
     gradient_matrices,
     sum_arguments,
@@ -33,7 +34,7 @@ def dense_products(x_NH: Tensor, weight_EFH: Tensor, layout: native.Layout, out_
     )  # fmt: skip
 
 
-class BlockProducts(SparseProducts):
+class BlockProducts(InMaskOrder, NativeProducts):
     """Native products of kept blocks; arguments as SparseProducts."""
 
     def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
@@ -62,9 +63,6 @@ class BlockProducts(SparseProducts):
             *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
-
-    def by_neuron(self, values: list[Tensor]) -> None:
-        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""

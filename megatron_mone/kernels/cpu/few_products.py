@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.products import (
-    SparseProducts,
+    InMaskOrder,
+    NativeProducts,
     empty,
     gradient_matrices,
     sum_arguments,
@@ -22,7 +23,7 @@ from megatron_mone.kernels.cpu.products import (
 from megatron_mone.kernels.weight_views import Gradient
 
 
-class FewProducts(SparseProducts):
+class FewProducts(InMaskOrder, NativeProducts):
     """Native products bound by reading the kept weights; arguments as SparseProducts."""
 
     def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
@@ -45,9 +46,6 @@ class FewProducts(SparseProducts):
             byref(self.shape), byref(self.mask), *arguments, byref(native.matrix(out_NH)),
         )  # fmt: skip
         return out_NH
-
-    def by_neuron(self, values: list[Tensor]) -> None:
-        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""

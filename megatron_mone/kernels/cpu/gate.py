@@ -131,12 +131,10 @@ def select_rows(
     )  # fmt: skip
 
 
-def _pick(
-    dense_MF: Tensor, indices_K: Tensor, offsets_M1: Tensor, out_K: Tensor | None = None
-) -> Tensor:
+def _pick(dense_MF: Tensor, indices_K: Tensor, offsets_M1: Tensor) -> Tensor:
     """[K] entries of contiguous [M, F] rows at the mask's positions."""
     rows, neurons = dense_MF.shape
-    out_K = empty((indices_K.numel(),), dense_MF.dtype) if out_K is None else out_K
+    out_K = empty((indices_K.numel(),), dense_MF.dtype)
     native.kernels().gather(
         byref(native.layout([rows], neurons, 0).shape()),
         byref(native.mask(indices_K, offsets_M1)), native.address(dense_MF), out_K.data_ptr(),

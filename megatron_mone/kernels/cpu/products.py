@@ -96,8 +96,15 @@ def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
     return wide_NH
 
 
-class SparseProducts:
-    """Native sampled products and accumulations.
+class InMaskOrder:
+    """Products whose `weight_grads` takes values in the mask's order."""
+
+    def by_neuron(self, values: list[Tensor]) -> None:
+        """Nothing: values stay as they are."""
+
+
+class NativeProducts:
+    """Products of native kernels over a mask.
 
     Args:
         layout: sizes and rows of each expert.
@@ -110,6 +117,13 @@ class SparseProducts:
         self.indices_K, self.offsets_N1 = indices_K, offsets_N1
         self.mask = native.mask(indices_K, offsets_N1)
         self.kernels = native.kernels()
+
+
+class SparseProducts(NativeProducts):
+    """Native sampled products and accumulations; arguments as NativeProducts."""
+
+    def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
+        super().__init__(layout, indices_K, offsets_N1)
         self._cuts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _cut_table(self, width: int) -> native._Cuts:
@@ -175,7 +189,7 @@ class SparseProducts:
         )  # fmt: skip
 
 
-class DenseProducts:
+class DenseProducts(InMaskOrder):
     """The same products by GEMM, one expert at a time; arguments as SparseProducts."""
 
     def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
@@ -238,9 +252,6 @@ class DenseProducts:
             for value_K, weight_EFH in terms[1:]:
                 out_NH[rows] += self._spread(value_K, rows, kept, dtype) @ weight_EFH[e]
         return out_NH
-
-    def by_neuron(self, values: list[Tensor]) -> None:
-        """Nothing: `weight_grads` takes values in the mask's order."""
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
