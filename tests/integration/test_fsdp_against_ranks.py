@@ -21,12 +21,11 @@ from tests.integration.test_planned_against_ranks import (
     planned_and_run,
     samples,
 )
+from tests.parity.engines import BF16
 from tests.parity.layouts import EP2, ETP1, FULL_RECOMPUTE, TP2
 from tests.parity.test_sharded_weights import MEGATRON, STRATEGY, TWO_INSTANCES, WHOLE
 
 pytestmark = pytest.mark.slow
-
-BF16 = ("--bf16",)
 
 
 def cut(strategy: str) -> tuple[str, ...]:

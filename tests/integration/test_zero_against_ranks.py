@@ -20,11 +20,10 @@ from tests.integration.test_planned_against_ranks import (
     planned_and_run,
     samples,
 )
+from tests.parity.engines import BF16
 from tests.parity.layouts import EP2, EP4, ETP1, TP2
 
 pytestmark = pytest.mark.slow
-
-BF16 = ("--bf16",)
 
 
 def zero(stage: int, **settings) -> tuple[str, ...]:

@@ -3,21 +3,11 @@
 import pytest
 import torch
 
-from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks import optimizer
 from megatron_mone.model.checks.optimizer import check_optimizer, check_optimizer_package
 
 MONE = "--mone-neuron-ratio 0.25"
 SHARDED = "--use-distributed-optimizer"
-
-
-@pytest.fixture(scope="module")
-def parser():
-    from megatron_mone import cpu_emulation
-
-    if not torch.cuda.is_available():
-        cpu_emulation.install()
-    return flag_parser()
 
 
 @pytest.mark.parametrize(

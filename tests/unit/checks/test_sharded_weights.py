@@ -1,22 +1,11 @@
 """Megatron 0.19 and weights cut over replicas: what it cannot do is one line before it builds."""
 
 import pytest
-import torch
 
-from megatron_mone.model.arguments import flag_parser
 from megatron_mone.model.checks.sharded_weights import check_sharded_weights
 
 FSDP = "--use-megatron-fsdp --ckpt-format fsdp_dtensor"
 NO_SHARD = f"{FSDP} --data-parallel-sharding-strategy no_shard"
-
-
-@pytest.fixture(scope="module")
-def parser():
-    from megatron_mone import cpu_emulation
-
-    if not torch.cuda.is_available():
-        cpu_emulation.install()
-    return flag_parser()
 
 
 @pytest.mark.parametrize(
