@@ -151,9 +151,9 @@ def _train(
         end_progress()
         end_looks()
         ownership.release()
-        if (
-            stop is not None and not stop.stopped
-        ):  # torchrun signals ranks that are on their way out
+        if stop is not None and __name__ == "__main__":
+            stop.end_process()
+        elif stop is not None and not stop.stopped:
             stop.release()
     torch.distributed.destroy_process_group()
 

@@ -34,6 +34,7 @@ class StopHandler(DistributedSignalHandler):
 
     def __init__(self, signals: tuple[signal.Signals, ...]) -> None:
         super().__init__(signals[0])
+        self.numbers = signals
         self.released = False
         self.stopped = False
         self._signal_received: int = False  # type: ignore[assignment]
@@ -63,6 +64,15 @@ class StopHandler(DistributedSignalHandler):
         """Give the signals back to whoever had them, and Megatron its own handler."""
         self.undo.close()
         return True
+
+    def end_process(self) -> None:
+        """Be deaf from here to the process's end, which has a status to tell.
+
+        Python gives up its handlers before it ends, and srun sends a signal again where a node was
+        slow to confirm it: it would end a rank that had saved, in place of its exit with 75.
+        """
+        for number in self.numbers:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def arm(args: Namespace) -> StopHandler:
