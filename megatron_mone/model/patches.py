@@ -16,7 +16,7 @@ from megatron_mone.checkpoint import (
 )
 from megatron_mone.common import patch
 from megatron_mone.deepspeed import attach
-from megatron_mone.model import layer_spec, liveness
+from megatron_mone.model import arguments, layer_spec, liveness
 from megatron_mone.model.trackers import attach as trackers
 from megatron_mone.moe import matrix_stack, shard_checkpoint, stored_choice
 
@@ -26,6 +26,7 @@ PATCHES = (
     *stored_choice.PATCHES,
     *shard_checkpoint.PATCHES,
     *choice.PATCHES,
+    *arguments.PATCHES,
     *liveness.PATCHES,
     *save.PATCHES,
     *verify.PATCHES,

@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 from megatron_mone.common.child_processes import end_with
 from megatron_mone.common.exit_status import USER_ERROR
 from megatron_mone.common.files import write_json
+from megatron_mone.common.patch import install
 from megatron_mone.planning.tracing.gpu_job import parse_gpu_job, prepare
 
 LONGEST_MESSAGE = 1 << 20
@@ -54,6 +55,10 @@ def _preload(gpu: bool) -> None:
         *("megatron_mone.profiling.instrument", "megatron_mone.model.gpt_training"),
     ):
         importlib.import_module(module)
+    from megatron_mone.model import arguments
+
+    install(arguments.PATCHES)
+    arguments.flag_parser()  # what it reads no child reads again
     gc.collect()
     gc.freeze()  # nothing here is garbage: a child's collections need not look at it, nor copy it
 
