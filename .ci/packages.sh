@@ -1,4 +1,4 @@
-# Sourced by slurm.sh and browser.sh: Debian packages that some tests need, and without which they skip.
+# Sourced by slurm.sh, browser.sh and arm.sh: Debian packages that some tests need, and without which they skip.
 
 # install_packages TESTS PACKAGE...: one line and success where that cannot be done, so that CI goes on.
 install_packages() {

@@ -29,10 +29,10 @@ def _program(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-def _look_for_browser(machine: Path) -> str:
-    """What browser.sh says; it never fails, for its tests can be skipped."""
+def _look_for(script: str, machine: Path) -> str:
+    """What the script says; it never fails, for its tests can be skipped."""
     done = subprocess.run(
-        ["/bin/sh", CI / "browser.sh"], env={"PATH": str(machine)}, capture_output=True, text=True,
+        ["/bin/sh", CI / script], env={"PATH": str(machine)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "")
@@ -42,22 +42,35 @@ def _look_for_browser(machine: Path) -> str:
 def test_a_missing_browser_is_installed_and_a_failure_is_one_line(bare_machine):
     asked = bare_machine / "asked"
     _program(bare_machine / "apt-get", f'echo "$@" >>{asked}')
-    assert _look_for_browser(bare_machine) == ""
+    assert _look_for("browser.sh", bare_machine) == ""
     assert asked.read_text().splitlines()[1].endswith("--no-install-recommends chromium")
     _program(bare_machine / "apt-get", "echo 'E: no network'; exit 100")
     line = r"browser.sh: apt-get failed, so .* skip: E: no network\n"
-    assert re.fullmatch(line, _look_for_browser(bare_machine))
+    assert re.fullmatch(line, _look_for("browser.sh", bare_machine))
     (bare_machine / "apt-get").unlink()
-    assert "install chromium by hand" in _look_for_browser(bare_machine)
+    assert "install chromium by hand" in _look_for("browser.sh", bare_machine)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_browser_the_tests_would_find_is_enough(bare_machine, name):
     _program(bare_machine / name, "")
     _program(bare_machine / "apt-get", "exit 100")
-    assert _look_for_browser(bare_machine) == ""
+    assert _look_for("browser.sh", bare_machine) == ""
 
 
-def test_ci_calls_both():
-    assert {"sh .ci/slurm.sh", "sh .ci/browser.sh"} <= set((CI / "run").read_text().splitlines())
-    assert all(os.access(CI / name, os.X_OK) for name in ("run", "slurm.sh", "browser.sh"))
+def test_an_emulator_or_a_compiler_that_is_there_is_no_reason_to_install_nothing(bare_machine):
+    asked = bare_machine / "asked"
+    _program(bare_machine / "apt-get", f'echo "$@" >>{asked}')
+    _program(bare_machine / "qemu-aarch64", "")
+    assert _look_for("arm.sh", bare_machine) == ""
+    assert asked.read_text().splitlines()[1].endswith(" g++-aarch64-linux-gnu qemu-user")
+    asked.unlink()
+    _program(bare_machine / "aarch64-linux-gnu-g++", "")
+    assert _look_for("arm.sh", bare_machine) == ""
+    assert not asked.exists()
+
+
+def test_ci_calls_all():
+    scripts = ("slurm.sh", "browser.sh", "arm.sh")
+    assert {f"sh .ci/{name}" for name in scripts} <= set((CI / "run").read_text().splitlines())
+    assert all(os.access(CI / name, os.X_OK) for name in ("run", *scripts))

@@ -20,12 +20,16 @@ FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "src"
 FLAGS = ["-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-fno-math-errno", "-ffp-contract=fast", "-Wall", "-Wno-psabi"]
-# Vectors of so many floats, and the flags of each instruction set; chosen when the library is used.
-VARIANTS = {
-    "baseline": (4, []),
-    "avx2": (8, ["-mavx2", "-mfma"]),
-    "avx512": (16, [f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")]
-               + ["-mfma", "-mprefer-vector-width=512"]),
+# Vectors of so many floats, and the flags of each instruction set of a processor, as the compiler
+# names it; chosen when the library is used.
+VARIANTS: dict[str, dict[str, tuple[int, list[str]]]] = {
+    "x86_64": {
+        "baseline": (4, []),
+        "avx2": (8, ["-mavx2", "-mfma"]),
+        "avx512": (16, [f"-mavx512{part}" for part in ("f", "vl", "dq", "bw")]
+                   + ["-mfma", "-mprefer-vector-width=512"]),
+    },
+    "aarch64": {"neon": (4, [])},
 }  # fmt: skip
 
 
@@ -41,9 +45,11 @@ def build(flags: tuple[str, ...] = (), folder: Path = FOLDER) -> Path:
         folder: where a library is kept that is not beside the sources.
 
     Raises:
-        BuildError: no compiler, a folder that cannot be written, or a compiler error.
+        BuildError: no compiler, one for a processor that has no kernels, a folder that cannot be
+            written, or a compiler error.
     """
-    sources = _hash(*(p.read_text() for p in sorted(SOURCES.iterdir())), *FLAGS, *flags)
+    parts = [p.read_text() for p in sorted(SOURCES.iterdir())]
+    sources = _hash(*parts, repr(VARIANTS), *FLAGS, *flags)
     compiler = find_compiler()
     if compiler is None:
         for place in (FOLDER, folder):
@@ -81,10 +87,25 @@ def _build_locked(compiler: str, flags: tuple[str, ...], target: Path) -> None:
         raise BuildError(f"the CPU kernels cannot be built: {error}") from error
 
 
+def variants(compiler: str) -> dict[str, tuple[int, list[str]]]:
+    """The instruction sets of the processor that the compiler compiles for.
+
+    Raises:
+        BuildError: it is none of VARIANTS.
+    """
+    told = subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True).stdout.strip()
+    machine = told.split("-")[0]
+    if machine not in VARIANTS:
+        known = " or ".join(VARIANTS)
+        raise BuildError(f"the CPU kernels run on {known}; {compiler} compiles for {told or '?'}")
+    return VARIANTS[machine]
+
+
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    sets = variants(compiler)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
         jobs = {"library": [str(SOURCES / "library.cpp")]}
-        for name, (lanes, machine) in VARIANTS.items():
+        for name, (lanes, machine) in sets.items():
             jobs[name] = [
                 str(SOURCES / "kernels.cpp"), f"-DMONE_TABLE=mone_{name}",
                 f"-DMONE_LANES={lanes}", *machine,

@@ -6,6 +6,7 @@ caller in `products.py` and `backend.py`. Calls release the interpreter lock.
 
 import ctypes
 import os
+import platform
 from collections.abc import Sequence
 from ctypes import POINTER, c_int64, c_void_p
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
 INTERFACE_VERSION = 8
-INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
 # kernels.h
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows

@@ -8,6 +8,7 @@ import pytest
 from megatron_mone.kernels.cpu import build, native
 
 COMPILER = """#!/bin/sh
+[ "$1" != -dumpmachine ] || echo "${MACHINE:-x86_64}-linux-gnu"
 while [ $# -gt 1 ]; do [ "$1" != -o ] || echo built >"$2"; shift; done
 """
 
@@ -59,6 +60,26 @@ def test_a_folder_that_cannot_be_made_is_said(beside, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(build.BuildError, match=r"cannot be built: .*file"):
         build.build(folder=tmp_path / "file" / "kernels")
+
+
+def test_the_compiler_says_which_instruction_sets_are_built(beside, tmp_path, monkeypatch):
+    """No flag of one processor goes to the compiler of another."""
+    asked, compiler = tmp_path / "asked", Path(os.environ["CXX"])
+    compiler.write_text(compiler.read_text().replace("while", f'echo "$@" >>{asked}\nwhile', 1))
+    for machine, sets in build.VARIANTS.items():
+        monkeypatch.setenv("MACHINE", machine)
+        build.build(folder=beside).unlink()
+        said = asked.read_text()
+        for name, (_, flags) in sets.items():
+            assert f"MONE_TABLE=mone_{name}" in said
+            assert all(flag in said for flag in flags)
+        others = {flag for sets in build.VARIANTS.values() for _, f in sets.values() for flag in f}
+        wanted = {flag for _, flags in sets.values() for flag in flags}
+        assert not any(flag in said for flag in others - wanted)
+        asked.unlink()
+    monkeypatch.setenv("MACHINE", "riscv64")
+    with pytest.raises(build.BuildError, match=r"x86_64 or aarch64; .* for riscv64-linux-gnu"):
+        build.build(folder=beside)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ inline int64_t padded(int64_t length) { return blocks(length, kLanes) * kLanes; 
 // Neurons of a tile beside R rows: the sums and one operand fill the registers.
 template <int R>
 constexpr int neurons_beside() {
-    return MONE_LANES == 16 ? (R == 1 ? 8 : 4) : R == 1 ? 8 : R <= 3 ? 4 : 2;
+    return R == 1 ? 8 : kRegisters == 32 || R <= 3 ? 4 : 2;
 }
 
 // The kBlock neurons of a block, `length` floats of each; float32, `stride` apart, zeros after.

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <math.h>
 #include <omp.h>
-#if MONE_LANES == 16 && defined(__AVX512F__)
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif MONE_LANES == 16 && defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 

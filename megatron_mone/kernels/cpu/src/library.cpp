@@ -1,13 +1,20 @@
 // The plain C interface: one table of kernels, the best that this processor runs.
 #include "kernels.h"
 
-extern "C" const MoneKernels mone_baseline, mone_avx2, mone_avx512;
-
 #define PUBLIC __attribute__((visibility("default")))
 
 extern "C" {
 
-// 0 baseline (SSE2), 1 AVX2 + FMA, 2 AVX-512.
+// The sets of this processor, numbered as VARIANTS of build.py lists them: the best that it runs.
+#if defined(__aarch64__)
+extern const MoneKernels mone_neon;
+static const MoneKernels* const tables[] = {&mone_neon};
+
+PUBLIC int mone_best_set() { return 0; }
+#else
+extern const MoneKernels mone_baseline, mone_avx2, mone_avx512;
+static const MoneKernels* const tables[] = {&mone_baseline, &mone_avx2, &mone_avx512};
+
 PUBLIC int mone_best_set() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -16,11 +23,11 @@ PUBLIC int mone_best_set() {
         return 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
+#endif
 
 // The kernels of one set; null for a set that does not exist or that this processor cannot run.
 PUBLIC const MoneKernels* mone_kernels(int set) {
     if (set < 0 || set > mone_best_set()) return nullptr;
-    const MoneKernels* const tables[3] = {&mone_baseline, &mone_avx2, &mone_avx512};
     return tables[set];
 }
 

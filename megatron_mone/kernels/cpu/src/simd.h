@@ -8,6 +8,11 @@
 namespace {
 
 constexpr int kLanes = MONE_LANES;
+#if MONE_LANES == 16 || defined(__aarch64__)
+constexpr int kRegisters = 32;  // vector registers
+#else
+constexpr int kRegisters = 16;
+#endif
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef float Vec4 __attribute__((vector_size(16)));
@@ -20,7 +25,9 @@ inline Vec splat(float s) { return s - Vec{}; }  // folds to a broadcast: x - 0 
 
 // Keeps a value that several products share in a register: GCC would load it again for each.
 inline Vec in_register(Vec v) {
-#if MONE_LANES == 16 && defined(__AVX512F__)
+#if defined(__aarch64__)
+    asm("" : "+w"(v));
+#elif MONE_LANES == 16 && defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif MONE_LANES < 16
     asm("" : "+x"(v));
@@ -29,7 +36,11 @@ inline Vec in_register(Vec v) {
 }
 
 // lane_sums: the sums of the lanes of four vectors.
-#if MONE_LANES == 4
+#if defined(__aarch64__)
+inline Vec4 lane_sums(Vec a, Vec b, Vec c, Vec d) {
+    return (Vec4)vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d));
+}
+#elif MONE_LANES == 4
 inline Vec4 lane_sums(Vec a, Vec b, Vec c, Vec d) {
     Vec4 ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
     Vec4 cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);

@@ -110,7 +110,7 @@ inline void add_entries(const float* x, const GradValues& values, int64_t from, 
 // Vectors of each of `Terms` sums that fit in registers together.
 template <int Terms>
 constexpr int grad_vecs() {
-    return kLanes == 16 ? 8 : 8 / Terms;
+    return kRegisters == 32 ? 8 : 8 / Terms;
 }
 
 // A tile of neurons of expert e, columns from `start`.
