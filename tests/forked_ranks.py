@@ -7,6 +7,7 @@ job's ranks and ends when they have ended, like torchrun.
 
 import atexit
 import contextlib
+import importlib
 import multiprocessing
 import os
 import signal
@@ -24,6 +25,11 @@ from megatron_mone.common.local_ranks import free_port
 ROOT = Path(__file__).resolve().parent.parent
 _STARTS = threading.Lock()  # a start changes this process's environment for a while
 SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
+
+
+def command(module: str, words: list[str]) -> NoReturn:
+    """For `start`: a command of `megatron_mone.commands` as torchrun starts it on a rank."""
+    sys.exit(importlib.import_module(f"megatron_mone.commands.{module}").main(words))
 
 
 class Launch:

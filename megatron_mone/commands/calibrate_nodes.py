@@ -37,6 +37,9 @@ class Asked:
         "h100-ndr"
     )
     seconds: Annotated[float, Option(help="of all sections; each has its share")] = 570.0
+    row_seconds: Annotated[
+        float, Option(help="of one row on CPU ranks; more where others use the machine")
+    ] = 0.02
     out: Annotated[Path, Option(help="folder; what is in it already is not timed again")] = Path(
         "out/calibrate"
     )
@@ -73,6 +76,11 @@ def calibrate(
         raise ValueError("--prepare writes work.json, --prepared takes it as it is: give one")
     if not 0 < asked.seconds < 1e6:
         raise ValueError(f"--seconds {asked.seconds:g} is not allowed: it must be above 0")
+    if not 0 < asked.row_seconds < asked.seconds:
+        raise ValueError(
+            f"--row-seconds {asked.row_seconds:g} is not allowed: it must be above 0 and below "
+            f"--seconds {asked.seconds:g}"
+        )
     if ranks < 1:
         raise ValueError(f"--ranks {ranks} is not allowed: give at least 1")
     if "WORLD_SIZE" in os.environ and not asked.prepare:
@@ -138,7 +146,11 @@ def _rank(asked: Asked, words: list[str]) -> int:
     out = terminal()
     work = Work.read(asked.out / WORK, "run calibrate --prepare where ranks can read it")
     calibration = Calibration(
-        work, asked.out, asked.seconds, lambda line: print(line, file=out, flush=True)
+        work,
+        asked.out,
+        asked.seconds,
+        asked.row_seconds,
+        lambda line: print(line, file=out, flush=True),
     )
     check_device_name(asked.out, calibration.device_name, load_cluster(asked.cluster))
     times = calibration.run()

@@ -16,7 +16,6 @@ import pytest
 from megatron_mone.commands import calibrate_nodes as calibrate_command
 from megatron_mone.commands import compare as compare_command
 from megatron_mone.commands import plan as plan_command
-from megatron_mone.common.local_ranks import free_port
 from megatron_mone.planning.against_profile import PlanAgainstProfile
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
@@ -30,7 +29,8 @@ from megatron_mone.planning.tracing import trace_server
 from megatron_mone.planning.tracing.trace_cache import TraceCache
 from megatron_mone.planning.tracing.trace_server import Tracer
 from megatron_mone.reporting.plan.node_page import lines
-from tests.calibrated_layouts import MODEL, TRAIN, command, profile_words, write_inputs
+from tests import forked_ranks
+from tests.calibrated_layouts import MODEL, TRAIN, profile_words, write_inputs
 
 pytestmark = pytest.mark.slow
 
@@ -84,6 +84,20 @@ class Calibrated:
         return folder
 
 
+def started(ranks: int, folder: Path, module: str, *words: str) -> str:
+    """A command on ranks that are started for it; what they print if all end well.
+
+    Raises:
+        RuntimeError: the end of that.
+    """
+    log = folder / "ranks.log"
+    status = forked_ranks.start(ranks, forked_ranks.command, (module, list(words)), log).wait(600)
+    said = log.read_text(errors="replace")
+    if status:
+        raise RuntimeError(said[-6000:])
+    return said
+
+
 @pytest.fixture(scope="module")
 def tracer(shared_tracer, cache) -> Tracer:
     """Of plans that are made here; the commands find its answers."""
@@ -104,18 +118,19 @@ def calibrated(tmp_path_factory, tracer) -> Calibrated:
     job = ("--config", str(run), "--layout", LAYOUT, "--gpus", str(RANKS),
            "--cluster", str(cluster))  # fmt: skip
     out = folder / "out"
-    words = [*job, "--ranks", str(RANKS), "--out", str(out), "--seconds", "300"]
+    words = [*job, "--out", str(out), "--seconds", "300", "--row-seconds", "0.001"]
     with (
         patch.object(trace_server, "Tracer", lambda: contextlib.nullcontext(tracer)),
         patch.dict(os.environ, OMP_NUM_THREADS="1"),
     ):
-        assert calibrate_command.main(words) == 0
+        assert calibrate_command.main([*words, "--prepare"]) == 0
+        started(RANKS, folder, "calibrate_nodes", *words, "--prepared")
         document = json.loads((out / TIMES).read_text())
         for kind in ("operators", "links"):
             document[kind] = document[kind][:-3]
         (out / TIMES).write_text(json.dumps(document))
         stopped = Times.read(out / TIMES, "")
-        assert calibrate_command.main(words) == 0
+        assert calibrate_command.main([*words, "--ranks", str(RANKS)]) == 0
     return Calibrated(folder, job, stopped)
 
 
@@ -182,7 +197,7 @@ def test_the_run_stands_beside_its_plan(calibrated, tracer, tmp_path, capsys):
     profile = tmp_path / "profile"
     steps = ("--steps", "3", "--windows", "1", "--warm-up", "1", "--routing", "balanced")
     words = profile_words(plan / "mone.run.yaml")
-    command("profile", "--ranks", str(RANKS), *steps, "--out", str(profile), *words)
+    started(RANKS, tmp_path, "profile", *steps, "--out", str(profile), *words)
     out = tmp_path / "difference.json"
     assert compare_command.main([str(plan), str(profile), "--json", str(out)]) == 0
     found = PlanAgainstProfile.read(out, "")
@@ -206,14 +221,12 @@ def test_another_jobs_folder_is_refused(calibrated, tracer, capsys):
 
 def test_nodes_of_another_device_are_refused(calibrated, cache, tmp_path):
     """By a rank that srun started, which has traced the job, before it times anything."""
-    alone = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-             "MASTER_PORT": str(free_port())}  # fmt: skip
     words = [word.replace(str(calibrated.folder / "here.yaml"), "a100-hdr")
              for word in calibrated.job]  # fmt: skip
     with (
-        patch.dict(os.environ, {**alone, "XDG_CACHE_HOME": str(cache)}),
+        patch.dict(os.environ, XDG_CACHE_HOME=str(cache)),
         pytest.raises(RuntimeError, match=r"was measured on .*, cluster a100-hdr has NVIDIA A100"),
     ):
-        command("calibrate", *words, "--out", str(tmp_path))
+        started(1, tmp_path, "calibrate_nodes", *words, "--out", str(tmp_path))
     assert Work.read(tmp_path / WORK, "").job.cluster == "a100-hdr"
     assert not (tmp_path / TIMES).exists()

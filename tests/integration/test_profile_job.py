@@ -182,19 +182,13 @@ def test_a_wrong_job_is_one_line_of_a_rank(tmp_path, flags, words):
     """A rank by itself, of which the command shows that line."""
     log, out = tmp_path / "log", tmp_path / "profile"
     command = ["--out", str(out), *MODEL, "--train-iters", "40", *flags, *ONE_RANK]
-    assert forked_ranks.start(1, rank, (command,), log).wait(timeout=600) != 0
+    job = forked_ranks.start(1, forked_ranks.command, ("profile", command), log)
+    assert job.wait(timeout=600) != 0
     lines = log.read_text().splitlines()
     (line,) = [line for line in lines if line.startswith("megatron-mone: error: ")]
     assert words in line
     assert lines[-1].endswith("ended with 2")
     assert not (out / "ranks").exists()
-
-
-def rank(words: list[str]) -> None:
-    """The command as torchrun starts it."""
-    from megatron_mone.commands.profile import main
-
-    sys.exit(main(words))
 
 
 def test_a_wrong_job_is_one_line(tmp_path):

@@ -93,6 +93,7 @@ def test_a_shell_completes_commands_and_flags(typed, offered):
         (("calibrate", "--model", "demo-mone"), "--gpus is missing: give the devices of the job"),
         (("calibrate", "--gpus", "2"), "give --model NAME, or --config RUN.yaml, and not both"),
         (("calibrate", "--seconds", "0"), "--seconds 0 is not allowed: it must be above 0"),
+        (("calibrate", "--row-seconds", "0"), "--row-seconds 0 is not allowed: it must be above 0"),
         (("calibrate", "--prepare", "--prepared"), "--prepared takes it as it is: give one"),
         (("calibrate", "--ranks", "0"), "--ranks 0 is not allowed: give at least 1"),
         (("calibrate", "--model", "demo-mone", "--gpus", "2", "--cluster", "h100"), "cluster 'h1"),

@@ -15,31 +15,30 @@ from megatron_mone.benchmarking.gpu_answer.clock import replay_ms, wall_ms
 
 Call = Callable[[], object]
 WINDOWS = 5
-SPEND = 0.02
-"""Seconds of all windows of one row, where a call is not longer."""
 
 
-def seconds(calls: Sequence[Call], device: torch.device) -> float:
+def seconds(calls: Sequence[Call], device: torch.device, spend: float) -> float:
     """Of one call.
 
     Args:
         calls: the same work on different memory, taken in turn, so that not all of it is in the
             caches.
         device: whose time it is.
+        spend: seconds of all windows on a CPU rank, where a call is not longer.
     """
     if device.type == "cuda":
         try:
             return replay_ms(calls[0], device, WINDOWS) / 1e3
         except RuntimeError:  # it waits for the device, or a graph cannot hold it
             return wall_ms(calls[0], device, WINDOWS) / 1e3
-    return windows(calls)
+    return windows(calls, spend)
 
 
-def windows(calls: Sequence[Call], agree: Callable[[int], int] = int) -> float:
+def windows(calls: Sequence[Call], spend: float, agree: Callable[[int], int] = int) -> float:
     """The least over WINDOWS of seconds a call, by the wall clock.
 
     Args:
-        calls: as of `seconds`.
+        calls, spend: as of `seconds`.
         agree: told how many calls a window should have, it says how many it has.
     """
     calls[0]()
@@ -47,7 +46,7 @@ def windows(calls: Sequence[Call], agree: Callable[[int], int] = int) -> float:
     for call in calls:
         call()
     once = (time.perf_counter() - start) / len(calls)
-    often = agree(max(1, round(SPEND / WINDOWS / max(once, 1e-7))))
+    often = agree(max(1, round(spend / WINDOWS / max(once, 1e-7))))
     taken = []
     at = 0
     for _ in range(WINDOWS):

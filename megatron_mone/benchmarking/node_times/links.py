@@ -20,10 +20,11 @@ class Links:
 
     Args:
         device: of the tensors.
+        spend: seconds of a collective, as of `clock.seconds`.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, spend: float) -> None:
+        self._device, self._spend = device, spend
         self._groups: dict[tuple[int, int], dist.ProcessGroup | None] = {}
 
     def why_not(self, link: Link) -> str | None:
@@ -40,7 +41,7 @@ class Links:
             return None
         calls = [_call(link, group, self._device)]
         if self._device.type != "cuda":
-            return _agreed(calls, group)
+            return _agreed(calls, self._spend, group)
         for call in calls:
             call()
 
@@ -48,7 +49,7 @@ class Links:
             calls[0]()
             torch.cuda.synchronize()
 
-        return _agreed([synchronised], group)
+        return _agreed([synchronised], self._spend, group)
 
     def _group(self, link: Link) -> dist.ProcessGroup | None:
         key = (2 if link.kind == "send" else link.ranks, link.stride)
@@ -76,10 +77,10 @@ def _span(link: Link) -> int:
     return (2 if link.kind == "send" else link.ranks) * link.stride
 
 
-def _agreed(calls: Sequence[Call], group: dist.ProcessGroup) -> float:
+def _agreed(calls: Sequence[Call], spend: float, group: dist.ProcessGroup) -> float:
     """Windows of a collective: all ranks of its group make as many calls."""
     dist.barrier(group=group)
-    return windows(calls, lambda often: _first(often, group))
+    return windows(calls, spend, lambda often: _first(often, group))
 
 
 def _first(often: int, group: dist.ProcessGroup) -> int:

@@ -7,7 +7,7 @@ where they multiply nothing. Not run on a GPU.
 Shapes: N rows, E experts, F neurons of an expert, H hidden, K kept entries.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -40,10 +40,11 @@ class Operators:
     Args:
         device: of this rank.
         block: neurons that are chosen together.
+        spend: seconds of an operator, as of `clock.seconds`.
     """
 
-    def __init__(self, device: torch.device, block: int) -> None:
-        self._device, self._block = device, block
+    def __init__(self, device: torch.device, block: int, spend: float) -> None:
+        self._device, self._block, self._spend = device, block, spend
         self._experts: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def time(self, op: Op) -> tuple[float, str]:
@@ -58,9 +59,12 @@ class Operators:
         first = call_of(op, self._device)
         if first is not None:
             more = [call_of(op, self._device) for _ in range(copies - 1)]
-            return seconds([first, *(one for one in more if one)], self._device), ITSELF
+            return self._seconds([first, *(one for one in more if one)]), ITSELF
         make, by = self._stand_in(op)
-        return seconds([make() for _ in range(copies)], self._device), by
+        return self._seconds([make() for _ in range(copies)]), by
+
+    def _seconds(self, calls: Sequence[Call]) -> float:
+        return seconds(calls, self._device, self._spend)
 
     def _stand_in(self, op: Op) -> tuple[Callable[[], Call], str]:
         one = operation(op)
@@ -154,8 +158,8 @@ class Operators:
         def both() -> None:
             torch.autograd.grad(forward(), [x_NH, probs_N, *weights], dy_NH)
 
-        alone = seconds([forward], self._device)
-        return alone, max(0.1 * alone, seconds([both], self._device) - alone)
+        alone = self._seconds([forward])
+        return alone, max(0.1 * alone, self._seconds([both]) - alone)
 
 
 def _sizes(op: Op) -> tuple[int, int, int, int, int]:

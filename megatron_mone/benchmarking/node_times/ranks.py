@@ -44,14 +44,18 @@ class Calibration:
         work: what is timed.
         folder: of times.json.
         seconds: of all sections.
+        row_seconds: of one row, as of `clock.seconds`.
         say: told by rank 0 how it goes.
 
     Attributes:
         device, device_name: of this rank.
     """
 
-    def __init__(self, work: Work, folder: Path, seconds: float, say: Say) -> None:
+    def __init__(
+        self, work: Work, folder: Path, seconds: float, row_seconds: float, say: Say
+    ) -> None:
         self._work, self._folder, self._say = work, folder, say
+        self._spend = row_seconds
         self._end = time.monotonic() + seconds
         self._first = dist.get_rank() == 0
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +112,7 @@ class Calibration:
         known = [OperatorTime.model_validate(row) for row in self._times["operators"]]
         done = {operator_key(row.operator.op()) for row in known}
         left = [one for one in self._work.operators if operator_key(one.operator.op()) not in done]
-        meter = Operators(self.device, self._work.job.neuron_block)
+        meter = Operators(self.device, self._work.job.neuron_block, self._spend)
         for place, one in enumerate(left):
             if self._over(end):
                 share = sum(row.share for row in left[place:])
@@ -155,7 +159,7 @@ class Calibration:
     def _collectives(self, end: float) -> None:
         done = [LinkTime.model_validate(row).link for row in self._times["links"]]
         left = [one for one in self._work.links if one.link not in done]
-        meter = Links(self.device)
+        meter = Links(self.device, self._spend)
         refused: dict[str, None] = {}
         for place, one in enumerate(left):
             if reason := meter.why_not(one.link):

@@ -19,6 +19,7 @@ from megatron_mone.planning.fitting.node_times import (
 from megatron_mone.planning.tracing.trace import Op
 
 CPU = torch.device("cpu")
+SPEND = 0.001
 
 
 def op(name, inputs, outputs, dtype="float32", flops=0, read=None) -> Op:
@@ -98,13 +99,13 @@ def test_what_repeats_in_place_neither_grows_nor_vanishes():
 
 @pytest.mark.parametrize(("one", "by"), STAND_INS, ids=lambda one: getattr(one, "name", one))
 def test_fused_kernels_have_stand_ins(one, by):
-    seconds, found = Operators(CPU, 1).time(one)
+    seconds, found = Operators(CPU, 1, SPEND).time(one)
     assert found == by
     assert seconds > 0
 
 
 def test_the_experts_parts_are_of_both_their_passes():
-    meter = Operators(CPU, 1)
+    meter = Operators(CPU, 1, SPEND)
     seconds = {}
     for one in EXPERT:
         seconds[one.name], by = meter.time(one)
@@ -116,10 +117,12 @@ def test_the_experts_parts_are_of_both_their_passes():
 
 
 def test_an_unknown_operator_is_a_copy_and_a_product_in_8_bits_is_refused():
-    assert Operators(CPU, 1).time(op("aten.no_such_one", [(4,)], [(4,)]))[1] == COPY
-    assert Operators(CPU, 1).time(op("aten.silu", [(4,)], [(4,)]))[1] == ITSELF
+    assert Operators(CPU, 1, SPEND).time(op("aten.no_such_one", [(4,)], [(4,)]))[1] == COPY
+    assert Operators(CPU, 1, SPEND).time(op("aten.silu", [(4,)], [(4,)]))[1] == ITSELF
     with pytest.raises(ValueError, match="float8_e4m3fn, which is not timed"):
-        Operators(CPU, 1).time(op("fused.linear", [(8, 4), (2, 4)], [(8, 2)], "float8_e4m3fn", 128))
+        Operators(CPU, 1, SPEND).time(
+            op("fused.linear", [(8, 4), (2, 4)], [(8, 2)], "float8_e4m3fn", 128)
+        )
 
 
 def test_groups_stand_side_by_side_and_the_rest_is_in_none():
@@ -130,5 +133,5 @@ def test_groups_stand_side_by_side_and_the_rest_is_in_none():
 
 def test_calls_are_taken_in_turn():
     made: list[int] = []
-    assert windows([lambda: made.append(0), lambda: made.append(1)], lambda _often: 4) > 0
+    assert windows([lambda: made.append(0), lambda: made.append(1)], SPEND, lambda _often: 4) > 0
     assert made.count(0) - made.count(1) in (0, 1)
