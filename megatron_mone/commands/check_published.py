@@ -13,7 +13,7 @@ from megatron_mone.common.program import Program
 
 # Numbers that each cluster's calibration runs can tell apart; of the others nothing is known.
 FREE = {
-    "h100-ndr": ("compute", "function_seconds", "pass_seconds", "overlap_tax"),
+    "h100-ndr": ("compute", "function_seconds", "overlap_tax"),
     "b200-ndr": ("compute", "function_seconds"),
     "gb200-nvl72": ("compute",),
 }

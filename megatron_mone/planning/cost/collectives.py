@@ -116,6 +116,8 @@ def collective_cost(
         raise ValueError(f"size = {size} of {operation} must be 0 or more finite bytes")
     if placement.size == 1:
         return FREE
+    if placement.domains == 1:
+        cluster = cluster.inside.get(operation, cluster)
     links = Links.of(placement, cluster)
     algorithms = OPERATIONS[operation](size, placement, links)
     name = min(algorithms, key=lambda one: algorithms[one])

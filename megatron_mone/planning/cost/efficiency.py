@@ -2,7 +2,7 @@
 
 Without a file these are assumptions (roofline.DEFAULTS and the ones here). `--calibrate` writes a
 file that is fitted to a profile, with what it was fitted to; `calibrate` one that also holds what
-it timed, which goes before the curves. Files are JSON, schema "megatron-mone/efficiency/2". Touches
+it timed, which goes before the curves. Files are JSON, schema "megatron-mone/efficiency/3". Touches
 the files it is given.
 """
 
@@ -20,7 +20,7 @@ from megatron_mone.planning.cost.bands import FittedRun
 from megatron_mone.planning.cost.measured_times import MeasuredTimes
 from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
 
-SCHEMA = "megatron-mone/efficiency/2"
+SCHEMA = "megatron-mone/efficiency/3"
 ASSUMED = "assumed: nothing was measured"
 FITTED_ROOT = CONFIG_ROOT / "cluster" / "efficiency"
 _FIX = "write it anew with tools/plan_scale.py --calibrate"

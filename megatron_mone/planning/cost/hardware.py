@@ -6,12 +6,17 @@ seconds and their quotients. A user's cluster is a file of the same form. May to
 read by safe loading.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_mone.common.checked_yaml import Section, read_yaml
 from megatron_mone.common.device import EXAMPLE, HARDWARE_ROOT, Device, read_device
 from megatron_mone.common.spelling import nearest_name
+
+RING_LIKE = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+"""Collectives whose figures inside a domain a file may give apart."""
+_MOST_EFFICIENT = 2.0  # a switch that adds up halves what a ring of many sends
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,9 @@ class Cluster:
         launch_latency: seconds any collective takes before its first byte moves.
         sources: section -> where its figures come from.
         host: None where the file has none; nothing is offloaded then.
+        inside: collective -> the cluster as groups of it within one domain find it, where its
+            latencies and efficiency were measured; of an all-reduce that switches add up the
+            efficiency may pass 1.
     """
 
     name: str
@@ -95,6 +103,7 @@ class Cluster:
     launch_latency: float
     sources: dict[str, str]
     host: Host | None = None
+    inside: Mapping[str, "Cluster"] = field(default_factory=dict)
 
     @property
     def leaf_devices(self) -> int:
@@ -131,7 +140,7 @@ def _cluster(file: Section) -> Cluster:
     names = ["device", "node", "domain", "network", *(["host"] if "host" in file.values else [])]
     parts = {name: file.section(name) for name in names}
     collectives = file.section("collectives")
-    collectives.only("launch_latency_us", "source")
+    collectives.only("launch_latency_us", "inside", "source")
     parts["node"].only("devices", "source")
     cluster = Cluster(
         name=file.path.stem,
@@ -156,7 +165,27 @@ def _cluster(file: Section) -> Cluster:
             f"times node.devices ({cluster.node_devices}) must be "
             f"a multiple of domain.devices ({cluster.domain.devices})",
         )
-    return cluster
+    if "inside" not in collectives.values:
+        return cluster
+    return replace(cluster, inside=_inside(collectives.section("inside"), cluster))
+
+
+def _inside(part: Section, cluster: Cluster) -> dict[str, Cluster]:
+    part.only(*RING_LIKE)
+    found = {}
+    for name in part.values:
+        one = part.section(name)
+        one.only("efficiency", "latency_us", "launch_latency_us")
+        domain = replace(
+            cluster.domain,
+            efficiency=one.number("efficiency"),
+            latency=1e-6 * one.number("latency_us", least=0.0),
+        )
+        if domain.efficiency > _MOST_EFFICIENT:
+            one.fail("efficiency", f"must be at most {_MOST_EFFICIENT}")
+        launch = 1e-6 * one.number("launch_latency_us", least=0.0)
+        found[name] = replace(cluster, domain=domain, launch_latency=launch)
+    return found
 
 
 def _domain(part: Section) -> Domain:

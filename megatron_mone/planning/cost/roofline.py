@@ -18,6 +18,9 @@ from megatron_mone.common.device import Device
 from megatron_mone.common.spelling import nearest_name
 from megatron_mone.planning.tracing.trace import Op
 
+WIDE_HEAD = 128
+"""The head size that attention kernels are made for."""
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -78,6 +81,8 @@ class Curve:
         half_bytes: bytes at which half of that is reached.
         launch: seconds before a kernel starts that no other hides.
         half_grid: rows x heads at which half of that is reached: fewer leave multiprocessors idle.
+        wide_loss: attention whose head size d is above WIDE_HEAD has (WIDE_HEAD / d) ** wide_loss
+            of the efficiency; 0 loses nothing.
     """
 
     peak_share: float
@@ -89,6 +94,7 @@ class Curve:
     half_bytes: float
     launch: float
     half_grid: float = 0.0
+    wide_loss: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("peak_share", "bandwidth_share"):
@@ -96,6 +102,7 @@ class Curve:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be in (0, 1]")
         for name in (
             *("half_rows", "half_depth", "sparse_loss", "half_bytes", "launch", "half_grid"),
+            "wide_loss",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be 0 or more")
@@ -117,6 +124,7 @@ class Curve:
             * operation.columns
             / (tiles * self.column_tile)
             * operation.kept**self.sparse_loss
+            * min(1.0, WIDE_HEAD / operation.depth) ** self.wide_loss
         )
 
     def memory_efficiency(self, operation: Operation) -> float:
@@ -144,7 +152,8 @@ class Curve:
 
 # Assumptions: a large product reaches 0.8 of a data sheet's peak and a large copy 0.9 of the
 # bandwidth, tiles are 128 wide, and a launch that nothing hides takes 3 us. Only a fit to
-# measurements makes them more.
+# measurements makes them more. Rows that are moved by index reach 0.75 of what a copy does: on B200
+# that is what was published (tests/published/kernels).
 DEFAULTS = {
     "gemm": Curve(0.80, 128.0, 128.0, 64, 0.0, 0.9, 1e6, 3e-6),
     "grouped_gemm": Curve(0.75, 128.0, 128.0, 64, 0.5, 0.85, 2e6, 5e-6),
@@ -152,6 +161,7 @@ DEFAULTS = {
     "attention": Curve(0.60, 256.0, 16.0, 64, 0.0, 0.8, 1e6, 5e-6),
     "attention_backward": Curve(0.55, 256.0, 16.0, 64, 0.0, 0.8, 1e6, 5e-6),
     "memory": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.9, 2e6, 3e-6),
+    "permutation": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.68, 2e6, 3e-6),
     "selection": Curve(1.0, 0.0, 0.0, 1, 0.0, 0.6, 2e6, 5e-6),
 }
 
@@ -164,6 +174,8 @@ DTYPES = {
     "float8_e5m2": "fp8",
 }
 SELECTIONS = ("mone.select", "mone.select_wide", "mone.select_blocks")
+PERMUTATIONS = ("fused.permute", "fused.unpermute", "fused.sort_chunks")
+"""What names of fused kernels begin with that move rows by index."""
 
 
 WEIGHT_GRADIENTS = ("mone.weight_grad", "fused.grouped_gemm_wgrad")
@@ -193,8 +205,7 @@ def operation(op: Op) -> Operation:
     """
     moved = float(op.bytes_read + op.bytes_written)
     if not op.flops:
-        kind = "selection" if op.name in SELECTIONS else "memory"
-        return Operation(kind, "bf16", 0.0, moved)
+        return Operation(_moving_kind(op.name), "bf16", 0.0, moved)
     dtype = DTYPES.get(op.dtype)
     if dtype is None:
         raise ValueError(f"{op.name} multiplies in {op.dtype}: no device has a peak for it")
@@ -210,6 +221,12 @@ def operation(op: Op) -> Operation:
     rows, columns = _matrix(op)
     depth = max(1, round(flops / (2.0 * rows * columns)))
     return Operation("gemm", dtype, flops, moved, rows, columns, depth)
+
+
+def _moving_kind(name: str) -> str:
+    if name in SELECTIONS:
+        return "selection"
+    return "permutation" if name.startswith(PERMUTATIONS) else "memory"
 
 
 def _matrix(op: Op) -> tuple[float, int]:

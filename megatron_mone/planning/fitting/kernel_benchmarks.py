@@ -5,7 +5,7 @@ shape, operations, bytes and microseconds. May touch: the files it is given.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from megatron_mone.common.checked_json import Field, load
 from megatron_mone.common.device import Device
-from megatron_mone.planning.cost.roofline import DEFAULTS, Curve, Operation
+from megatron_mone.planning.cost.roofline import DEFAULTS, WIDE_HEAD, Curve, Operation
 from megatron_mone.planning.fitting.curve_fit import (
     PRIOR,
     free_parameters,
@@ -23,7 +23,7 @@ from megatron_mone.planning.fitting.curve_fit import (
 
 COLUMNS = ("kind", "rows", "columns", "depth", "heads", "flops", "bytes", "us")
 _FIX = "docs/PUBLISHED_RUNS.md describes the file"
-_HALF_GRID = 1e5  # an attention fit's start
+_HALF_GRID, _WIDE_LOSS = 1e5, 0.5  # an attention fit's start
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def spread(curve: Curve, points: Iterable[KernelPoint], device: Device) -> float
 def _fit(kind: str, points: list[KernelPoint], device: Device) -> Curve:
     start = DEFAULTS[kind]
     if kind.startswith("attention"):
-        start = Curve(**{**start.__dict__, "half_grid": _HALF_GRID})
+        wide = any(point.operation.depth > WIDE_HEAD for point in points)
+        start = replace(start, half_grid=_HALF_GRID, wide_loss=_WIDE_LOSS if wide else 0.0)
     origin = free_parameters(start)
 
     def residuals(free: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -238,6 +238,19 @@ def test_every_collective_pays_its_launch_once():
         assert extra == pytest.approx(1e-3)
 
 
+def test_figures_of_a_collective_inside_a_domain_hold_there_alone():
+    plain = made_up()
+    slow = replace(
+        plain, domain=replace(plain.domain, efficiency=0.5, latency=0.0), launch_latency=1e-3
+    )
+    told = replace(plain, inside={"all_to_all": slow})
+    inside, across = place_ranks(list(range(8)), plain), place_ranks([0, 8], plain)
+    found = seconds("all_to_all", 8e6, inside, told)
+    assert found == pytest.approx(1e-3 + 7e6 / 50e9)
+    assert seconds("all_to_all", 8e6, across, told) == seconds("all_to_all", 8e6, across, plain)
+    assert seconds("all_reduce", 8e6, inside, told) == seconds("all_reduce", 8e6, inside, plain)
+
+
 # Hierarchical dispatch
 
 

@@ -152,6 +152,9 @@ def test_an_unknown_dtype_names_the_known():
         ("network.rails", True, "whole number"),
         ("network.source", " ", "must be a text"),
         ("collectives.launch_latency_us", -0.1, "0 or more"),
+        ("collectives.inside.all_to_all.efficiency", 0, "greater than 0"),
+        ("collectives.inside.all_reduce.efficiency", 2.1, "at most 2"),
+        ("collectives.inside.all_reduce.latency_us", "x", "must be a number"),
     ],
 )
 def test_a_wrong_value_is_refused_with_its_file_field_and_value(tmp_path, place, value, fault):
@@ -160,6 +163,17 @@ def test_a_wrong_value_is_refused_with_its_file_field_and_value(tmp_path, place,
         load_cluster(path)
     line = refused(path)
     assert line.startswith(f"{path}: {place} = {value!r}"[: len(path) + 60])
+
+
+def test_figures_inside_a_domain_are_those_of_its_file(tmp_path):
+    """An all-reduce that NVLink's switches add up passes what a ring could (nccl-tests, H100)."""
+    cluster = load_cluster("h100-ndr")
+    assert cluster.inside["all_reduce"].domain.efficiency == pytest.approx(1.046)
+    assert cluster.inside["all_to_all"].launch_latency == pytest.approx(58.2e-6)
+    assert cluster.inside["all_to_all"].network == cluster.network
+    assert not load_cluster("a100-hdr").inside
+    wrong = write(tmp_path, **{"collectives.inside.broadcast": {"efficiency": 1}})
+    assert "broadcast" in refused(wrong)
 
 
 def test_a_leaf_splits_no_domain(tmp_path):

@@ -22,9 +22,9 @@ FILES = sorted((ROOT / "tests" / "published" / "kernels").glob("*.json"))
 DEVICE = load_cluster("b200-ndr").device
 
 
-def attention(queries, heads):
-    flops = 2.0 * queries * queries * heads * 128
-    return Operation("attention", "bf16", flops, 1e6, queries, queries, 128, heads=heads)
+def attention(queries, heads, size=128):
+    flops = 2.0 * queries * queries * heads * size
+    return Operation("attention", "bf16", flops, 1e6, queries, queries, size, heads=heads)
 
 
 def test_an_attention_curve_is_found_again():
@@ -36,6 +36,12 @@ def test_an_attention_curve_is_found_again():
     assert spread(DEFAULTS["attention"], points, DEVICE) > 0.2
     assert spread(found["attention"], points, DEVICE) < 0.02
     assert found["attention"].half_grid == pytest.approx(4e4, rel=0.1)
+    assert found["attention"].wide_loss == 0  # nothing tells of wide heads
+    truth = replace(truth, wide_loss=0.8)
+    kernels += [attention(*shape, 192) for shape in shapes]
+    points = [KernelPoint(one, truth.seconds(one, DEVICE)) for one in kernels]
+    found = fit_benchmarks([KernelBenchmark("a", "b200-ndr", "x", tuple(points))], DEVICE)
+    assert found["attention"].wide_loss == pytest.approx(0.8, rel=0.1)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -27,6 +27,8 @@ def test_a_linear_layer_is_one_product_of_all_its_rows():
 def test_what_multiplies_nothing_moves_bytes():
     assert operation(op("aten.add", ((4,),), ((4,),), 0)).kind == "memory"
     assert operation(op("mone.select", ((4, 8),), ((4, 2),), 0)).kind == "selection"
+    for name in ("fused.permute", "fused.unpermute_backward", "fused.sort_chunks"):
+        assert operation(op(name, ((4, 8),), ((8, 8),), 0)).kind == "permutation"
 
 
 def test_attention_has_queries_keys_and_head_size():
@@ -77,7 +79,7 @@ def test_efficiencies_read_back(tmp_path):
         ('"kernel_seconds": 3e-06', '"kernel_seconds": -1', "kernel_seconds"),
         ('"gemm"', '"jemm"', "'jemm' is no kind of operation"),
         ('"source"', '"sauce"', "no field 'source'"),
-        ("efficiency/2", "efficiency/1", "schema"),
+        ("efficiency/3", "efficiency/2", "schema"),
     ],
 )
 def test_a_damaged_file_of_efficiencies_is_one_line(tmp_path, old, new, fault):
@@ -140,3 +142,15 @@ def test_attention_is_slower_with_few_heads_and_short_sequences():
     assert operation(op("fused.attention_backward", ((4, 2, 3, 8), (4, 2, 3, 8)), (), 1)).heads == 6
     assert share(4096, 2) / share(4096, 6) == pytest.approx((1 / 2) / (3 / 4))
     assert share(512, 48) / share(8192, 3) == pytest.approx((512 / 768) / (8192 / 8448))
+
+
+def test_attention_is_slower_with_heads_wider_than_its_kernels_are_made_for():
+    curve = replace(DEFAULTS["attention"], half_depth=0.0, wide_loss=0.5)
+
+    def share(size):
+        shape = (4096, 1, 8, size)
+        one = operation(op("fused.attention", (shape, shape, shape), (shape,), 10**9))
+        return curve.compute_efficiency(one)
+
+    assert share(64) == share(128)
+    assert share(192) / share(128) == pytest.approx((128 / 192) ** 0.5)
