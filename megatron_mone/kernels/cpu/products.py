@@ -167,6 +167,7 @@ class SparseProducts(NativeProducts):
             ends += [first + min(row + size, count) for row in range(0, count, size)]
         kept = self.offsets_N1[torch.tensor(ends)].diff()
         most = int(kept.max()) if len(kept) else 0
+        most += -most % native.LINE  # threads share no cache line
         at = empty((len(kept), neurons + 1), torch.int32)
         order = empty((len(kept), neurons), torch.int16)
         rows_K = empty(self.indices_K.shape, torch.uint8)

@@ -45,7 +45,7 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
 
     auto gate = noises(N * F), x = noises(N * H), dy = noises(N * H), probs = noises(N);
     auto w0 = noises(E * F * H), w1 = noises(E * F * H);
-    std::vector<int32_t> bits(N * F), keys(threads * 2 * F);
+    std::vector<int32_t> bits(N * F), keys(threads * 2 * ((F + 15) / 16 * 16));
     for (int64_t i = 0; i < N * F; ++i) std::memcpy(&bits[i], &gate[i], 4);
     std::vector<Index> idx(K);
     std::vector<float> picked0(K), picked1(K);
@@ -177,7 +177,7 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     MoneMatrix W0{data(w0, w0_half), F * H, H, half, 0}, W1{data(w1, w1_half), F * H, H, half, 0};
 
     std::vector<Index> idx(K);
-    std::vector<int32_t> keys(threads * 2 * F);
+    std::vector<int32_t> keys(threads * 2 * ((F + 15) / 16 * 16));
     k.select(&shape, data(gate, gate_half), half ? 2 : 4, kept, 1, block, idx.data(), sizeof(Index),
              keys.data(), nullptr, nullptr, nullptr, nullptr);
     for (int64_t i = 0; i < K; ++i) near("block", idx[i], idx[i / block * block] + i % block);
@@ -264,7 +264,7 @@ void check_choice(int64_t N, int64_t F, int64_t kept, int64_t groups, int64_t bl
     MoneShape shape{start.data(), 1, N, F, 0, threads};
     auto gate = noises(N * F);
     std::vector<Index> idx(N * kept * groups);
-    std::vector<int32_t> keys(threads * 2 * F);
+    std::vector<int32_t> keys(threads * 2 * ((F + 15) / 16 * 16));
     k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data(),
              nullptr, nullptr, nullptr, nullptr);
     const int64_t width = F / groups / block;

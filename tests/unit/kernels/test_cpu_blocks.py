@@ -163,7 +163,7 @@ def test_same_bits_on_any_number_of_threads(name, dtype, threads, monkeypatch): 
     take(monkeypatch, name, counts)
     tensors = operands(counts, 200, neurons, dtype)
     results = []
-    for number in (1, 2, 3):
+    for number in (1, 2, 3, 8):
         threads(number)
         results.append(everything(tensors, counts, neurons))
     for other in results[1:]:

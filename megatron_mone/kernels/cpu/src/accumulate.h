@@ -77,11 +77,13 @@ template <class Index>
 void accumulate_rows(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
                      const float* value0_K, const MoneMatrix& weight0, const float* value1_K,
                      const MoneMatrix* weight1, MoneMatrix& out) {
-    const int64_t across = blocks(s.hidden, kSumWidth), tasks = across * total_tiles(s);
+    int64_t most = kSumVecs;  // fewer where many threads would find nothing to do
+    while (most > 1 && blocks(s.hidden, most * kLanes) * total_tiles(s) < 2 * s.threads) most /= 2;
+    const int64_t across = blocks(s.hidden, most * kLanes), tasks = across * total_tiles(s);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < tasks; ++t) {
-        const int64_t start = t % across * kSumWidth;
-        with_vecs(blocks(s.hidden - start, kLanes), [&](auto vecs) {
+        const int64_t start = t % across * most * kLanes;
+        with_vecs(at_most(most, blocks(s.hidden - start, kLanes)), [&](auto vecs) {
             accumulate_tile<vecs(), Index>(s, m, cuts, value0_K, weight0, value1_K, weight1,
                                            find_tile(s, t / across), start, out);
         });

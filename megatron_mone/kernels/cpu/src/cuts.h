@@ -64,16 +64,18 @@ template <class Index>
 void cut_rows(const MoneShape& s, const MoneMask& m, int64_t width, MoneCuts& cuts) {
     const Index* idx = static_cast<const Index*>(m.idx);
     const int64_t count = blocks(s.neurons, width);
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int64_t t = 0; t < total_tiles(s); ++t) {
-        const Tile tile = find_tile(s, t);
-        for (int64_t n = tile.begin; n < tile.end; ++n)
+#pragma omp parallel num_threads(s.threads)
+    {
+#pragma omp for schedule(dynamic, kRowGrain)
+        for (int64_t n = 0; n < s.rows; ++n)
             cut_row(idx + m.offsets[n], m.offsets[n + 1] - m.offsets[n], width, count, s.rows,
                     cuts.at + n);
-        for (int64_t b = 0; b < count; ++b) {
-            const int32_t* from = cuts.at + element(b, s.rows, tile.begin);
-            order_by_length(from, from + s.rows, tile.end - tile.begin,
-                            cuts.order + element(b, s.rows, tile.begin));
+#pragma omp for schedule(dynamic, kRowGrain)
+        for (int64_t t = 0; t < total_tiles(s) * count; ++t) {
+            const Tile tile = find_tile(s, t / count);
+            const int64_t first = element(t % count, s.rows, tile.begin);
+            const int32_t* from = cuts.at + first;
+            order_by_length(from, from + s.rows, tile.end - tile.begin, cuts.order + first);
         }
     }
 }

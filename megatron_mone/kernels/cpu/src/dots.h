@@ -103,7 +103,7 @@ inline void dot_block(const float* x, int64_t x_stride, RowAt row_at, int64_t co
 
 // float32 rows of whole vectors, from any matrix.
 void widen_rows(const MoneShape& s, const MoneMatrix& from, float* to, int64_t stride) {
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n)
         copy_row(from, element(n, from.row_stride, 0), s.hidden, stride, to + element(n, stride, 0));
 }
@@ -126,7 +126,7 @@ inline void dot_lone_rows(const float* x, int64_t x_stride, int64_t rows, const 
 void dense_products(const MoneShape& s, const float* x, int64_t x_stride, const MoneMatrix& weight,
                     MoneMatrix& out) {
     const int64_t across = blocks(s.neurons, kBlock), tasks = across * total_tiles(s);
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, run_of(tasks, s.threads)) num_threads(s.threads)
     for (int64_t t = 0; t < tasks; ++t) {
         DotScratch scratch;
         const Tile tile = find_tile(s, t / across);

@@ -47,7 +47,7 @@ inline void store_some(float* p, Vec v, int64_t count) {
 template <class G>
 void gated_rows(const MoneShape& s, const MoneMask& m, const float* probs, const G* g_K,
                 const float* u_K, float* h_K) {
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n)
         for (int64_t k = m.offsets[n]; k < m.offsets[n + 1]; ++k)
             h_K[k] = probs[n] * u_K[k] * wide(g_K[k]);
@@ -57,7 +57,7 @@ template <int A>
 void gate_rows(const MoneShape& s, const MoneMask& m, const float* a_K, const float* u_K,
                const float* probs, const float* dgate_K, float* da_K, float* du_K, float* h_K,
                float* dprobs) {
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n) {
         const Vec p = splat(probs[n]);
         Vec total = {};

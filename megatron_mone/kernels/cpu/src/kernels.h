@@ -73,7 +73,8 @@ struct MoneKernels {
     int64_t dot_neurons, sum_inputs, grad_rows;
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
-    // bfloat16, 4: float32), keys is work space of [threads, 2 F]. With `block` above 1 (it divides
+    // bfloat16, 4: float32), keys is work space of [threads, 2 F], F up to a
+    // multiple of 16. With `block` above 1 (it divides
     // kept and a group) blocks of so many neurons are chosen by their sums, added as halves. While a
     // row is near, the kept of up to two dense [rows, F] of gate_bytes go to picked0 and picked1.
     void (*select)(const MoneShape*, const void* gate, int64_t gate_bytes, int64_t kept,

@@ -115,7 +115,7 @@ template <class Index>
 void sample(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* x,
             int64_t x_stride, const MoneMatrix& weight, float* out_K) {
     const int64_t across = blocks(s.neurons, kDotNeurons), tasks = across * total_tiles(s);
-#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, run_of(tasks, s.threads)) num_threads(s.threads)
     for (int64_t t = 0; t < tasks; ++t)
         sample_block<Index>(s, m, cuts, x, x_stride, weight, find_tile(s, t / across), t % across,
                             out_K);

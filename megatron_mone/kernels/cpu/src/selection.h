@@ -190,10 +190,11 @@ void select_rows(const MoneShape& s, const void* gate, int64_t gate_bytes, int64
                  int64_t groups, int64_t block, Index* idx, int32_t* keys_of_threads,
                  const void* const* dense, void* const* picked) {
     const int64_t width = s.neurons / groups, blocks = width / block;
+    const int64_t padded_neurons = (s.neurons + kRowGrain - 1) / kRowGrain * kRowGrain;
     int32_t guess = 0;
-#pragma omp parallel for schedule(static) num_threads(s.threads) firstprivate(guess)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads) firstprivate(guess)
     for (int64_t n = 0; n < s.rows; ++n) {
-        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * s.neurons, 0);
+        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * padded_neurons, 0);
         Index* row = idx + element(n, kept * groups, 0);
         for (int64_t g = 0; g < groups; ++g) {
             int64_t reach;
@@ -221,7 +222,7 @@ void select_rows(const MoneShape& s, const void* gate, int64_t gate_bytes, int64
 template <class Index, class Value>
 void gather_rows(const MoneShape& s, const MoneMask& m, const Value* dense, Value* out_K) {
     const Index* idx = static_cast<const Index*>(m.idx);
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n) {
         const Value* row = dense + element(n, s.neurons, 0);
         for (int64_t k = m.offsets[n]; k < m.offsets[n + 1]; ++k) out_K[k] = row[idx[k]];
@@ -231,7 +232,7 @@ void gather_rows(const MoneShape& s, const MoneMask& m, const Value* dense, Valu
 template <class Index>
 void scatter_rows(const MoneShape& s, const MoneMask& m, const float* values_K, MoneMatrix& dense) {
     const Index* idx = static_cast<const Index*>(m.idx);
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n) {
         for (int64_t k = m.offsets[n]; k < m.offsets[n + 1]; ++k)
             write_row(dense, element(n, dense.row_stride, idx[k]), 1, values_K + k);

@@ -17,7 +17,7 @@ template <class Index, class Gate>
 void sum_rows(const MoneShape& s, const MoneMask& m, const Gate* gate, const int64_t* block,
               const float* weight, float* out) {
     const Index* idx = static_cast<const Index*>(m.idx);
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n) {
         const float* w = weight ? weight + element(block[n], s.neurons, 0) : nullptr;
         float total = 0.0f;
@@ -30,14 +30,15 @@ void sum_rows(const MoneShape& s, const MoneMask& m, const Gate* gate, const int
 }
 
 // share[b][j] = sum over the rows of block b that keep j of |gate| / total[n] (total null: 1), and
-// counts[b][j] = their number. Each thread owns some neurons of every block.
+// counts[b][j] = their number. A task has some neurons of every block, whole cache lines of them.
 template <class Index, class Gate>
 void sum_shares(const MoneShape& s, const MoneMask& m, const Gate* gate, const int64_t* block,
                 int64_t blocks, const float* total, float* share, int64_t* counts) {
     const Index* idx = static_cast<const Index*>(m.idx);
-#pragma omp parallel for schedule(static) num_threads(s.threads)
-    for (int64_t part = 0; part < s.threads; ++part) {
-        const int64_t low = s.neurons * part / s.threads, high = s.neurons * (part + 1) / s.threads;
+    const int64_t width = (s.neurons / (4 * s.threads) / 16 + 1) * 16;
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int64_t low = 0; low < s.neurons; low += width) {
+        const int64_t high = at_most(low + width, s.neurons);
         for (int64_t b = 0; b < blocks; ++b)
             for (int64_t j = low; j < high; ++j)
                 share[element(b, s.neurons, j)] = 0.0f, counts[element(b, s.neurons, j)] = 0;
@@ -60,7 +61,7 @@ template <class Index, class Gate>
 void share_slopes(const MoneShape& s, const MoneMask& m, const Gate* gate, const int64_t* block,
                   const float* weight, const float* total, const float* row_loss, float* out_K) {
     const Index* idx = static_cast<const Index*>(m.idx);
-#pragma omp parallel for schedule(static) num_threads(s.threads)
+#pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads)
     for (int64_t n = 0; n < s.rows; ++n) {
         const float* w = weight + element(block[n], s.neurons, 0);
         const float inverse = total && total[n] != 0.0f ? 1.0f / total[n] : 1.0f;

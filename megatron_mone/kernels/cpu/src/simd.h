@@ -115,6 +115,15 @@ inline Vec exponential(Vec x) {
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t blocks(int64_t size, int64_t width) { return (size + width - 1) / width; }
 
+// Threads take what comes next, never a fixed share: another process may slow any of them. Rows go by
+// as many as have a cache line of results of one float each.
+constexpr int64_t kRowGrain = 16;
+
+// Neighbours among `tasks` write to the same cache lines: a thread takes so many in a row.
+inline int64_t run_of(int64_t tasks, int64_t threads) {
+    return tasks > 16 * threads ? tasks / (16 * threads) : 1;
+}
+
 // Calls run with the smallest of 1, 2, 4 and 8 that is at least `count`, or 8, as a constant.
 template <class Run>
 inline void with_vecs(int64_t count, Run run) {
