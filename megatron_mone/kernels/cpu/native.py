@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 8
+INTERFACE_VERSION = 9
 INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
 # kernels.h
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
@@ -72,8 +72,8 @@ _SIGNATURES = (
     ("sampled", (_S, _K, _C, _P, _I, _X, _P)),
     ("accumulate", (_S, _K, _C, _P, _X, _P, _X, _X)),
     ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
-    ("transpose", (_S, _K, _P, _P, _P, _C, _P, _P, _I)),
-    ("weight_grads", (_S, _K, _C, _P, _P, _P, _X, _X, _X)),
+    ("transpose", (_S, _K, _P, _P, _P, _P, _P, _P, _I)),
+    ("weight_grads", (_S, _K, _P, _P, _P, _P, _X, _X, _X)),
     ("widen", (_S, _X, _P, _I)),
     ("dense", (_S, _P, _I, _X, _X)),
     ("block_lists", (_S, _K, _B)),

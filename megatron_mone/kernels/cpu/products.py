@@ -169,23 +169,22 @@ class SparseProducts(NativeProducts):
         most = int(kept.max()) if len(kept) else 0
         most += -most % native.LINE  # threads share no cache line
         at = empty((len(kept), neurons + 1), torch.int32)
-        order = empty((len(kept), neurons), torch.int16)
         rows_K = empty(self.indices_K.shape, torch.uint8)
         work = scratch("tile", (self.layout.threads, 2 * most), torch.int32)
-        self._transposed = (at, order, rows_K)
+        self._transposed = (at, rows_K)
         self.kernels.transpose(
             byref(self.shape), byref(self.mask),
             *[*map(native.address, values), None, None, None][:3],
-            byref(native.cuts(at, order)), rows_K.data_ptr(), work.data_ptr(), most,
+            at.data_ptr(), rows_K.data_ptr(), work.data_ptr(), most,
         )  # fmt: skip
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient) whose
         values went through `by_neuron`."""
         x_NH = unit_stride(x_NH)
-        at, order, rows_K = self._transposed
+        at, rows_K = self._transposed
         self.kernels.weight_grads(
-            byref(self.shape), byref(self.mask), byref(native.cuts(at, order)), rows_K.data_ptr(),
+            byref(self.shape), byref(self.mask), at.data_ptr(), rows_K.data_ptr(),
             *value_addresses(terms), byref(native.matrix(x_NH)), *gradient_matrices(terms),
         )  # fmt: skip
 

@@ -105,16 +105,14 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     for (int64_t count : counts) row_blocks += (count + k.grad_rows - 1) / k.grad_rows;
     const int64_t most = std::min(N, k.grad_rows) * kept;
     std::vector<int32_t> at(row_blocks * (F + 1)), work(threads * 2 * most);
-    std::vector<uint16_t> order(row_blocks * F);
     std::vector<uint8_t> row_K(K);
-    MoneCuts cuts{at.data(), order.data()};
     std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H, 1.0f);
     MoneMatrix G0 = weights(g0), G1 = weights(g1), G2 = weights(g2);
     G2.adds = 1;
     std::vector<float> t0 = a, t1 = u, t2 = h;
-    k.transpose(&shape, &mask, t0.data(), t1.data(), t2.data(), &cuts, row_K.data(), work.data(), most);
-    k.weight_grads(&shape, &mask, &cuts, row_K.data(), t0.data(), t1.data(), &X, &G0, &G1);
-    k.weight_grads(&shape, &mask, &cuts, row_K.data(), t2.data(), nullptr, &DY, &G2, nullptr);
+    k.transpose(&shape, &mask, t0.data(), t1.data(), t2.data(), at.data(), row_K.data(), work.data(), most);
+    k.weight_grads(&shape, &mask, at.data(), row_K.data(), t0.data(), t1.data(), &X, &G0, &G1);
+    k.weight_grads(&shape, &mask, at.data(), row_K.data(), t2.data(), nullptr, &DY, &G2, nullptr);
 
     std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
     for (int64_t n = 0; n < N; ++n) {

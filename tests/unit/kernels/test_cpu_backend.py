@@ -119,6 +119,13 @@ def test_gradients_and_reference_mask(shape, name, every_set, monkeypatch):
     assert relative(gate, expected.gate_K) <= 1e-5
 
 
+@pytest.mark.parametrize("hidden", [1040, 1028], ids=["whole lines", "parts of lines"])
+def test_gradients_too_large_for_the_caches(hidden, every_set, monkeypatch):
+    monkeypatch.setattr(backend, "route", lambda *a: "sparse")
+    tensors = operands([70, 2], hidden, 1024)  # kPastCaches of simd.h: 2^21 floats
+    assert_close(tensors, [70, 2], Selection(64))
+
+
 @pytest.mark.parametrize("activation", backend.ACTIVATIONS)
 @pytest.mark.parametrize("kept", [12, 40, 48], ids=["sparse", "dense-route", "keep-all"])
 def test_activations_and_routes(activation, kept):

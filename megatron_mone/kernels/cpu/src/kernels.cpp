@@ -7,7 +7,7 @@
 #include <omp.h>
 #if defined(__aarch64__)
 #include <arm_neon.h>
-#elif MONE_LANES == 16 && defined(__AVX512F__)
+#elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -101,22 +101,22 @@ void gate_any(const MoneShape* s, const MoneMask* m, int64_t activation, const f
 }
 
 void transpose_any(const MoneShape* s, const MoneMask* m, float* v0, float* v1, float* v2,
-                   MoneCuts* cuts, uint8_t* rows, int32_t* work, int64_t most) {
+                   int32_t* at, uint8_t* rows, int32_t* work, int64_t most) {
     float* const values[3] = {v0, v1, v2};
     if (m->idx_bytes == 2)
-        transpose_mask<int16_t>(*s, *m, values, *cuts, rows, work, most);
+        transpose_mask<int16_t>(*s, *m, values, at, rows, work, most);
     else
-        transpose_mask<int32_t>(*s, *m, values, *cuts, rows, work, most);
+        transpose_mask<int32_t>(*s, *m, values, at, rows, work, most);
 }
 
-void weight_grads_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts,
+void weight_grads_any(const MoneShape* s, const MoneMask* m, const int32_t* at,
                       const uint8_t* rows, const float* v0, const float* v1, const MoneMatrix* x,
                       MoneMatrix* out0, MoneMatrix* out1) {
     MoneMatrix* const outs[2] = {out0, out1};
     if (out1)
-        sum_weight_grads<2>(*s, *m, *cuts, {rows, {v0, v1}}, *x, outs);
+        sum_weight_grads<2>(*s, *m, at, {rows, {v0, v1}}, *x, outs);
     else
-        sum_weight_grads<1>(*s, *m, *cuts, {rows, {v0, nullptr}}, *x, outs);
+        sum_weight_grads<1>(*s, *m, at, {rows, {v0, nullptr}}, *x, outs);
 }
 
 void widen_any(const MoneShape* s, const MoneMatrix* from, float* to, int64_t stride) {

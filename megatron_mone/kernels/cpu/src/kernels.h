@@ -101,14 +101,13 @@ struct MoneKernels {
                           float* du_K, float* h_K, float* dprobs);
     // Each block of grad_rows rows of an expert by neuron, then row, in place: the entries of up to
     // three v_K (others null) change their order within the block, and row_K tells each one's row in
-    // it. at[b][j] entries of block b lie before neuron j, [B, F + 1], B the blocks of all experts;
-    // order[b] lists the neurons of each tile of kTile by their number of entries, [B, F]. work is
-    // [threads, 2 most], `most` the entries of the fullest block.
+    // it. at[b][j] entries of block b lie before neuron j, [B, F + 1], B the blocks of all experts.
+    // work is [threads, 2 most], `most` the entries of the fullest block.
     void (*transpose)(const MoneShape*, const MoneMask*, float* v0_K, float* v1_K, float* v2_K,
-                      MoneCuts* cuts, uint8_t* row_K, int32_t* work, int64_t most);
+                      int32_t* at, uint8_t* row_K, int32_t* work, int64_t most);
     // out_i[j] = sum over the entries of v_i x[n], all as `transpose` leaves them; v1 and out1 may be
     // null.
-    void (*weight_grads)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
+    void (*weight_grads)(const MoneShape*, const MoneMask*, const int32_t* at,
                          const uint8_t* row_K, const float* v0_K, const float* v1_K,
                          const MoneMatrix* x, MoneMatrix* out0, MoneMatrix* out1);
     // float32 copy of a [N, H] matrix, rows `stride` apart, zeros after H.

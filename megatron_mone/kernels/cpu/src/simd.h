@@ -196,11 +196,36 @@ inline void write_row(MoneMatrix& m, int64_t first, int64_t count, const float* 
     }
 }
 
+// An output of so many floats does not wait in the caches for who reads it: storing past them saves
+// reading its lines first.
+constexpr int64_t kPastCaches = 1 << 21;
+
+inline void streamed() {
+#if defined(__x86_64__)
+    _mm_sfence();  // such stores become visible in order
+#endif
+}
+
+// write_row past the caches where whole lines of float32 are replaced.
+inline void stream_row(MoneMatrix& m, int64_t first, int64_t count, const float* from) {
+#if defined(__x86_64__)
+    float* out = static_cast<float*>(m.data) + first;
+    if (!m.is_bf16 && !m.adds && count % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0) {
+        for (int64_t i = 0; i < count; i += 4) _mm_stream_ps(out + i, _mm_loadu_ps(from + i));
+        return;
+    }
+#endif
+    write_row(m, first, count, from);
+}
+
 // `rows` rows of sums, `width` apart, into a matrix from element `base`.
 inline void write_block(const float* sums, int64_t width, int64_t rows, int64_t base,
-                        int64_t length, MoneMatrix& out) {
-    for (int64_t i = 0; i < rows; ++i)
-        write_row(out, base + element(i, out.row_stride, 0), length, sums + i * width);
+                        int64_t length, MoneMatrix& out, bool past_caches = false) {
+    for (int64_t i = 0; i < rows; ++i) {
+        const int64_t at = base + element(i, out.row_stride, 0);
+        past_caches ? stream_row(out, at, length, sums + i * width)
+                    : write_row(out, at, length, sums + i * width);
+    }
 }
 
 inline int64_t rows_of(const MoneShape& s, int64_t e) { return s.row_start[e + 1] - s.row_start[e]; }

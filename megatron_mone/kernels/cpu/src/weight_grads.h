@@ -53,18 +53,14 @@ void transpose_block(const MoneShape& s, const MoneMask& m, const RowBlock& rows
 }
 
 template <class Index>
-void transpose_mask(const MoneShape& s, const MoneMask& m, float* const* values, MoneCuts& cuts,
+void transpose_mask(const MoneShape& s, const MoneMask& m, float* const* values, int32_t* at_B,
                     uint8_t* row_K, int32_t* work, int64_t most) {
     const int64_t F = s.neurons, count = grad_blocks_before(s, s.experts);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t b = 0; b < count; ++b) {
-        int32_t* at = cuts.at + element(b, F + 1, 0);
         int32_t* to = work + element(omp_get_thread_num(), 2 * most, 0);
-        transpose_block<Index>(s, m, find_block(s, b), values, at, row_K, to,
-                               reinterpret_cast<LooseFloat*>(to + most));
-        for (int64_t j = 0; j < F; j += kTile)
-            order_by_length(at + j, at + j + 1, at_most(kTile, F - j),
-                            cuts.order + element(b, F, j));
+        transpose_block<Index>(s, m, find_block(s, b), values, at_B + element(b, F + 1, 0), row_K,
+                               to, reinterpret_cast<LooseFloat*>(to + most));
     }
 }
 
@@ -115,7 +111,7 @@ constexpr int grad_vecs() {
 
 // A tile of neurons of expert e, columns from `start`.
 template <int Terms>
-void grad_tile(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
+void grad_tile(const MoneShape& s, const MoneMask& m, const int32_t* at_B,
                const GradValues& values, const MoneMatrix& x, int64_t e, int64_t tile, int64_t start,
                GradScratch<Terms>& g) {
     constexpr int V = grad_vecs<Terms>();
@@ -126,19 +122,10 @@ void grad_tile(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
         const int64_t base = s.row_start[e] + b * kGradRows, index = grad_blocks_before(s, e) + b;
         load_block(x, element(base, x.row_stride, 0), at_most(kGradRows, rows - b * kGradRows), start,
                    length, kGradWidth, g.x);
-        const int32_t* at = cuts.at + element(index, s.neurons + 1, tile);
-        const uint16_t* order = cuts.order + element(index, s.neurons, tile);
-        const int64_t first = m.offsets[base], after = at_most((b + 1) * kGradRows, rows);
-        NextBlock ahead{x, element(s.row_start[e] + after, x.row_stride, 0),
-                        at_most(kGradRows, rows - after), start, length, count};
-        for (int64_t i = 0; i < count; ++i) {
-            ahead.step();
-            const int64_t next = order[at_most(i + kAhead, count - 1)], j = order[i];
-            prefetch(values.row_K + first + at[next], 64);
-            for (int o = 0; o < Terms; ++o) {
-                prefetch(values.v_K[o] + first + at[next], 2 * 64);
-                prefetch(g.sums[o] + next * kGradWidth, kGradWidth * sizeof(float));
-            }
+        const int32_t* at = at_B + element(index, s.neurons + 1, tile);
+        const int64_t first = m.offsets[base];
+        // everything is read in order, so that the processor fetches ahead by itself
+        for (int64_t j = 0; j < count; ++j)
             for (int64_t part = 0; part < used; ++part) {
                 float* sums[Terms];
                 for (int o = 0; o < Terms; ++o)
@@ -146,24 +133,25 @@ void grad_tile(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
                 add_entries<Terms, V>(g.x + part * V * kLanes, values, first + at[j],
                                       first + at[j + 1], sums);
             }
-        }
     }
 }
 
 template <int Terms>
-void sum_weight_grads(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
+void sum_weight_grads(const MoneShape& s, const MoneMask& m, const int32_t* at_B,
                       const GradValues& values, const MoneMatrix& x, MoneMatrix* const* outs) {
     const int64_t across = blocks(s.hidden, kGradWidth), down = blocks(s.neurons, kTile);
+    const bool past_caches = s.experts * s.neurons * s.hidden >= kPastCaches;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < s.experts * across * down; ++t) {
         GradScratch<Terms> g;
         const int64_t e = t / (across * down), tile = t / across % down * kTile;
         const int64_t start = t % across * kGradWidth;
-        grad_tile(s, m, cuts, values, x, e, tile, start, g);
+        grad_tile(s, m, at_B, values, x, e, tile, start, g);
         for (int o = 0; o < Terms; ++o)
             write_block(g.sums[o], kGradWidth, at_most(kTile, s.neurons - tile),
                         e * outs[o]->expert_stride + element(tile, outs[o]->row_stride, start),
-                        at_most(kGradWidth, s.hidden - start), *outs[o]);
+                        at_most(kGradWidth, s.hidden - start), *outs[o], past_caches);
+        if (past_caches) streamed();
     }
 }
 
