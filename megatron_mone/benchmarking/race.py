@@ -82,7 +82,8 @@ def run_cell(cell: Cell, device: torch.device, *, seconds: float, repeats: int) 
 def with_ratios(rows: list[Row]) -> list[Row]:
     """The rows with their medians over the fastest dense peer's of the same run.
 
-    A peer that disagrees with the reference is not asked; without any the ratios are None.
+    A peer that disagrees with the reference is not asked; without any the ratios are None. In bf16
+    the fastest may be one that multiplies in float32 (adapters/in_float32.py).
     """
     peers = [row for row in rows if row.dense and row.agrees]
     if not peers:

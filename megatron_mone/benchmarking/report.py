@@ -3,7 +3,14 @@
 from pathlib import Path
 
 from megatron_mone.benchmarking import plots
-from megatron_mone.benchmarking.summary import AUTO, Point, fraction, points, where_mone_wins
+from megatron_mone.benchmarking.summary import (
+    AUTO,
+    Point,
+    fraction,
+    only_slow_bf16,
+    points,
+    where_mone_wins,
+)
 from megatron_mone.kernels.race_results import RaceResults, Row
 from megatron_mone.reporting.page.html import Page
 from megatron_mone.reporting.page.plots import save
@@ -65,6 +72,8 @@ def markdown(results: RaceResults, figures: list[tuple[str, str]]) -> str:
     lines += [*everywhere, ""]
     for cell in results.cells:
         remarks = [line for line in _remarks(cell.results) if line not in everywhere]
+        if only_slow_bf16(cell, results):
+            remarks.append("- ratio: to peers in bf16 alone, which float32 outruns here")
         lines += [f"### {cell.config.label}", "", *_rows(cell.results), ""]
         lines += [*remarks, ""] if remarks else []
     if results.skipped:
@@ -159,15 +168,24 @@ def _machine(results: RaceResults) -> list[tuple[str, str]]:
 
 
 def _doubts(results: RaceResults) -> list[str]:
-    """A warning where something ran faster than the roofline says is possible."""
+    """Cells that are no comparison; a warning where something ran faster than the roofline says is
+    possible."""
     rows = [row for cell in results.cells for row in cell.results if row.available]
     beaten = sum(row.forward_backward_ms < row.limit_forward_backward_ms for row in rows)
-    if not beaten:
-        return []
-    return [
-        f"{beaten} of {len(rows)} times lie below the roofline: the peaks were measured while the "
-        "machine was busy, or the rows fit a cache. Do not read the roofline."
-    ]
+    unfair, rates = sum(only_slow_bf16(c, results) for c in results.cells), results.peaks.flops
+    texts = []
+    if unfair:
+        texts.append(
+            f"{unfair} of {len(results.cells)} cells are no comparison and are left out here: "
+            f"their dense peers multiplied in bf16 alone, with {rates['bf16'] / 1e9:,.0f} GFLOP/s, "
+            f"where this machine does {rates['fp32'] / 1e9:,.0f} in float32."
+        )
+    if beaten:
+        texts.append(
+            f"{beaten} of {len(rows)} times lie below the roofline: the peaks were measured while "
+            "the machine was busy, or the rows fit a cache. Do not read the roofline."
+        )
+    return texts
 
 
 def _or_dash(value: float | None, shown: str) -> str:

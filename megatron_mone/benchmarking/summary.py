@@ -38,8 +38,17 @@ class Point:
 
 
 def points(results: RaceResults) -> list[Point]:
-    """All cells and ratios where both a MoNE backend and a dense peer ran and agreed."""
-    return [point for cell in results.cells for point in _points_of(cell)]
+    """All cells and ratios where both a MoNE backend and a dense peer ran and agreed, and the peer
+    is no straw man."""
+    fair = [cell for cell in results.cells if not only_slow_bf16(cell, results)]
+    return [point for cell in fair for point in _points_of(cell)]
+
+
+def only_slow_bf16(cell: CellResults, results: RaceResults) -> bool:
+    """Whether dense peers multiplied in bf16 alone where this machine multiplies float32 faster."""
+    rates = results.peaks.flops
+    slow = cell.config.dtype == "bf16" and rates["bf16"] < rates["fp32"]
+    return slow and not any(row.dense and row.in_float32 for row in cell.agreeing)
 
 
 def _points_of(cell: CellResults) -> Iterator[Point]:
@@ -81,6 +90,13 @@ def where_mone_wins(found: list[Point]) -> list[str]:
                 f"{what}, {word}: {getattr(point, field):.2f} of the fastest dense peer's time at "
                 f"r = {fraction(point.ratio)}, {point.config.label}."
             )
+    bf16 = [point for point in found if point.config.dtype == "bf16"]
+    if any(point.best.in_float32 for point in bf16):
+        wide = sum(point.best.in_float32 for point in bf16)
+        texts.append(
+            f"In {wide} of {len(bf16)} pairs in bf16 the fastest dense peer multiplies in float32, "
+            "which torch does faster here: the ratio is to that one."
+        )
     saved = [point for point in found if point.saved < 1]
     texts.append(
         f"Memory kept for the backward: less than any dense peer in {len(saved)} of {len(found)} "

@@ -92,6 +92,10 @@ class CellConfig(Part):
         return self.shape + (f", blocks of {self.neuron_block}" if self.neuron_block > 1 else "")
 
 
+IN_FLOAT32 = "-fp32"
+"""Ends the name of a dense peer that multiplies in float32 in a bf16 cell."""
+
+
 class Row(Part):
     """One implementation; times are ms, the median and two percentiles of the repeats."""
 
@@ -134,6 +138,11 @@ class Row(Part):
     limit_forward_ms: NumberOrNull
     """the least that the peaks allow"""
     limit_forward_backward_ms: NumberOrNull
+
+    @property
+    def in_float32(self) -> bool:
+        """Whether it multiplies in float32 whatever the cell's dtype."""
+        return self.name.endswith(IN_FLOAT32)
 
     @model_validator(mode="after")
     def _ran(self) -> Self:

@@ -56,6 +56,8 @@ def test_every_implementation_that_runs_agrees_with_the_reference(one_rank, dtyp
     rows = _race(Cell(tokens, 32, 64, 4, (0.25,), dtype, "skewed"))
     ran = {name for name, row in rows.items() if row.available}
     assert ALWAYS | {"mone-reference"} <= ran
+    wide = {f"{name}-fp32" for name in ALWAYS} if dtype == "bf16" else set()
+    assert wide == {name for name in ran if rows[name].in_float32 and "deepspeed" not in name}
     for name in ran:
         assert rows[name].agrees, rows[name].reason
         assert rows[name].repeats == 2

@@ -7,10 +7,11 @@ import pytest
 
 from megatron_mone.benchmarking import summary
 from megatron_mone.benchmarking.plots import PLOTS
+from megatron_mone.benchmarking.race import with_ratios
 from megatron_mone.benchmarking.report import cell_table, markdown, write_report
 from megatron_mone.common.places import ROOT
-from megatron_mone.kernels.race_results import AGAIN, LeftOut, RaceResults
-from tests.unit.benchmarking.conftest import make_results
+from megatron_mone.kernels.race_results import AGAIN, LeftOut, Peaks, RaceResults
+from tests.unit.benchmarking.conftest import make_results, make_row
 
 
 def test_the_report_holds_tables_plots_and_what_was_not_run(tmp_path):
@@ -50,6 +51,26 @@ def test_a_wrong_or_copied_row_is_no_point():
     results = make_results(cells=cells)
     assert summary.points(results) == []
     assert "nothing can be said" in markdown(results, [])
+
+
+def test_bf16_is_no_win_over_a_machine_without_it():
+    """Slow bf16 products alone are no comparison; float32 peers of the same rows are."""
+    slow = {"peaks": Peaks(flops={"fp32": 1e11, "bf16": 1e10}, bandwidth=1e10)}
+    results = make_results(**slow)
+    assert {point.config.dtype for point in summary.points(results)} == {"fp32"}
+    text = markdown(results, [])
+    assert "2 of 4 cells are no comparison and are left out here" in text
+    assert text.count("- ratio: to peers in bf16 alone") == 2
+    cells = []
+    for cell in results.cells:
+        wide = [make_row("torch-loop-fp32", 2.0)] * (cell.config.dtype == "bf16")
+        cells.append(cell.model_copy(update={"results": with_ratios([*cell.results, *wide])}))
+    found = summary.points(make_results(cells=cells, **slow))
+    assert len(found) == 8
+    assert [p.forward_backward for p in found if p.config.dtype == "bf16"] == [6.0, 8.0, 6.0, 2.0]
+    told = "In 4 of 4 pairs in bf16 the fastest dense peer multiplies in float32"
+    assert told in "\n".join(summary.where_mone_wins(found))
+    assert "no comparison" not in markdown(make_results(cells=cells, **slow), [])
 
 
 def test_a_cell_that_was_left_out_is_named():
