@@ -134,7 +134,7 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
     Raises:
         ValueError: one line; no layout could be planned.
     """
-    found = search(planner, question.job, question.gpus, limit, BEST, say)
+    found = search(planner, question.job, question.gpus, limit, BEST, say, question.allowed)
     asked = question.job.name, question.gpus, question.cluster.device
     if not found.candidates:
         raise ValueError(nothing_planned(found, *asked))
@@ -147,6 +147,7 @@ def answer_search(planner: Planner, question: Question, limit: int, say: Say) ->
         refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
         hopeless=found.hopeless,
         not_tried=dict(found.not_tried),
+        axes=found.axes,
         least_ms=None if found.least_seconds is None else 1e3 * found.least_seconds,
         best=[Best(layout=one.layout, why=explain(one, best[0])) for one in best],
     )

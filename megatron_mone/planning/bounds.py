@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from megatron_mone.planning.composed import Composer, Sum, Unit, is_tied
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
+from megatron_mone.planning.cost.host_cost import host_of
 from megatron_mone.planning.cost.prediction import beside_seconds
 from megatron_mone.planning.cost.rank_cost import (
     ChunkCost,
@@ -47,8 +48,8 @@ from megatron_mone.planning.cost.rank_memory import (
     working_bytes,
 )
 from megatron_mone.planning.cost.roofline import Operation, operation
-from megatron_mone.planning.job import NO_RECOMPUTE, STATES, JobSpec
-from megatron_mone.planning.layout_axes import Pipeline, Shards, divisors, sized
+from megatron_mone.planning.job import FP32, NO_OFFLOAD, NO_RECOMPUTE, ON_HOST, JobSpec
+from megatron_mone.planning.layout_axes import Axes, Pipeline, Shards, divisors, sized
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.stage_split import (
     Shape,
@@ -211,7 +212,6 @@ class Scaled:
         planner: of the cluster.
         model: of the job.
         recomputes: that layouts may have, "none" first.
-        states: precisions that layouts may have, the job's first.
 
     Raises:
         ValueError: one line; Megatron refuses the model in the smallest groups.
@@ -224,7 +224,6 @@ class Scaled:
         planner: Planner,
         model: Model,
         recomputes: Sequence[str],
-        states: Sequence[str],
     ) -> None:
         self._cluster, self._efficiency = planner.cluster, planner.efficiency
         self.model = model
@@ -238,12 +237,8 @@ class Scaled:
             with suppress(ValueError):  # refused in small groups, and perhaps not in others
                 self._units[recompute] = self._unit(replace(self._base, recompute=recompute))
         parts = model.parts
-        self._state_units = {STATES[0]: self._units[NO_RECOMPUTE]}
-        for state in states[1:]:
-            with suppress(ValueError):
-                self._state_units[state] = self._unit(replace(self._base, state=state))
-        self._held = {state: _Held.of(unit, parts) for state, unit in self._state_units.items()}
-        self.states = tuple(self._held)
+        self._state_units: dict[str, Unit | None] = {FP32: self._units[NO_RECOMPUTE]}
+        self._held = {FP32: _Held.of(self._units[NO_RECOMPUTE], parts)}
         self._over_tensor: Unit | None = None
         with suppress(ValueError):
             self._over_tensor = self._unit(replace(self._base, tp=2, etp=1))
@@ -263,6 +258,7 @@ class Scaled:
         """Of a layout."""
         shape = shape_of(shards, pipeline, self.model)
         seconds = least_seconds(shape, *self._passes(shards, pipeline.pp, pipeline.split))
+        seconds += self.update_seconds(shards, pipeline)
         n_SK = self.model.contents(pipeline.split)
         held_P = self._held_bytes(shards, pipeline.pp, n_SK)
         kept_S, working_S = self._activations(shards, n_SK)
@@ -274,9 +270,40 @@ class Scaled:
         peak_P += COMMUNICATOR * ((shards.tp > 1) + (shards.cp > 1) + (shards.ep > 1))
         return Bound(seconds, float(held_P.max()), float(peak_P.max()))
 
+    def takes(self, state: str) -> bool:
+        """Whether Megatron takes the model with such a state.
+
+        Args:
+            state: of STATES.
+
+        Raises:
+            RuntimeError: one line; a trace failed.
+        """
+        if state not in self._state_units:
+            self._state_units[state] = None
+            with suppress(ValueError):
+                unit = self._unit(replace(self._base, state=state))
+                self._state_units[state], self._held[state] = unit, _Held.of(unit, self.model.parts)
+        return self._state_units[state] is not None
+
+    def update_seconds(self, shards: Shards, pipeline: Pipeline) -> float:
+        """Of the optimizer, where the host makes it: it reads and writes all of its state.
+
+        Of the device's optimizer nothing is counted.
+        """
+        if shards.state != ON_HOST:
+            return 0.0
+        n_SK = self.model.contents(pipeline.split)
+        held = replace(shards, state=FP32)
+        state_P = self._stage_bytes(held, pipeline.pp, n_SK, weights=0.0)
+        host = host_of(self._cluster)
+        return 2 * float(state_P.max()) / (host.memory_bandwidth * host.efficiency)
+
     def of_state(self, state: str) -> tuple[float, float]:
         """Bytes of gradients and of the optimizer over those of the job's own state, at least."""
-        own, other = self._state_units[STATES[0]], self._state_units[state]
+        own, other = self._state_units[FP32], self._state_units[state]
+        assert own is not None
+        assert other is not None
         shares = []
         for name in ("gradients", "optimizer"):
             shares.append(
@@ -330,8 +357,9 @@ class Scaled:
         )  # fmt: skip
 
     def _seconds(self, shards: Shards, forward: bool) -> Numbers:
-        """[3, K] of the device, of the host and of communication; precision does not count."""
-        plain = replace(shards, state=STATES[0])
+        """[3, K] of the device, of the host and of communication; neither the state counts nor
+        copies of activations."""
+        plain = replace(shards, state=FP32, offload=NO_OFFLOAD)
         if (plain, forward) not in self._known:
             recompute = shards.recompute if shards.recompute in self._units else NO_RECOMPUTE
             ops_K = self._ops[recompute, forward]
@@ -408,7 +436,7 @@ class Scaled:
 
     def _share_by_tensor(self) -> Numbers:
         """[K] share of the bytes of what is no expert that tensor parallelism divides."""
-        whole = self._held[STATES[0]].dense
+        whole = self._held[FP32].dense
         if self._over_tensor is None:
             return np.ones_like(whole)  # at most
         halves = _Held.of(self._over_tensor, self.model.parts).dense
@@ -416,6 +444,10 @@ class Scaled:
 
     def _held_bytes(self, shards: Shards, stages: int, n_SK: Numbers) -> Numbers:
         """[P]"""
+        return self._stage_bytes(shards, stages, n_SK, weights=1.0) + CONTEXT
+
+    def _stage_bytes(self, shards: Shards, stages: int, n_SK: Numbers, weights: float) -> Numbers:
+        """[P] of the optimizer, and of so large a share of weights and gradients."""
         facts, held = self.model.facts, self._held[shards.state]
         dense = self._sharded / shards.tp + 1 - self._sharded
         expert = self._base.ep / (shards.ep * shards.etp)
@@ -425,18 +457,18 @@ class Scaled:
         copies = _sharing(facts, self.model.gpus // (shards.ep * shards.etp * stages))
         if self._base.ep == 1:
             replicas = max(replicas, copies)
-        held_K = dense * held.dense + expert * held.expert
+        held_K = weights * (dense * held.dense + expert * held.expert)
         state_K = dense * held.dense_state / replicas + expert * held.expert_state / copies
         bytes_S = n_SK @ (held_K + _WITHOUT_PADDING * state_K)
         if stages == 1 and is_tied(self.model.job):
             # The head's weights are the embedding's.
             bytes_S -= (held_K + state_K)[-3]
-        return np.asarray(bytes_S.reshape(-1, stages).sum(0)) + CONTEXT
+        return np.asarray(bytes_S.reshape(-1, stages).sum(0))
 
     def _activations(self, shards: Shards, n_SK: Numbers) -> tuple[Numbers, Numbers]:
         """[S] bytes that a micro-batch keeps, and that live beside them, by its tokens."""
         unit = self._units.get(shards.recompute)
-        if unit is None:
+        if unit is None or shards.offload != NO_OFFLOAD:
             return np.zeros(len(n_SK)), np.zeros(len(n_SK))
         tokens = shards.mbs / (shards.tp * shards.cp)
         kept_S, forward_S, backward_S = (
@@ -580,7 +612,8 @@ class Bounds:
     """Both bounds of every layout of a job.
 
     Args:
-        composer, planner, model, recomputes, states: as of Scaled.
+        composer, planner, model: as of Scaled.
+        axes: all there are.
 
     Raises:
         ValueError, RuntimeError: as Scaled.
@@ -591,13 +624,24 @@ class Bounds:
         composer: Composer,
         planner: Planner,
         model: Model,
-        recomputes: Sequence[str],
-        states: Sequence[str],
+        axes: Axes,
     ) -> None:
         self._composer, self._planner, self._model = composer, planner, model
-        self._scaled = Scaled(composer, planner, model, recomputes, states)
-        self.recomputes, self.states = tuple(recomputes), self._scaled.states
+        self._scaled = Scaled(composer, planner, model, axes.recomputes)
+        self.every = axes
         self._composed: dict[Shards, Composed] = {}
+
+    def axes(self, allowed: Collection[str]) -> Axes:
+        """Those of a user who allows so much, and whose states Megatron takes.
+
+        Args:
+            allowed: of ALLOWABLE.
+
+        Raises:
+            RuntimeError: one line; a trace failed.
+        """
+        axes = self.every.within(allowed)
+        return replace(axes, states=tuple(filter(self._scaled.takes, axes.states)))
 
     def pipelines(self, shards: Shards, pp: int, vpp: int) -> list[Pipeline]:
         """Splits of the layers over P stages of V chunks."""
@@ -614,10 +658,12 @@ class Bounds:
             ValueError: one line; Megatron refuses the sharding.
             RuntimeError: one line; a trace failed.
         """
-        plain = replace(shards, state=STATES[0])  # another's passes are the same
+        plain = replace(shards, state=FP32)  # another's passes are the same
         if plain not in self._composed:
             unit = unit_of(self._composer, self._model, plain)
             self._composed[plain] = Composed(
                 unit, plain, self._model, self._planner.cluster, self._planner.efficiency
             )
-        return self._composed[plain].bound(pipeline, *self._scaled.of_state(shards.state))
+        bound = self._composed[plain].bound(pipeline, *self._scaled.of_state(shards.state))
+        update = self._scaled.update_seconds(shards, pipeline)
+        return replace(bound, seconds=bound.seconds + update)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_mone.planning.bounds import Composed, Model
 from megatron_mone.planning.composed import Composer, layer_kinds
-from megatron_mone.planning.job import SHORT, STATES, recompute_fields, state_fields
+from megatron_mone.planning.job import BF16, SHORT, recompute_fields, state_fields
 from megatron_mone.planning.layout_axes import Pipeline, Shards
 from megatron_mone.planning.planner import Planned, Planner
 from megatron_mone.planning.stage_split import Shape, Split, balanced_split
@@ -26,7 +26,7 @@ def changes(facts: JobFacts) -> Iterator[tuple[str, dict[str, Any]]]:
     if facts.num_experts and "moe" not in facts.recompute_modules:
         yield "recompute layernorm and moe", recompute_fields("layernorm+moe")
     if facts.distributed_optimizer:
-        yield "optimizer moments and gradients in bf16", state_fields(STATES[-1])
+        yield "optimizer moments and gradients in bf16", state_fields(BF16)
     if facts.micro_batch_size > 1:
         yield "micro batch 1", {SHORT["mbs"]: 1}
     if facts.ep and facts.num_experts % (2 * facts.ep) == 0 and facts.edp % 2 == 0:

@@ -54,13 +54,22 @@ _STATES: dict[str, dict[str, Any]] = {
         "use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16",
         "main_grads_dtype": "bf16", "grad_reduce_in_bf16": True,
     },
+    "host": {
+        "use_precision_aware_optimizer": True, "optimizer_cpu_offload": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+    },
 }  # fmt: skip
 STATES = tuple(_STATES)
-"""Precisions of what is kept from step to step beside the weights: all as the job has it; the
-optimizer's moments in bf16; its moments and the gradients, also as they are reduced."""
+"""What is kept from step to step beside the weights: all as the job has it; the optimizer's moments
+in bf16; its moments and the gradients in bf16, also as they are reduced; moments and fp32 weights
+on the host, which updates them."""
+FP32, BF16_MOMENTS, BF16, ON_HOST = STATES
+OFFLOAD = "offload"
+NO_OFFLOAD = "none"
 STAGES = "stages"
 _STAGES = "pipeline_model_parallel_layout"
 _HOME = dict.fromkeys(("micro_batch_size", "global_batch_size"), "train")
+_OFFLOAD_FIELDS = ("fine_grained_activation_offloading", "offload_modules")
 _RECOMPUTE_FIELDS = ("recompute_granularity", "recompute_modules", "recompute_method",
                      "recompute_num_layers")  # fmt: skip
 
@@ -212,8 +221,8 @@ def parse_layout(text: str) -> dict[str, Any]:
     """Megatron arguments of "tp=2,pp=8,vpp=4,ep=32,mbs=1,gbs=2048,recompute=layernorm+moe_act".
 
     Names are those of SHORT, any Megatron argument, and `recompute`: none, full, or modules of
-    selective recompute joined by +; `state`: one of STATES; `stages`: what each stage holds,
-    Et*3|t*4|t*4|t*3L.
+    selective recompute joined by +; `state`: one of STATES; `offload`: none, or modules whose
+    activations go to the host, joined by +; `stages`: what each stage holds, Et*3|t*4|t*4|t*3L.
 
     Raises:
         ValueError: one line naming what is wrong.
@@ -227,6 +236,8 @@ def parse_layout(text: str) -> dict[str, Any]:
             found.update(recompute_fields(value))
         elif name == STATE:
             found.update(state_fields(value))
+        elif name == OFFLOAD:
+            found.update(offload_fields(value))
         elif name == STAGES:
             found[_STAGES] = value
         elif name in SHORT:
@@ -266,6 +277,13 @@ def state_fields(text: str) -> dict[str, Any]:
     return {**dict.fromkeys(sorted(every)), **_STATES[text]}
 
 
+def offload_fields(text: str) -> dict[str, Any]:
+    """Megatron's arguments of "none" or "module+module", whose activations go to the host."""
+    if text == NO_OFFLOAD:
+        return dict.fromkeys(_OFFLOAD_FIELDS)
+    return dict(zip(_OFFLOAD_FIELDS, (True, text.split("+")), strict=True))
+
+
 def short_layout(values: Mapping[str, Any]) -> str:
     """The short form of Megatron's arguments; sizes of 1 and what is not in SHORT are left out."""
     sizes = [(k, values.get(name)) for k, name in SHORT.items()]
@@ -279,7 +297,9 @@ def short_layout(values: Mapping[str, Any]) -> str:
     elif granularity:
         modules = values.get("recompute_modules") or ["core_attn"]
         parts.append(f"{RECOMPUTE}={'+'.join(modules)}")
-    given = {name: values[name] for name in state_fields(STATES[0]) if values.get(name) is not None}
+    if values.get("fine_grained_activation_offloading"):
+        parts.append(f"{OFFLOAD}={'+'.join(values.get('offload_modules') or [])}")
+    given = {name: values[name] for name in state_fields(FP32) if values.get(name) is not None}
     known = [name for name, fields in _STATES.items() if fields == given]
     if known and given:
         parts.append(f"{STATE}={known[0]}")
@@ -294,7 +314,7 @@ def _value(text: str, name: str, value: str) -> Any:
     if not name.replace("_", "").isalnum():
         raise ValueError(
             f"layout {text!r}: {name!r} is no argument"
-            f"{nearest_name(name, [*SHORT, RECOMPUTE, STATE, STAGES])}"
+            f"{nearest_name(name, [*SHORT, RECOMPUTE, STATE, OFFLOAD, STAGES])}"
         )
     try:
         return read_scalar(value)

@@ -1,4 +1,5 @@
-"""The axes of a search: how a model may be sharded, pipelined, recomputed, and its state kept.
+"""The axes of a search: how a model may be sharded, pipelined, recomputed, and where and how
+precisely its state is kept.
 
 Sizes are those that the devices, layers and experts admit; whether a layout is allowed is
 Megatron's to say. Touches nothing.
@@ -6,16 +7,23 @@ Megatron's to say. Touches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from megatron_mone.planning.job import (
+    BF16,
+    BF16_MOMENTS,
+    FP32,
     FULL_RECOMPUTE,
+    NO_OFFLOAD,
     NO_RECOMPUTE,
+    OFFLOAD,
+    ON_HOST,
     SHORT,
     STATES,
+    offload_fields,
     recompute_fields,
     state_fields,
 )
@@ -27,6 +35,13 @@ MOST_TP, MOST_CP, MOST_PP = 8, 8, 64
 CHUNKS = (1, 2, 4)
 MICRO_BATCH_SIZES = (1, 2, 4)
 SPLIT_AS = "pipeline_model_parallel_layout"
+PRECISION = "precision"
+ALLOWABLE = (PRECISION, OFFLOAD)
+"""Axes that a user allows: other numerics, and work and memory of the host."""
+ALLOWED, NEEDED, LEFT_OUT = "allowed", "needed", "left out"
+AXIS_USES = (ALLOWED, NEEDED, LEFT_OUT)
+"""What became of such an axis: needed is one without which nothing fits."""
+_ALLOWED_AS = {FP32: "", BF16_MOMENTS: PRECISION, BF16: PRECISION, ON_HOST: OFFLOAD}
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +52,9 @@ class Shards:
         tp, cp, ep, etp: sizes of the parallel groups.
         mbs: samples of a micro-batch.
         recompute: "none", "full", or modules joined by +.
-        state: of STATES: the precision of gradients and of the optimizer's moments.
+        state: of STATES: the precision of gradients and of the optimizer's moments, and where
+            these are.
+        offload: "none", or modules joined by + whose activations go to the host.
     """
 
     tp: int
@@ -46,18 +63,21 @@ class Shards:
     etp: int
     mbs: int
     recompute: str = NO_RECOMPUTE
-    state: str = STATES[0]
+    state: str = FP32
+    offload: str = NO_OFFLOAD
 
     @property
     def fields(self) -> dict[str, Any]:
         """As Megatron's arguments."""
         sizes = {SHORT[name]: getattr(self, name) for name in ("tp", "cp", "ep", "etp", "mbs")}
-        state = {} if self.state == STATES[0] else state_fields(self.state)
+        state = {} if self.state == FP32 else state_fields(self.state)
+        offload = {} if self.offload == NO_OFFLOAD else offload_fields(self.offload)
         return {
             **sizes,
             "sequence_parallel": True if self.tp > 1 else None,
             **recompute_fields(self.recompute),
             **state,
+            **offload,
         }
 
 
@@ -130,12 +150,60 @@ def all_stages(shards: Shards, facts: JobFacts, gpus: int) -> Iterator[tuple[int
             yield pp, vpp
 
 
-def recomputes(model: Mapping[str, Any]) -> list[str]:
-    """What may be made again in the backward, the cheapest first.
+@dataclass(frozen=True)
+class Axes:
+    """What is tried of every sharding, the job's own first, then what costs least.
+
+    Attributes:
+        recomputes: what is made again in the backward: "none", modules, "full".
+        states: of STATES.
+        offloads: whose activations go to the host: "none", or modules.
+    """
+
+    recomputes: tuple[str, ...] = (NO_RECOMPUTE,)
+    states: tuple[str, ...] = (FP32,)
+    offloads: tuple[str, ...] = (NO_OFFLOAD,)
+
+    @property
+    def faster(self) -> tuple[str, ...]:
+        """States by which a step may be shorter: the job's own, and less precise ones."""
+        return tuple(state for state in self.states if state != ON_HOST)
+
+    def within(self, allowed: Collection[str]) -> Axes:
+        """Those of a user who allows so much.
+
+        Args:
+            allowed: of ALLOWABLE.
+        """
+        states = tuple(one for one in self.states if _ALLOWED_AS[one] in {"", *allowed})
+        offloads = self.offloads if OFFLOAD in allowed else self.offloads[:1]
+        return replace(self, states=states, offloads=offloads)
+
+    @property
+    def allowed(self) -> list[str]:
+        """Of ALLOWABLE, those by which there is anything to try."""
+        found = {_ALLOWED_AS[state] for state in self.states}
+        if len(self.offloads) > 1:
+            found.add(OFFLOAD)
+        return [name for name in ALLOWABLE if name in found]
+
+
+def axes_of(facts: JobFacts, model: Mapping[str, Any], has_host: bool) -> Axes:
+    """All that there is to try, but nothing that the job says itself.
 
     Args:
+        facts: of any layout of the model.
         model: a job's arguments.
+        has_host: whether the cluster's file says what its host can hold and do.
     """
+    return Axes(
+        tuple(_recomputes(model)),
+        tuple(one for one in _states(facts, model) if has_host or one != ON_HOST),
+        tuple(_offloads(model) if has_host else [NO_OFFLOAD]),
+    )
+
+
+def _recomputes(model: Mapping[str, Any]) -> list[str]:
     latent = ["mla_up_proj"] if model.get("multi_latent_attention") else []
     if not model.get("num_experts"):
         lists = [["layernorm"], ["layernorm", *latent, "mlp"]]
@@ -147,17 +215,22 @@ def recomputes(model: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def states(facts: JobFacts, model: Mapping[str, Any]) -> list[str]:
-    """Precisions to try: the job's own, then smaller ones where it names none itself.
-
-    Args:
-        facts: of any layout of the model.
-        model: a job's arguments.
-    """
-    given = any(name in model for state in STATES for name in state_fields(state))
+def _states(facts: JobFacts, model: Mapping[str, Any]) -> list[str]:
+    given = any(name in model for name in state_fields(FP32))
     if given or not facts.distributed_optimizer or facts.params_dtype != "bfloat16":
-        return [STATES[0]]
+        return [FP32]
     return list(STATES)
+
+
+def _offloads(model: Mapping[str, Any]) -> list[str]:
+    given = any(name in model for name in offload_fields(NO_OFFLOAD))
+    fused = model.get("transformer_impl", "transformer_engine") == "transformer_engine"
+    if given or not fused:
+        return [NO_OFFLOAD]
+    attention, experts = "core_attn+attn_proj", "expert_fc1+moe_act"
+    if not model.get("num_experts"):
+        return [NO_OFFLOAD, attention]
+    return [NO_OFFLOAD, experts, f"{attention}+{experts}"]
 
 
 def powers(most: int) -> list[int]:

@@ -27,6 +27,7 @@ from megatron_mone.common.documents import (
     one_of,
 )
 from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.layout_axes import AXIS_USES
 from megatron_mone.profiling.rank_record import Phase
 
 _AGAIN = "plan again with tools/plan_scale.py"
@@ -442,6 +443,9 @@ class Search(_Head, schema="megatron-mone/plan-search/2", again=_AGAIN, indent=1
     not_tried: dict[Key, Whole]
     """how many layouts, by why: `slower` than those found, `too large` with what they keep for
     backward, by lower bounds; `limit` and `interrupt`: could have been among the fastest"""
+    axes: dict[Key, Annotated[str, one_of(AXIS_USES)]] | None = None
+    """axes that a user allows, `precision` and `offload`: `needed` are those without which nothing
+    fits"""
     least_ms: Number | None = None
     """of those of `limit` or `interrupt`, the least that one could take"""
     best: list[Best]

@@ -22,7 +22,7 @@ from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.cost.routing_skew import Skew, expert_rows, hottest
-from megatron_mone.planning.job import RECOMPUTE, SHORT, STAGES, STATE, JobSpec
+from megatron_mone.planning.job import OFFLOAD, RECOMPUTE, SHORT, STAGES, STATE, JobSpec
 from megatron_mone.planning.tracing.job_facts import JobFacts
 from megatron_mone.planning.tracing.trace_server import TracedJob, Tracer
 
@@ -93,7 +93,7 @@ class Planner:
         for part, values in job.parts().items():
             for name in values:
                 if name not in known:
-                    short = [*SHORT, RECOMPUTE, STATE, STAGES] if part == LAYOUT else []
+                    short = [*SHORT, RECOMPUTE, STATE, OFFLOAD, STAGES] if part == LAYOUT else []
                     meant = nearest_name(name, short) or nearest_name(name, known)
                     raise ValueError(
                         f"{job.name}: {name} = {values[name]!r} of the {_PARTS[part]} is no "

@@ -10,12 +10,14 @@ from typing import Annotated
 import yaml
 from typer import Option
 
+from megatron_mone.common.spelling import nearest_name
 from megatron_mone.conversion.hf_config import CONFIG
 from megatron_mone.conversion.inspect import model_file
 from megatron_mone.planning.cost.efficiency import Efficiency, efficiency_of
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
 from megatron_mone.planning.cost.routing_skew import Skew, parse_skew
 from megatron_mone.planning.job import JobSpec, job_spec, run_job
+from megatron_mone.planning.layout_axes import ALLOWABLE
 from megatron_mone.profiling.baselines import RunSpec, run_specs
 
 _LAYOUT_HELP = (
@@ -23,6 +25,10 @@ _LAYOUT_HELP = (
     "tp=..,cp=..,pp=..,vpp=..,ep=..,etp=..,mbs=..,gbs=..,recompute=.."
 )
 _MODEL_HELP = "of configs/model/, a YAML file, or a Hugging Face model's folder or config.json"
+_ALLOW_HELP = (
+    "what a search may also change, by comma: precision (of moments and gradients: other numerics),"
+    " offload (of optimizer and activations to the host); without, only where nothing fits"
+)
 _EFFICIENCY_HELP = "file of --calibrate; without, what is fitted for the cluster, or assumptions"
 
 
@@ -67,6 +73,7 @@ class Asked:
     ] = None
     search: Annotated[bool, Option("--search", help="try layouts instead of planning one")] = False
     limit: Annotated[int, Option(help="layouts that a search plans")] = 200
+    allow: Annotated[str, Option(help=_ALLOW_HELP)] = ""
     sweep: Annotated[bool, Option("--sweep", help="also plan other r, and other K_E x K_N")] = False
     json: Annotated[Path, Option(help="file to write")] = Path("out/plan/plan.json")
 
@@ -84,6 +91,7 @@ class Question:
         document_tokens: of each packed document; None: assumed.
         model_file: text of a model file, made of a Hugging Face config.json; or nothing.
         second: the job that `job` is compared with, part by part.
+        allowed: of layout_axes.ALLOWABLE, what a search may also change.
     """
 
     job: JobSpec
@@ -96,6 +104,7 @@ class Question:
     document_tokens: int | None = None
     model_file: str = ""
     second: JobSpec | None = None
+    allowed: tuple[str, ...] = ()
 
 
 def read_question(asked: Asked) -> Question:
@@ -152,8 +161,21 @@ def read_question(asked: Asked) -> Question:
         efficiency_of(cluster.name) if asked.efficiency is None
         else Efficiency.read(asked.efficiency),
         parse_skew(asked.routing), tuple(specs), asked.json, asked.document_tokens, text,
-        second,
+        second, _allowed(asked),
     )  # fmt: skip
+
+
+def _allowed(asked: Asked) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in asked.allow.split(",") if name.strip())
+    if names and not asked.search:
+        raise ValueError(f"--allow {asked.allow} says nothing without --search: give both, or none")
+    for name in names:
+        if name not in ALLOWABLE:
+            raise ValueError(
+                f"--allow {name} is none of {', '.join(ALLOWABLE)}"
+                f"{nearest_name(name, list(ALLOWABLE))}"
+            )
+    return names
 
 
 def _check_comparison(asked: Asked) -> None:

@@ -4,30 +4,37 @@ Every layout of the axes (layout_axes.py) has two lower bounds (bounds.py): one 
 one from the trace of its sharding. The layout of the least bound is looked at next: its sharding is
 traced, or, where that was, it is planned. The search ends where the least bound left is above the
 time of the layouts found, or at its limit. What cannot fit is left out by bytes: even empty of
-activations (hopeless), or with those that it keeps. More recomputation and less precise state are
-tried only where a layout does not fit without them. The fastest few are planned from whole traces.
+activations (hopeless), or with those that it keeps. More recomputation is tried only where a layout
+does not fit without. Precision and the host are the user's to allow: less precise state is then
+tried of every layout, offloading where one does not fit without; both are where nothing fits
+otherwise. The fastest few are planned from whole traces.
 May touch: the tracer's processes and cache, by way of the Planner.
 """
 
 from __future__ import annotations
 
+import bisect
 import heapq
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from megatron_mone.planning.bounds import Bound, Bounds, Model
 from megatron_mone.planning.composed import Composer, layer_kinds
 from megatron_mone.planning.cost.documents import with_documents
-from megatron_mone.planning.job import NO_RECOMPUTE, JobSpec, short_layout
+from megatron_mone.planning.job import NO_OFFLOAD, NO_RECOMPUTE, JobSpec, short_layout
 from megatron_mone.planning.layout_axes import (
+    ALLOWABLE,
+    ALLOWED,
+    LEFT_OUT,
+    NEEDED,
+    Axes,
     Pipeline,
     Shards,
     all_shards,
     all_stages,
-    recomputes,
-    states,
+    axes_of,
 )
 from megatron_mone.planning.planner import Planned, Planner
 from megatron_mone.planning.stage_split import even_split
@@ -59,6 +66,7 @@ class Found:
         hopeless: layouts whose weights, gradients and optimizer alone pass the device's memory.
         not_tried: why, of WHYS -> how many layouts.
         least_seconds: of the layouts of the limit, or of an interrupt, the least bound.
+        axes: those of ALLOWABLE that there are -> of AXIS_USES: whether they were tried.
     """
 
     candidates: list[Candidate] = field(default_factory=list)
@@ -66,6 +74,7 @@ class Found:
     hopeless: list[str] = field(default_factory=list)
     not_tried: Counter[str] = field(default_factory=Counter)
     least_seconds: float | None = None
+    axes: dict[str, str] = field(default_factory=dict)
 
     @property
     def fitting(self) -> list[Candidate]:
@@ -76,8 +85,10 @@ class Found:
 class LowerBounds(Protocol):
     """What a search asks of bounds.py."""
 
-    recomputes: tuple[str, ...]
-    states: tuple[str, ...]
+    every: Axes
+
+    def axes(self, allowed: Collection[str]) -> Axes:
+        """What is tried of every sharding where a user allows so much, of ALLOWABLE."""
 
     def pipelines(self, shards: Shards, pp: int, vpp: int) -> list[Pipeline]:
         """Splits of the layers."""
@@ -92,10 +103,14 @@ class LowerBounds(Protocol):
 class NoBounds(LowerBounds):
     """Of models whose stages cannot be put together: every layout is traced whole."""
 
-    recomputes, states = (NO_RECOMPUTE,), ("fp32",)
+    every = Axes()
 
     def __init__(self, layers: int) -> None:
         self._layers = layers
+
+    def axes(self, allowed: Collection[str]) -> Axes:
+        """The job's own alone, where there are no others."""
+        return self.every.within(allowed)
 
     def pipelines(self, shards: Shards, pp: int, vpp: int) -> list[Pipeline]:
         """Megatron's own."""
@@ -116,6 +131,7 @@ def search(
     limit: int,
     whole: int,
     progress: Callable[[int, int, str], None] | None = None,
+    allowed: Collection[str] = (),
 ) -> Found:
     """Plan up to `limit` layouts; an interrupt ends it with what there is.
 
@@ -126,15 +142,18 @@ def search(
         limit: layouts to plan; refused and hopeless ones do not count.
         whole: of the fastest that fit, how many are sought, and planned from whole traces.
         progress: told (planned, limit, layout).
+        allowed: of ALLOWABLE, axes to try beside; those left out are where nothing fits without.
 
     Raises:
         ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed steps it.
     """
     model, bounds, composer = prepared(planner, job, gpus)
-    run = _Run(planner, composer, model, bounds, limit, whole, progress)
+    run = _Run(planner, composer, model, bounds, limit, whole, progress, allowed)
     try:
         run.begin()
         run.go_on()
+        if not run.found.fitting and run.allow_all():
+            run.go_on()
         for one in run.found.fitting[:whole]:
             place = run.found.candidates.index(one)
             again = planner.plan(one.planned.job, gpus)
@@ -172,9 +191,8 @@ def prepared(planner: Planner, job: JobSpec, gpus: int) -> tuple[Model, LowerBou
     model = Model(smallest, facts, tuple(kinds or ()), mtp, gpus)
     if kinds is None:
         return model, NoBounds(facts.num_layers), composer
-    values = job.values()
-    tried = recomputes(values), states(facts, values)
-    return model, Bounds(composer, planner, model, *tried), composer
+    axes = axes_of(facts, job.values(), planner.cluster.host is not None)
+    return model, Bounds(composer, planner, model, axes), composer
 
 
 @dataclass(frozen=True, order=True)
@@ -200,6 +218,7 @@ class _Run:
         limit: int,
         whole: int,
         progress: Callable[[int, int, str], None] | None,
+        allowed: Collection[str],
     ) -> None:
         self._planner, self._composer, self._model = planner, composer, model
         self._bounds, self._limit, self._whole = bounds, limit, max(1, whole)
@@ -208,16 +227,32 @@ class _Run:
         self._waiting: list[_Entry] = []
         self._refused: dict[Shards, str] = {}
         self._seen: set[tuple[Shards, Pipeline]] = set()
+        self._unfit: list[tuple[Shards, Pipeline, bool]] = []
+        self._seconds: list[float] = []  # of layouts that fit, in order
         self._stopped = False
-        self.found = Found()
+        self._axes = bounds.axes(allowed)
+        uses = {name: ALLOWED if name in allowed else LEFT_OUT for name in bounds.every.allowed}
+        self.found = Found(axes=uses)
 
     def begin(self) -> None:
-        """Bound every layout without recomputation, with the state as the job has it."""
+        """Bound every layout without recomputation and offloading, in every precision allowed."""
         model = self._model
         for shards in all_shards(model.facts, model.gpus, self._planner.cluster.domain.devices):
             for pp, vpp in all_stages(shards, model.facts, model.gpus):
                 for pipeline in self._bounds.pipelines(shards, pp, vpp):
-                    self._consider(shards, pipeline)
+                    for state in self._axes.faster:
+                        self._consider(replace(shards, state=state), pipeline)
+
+    def allow_all(self) -> bool:
+        """Have what was not allowed tried of all that does not fit; whether there is anything."""
+        left_out = [name for name, use in self.found.axes.items() if use == LEFT_OUT]
+        if not left_out or self._stopped:
+            return False
+        self.found.axes |= dict.fromkeys(left_out, NEEDED)
+        self._axes = self._bounds.axes(ALLOWABLE)
+        for shards, pipeline, hopeless in list(self._unfit):
+            self._consider_smaller(shards, pipeline, hopeless)
+        return True
 
     def go_on(self) -> None:
         """Look at the layout of the least bound, until none left can be among the fastest."""
@@ -251,9 +286,8 @@ class _Run:
 
     def _cutoff(self) -> float:
         """Seconds of the slowest layout that is sought."""
-        fitting = self.found.fitting[: self._whole]
-        full = len(fitting) == self._whole
-        return fitting[-1].planned.prediction.seconds if full else float("inf")
+        full = len(self._seconds) >= self._whole
+        return self._seconds[self._whole - 1] if full else float("inf")
 
     def _consider(self, shards: Shards, pipeline: Pipeline) -> None:
         if (shards, pipeline) in self._seen:
@@ -273,17 +307,21 @@ class _Run:
             guess = _guess(shards, pipeline, self._model)
             entry = _Entry(bound.seconds, guess, shards, pipeline, traced)
             return heapq.heappush(self._waiting, entry)
-        return self._consider_smaller(shards, pipeline, hopeless=bound.held > self._memory)
+        hopeless = bound.held > self._memory
+        self._unfit.append((shards, pipeline, hopeless))
+        return self._consider_smaller(shards, pipeline, hopeless)
 
     def _consider_smaller(self, shards: Shards, pipeline: Pipeline, hopeless: bool) -> None:
-        """The same layout with more recomputation, or with less precise state."""
-        states = self._bounds.states
-        state = states.index(shards.state)
-        if shards.recompute == NO_RECOMPUTE and not hopeless:
-            for recompute in self._bounds.recomputes[1:]:
+        """The same layout with more recomputation, offloading, or less state on the device."""
+        axes = self._axes
+        plain = shards.recompute == NO_RECOMPUTE and shards.offload == NO_OFFLOAD
+        if plain and not hopeless:
+            for recompute in axes.recomputes[1:]:
                 self._consider(replace(shards, recompute=recompute), pipeline)
-        if state + 1 < len(states):
-            self._consider(replace(shards, state=states[state + 1]), pipeline)
+            for offload in axes.offloads[1:]:
+                self._consider(replace(shards, offload=offload), pipeline)
+        for state in axes.states[axes.states.index(shards.state) + 1 :]:
+            self._consider(replace(shards, state=state), pipeline)
 
     def _look_at(self, entry: _Entry) -> None:
         """Trace the layout's sharding, or plan it."""
@@ -306,7 +344,10 @@ class _Run:
         except ValueError as error:
             return self._refuse(shards, pipeline, str(error))
         self.found.candidates.append(Candidate(name, planned))
-        if not planned.prediction.fits:
+        if planned.prediction.fits:
+            bisect.insort(self._seconds, planned.prediction.seconds)
+        else:
+            self._unfit.append((shards, pipeline, False))
             self._consider_smaller(shards, pipeline, hopeless=False)
         return None
 

@@ -4,6 +4,8 @@ May touch: nothing.
 """
 
 from megatron_mone.common.device import Device
+from megatron_mone.planning.job import OFFLOAD
+from megatron_mone.planning.layout_axes import AXIS_USES, LEFT_OUT, NEEDED, PRECISION
 from megatron_mone.planning.plan_document import Plan, PlannedModel, Search
 from megatron_mone.planning.plan_parts import GIB
 from megatron_mone.planning.search import INTERRUPT, LIMIT, SLOWER, TOO_LARGE, Found
@@ -77,6 +79,7 @@ def search_table(document: Search) -> str:
     lines = [f"{document.model} on {document.gpus} x {document.cluster.device}: {counts}"]
     if document.not_tried:
         lines.append(f"not tried: {not_tried(document)}")
+    lines += axes_tried(document)
     best = zip(document.best, document.best_candidates(), strict=True)
     for place, (one, candidate) in enumerate(best, 1):
         tied = ", tied with 1" if place > 1 and candidate.tied else ""
@@ -104,6 +107,23 @@ def not_tried(document: Search) -> str:
     if document.least_ms is not None:
         text += f", of which none takes less than {document.least_ms:,.0f} ms"
     return text
+
+
+_AXES = {PRECISION: "less precise moments and gradients", OFFLOAD: "offloading to the host"}
+
+
+def axes_tried(document: Search) -> list[str]:
+    """A line of what the search was not allowed to try, or tried since nothing fits without."""
+    by_use = {
+        use: [name for name, of in (document.axes or {}).items() if of == use] for use in AXIS_USES
+    }  # fmt: skip
+    lines = []
+    if names := by_use[LEFT_OUT]:
+        words = " and ".join(_AXES[name] for name in names)
+        lines.append(f"not tried, as something fits without: {words}; --allow {','.join(names)}")
+    if names := by_use[NEEDED]:
+        lines.append(f"nothing fits without {' or '.join(_AXES[name] for name in names)}")
+    return lines
 
 
 def nothing_planned(found: Found, name: str, gpus: int, device: Device) -> str:

@@ -6,7 +6,7 @@ Writes report.html, plots/NAME.png and plots/NAME.svg under one folder, each who
 from pathlib import Path
 
 from megatron_mone.planning.plan_document import Search
-from megatron_mone.planning.terminal_tables import not_tried
+from megatron_mone.planning.terminal_tables import axes_tried, not_tried
 from megatron_mone.reporting.plan import curves as plan_curves
 from megatron_mone.reporting.plan import plots as plan_plots
 from megatron_mone.reporting.plan import tables as plan_tables
@@ -36,6 +36,8 @@ def write_search_report(search: Search, folder: Path) -> Path:
     page.warning(basis(search))
     for text in warnings(search):
         page.warning(text)
+    for text in axes_tried(search):
+        page.paragraph(f"{text[0].upper()}{text[1:]}.")
     _best(page, search)
     page.plot(
         "candidates", plan_curves.candidates(search),

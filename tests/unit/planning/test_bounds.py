@@ -16,12 +16,12 @@ from megatron_mone.planning.cost.rank_memory import CONTEXT
 from megatron_mone.planning.fixes import faster_stages
 from megatron_mone.planning.job import JobSpec, job_spec, parse_layout
 from megatron_mone.planning.layout_axes import (
+    ALLOWABLE,
     Pipeline,
     Shards,
     all_shards,
     all_stages,
-    recomputes,
-    states,
+    axes_of,
 )
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.search import prepared
@@ -118,7 +118,7 @@ def test_what_a_layout_holds_is_known_before_it_is_traced(paper, shards, stages)
     of = facts(num_experts=8, num_layers=LAYERS, distributed_optimizer=paper.shared)
     model = Model(paper.job, of, ("moe",) * LAYERS, 0, PAPER_GPUS)
     planner = SimpleNamespace(cluster=CLUSTER, efficiency=EXACT)
-    scaled = Scaled(paper, planner, model, ("none",), ("fp32",))
+    scaled = Scaled(paper, planner, model, ("none",))
     pipeline = Pipeline(*stages, even_split(LAYERS, *stages), True)
     true = paper.fullest(shards, pipeline)
     least = scaled.bound(shards, pipeline).held - CONTEXT
@@ -155,13 +155,18 @@ def job_of(**changes):
 def test_nothing_is_hopeless_that_plans_as_fitting(planner, changes, tried, monkeypatch):
     """Nor slower, nor larger: both bounds of random layouts are below their plans."""
     job = job_of(**changes)
-    lists = recomputes(job.values())[:3:2]  # each list is a unit more
-    monkeypatch.setattr("megatron_mone.planning.search.recomputes", lambda values: lists)
+
+    def some_axes(*of):
+        axes = axes_of(*of)
+        return replace(axes, recomputes=axes.recomputes[:3:2])  # each list is a unit more
+
+    monkeypatch.setattr("megatron_mone.planning.search.axes_of", some_axes)
     model, bounds, composer = prepared(planner, job, GPUS)
     assert isinstance(bounds, Bounds)
     draw = random.Random(20)
-    values = job.values()
-    kept = states(model.facts, values)
+    axes = bounds.axes(ALLOWABLE)
+    assert len(axes.states) == 4
+    assert len(axes.offloads) > 1
     every = [
         (shards, *stages)
         for shards in all_shards(model.facts, GPUS, 8)
@@ -171,7 +176,11 @@ def test_nothing_is_hopeless_that_plans_as_fitting(planner, changes, tried, monk
     for plain, pp, vpp in draw.sample(every, len(every)):
         if done == tried:
             break
-        shards = replace(plain, recompute=draw.choice(lists), state=draw.choice(kept))
+        recompute = draw.choice(axes.recomputes)
+        offload = draw.choice(axes.offloads) if recompute == "none" else "none"
+        shards = replace(
+            plain, recompute=recompute, state=draw.choice(axes.states), offload=offload
+        )  # fmt: skip
         pipeline = draw.choice(bounds.pipelines(shards, pp, vpp) or [None])
         if pipeline is None:
             continue

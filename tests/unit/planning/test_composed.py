@@ -55,7 +55,10 @@ def tiny_job(layout):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
-    ["tp=1,pp=1,ep=4", "tp=1,pp=2,vpp=2,ep=4", "tp=1,pp=8,ep=2,recompute=layernorm+moe_act"],
+    [
+        *("tp=1,pp=1,ep=4", "tp=1,pp=2,vpp=2,ep=4", "tp=1,pp=8,ep=2,recompute=layernorm+moe_act"),
+        "tp=1,pp=2,ep=4,state=host,offload=core_attn+attn_proj,min_offloaded_tensor_size=1",
+    ],
 )
 def test_a_composed_plan_is_the_whole_one(planner, layout):
     job = tiny_job(layout)
@@ -67,6 +70,7 @@ def test_a_composed_plan_is_the_whole_one(planner, layout):
         assert one.activations == pytest.approx(other.activations, rel=1e-3)
         assert one.optimizer == pytest.approx(other.optimizer, rel=1e-2)
         assert one.peak == pytest.approx(other.peak, rel=1e-2)
+        assert one.host == pytest.approx(other.host, rel=1e-2)
     assert composed.seconds == pytest.approx(whole.seconds, rel=1e-2)
     for name, seconds in whole.parts.items():
         assert composed.parts[name] == pytest.approx(seconds, abs=1e-2 * whole.seconds), name

@@ -71,6 +71,14 @@ def test_the_short_form_reads_back(layout):
     [
         ("state=bf16-moments", {"exp_avg_dtype": "bf16", "grad_reduce_in_bf16": None}),
         ("state=bf16", {"main_grads_dtype": "bf16", "grad_reduce_in_bf16": True}),
+        ("state=host", {"optimizer_cpu_offload": True, "exp_avg_dtype": None}),
+        (
+            "offload=core_attn+moe_act",
+            {
+                "fine_grained_activation_offloading": True,
+                "offload_modules": ["core_attn", "moe_act"],
+            },
+        ),
         ("stages=Et*3|t*4L", {"pipeline_model_parallel_layout": "Et*3|t*4L"}),
     ],
 )

@@ -1,6 +1,7 @@
 """What a user asks the planner, checked before anything is traced."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,12 @@ def test_the_command_takes_two_files():
     assert asked.compare == (Path("a.yaml"), Path("b.yaml"))
     assert not rest
     assert parse(Asked, ["--gpus", "8"])[0].compare is None
+
+
+def test_what_a_search_may_change_is_named():
+    asked = Asked(model="moe-30b-a3b", gpus=64, search=True, allow="precision, offload")
+    assert read_question(asked).allowed == ("precision", "offload")
+    with pytest.raises(ValueError, match="--allow presicion is none of precision, offload"):
+        read_question(replace(asked, allow="presicion"))
+    with pytest.raises(ValueError, match="--allow offload says nothing without --search"):
+        read_question(replace(asked, search=False, allow="offload"))

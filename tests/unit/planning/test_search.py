@@ -11,6 +11,7 @@ from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
 from megatron_mone.planning.fixes import changes, cheapest_fix
 from megatron_mone.planning.job import SHORT, JobSpec
+from megatron_mone.planning.layout_axes import ALLOWABLE, OFFLOAD, PRECISION, Axes, all_shards
 from megatron_mone.planning.plan_document import Search
 from megatron_mone.planning.planner import Planned, rows_of
 from megatron_mone.planning.search import (
@@ -91,7 +92,7 @@ class PaperBounds(NoBounds):
         bound_of: shards, pipeline -> bound.
     """
 
-    recomputes, states = ("none", "full"), ("fp32", "bf16")
+    every = Axes(("none", "full"), ("fp32", "bf16", "host"), ("none", "moe_act"))
 
     def __init__(self, bound_of=lambda shards, pipeline: Bound(0.0, 0.0, 0.0)):
         super().__init__(layers=4)
@@ -104,16 +105,26 @@ class PaperBounds(NoBounds):
 
 
 @pytest.fixture
+def few_shards(monkeypatch):
+    """A dozen shardings for tests that try all that can be tried of each."""
+    kept = [(tp, ep, mbs) for tp in (1, 4) for ep in (1, 4) for mbs in (1, 4)]
+    monkeypatch.setattr(
+        "megatron_mone.planning.search.all_shards",
+        lambda *of: [one for one in all_shards(*of) if (one.tp, one.ep, one.mbs) in kept],
+    )
+
+
+@pytest.fixture
 def searched(monkeypatch):
     """Search on paper: composing needs traces of Megatron's, which test_bounds.py has."""
 
-    def run(planner, limit, whole=3, bounds=None, progress=None):
+    def run(planner, limit, whole=3, bounds=None, progress=None, allowed=()):
         model = Model(JOB, planner.facts({}), ("moe",) * 4, 0, GPUS)
         monkeypatch.setattr(
             "megatron_mone.planning.search.prepared",
             lambda *_: (model, bounds or PaperBounds(), planner),
         )
-        return search(planner, JOB, GPUS, limit, whole, progress)
+        return search(planner, JOB, GPUS, limit, whole, progress, allowed)
 
     return run
 
@@ -165,30 +176,61 @@ def test_bounds_end_a_search_at_the_best_of_all(searched):
     assert len(found.candidates) + found.not_tried[SLOWER] == len(exact)
 
 
-def test_what_cannot_fit_is_not_planned(searched):
-    """Hopeless layouts are tried with less precise state, large ones with recomputation, too."""
+def test_what_cannot_fit_is_not_planned(searched, few_shards):
+    """Large layouts are tried with recomputation, and hopeless ones with less state if allowed."""
 
     def bound_of(shards, pipeline):
         limit = 3 * GIB
         held = 2 * limit if shards.ep == 1 and shards.state == "fp32" else 0
-        kept = 2 * limit if shards.mbs == 4 and shards.recompute == "none" else 0
+        plain = shards.recompute == "none" == shards.offload
+        kept = 2 * limit if shards.mbs == 4 and plain else 0
         return Bound(0.0, held, held + kept)
 
-    planner = PaperPlanner()
-    found = searched(planner, 10_000, whole=1000, bounds=PaperBounds(bound_of))
+    planner, bounds = PaperPlanner(), PaperBounds(bound_of)
+    found = searched(planner, 10_000, whole=1000, bounds=bounds)
+    assert found.axes == {PRECISION: "left out", OFFLOAD: "left out"}
     assert found.hopeless
     assert all("ep=" not in layout.replace("tp=", "") for layout in found.hopeless)
     assert found.not_tried[TOO_LARGE] > 0
     names = {one.layout for one in found.candidates}
     assert names.isdisjoint(found.hopeless)
+    assert not any("state=" in name or "offload=" in name for name in names)
     for name in names:
-        recomputed, small = "recompute=full" in name, "state=bf16" in name
-        assert recomputed <= ("mbs=4" in name)
-        assert not ("mbs=4" in name and not recomputed)
-        assert small or "ep=" in name.replace("tp=", "")
+        assert ("recompute=full" in name) == ("mbs=4" in name)
+        assert "ep=" in name.replace("tp=", "")
+    more = searched(planner, 10_000, whole=1000, bounds=bounds, allowed=ALLOWABLE)
+    assert more.axes == {PRECISION: "allowed", OFFLOAD: "allowed"}
+    by_name = {one.layout for one in more.candidates}
+    assert names < by_name
+    for name in by_name - names:
+        # A step of less precise state may be shorter: it is tried of all; the host's is not.
+        hopeless, large = "ep=" not in name.replace("tp=", ""), "mbs=4" in name
+        assert "state=bf16" in name or hopeless or large
+        assert ("state=host" in name) <= (hopeless or large)
+        assert ("offload=moe_act" in name) <= large
+    assert any("state=host" in name for name in by_name)
+    assert any("offload=moe_act" in name for name in by_name)
 
 
-def test_an_unfit_layout_is_tried_with_less(searched):
+def test_what_was_not_allowed_is_tried_where_nothing_fits(searched, few_shards):
+    """And not where something does; one line says which."""
+
+    def kept(values):
+        offloaded = values.get("fine_grained_activation_offloading")
+        return 1 if offloaded and values.get("optimizer_cpu_offload") else 4 * GIB
+
+    found = searched(PaperPlanner(memory_of=kept), 10_000, whole=1000)
+    assert found.axes == {PRECISION: "needed", OFFLOAD: "needed"}
+    assert found.fitting
+    assert all("state=host" in one.layout and "offload=" in one.layout for one in found.fitting)
+    halfway = searched(PaperPlanner(memory_of=kept), 10_000, allowed=(PRECISION,))
+    assert halfway.axes == {PRECISION: "allowed", OFFLOAD: "needed"}
+    assert halfway.fitting
+    limited = searched(PaperPlanner(memory_of=kept), 3)
+    assert limited.axes == {PRECISION: "left out", OFFLOAD: "left out"}
+
+
+def test_an_unfit_layout_is_tried_with_less(searched, few_shards):
     kept = lambda values: 1 if values.get("recompute_granularity") else 4 * GIB  # noqa: E731
     found = searched(PaperPlanner(memory_of=kept), 10_000, whole=1000)
     assert found.fitting
@@ -274,7 +316,10 @@ def test_tables_say_what_fits_and_what_would():
         "hopeless": [], "best": [{"layout": "tp=1", "why": "90% compute"}],
     })  # fmt: skip
     left = {"not_tried": {"limit": 7}, "least_ms": 9.0}
-    search_text = search_table(Search.model_construct(**vars(found), **left))
+    axes = {"axes": {PRECISION: "left out", OFFLOAD: "needed"}}
+    search_text = search_table(Search.model_construct(**vars(found), **left, **axes))
+    assert "less precise moments and gradients; --allow precision" in search_text
+    assert "nothing fits without offloading to the host" in search_text
     assert "7 beyond --limit, of which none takes less than 9 ms" in search_text
     assert "1. tp=1: 10 ms, 5.0 GiB" in search_text
 

@@ -89,6 +89,7 @@ def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
         "hopeless": ["tp=1,ep=1,pp=1"],
         "not_tried": {"slower": 1200, "limit": 24},
         "least_ms": 900.0,
+        "axes": {"precision": "left out", "offload": "left out"},
         "best": [
             {"layout": one["name"], "why": "no tensor-parallel traffic, least pipeline bubble"}
             for one in best
