@@ -9,7 +9,6 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
-from itertools import pairwise
 from typing import Any, get_type_hints
 
 import typer
@@ -36,12 +35,19 @@ class Command(TyperCommand):
         """Leave in `ctx.args` what is not this command's."""
         ctx.meta[WORDS] = list(args)
         cut = args.index("--") if ctx.allow_extra_args and "--" in args else len(args)
-        valued = {
-            flag for one in self.params if not getattr(one, "is_flag", True) for flag in one.opts
+        counts = {
+            flag: one.nargs
+            for one in self.params
+            if not getattr(one, "is_flag", True)
+            for flag in one.opts
         }
-        for flag, value in pairwise(args[:cut]):
-            if flag in valued and value.startswith("--"):  # click would take it for the value
-                ctx.fail(f"argument {flag}: expected one argument")
+        for place, flag in enumerate(args[:cut]):
+            count = counts.get(flag, 0)
+            values = args[place + 1 : min(cut, place + 1 + count)]
+            # Click would take the next flag for a value.
+            if len(values) < count or any(value.startswith("--") for value in values):
+                words = "one argument" if count == 1 else f"{count} arguments"
+                ctx.fail(f"argument {flag}: expected {words}")
         passes, ctx.allow_extra_args = ctx.allow_extra_args, True  # what is left is told below
         try:
             super().parse_args(ctx, args[:cut])

@@ -100,6 +100,8 @@ def test_a_shell_completes_commands_and_flags(typed, offered):
         (("compare", "a", "b", "--jsn", "c"), "unrecognized arguments: --jsn (did you mean"),
         (("plan", "--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
         (("plan", "--gpus"), "argument --gpus: expected one argument"),
+        (("plan", "--compare", "a", "--gpus", "8"), "argument --compare: expected 2 arguments"),
+        (("plan", "--gpus", "8", "--compare", "a"), "argument --compare: expected 2 arguments"),
         (("plan", "--model", "--gpus", "8"), "argument --model: expected one argument"),
         (("prepare", "--corpus", "milton", "--output-prefix", "x"), "argument --corpus: "),
         (("prepare", "--output-prefix", "x"), "one of the arguments --input --corpus is required"),
