@@ -11,7 +11,7 @@ import pytest
 from megatron_mone.kernels.cpu import build, native
 
 SMOKE = Path(__file__).with_name("cpu_kernels_smoke.cpp")
-SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+SANITIZE = ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 @pytest.fixture(scope="module")
