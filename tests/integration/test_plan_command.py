@@ -22,7 +22,7 @@ from megatron_mone.common.device import HARDWARE_ROOT
 from megatron_mone.model.run_config import load_run
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import load_cluster
-from megatron_mone.planning.cost.rank_memory import ORDER
+from megatron_mone.planning.cost.rank_memory import CONTEXT, MIB, ORDER
 from megatron_mone.planning.job import run_job
 from megatron_mone.planning.plan_document import Comparison, Plan, Search
 from megatron_mone.planning.plan_parts import layout_document
@@ -44,8 +44,6 @@ MODEL = {
     "max_position_embeddings": 4096, "vocab_size": 1024,
 }  # fmt: skip
 MONE = {"mone_neuron_ratio": 0.25, "mone_ng_loss_coeff": 1e-3}
-# Of its experts alone a device of 2 has weights of 2 bytes a parameter: 64 x 3 x 16384 x 20480.
-HUGE = {"hidden_size": 16384, "moe_ffn_hidden_size": 20480, "num_experts": 64, "num_layers": 2}
 LAYOUT = ("--layout", "tp=1,ep=4,pp=2,gbs=64")
 ON_16 = ("--gpus", str(GPUS))
 
@@ -78,9 +76,10 @@ class Done:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """Models, runs, a GPU of 3.5 GiB, and exact.json, by which launches cost nothing."""
+    """Models, runs, a GPU of 3.5 GiB, one with a MiB beside what CUDA takes, and exact.json, by
+    which launches cost nothing."""
     folder = tmp_path_factory.mktemp("inputs")
-    models = {"tiny": {**MODEL, **MONE}, "stock": MODEL, "huge": {**MODEL, **HUGE}}
+    models = {"tiny": {**MODEL, **MONE}, "stock": MODEL}
     for name, model in models.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(model))
     replace(Efficiency().without_host(), source="a test's").write(folder / "exact.json")
@@ -89,8 +88,9 @@ def inputs(tmp_path_factory) -> Path:
     run = {"model": {**MODEL, **MONE}, "cluster": "gpu", "train": "plan-4k"}
     (folder / "job.run.yaml").write_text(yaml.safe_dump(run))
     cluster = yaml.safe_load((HARDWARE_ROOT / "h100-ndr.yaml").read_text())
-    cluster["device"]["memory_mib"] = 3584
-    (folder / "small-gpu.yaml").write_text(yaml.safe_dump(cluster))
+    for name, mib in (("small-gpu", 3584), ("full-gpu", CONTEXT // MIB + 1)):
+        cluster["device"]["memory_mib"] = mib
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(cluster))
     return folder
 
 
@@ -338,9 +338,10 @@ def test_without_devices_or_a_model_nothing_is_planned(command, inputs, words):
 
 
 def test_a_model_that_fits_no_layout(command, inputs):
-    done = command("--model", f"{inputs}/huge.yaml", "--gpus", "2", "--layout", "gbs=64",
-                   "--search", "--limit", "2")  # fmt: skip
-    _is_one_line(done, "huge does not fit 2 x NVIDIA H100")
+    """Three million parameters, at most by 16 on a device, of which none fits into a MiB."""
+    done = command("--model", f"{inputs}/tiny.yaml", *ON_16, "--layout", "gbs=64", "--search",
+                   "--limit", "2", "--cluster", f"{inputs}/full-gpu.yaml")  # fmt: skip
+    _is_one_line(done, "tiny does not fit 16 x NVIDIA H100")
     assert "are too large even without activations" in done.err
 
 
