@@ -46,11 +46,16 @@ def data(tmp_path_factory) -> Path:
     return folder / "text"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _fork_server(tmp_path_factory) -> None:
+    """Started here, for it ends with the thread that starts it."""
+    _forked(time.sleep, (0.0,), tmp_path_factory.mktemp("fork-server") / "log")
+
+
 @pytest.fixture(scope="module")
 def tiny(data: Path, tmp_path_factory) -> dict[str, StudyResults]:
     """Study -> results."""
     out = tmp_path_factory.mktemp("tiny")
-    _forked(time.sleep, (0.0,), out / "log")  # the fork server ends with the thread that starts it
     found = {}
     for name in MODULES:
         study = study_of(name)
@@ -134,8 +139,8 @@ def test_tiny_keeps_fewer_neurons(tiny):
 
 
 def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
-    """One with experts that choose, one without experts, and one that starts from the first and
-    learns nothing: its losses are the first's to the bit."""
+    """One with experts that choose; then, forked, one without experts, and one that starts from the
+    first and learns nothing: its losses are the first's to the bit."""
     again = "again"
     values = {**small.training(2), "hidden_size": 32, "seq_length": 32, "eval_iters": 1,
               "max_position_embeddings": 32, "moe_ffn_hidden_size": 48}  # fmt: skip
@@ -145,8 +150,13 @@ def test_a_run_is_trained_by_the_launcher_and_measured(data, tmp_path):
         study_of("ratio"), presets={"one": preset}, reference=MONE, tasks=finetune.tasks,
         cells=lambda values: [*study_of("ratio").cells(values), still],
     )  # fmt: skip
-    said = []
-    results = run_study(study, "one", 1, data, tmp_path, [], lambda *words: said.append(words))
+    first = replace(study, presets={"one": replace(preset, only=(MONE,))})
+    run_study(first, "one", 1, data, tmp_path, [], lambda *words: None)
+    said: list[tuple] = []
+    results = run_study(
+        study, "one", 1, data, tmp_path, [], lambda *words: said.append(words), train=_train
+    )
+    assert said[0] == (1, 3, "trained before")
     (run,) = results.cell(MONE).runs
     assert (run.steps, run.tokens_per_step, run.chooses) == (2, 16 * 32, True)
     assert 0 < run.validation[-1].loss < 8
