@@ -16,16 +16,19 @@ import pytest
 from megatron_mone.commands import calibrate_nodes as calibrate_command
 from megatron_mone.commands import compare as compare_command
 from megatron_mone.commands import plan as plan_command
+from megatron_mone.common.phases import ATTENTION, BALANCE_LOSS, OPTIMIZER, ROUTER
 from megatron_mone.planning.against_profile import PlanAgainstProfile
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
 from megatron_mone.planning.cost.measured_times import operator_key
+from megatron_mone.planning.cost.rank_cost import op_seconds
 from megatron_mone.planning.cost.roofline import operation
 from megatron_mone.planning.fitting.node_fit import fit_nodes
 from megatron_mone.planning.fitting.node_times import EXPERTS, TIMES, WORK, Times, Work
 from megatron_mone.planning.fitting.node_work import LEAST_SHARE
 from megatron_mone.planning.plan_document import Plan
 from megatron_mone.planning.tracing import trace_server
+from megatron_mone.planning.tracing.stand_ins.gate_sums import ROW_SUMS, SHARE_SUMS, SLOPES
 from megatron_mone.planning.tracing.trace_cache import TraceCache
 from megatron_mone.planning.tracing.trace_server import Tracer
 from megatron_mone.reporting.plan.node_page import lines
@@ -147,6 +150,7 @@ def test_what_is_timed_is_what_the_plan_prices(calibrated):
     by = {one.operator.name: one.by for one in times.operators}
     assert by["mone.up_down_backward"] == EXPERTS
     assert by["aten.mm"] == "itself"
+    assert {by[name] for name in (ROW_SUMS, SHARE_SUMS, SLOPES)} == {EXPERTS}
     links = {(one.link.kind, one.link.ranks) for one in work.links}
     assert {(one.link.kind, one.link.ranks) for one in times.links} == links
     assert ("all_to_all", RANKS) in links
@@ -155,6 +159,20 @@ def test_what_is_timed_is_what_the_plan_prices(calibrated):
     dear = [one.share for one in work.operators if one.share >= LEAST_SHARE]
     assert dear == sorted(dear, reverse=True)
     assert sum(one.share for one in work.operators) == pytest.approx(1.0)
+
+
+def test_operators_of_a_phase_take_what_it_takes_in_a_step(calibrated):
+    """The small job's own step comes out as it was timed, phase by phase, host and all."""
+    work, times = calibrated.work, calibrated.times
+    found = fit_nodes(work, times, calibrated.cluster)
+    priced = sum(
+        count * op_seconds(one.op(), calibrated.cluster, found.efficiency)
+        for one, count in zip(work.small.operators, work.small.counts, strict=True)
+        if one.phase == ATTENTION
+    )
+    assert priced == pytest.approx(times.small_job.phases_ms[ATTENTION] / 1e3)
+    assert {ROUTER, BALANCE_LOSS, OPTIMIZER} <= set(found.efficiency.measured.phases)
+    assert times.small_job.step_ms < sum(times.small_job.phases_ms.values())
 
 
 def test_a_second_turn_goes_on_where_the_first_one_stopped(calibrated):

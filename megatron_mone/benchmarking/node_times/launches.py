@@ -1,4 +1,4 @@
-"""One layer of the model on few tokens, profiled on this rank: what is left of it is the host's.
+"""One layer of the model, profiled on this rank: a step takes what its operators do not.
 
 The profiler is started beside this process, as a job of one rank: it measures Megatron's own step,
 module by module, on the device of this rank. May touch: the process, the folder of the profile.
@@ -7,7 +7,7 @@ module by module, on the device of this rank. May touch: the process, the folder
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_mone.common.child_processes import tied
@@ -17,12 +17,12 @@ from megatron_mone.common.places import program_words
 from megatron_mone.common.surroundings import without_ranks
 from megatron_mone.profiling.profile_document import Profile
 
-STEPS = 20
+STEPS = 8
 _NOT_OF_PASSES = (*COMMUNICATION, DATA, OPTIMIZER)
 
 
-def small_step_seconds(flags: Sequence[str], folder: Path, limit: float) -> float:
-    """Seconds of a step's passes, the quietest half of the steps.
+def small_step_ms(flags: Sequence[str], folder: Path, limit: float) -> dict[str, float]:
+    """Milliseconds of each phase of a step, the quietest half of the steps.
 
     Args:
         flags: of the small job.
@@ -33,7 +33,7 @@ def small_step_seconds(flags: Sequence[str], folder: Path, limit: float) -> floa
         RuntimeError: one line; it failed, or took longer.
     """
     flags = [*flags, "--train-iters", "1000", "--eval-interval", "1000", "--eval-iters", "0"]
-    steps = ["--steps", str(STEPS), "--windows", "2", "--warm-up", "3", "--no-memory"]
+    steps = ["--steps", str(STEPS), "--windows", "2", "--warm-up", "2", "--no-memory"]
     words = [*program_words("profile"), *steps, "--out", str(folder), *flags]
     own = {"RANK": "0", "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"), "WORLD_SIZE": "1",
            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # fmt: skip
@@ -49,5 +49,9 @@ def small_step_seconds(flags: Sequence[str], folder: Path, limit: float) -> floa
     if done.returncode:
         lines = (folder / "log").read_text(errors="replace").strip().splitlines()
         raise RuntimeError(f"the small job failed: {lines[-1] if lines else done.returncode}")
-    run = Profile.read_folder(folder).runs[0]
-    return sum(ms for phase, ms in run.phases.items() if phase not in _NOT_OF_PASSES) / 1e3
+    return dict(Profile.read_folder(folder).runs[0].phases)
+
+
+def of_passes(phases_ms: Mapping[str, float]) -> float:
+    """Of those, the milliseconds of forward and backward passes."""
+    return sum(ms for phase, ms in phases_ms.items() if phase not in _NOT_OF_PASSES)

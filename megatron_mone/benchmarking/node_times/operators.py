@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from megatron_mone.benchmarking.node_times.arguments import call_of, value_type
 from megatron_mone.benchmarking.node_times.clock import seconds
 from megatron_mone.kernels import mone_grouped_mlp
+from megatron_mone.kernels.cpu.shares import GateSums
+from megatron_mone.kernels.neuron_mask import NeuronMask, index_dtype
 from megatron_mone.planning.cost.roofline import Operation, operation
 from megatron_mone.planning.fitting.node_times import (
     ATTENTION,
@@ -25,10 +27,12 @@ from megatron_mone.planning.fitting.node_times import (
     ITSELF,
     PRODUCT,
 )
+from megatron_mone.planning.tracing.stand_ins.gate_sums import ROW_SUMS, SHARE_SUMS, SLOPES
 from megatron_mone.planning.tracing.trace import Op
 
 Call = Callable[[], object]
 _ON_CPU = ("mone.gate", "mone.up_down", "mone.up_down_backward")
+_SUMS = (ROW_SUMS, SHARE_SUMS, SLOPES)
 _CACHED = 16 << 20
 """Bytes of all copies of an operator's memory: more than a core's own caches."""
 _MOST_COPIES = 4
@@ -55,6 +59,8 @@ class Operators:
         """
         if op.name in _ON_CPU:
             return self._of_experts(op), EXPERTS
+        if op.name in _SUMS:
+            return self._seconds([_sums(op)]), EXPERTS
         copies = max(1, min(_MOST_COPIES, _CACHED // max(1, op.bytes_read + op.bytes_written)))
         first = call_of(op, self._device)
         if first is not None:
@@ -160,6 +166,29 @@ class Operators:
 
         alone = self._seconds([forward])
         return alone, max(0.1 * alone, self._seconds([both]) - alone)
+
+
+def _sums(op: Op) -> Call:
+    """A sum over gates by the CPU kernels, of rows that keep equally many neurons of all."""
+    kept, rows = op.inputs[0][0], op.inputs[3][0]
+    each = max(1, kept // max(1, rows))
+    given = op.inputs[4:]
+    blocks, neurons = next(
+        (shape for shape in (*given, *op.outputs) if len(shape) == 2), (1, 4 * each)
+    )
+    indices_NK = torch.rand(rows, neurons).topk(each).indices.sort().values
+    mask = NeuronMask.unchecked(
+        indices_NK.flatten().to(index_dtype(neurons)), torch.arange(rows + 1) * each, neurons,
+        kept=each,
+    )  # fmt: skip
+    sums = GateSums(mask, torch.rand(rows * each), torch.arange(rows) * blocks // max(1, rows))
+    weight_BF, total_N = torch.rand(blocks, neurons), 1.0 + torch.rand(rows)
+    if op.name == ROW_SUMS:
+        return lambda: sums.row_sums(weight_BF if given else None)
+    if op.name == SHARE_SUMS:
+        return lambda: sums.share_sums(blocks, total_N if given else None)
+    total = total_N if len(given) > 1 else None
+    return lambda: sums.slopes(weight_BF, total, total)
 
 
 def _sizes(op: Op) -> tuple[int, int, int, int, int]:

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mone.benchmarking.node_times.launches import small_step_seconds
+from megatron_mone.benchmarking.node_times.launches import of_passes, small_step_ms
 from megatron_mone.benchmarking.node_times.links import Links
 from megatron_mone.benchmarking.node_times.operators import Operators
 from megatron_mone.common import machine
 from megatron_mone.common.files import write_json
+from megatron_mone.common.phases import PHASES
 from megatron_mone.planning.cost.measured_times import operator_key
 from megatron_mone.planning.fitting.node_times import (
     TIMES,
@@ -141,18 +142,20 @@ class Calibration:
         small = self._work.small
         if small is None or self._times["small_job"] is not None:
             return
-        seconds, error = 0.0, ""
+        phases_ms: dict[str, float] = {}
+        error = ""
         folder = self._folder / "small" / f"rank-{dist.get_rank():05d}"
         dist.barrier()
         try:
-            seconds = small_step_seconds(small.flags, folder, end - time.monotonic())
+            phases_ms = small_step_ms(small.flags, folder, end - time.monotonic())
         except RuntimeError as failure:
             error = str(failure)
-        step = self._mean(None if error else seconds)
-        if step is None:
+        means = {name: self._mean(phases_ms.get(name, 0.0)) or 0.0 for name in PHASES}
+        if self._mean(None if error else 1.0) is None:
             self._note(f"launch: {error or 'the small job failed on a rank'}")
             return
-        self._times["small_job"] = LaunchTime(step_ms=1e3 * step).plain()
+        found = {name: ms for name, ms in means.items() if ms}
+        self._times["small_job"] = LaunchTime(step_ms=of_passes(found), phases_ms=found).plain()
         self._write()
         self._tell("launch: the small job", 0, 1)
 

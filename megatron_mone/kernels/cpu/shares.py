@@ -14,11 +14,13 @@ from megatron_mone.kernels.cpu.backend import available
 from megatron_mone.kernels.cpu.products import empty
 from megatron_mone.kernels.neuron_mask import NeuronMask
 
+TYPES = (torch.float32, torch.bfloat16)
+"""Of gates that the kernels take."""
+
 
 def usable(gate_K: Tensor) -> bool:
     """Whether the kernels take these gates here."""
-    known = gate_K.dtype in (torch.float32, torch.bfloat16)
-    return gate_K.device.type == "cpu" and known and available()[0]
+    return gate_K.device.type == "cpu" and gate_K.dtype in TYPES and available()[0]
 
 
 class GateSums:

@@ -48,13 +48,19 @@ class MeasuredTimes:
     """What was timed.
 
     Attributes:
-        operators: seconds of each, what the host takes for it included where the host is the
-            device.
+        operators: seconds of each by itself.
         links: seconds at each size timed.
+        phases: phase -> seconds in a step over those of its operators by themselves, where a step
+            was timed: memory that another operator left cold, and the host where it is the device.
     """
 
     operators: Mapping[OperatorKey, float] = field(default_factory=dict)
     links: Mapping[LinkKey, Points] = field(default_factory=dict)
+    phases: Mapping[str, float] = field(default_factory=dict)
+
+    def in_step(self, op: Op) -> float:
+        """What the seconds of an operator by itself are multiplied by."""
+        return self.phases.get(op.phase, 1.0)
 
     def operator(self, op: Op) -> float | None:
         """Seconds of one; None where it was not timed."""
@@ -93,6 +99,7 @@ class MeasuredTimes:
                 {"kind": kind, "ranks": ranks, "stride": stride, "points": points}
                 for (kind, ranks, stride), points in self.links.items()
             ],
+            "phases": dict(self.phases),
         }  # fmt: skip
 
     @classmethod
@@ -118,7 +125,8 @@ class MeasuredTimes:
             if min(key[1:]) < 1:
                 one.fail("ranks and stride must be 1 or more")
             links[key] = points
-        return cls(operators, links)
+        phases = {name: one.number() for name, one in section["phases"].members()}
+        return cls(operators, links, phases)
 
 
 def between(points: Points, size: float) -> float:

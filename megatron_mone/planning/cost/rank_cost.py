@@ -210,11 +210,11 @@ def op_seconds(op: Op, cluster: Cluster, efficiency: Efficiency) -> float:
     """Of one operator on the cluster's device: as it was timed there, else by the curve of its
     kind.
     """
-    timed = efficiency.measured.operator(op)
-    if timed is not None:
-        return timed
-    one = operation(op)
-    return efficiency.curves[one.kind].seconds(one, cluster.device)
+    seconds = efficiency.measured.operator(op)
+    if seconds is None:
+        one = operation(op)
+        seconds = efficiency.curves[one.kind].seconds(one, cluster.device)
+    return seconds * efficiency.measured.in_step(op)
 
 
 def host_seconds(op: Op, efficiency: Efficiency) -> float:

@@ -1,8 +1,10 @@
 """An efficiency of what `megatron-mone calibrate` timed: the times themselves, and curves for what
 has none.
 
-Where the host is the device (CPU ranks) what it takes for a launch is in every operator's time; on
-a GPU it stands beside, as a pass is never faster than its launches. Touches nothing.
+An operator timed by itself finds its memory in the caches and fresh pages at hand. On CPU ranks
+each phase is therefore scaled by what it takes in a step of one layer, the host included, which is
+the device there; on a GPU the host stands beside, as a pass is never faster than its launches.
+Touches nothing.
 """
 
 from collections import defaultdict
@@ -10,6 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from megatron_mone.common.phases import (
+    CLIPPING,
+    GATE_GEMM,
+    GRAD_REDUCE,
+    OPTIMIZER,
+    PARAMETER_GATHER,
+    SELECTION,
+)
 from megatron_mone.planning.cost.efficiency import HOST, Efficiency
 from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.measured_times import (
@@ -26,19 +36,19 @@ from megatron_mone.planning.fitting.phase_fit import PhaseModel, PhaseTime, fit_
 
 @dataclass(frozen=True)
 class Launch:
-    """What the host takes, by the small job's passes; seconds.
+    """A step of the small job, in seconds.
 
     Attributes:
-        step: of the passes.
-        operators: of their operators, by their own times and curves.
-        launches: of them.
-        more: the host's part of each, beyond the operator.
+        step: that it took, as far as it has operators.
+        operators: of these, by their own times and curves.
+        launches: kernels of its passes.
+        phases: phase -> the first over the second.
     """
 
     step: float
     operators: float
     launches: int
-    more: float
+    phases: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ def fit_nodes(work: Work, times: Times, cluster: Cluster) -> NodeFit:
         fit_phases(phases, cluster.device, start), measured=MeasuredTimes(timed, _points(times))
     )
     launch = _launch(work, times, cluster, alone)
-    fitted = _with_host(launch, alone) if times.on_cpu else _beside_host(launch, work, alone)
+    fitted = _in_step(launch, alone) if times.on_cpu else _beside_host(launch, work, alone)
     curved = PhaseModel(phases, cluster.device).seconds(alone)
     share = sum(one.share for one in times.operators)
     return NodeFit(
@@ -99,22 +109,38 @@ def _launch(work: Work, times: Times, cluster: Cluster, alone: Efficiency) -> La
     small = work.small
     if small is None or times.small_job is None:
         return None
-    seconds = sum(
-        count * op_seconds(one.op(), cluster, alone)
-        for one, count in zip(small.operators, small.counts, strict=True)
-    )
-    step = times.small_job.step_ms / 1e3
-    return Launch(step, seconds, small.launches, max(0.0, step - seconds) / small.launches)
+    priced: dict[str, float] = defaultdict(float)
+    for one, count in zip(small.operators, small.counts, strict=True):
+        priced[_group(one.phase)] += count * op_seconds(one.op(), cluster, alone)
+    taken: dict[str, float] = defaultdict(float)
+    for phase, ms in times.small_job.phases_ms.items():
+        taken[_group(phase)] += ms / 1e3
+    groups = [
+        group for group in priced
+        if priced[group] > 0 and taken[group] > 0 and (times.on_cpu or group != OPTIMIZER)
+    ]  # fmt: skip
+    step, alone_seconds = (sum(part[group] for group in groups) for part in (taken, priced))
+    if not groups:
+        return None
+    factors = {group: taken[group] / priced[group] for group in groups}
+    phases = {one.operator.phase for one in work.operators}
+    return Launch(step, alone_seconds, small.launches, {
+        phase: factors.get(_group(phase), step / alone_seconds) for phase in sorted(phases)
+    })  # fmt: skip
 
 
-def _with_host(launch: Launch | None, alone: Efficiency) -> Efficiency:
-    """CPU ranks: the host is the device, and what it takes beyond an operator is in its time."""
-    more = launch.more if launch else 0.0
-    curves = {
-        kind: replace(curve, launch=curve.launch + more) for kind, curve in alone.curves.items()
-    }
-    timed = {key: seconds + more for key, seconds in alone.measured.operators.items()}
-    return replace(alone, curves=curves, measured=MeasuredTimes(timed, alone.measured.links))
+def _group(phase: str) -> str:
+    """Of phases that a trace and a profile part otherwise: the choice is a kernel of the gate's,
+    and what is once a step is one."""
+    if phase in (GRAD_REDUCE, CLIPPING, PARAMETER_GATHER):
+        return OPTIMIZER
+    return GATE_GEMM if phase == SELECTION else phase
+
+
+def _in_step(launch: Launch | None, alone: Efficiency) -> Efficiency:
+    """CPU ranks: each phase as it is in a step."""
+    phases = launch.phases if launch else {}
+    return replace(alone, measured=replace(alone.measured, phases=phases))
 
 
 def _beside_host(launch: Launch | None, work: Work, alone: Efficiency) -> Efficiency:
@@ -126,6 +152,7 @@ def _beside_host(launch: Launch | None, work: Work, alone: Efficiency) -> Effici
         assumed = sum(
             count * host_seconds(one.op(), start)
             for one, count in zip(work.small.operators, work.small.counts, strict=True)
+            if _group(one.phase) != OPTIMIZER
         )
         scale = launch.step / assumed if assumed else 1.0
     host: dict[str, Any] = {name: min(1.0, scale * getattr(start, name)) for name in HOST}

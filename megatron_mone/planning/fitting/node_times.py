@@ -136,14 +136,17 @@ def check_same_job(path: Path, known: CalibrationJob, now: CalibrationJob) -> No
 
 
 class SmallJob(Part):
-    """One layer of the model on one rank and few tokens, where what the host does shows."""
+    """One layer of the model on one rank: of few tokens on a GPU, where what the host does shows
+    then; of a micro-batch of the job on CPU ranks, whose steps take what their operators by
+    themselves do not."""
 
     flags: list[AnyText]
     launches: AtLeast1
-    """operators of a step's passes"""
+    """kernels of a step's passes"""
     operators: list[Operator]
+    """of a step, in each of their phases"""
     counts: list[Whole]
-    """of each of them in a step's passes"""
+    """of each of them"""
 
 
 class Work(Document, schema="megatron-mone/calibration-work/1", again=_AGAIN, indent=1):
@@ -180,10 +183,12 @@ class LinkTime(Part):
 
 
 class LaunchTime(Part):
-    """What the host takes, by the small job."""
+    """A step of the small job."""
 
     step_ms: Positive
     """of its passes"""
+    phases_ms: dict[Text, Number]
+    """of all of it; mean over ranks"""
 
 
 class Times(Document, schema="megatron-mone/calibration-times/1", again=_AGAIN, indent=1):

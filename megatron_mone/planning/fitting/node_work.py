@@ -6,7 +6,7 @@ timed, to price what another layout sends. May touch: the tracer's processes and
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_mone.planning.cost.collectives import OPERATIONS
@@ -23,11 +23,14 @@ from megatron_mone.planning.fitting.node_times import (
 )
 from megatron_mone.planning.job import SHORT, JobSpec, short_layout
 from megatron_mone.planning.planner import Planned, Planner
+from megatron_mone.planning.tracing.gpu_job import is_gpu_job
 from megatron_mone.planning.tracing.trace import Op
 
 SIZES = (2**12, 2**22)
 """Bytes at which every kind of collective of a group is timed beside the sizes of the trace."""
 SMALL_TOKENS = 32
+MOST_MICRO_BATCHES = 4
+"""Of a step of the small job on CPU ranks: only the first finds what the optimizer left cold."""
 LEAST_SHARE = 1e-3
 """Of the price of all operators: cheaper ones are timed after those of the small job, which the
 launch cost needs."""
@@ -64,7 +67,7 @@ def work_of(planner: Planner, planned: Planned, gpus: int) -> Work:
             if op.of_device:
                 prices[key] += often * op_seconds(op, planner.cluster, planner.efficiency)
     found = {key: price for key, price in prices.items() if price > 0}
-    small, notes = _small_job(planner, planned.job)
+    small, notes = _small_job(planner, planned.job, facts.micro_batches)
     values = planned.job.values()
     shares = {key: price / sum(found.values()) for key, price in found.items()}
     ordered = sorted(shares, key=lambda key: -shares[key])
@@ -131,13 +134,22 @@ def _link(key: tuple[str, int, int], group: str, size: int) -> Link:
     return Link(kind=kind, group=group, ranks=ranks, stride=stride, bytes=size)
 
 
-def _small_job(planner: Planner, job: JobSpec) -> tuple[SmallJob | None, list[str]]:
-    """One layer on one rank: where few tokens are, what is left of a step is the host's."""
+def _small_job(
+    planner: Planner, job: JobSpec, micro_batches: int
+) -> tuple[SmallJob | None, list[str]]:
+    """One layer on one rank. On GPUs of few tokens: what is left of its step is the host's."""
     values = job.values()
     ep = values.get(SHORT["ep"]) or 1
     experts = values.get("num_experts")
     one = {SHORT[name]: 1 for name in ("tp", "cp", "pp", "ep", "etp", "mbs", "gbs")}
-    changes: dict[str, Any] = {**_DROPPED, **one, "num_layers": 1, "seq_length": SMALL_TOKENS}
+    changes: dict[str, Any] = {**_DROPPED, **one, "num_layers": 1}
+    if is_gpu_job(planner.flags(job)):
+        changes["seq_length"] = SMALL_TOKENS
+        micro_batches = 1
+    else:
+        micro_batches = min(micro_batches, MOST_MICRO_BATCHES)
+        changes[SHORT["mbs"]] = values.get(SHORT["mbs"]) or 1
+        changes[SHORT["gbs"]] = changes[SHORT["mbs"]] * micro_batches
     if experts:
         changes["num_experts"] = max(experts // ep, values.get("moe_router_topk") or 2)
     small = job.with_layout({k: v for k, v in changes.items() if v is not None or k in values})
@@ -149,11 +161,15 @@ def _small_job(planner: Planner, job: JobSpec) -> tuple[SmallJob | None, list[st
         return None, [f"launch: one layer of the model on one rank is not traced: {reason}"]
     counts: dict[Any, int] = defaultdict(int)
     first: dict[Any, Op] = {}
-    for op in _of_passes(traced.traces.values()):
-        first.setdefault(operator_key(op), op)
-        counts[operator_key(op)] += op.count
+    for trace in traced.traces.values():
+        for op in trace.ops:
+            if op.of_device:
+                key = (operator_key(op), op.phase, op.of_step)
+                first.setdefault(key, op)
+                counts[key] += op.count * (1 if op.of_step else micro_batches)
+    launches = (n for key, n in counts.items() if _is_kernel(first[key]) and not key[-1])
     return SmallJob(
-        flags=flags, launches=sum(n for key, n in counts.items() if _is_kernel(first[key])),
+        flags=flags, launches=sum(launches),
         operators=[operator_of(op) for op in first.values()],
         counts=list(counts.values()),
     ), []  # fmt: skip
@@ -162,10 +178,3 @@ def _small_job(planner: Planner, job: JobSpec) -> tuple[SmallJob | None, list[st
 def _is_kernel(op: Op) -> bool:
     """Whether the device does something: nodes of autograd and waits are the host's alone."""
     return bool(op.flops or op.bytes_read or op.bytes_written)
-
-
-def _of_passes(traces: Iterable[Any]) -> Iterator[Op]:
-    for trace in traces:
-        for op in trace.ops:
-            if op.of_device and not op.of_step:
-                yield op

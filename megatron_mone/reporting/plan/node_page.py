@@ -43,11 +43,13 @@ def _said(found: NodeFit) -> Iterator[str]:
         yield f"{kind}: {timed} of {of} operators timed"
     launch = found.launch
     if launch is not None:
-        host = "more a launch" if times.on_cpu else "of the host a launch"
-        each = launch.more if times.on_cpu else found.efficiency.kernel_seconds
+        said = f"{1e6 * found.efficiency.kernel_seconds:.1f} us of the host a launch"
+        if times.on_cpu:
+            said = ", ".join(f"{name} x {by:.2f}" for name, by in launch.phases.items())
         yield (
-            f"launch: one layer's passes take {1e3 * launch.step:.1f} ms, their {launch.launches} "
-            f"operators alone {1e3 * launch.operators:.1f}: {1e6 * each:.1f} us {host}"
+            f"launch: one layer's step takes {1e3 * launch.step:.1f} ms, its operators by "
+            f"themselves {1e3 * launch.operators:.1f} ({launch.launches} launches in its passes): "
+            f"{said}"
         )
     yield from (f"left out: {words}" for words in times.notes)
     yield found.efficiency.source

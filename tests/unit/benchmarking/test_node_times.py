@@ -1,5 +1,7 @@
 """Operators of a trace as calls: what runs has the shapes recorded, and every kind has a call."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from megatron_mone.benchmarking.node_times.arguments import call_of
 from megatron_mone.benchmarking.node_times.clock import windows
 from megatron_mone.benchmarking.node_times.links import groups_of
 from megatron_mone.benchmarking.node_times.operators import Operators
+from megatron_mone.kernels.cpu.shares import GateSums
 from megatron_mone.planning.fitting.node_times import (
     ATTENTION,
     CHOICE,
@@ -16,6 +19,7 @@ from megatron_mone.planning.fitting.node_times import (
     ITSELF,
     PRODUCT,
 )
+from megatron_mone.planning.tracing.stand_ins.gate_sums import ROW_SUMS, SHARE_SUMS, SLOPES
 from megatron_mone.planning.tracing.trace import Op
 
 CPU = torch.device("cpu")
@@ -135,3 +139,28 @@ def test_calls_are_taken_in_turn():
     made: list[int] = []
     assert windows([lambda: made.append(0), lambda: made.append(1)], SPEND, lambda _often: 4) > 0
     assert made.count(0) - made.count(1) in (0, 1)
+
+
+def test_an_overload_is_looked_up_once():
+    """Of a scatter that takes a hundred times as long as the scatter."""
+    call = call_of(op("aten.scatter", [(8, 4), (8, 2), (8, 2)], [(8, 4)]), CPU)
+    with patch.object(torch._C, "_jit_resolve_packet", side_effect=AssertionError):
+        assert call().shape == (8, 4)
+
+
+@pytest.mark.parametrize("name", [ROW_SUMS, SHARE_SUMS, SLOPES])
+def test_sums_over_gates_are_those_of_the_kernels(name, monkeypatch):
+    """At the shapes of the trace, with weights and totals where it has them."""
+    called = []
+    for one in ("row_sums", "share_sums", "slopes"):
+        monkeypatch.setattr(
+            GateSums, one, lambda self, *given, one=one: called.append((one, self.rows, given))
+        )
+    entries = [(12,), (12,), (5,), (4,)]
+    more = {ROW_SUMS: [(2, 8)], SHARE_SUMS: [(4,)], SLOPES: [(2, 8), (4,), (4,)]}[name]
+    Operators(CPU, 1, 1e-4).time(op(name, [*entries, *more], [(2, 8)]))
+    which, rows, given = called[0]
+    assert which == name.removeprefix("mone.").replace("share_slopes", "slopes")
+    assert rows == 4
+    shapes = [tuple(one.shape) for one in given if isinstance(one, torch.Tensor)]
+    assert shapes == more

@@ -1,0 +1,63 @@
+"""The CPU kernels' sums over the gates of kept entries, without values: each is one op, as it is
+one call of kernels/cpu/shares.py. Only jobs of CPU ranks have it, where those kernels are built.
+May touch: moe/gate_shares.py, while installed.
+Shapes: N rows, F neurons, K kept entries, B blocks of rows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_mone.common.patch import Replaced
+from megatron_mone.kernels.cpu import shares as native
+from megatron_mone.kernels.cpu.backend import available
+from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.moe import gate_shares
+from megatron_mone.planning.tracing.stand_ins.op import note
+
+ROW_SUMS, SHARE_SUMS, SLOPES = "mone.row_sums", "mone.share_sums", "mone.share_slopes"
+
+
+class GateSums:
+    """kernels.cpu.shares.GateSums; an op reads gates, indices, offsets, blocks, and the rest."""
+
+    def __init__(self, mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> None:
+        self.neurons, self.gate_K = mask.num_neurons, gate_K.detach()
+        self._inputs = (self.gate_K, mask.indices_K, mask.offsets_N1, block_N)
+
+    def row_sums(self, weight_BF: Tensor | None = None) -> Tensor:
+        """See kernels.cpu.shares.GateSums."""
+        rows = self._inputs[3].shape[0]
+        return self._run(ROW_SUMS, (weight_BF,), (rows,))
+
+    def share_sums(self, blocks: int, total_N: Tensor | None) -> tuple[Tensor, Tensor]:
+        """See kernels.cpu.shares.GateSums."""
+        share_BF = self.gate_K.new_empty(blocks, self.neurons, dtype=torch.float32)
+        counts_BF = torch.empty_like(share_BF, dtype=torch.int64)
+        given = [*self._inputs, *([] if total_N is None else [total_N])]
+        note(SHARE_SUMS, given, [share_BF, counts_BF])
+        return share_BF, counts_BF
+
+    def slopes(self, weight_BF: Tensor, total_N: Tensor | None, loss_N: Tensor | None) -> Tensor:
+        """See kernels.cpu.shares.GateSums."""
+        return self._run(SLOPES, (weight_BF, total_N, loss_N), self.gate_K.shape)
+
+    def _run(self, name: str, given: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Tensor:
+        out = self.gate_K.new_empty(shape, dtype=torch.float32)
+        note(name, [*self._inputs, *(one for one in given if one is not None)], [out])
+        return out
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """While it lasts gates are summed so where the kernels would."""
+    torch_sums = gate_shares.gate_sums
+
+    def gate_sums(mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> object:
+        known = gate_K.is_meta and gate_K.dtype in native.TYPES and available()[0]
+        return (GateSums if known else torch_sums)(mask, gate_K, block_N)
+
+    with Replaced(gate_shares, "gate_sums", gate_sums):
+        yield
