@@ -196,9 +196,12 @@ def _index_added(given: Given) -> Call:
 
 
 def _put(given: Given) -> Call:
+    """Where one index of several dimensions has those of x, it is a mask, true at every other."""
     function, shapes = _function(given), given.op.inputs
     x, values = given.values(shapes[0]), given.values(shapes[-1])
     places = [given.indices(s, shapes[0][at]) for at, s in enumerate(shapes[1:-1])]
+    if len(places) == 1 and len(shapes[1]) > 1 and shapes[1] == shapes[0][: len(shapes[1])]:
+        places = [given.indices(shapes[1], 2) == 0]
     return lambda: function(x, places, values)
 
 

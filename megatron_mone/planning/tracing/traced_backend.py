@@ -147,6 +147,7 @@ def on_cpu(
     given = choose if isinstance(choose, NeuronMask) else None
     block = choose.block if isinstance(choose, Selection) else 1
     if given is None and callable(choose):
+        enter(SELECTION)
         ask(choose, w_gate.new_empty(rows, neurons))
     first, rest, backward = _products(config, rows, kept, given is not None)
     made = _OnCPU.apply(x_NH, probs_N, w_gate, w_up, w_down, kept, backward)

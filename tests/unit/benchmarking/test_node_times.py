@@ -94,6 +94,14 @@ def test_torchs_operators_run_themselves(one):
     assert str(first.dtype).removeprefix("torch.") == one.dtype or one.name == "aten.sort"
 
 
+def test_an_index_of_xs_own_shape_is_a_mask():
+    """Of integers it would name 6 rows of x, 24 entries each, and write 6 times as many."""
+    call = call_of(op("aten.index_put_", [(2, 3, 4), (2, 3), ()], [(2, 3, 4)]), CPU)
+    assert call().shape == (2, 3, 4)
+    call = call_of(op("aten.index_put", [(2, 3, 4), (2, 3), (9, 4)], [(2, 3, 4)]), CPU)
+    assert call is None  # as many values as a mask could never hold
+
+
 def test_what_repeats_in_place_neither_grows_nor_vanishes():
     call = call_of(op("aten.mul_", [(4,), (4,)], [(4,)]), CPU)
     for _ in range(1000):
