@@ -101,7 +101,7 @@ inline void grad_strip(const MoneShape& s, const MoneMask& m, const MoneBlocks& 
             MoneMatrix& out = *terms.outs[v];
             const int64_t base = e * out.expert_stride + element(first, out.row_stride, start);
             write_block(g.sums[v], kBlockWidth, end - first, base,
-                        at_most(kBlockWidth, s.hidden - start), out);
+                        at_most(kBlockWidth, s.hidden - start), out, past_caches(s));
         }
     }
 }

@@ -196,14 +196,12 @@ inline void write_row(MoneMatrix& m, int64_t first, int64_t count, const float* 
     }
 }
 
-// An output of so many floats does not wait in the caches for who reads it: storing past them saves
-// reading its lines first.
+// Gradients of so many floats do not wait in the caches for who reads them: storing past the caches
+// saves reading their lines first.
 constexpr int64_t kPastCaches = 1 << 21;
 
-inline void streamed() {
-#if defined(__x86_64__)
-    _mm_sfence();  // such stores become visible in order
-#endif
+inline bool past_caches(const MoneShape& s) {
+    return s.experts * s.neurons * s.hidden >= kPastCaches;
 }
 
 // write_row past the caches where whole lines of float32 are replaced.
@@ -220,12 +218,15 @@ inline void stream_row(MoneMatrix& m, int64_t first, int64_t count, const float*
 
 // `rows` rows of sums, `width` apart, into a matrix from element `base`.
 inline void write_block(const float* sums, int64_t width, int64_t rows, int64_t base,
-                        int64_t length, MoneMatrix& out, bool past_caches = false) {
+                        int64_t length, MoneMatrix& out, bool streams = false) {
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t at = base + element(i, out.row_stride, 0);
-        past_caches ? stream_row(out, at, length, sums + i * width)
-                    : write_row(out, at, length, sums + i * width);
+        streams ? stream_row(out, at, length, sums + i * width)
+                : write_row(out, at, length, sums + i * width);
     }
+#if defined(__x86_64__)
+    if (streams) _mm_sfence();  // other threads see such stores in no order before it
+#endif
 }
 
 inline int64_t rows_of(const MoneShape& s, int64_t e) { return s.row_start[e + 1] - s.row_start[e]; }

@@ -140,7 +140,6 @@ template <int Terms>
 void sum_weight_grads(const MoneShape& s, const MoneMask& m, const int32_t* at_B,
                       const GradValues& values, const MoneMatrix& x, MoneMatrix* const* outs) {
     const int64_t across = blocks(s.hidden, kGradWidth), down = blocks(s.neurons, kTile);
-    const bool past_caches = s.experts * s.neurons * s.hidden >= kPastCaches;
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
     for (int64_t t = 0; t < s.experts * across * down; ++t) {
         GradScratch<Terms> g;
@@ -150,8 +149,7 @@ void sum_weight_grads(const MoneShape& s, const MoneMask& m, const int32_t* at_B
         for (int o = 0; o < Terms; ++o)
             write_block(g.sums[o], kGradWidth, at_most(kTile, s.neurons - tile),
                         e * outs[o]->expert_stride + element(tile, outs[o]->row_stride, start),
-                        at_most(kGradWidth, s.hidden - start), *outs[o], past_caches);
-        if (past_caches) streamed();
+                        at_most(kGradWidth, s.hidden - start), *outs[o], past_caches(s));
     }
 }
 
