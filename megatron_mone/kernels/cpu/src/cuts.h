@@ -14,13 +14,24 @@ inline void order_by_length(const int32_t* from, const int32_t* to, int64_t coun
         order[first[to[i] - from[i]]++] = static_cast<uint16_t>(i);
 }
 
+constexpr int64_t kCutRows = 16;  // rows cut together: they fill a line of the table
+
+// Cuts of rows [n, end), at most kCutRows. All entries that may lie in a block are compared: a loop
+// that ends at its last one would be mispredicted.
 template <class Index>
-inline void cut_row(const Index* row, int64_t length, int64_t width, int64_t count, int64_t stride,
-                    int32_t* at) {
-    int64_t k = 0;
-    for (int64_t b = 0; b <= count; ++b, at += stride) {
-        while (k < length && row[k] < b * width) ++k;
-        *at = static_cast<int32_t>(k);
+inline void cut_group(const MoneShape& s, const MoneMask& m, int64_t n, int64_t end, int64_t width,
+                      int64_t count, int32_t* at) {
+    const Index* idx = static_cast<const Index*>(m.idx);
+    int32_t cut[kCutRows] = {};
+    for (int64_t b = 0; b <= count; ++b, at += s.rows) {
+        const Index last = static_cast<Index>(at_most(b * width, s.neurons) - 1);
+        for (int64_t i = 0; i < end - n; ++i) {
+            const Index* next = idx + m.offsets[n + i] + cut[i];
+            const int64_t most = at_most(width, idx + m.offsets[n + i + 1] - next);
+            Index before = 0;
+            for (int64_t l = 0; l < most; ++l) before += next[l] <= last;
+            at[n + i] = cut[i] += before;
+        }
     }
 }
 
@@ -62,14 +73,12 @@ const bool* used_neurons(const MoneShape& s, const MoneMask& m, const MoneCuts& 
 
 template <class Index>
 void cut_rows(const MoneShape& s, const MoneMask& m, int64_t width, MoneCuts& cuts) {
-    const Index* idx = static_cast<const Index*>(m.idx);
     const int64_t count = blocks(s.neurons, width);
 #pragma omp parallel num_threads(s.threads)
     {
-#pragma omp for schedule(dynamic, kRowGrain)
-        for (int64_t n = 0; n < s.rows; ++n)
-            cut_row(idx + m.offsets[n], m.offsets[n + 1] - m.offsets[n], width, count, s.rows,
-                    cuts.at + n);
+#pragma omp for schedule(dynamic, kRowGrain / kCutRows)
+        for (int64_t n = 0; n < s.rows; n += kCutRows)
+            cut_group<Index>(s, m, n, at_most(n + kCutRows, s.rows), width, count, cuts.at);
 #pragma omp for schedule(dynamic, kRowGrain)
         for (int64_t t = 0; t < total_tiles(s) * count; ++t) {
             const Tile tile = find_tile(s, t / count);
