@@ -25,13 +25,14 @@ from typing import Any
 from megatron_mone.common.files import write_json
 from megatron_mone.common.places import CONFIG_ROOT, PACKAGE
 from megatron_mone.common.progress import progress_bar
-from megatron_mone.planning.bounds import Bounds, Model, unit_of
+from megatron_mone.planning.bounds import Bounds
 from megatron_mone.planning.composed import Composer, Unit, scaled_traces
 from megatron_mone.planning.cost.efficiency import efficiency_of
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.prediction import Prediction, predict
 from megatron_mone.planning.job import JobSpec, job_spec, short_layout
 from megatron_mone.planning.layout_axes import Pipeline, Shards, all_shards, all_stages, sized
+from megatron_mone.planning.layout_model import Model, unit_of
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.search import LowerBounds, prepared, search
 from megatron_mone.planning.stage_split import split_stages

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from megatron_mone.planning.bounds import Composed, Model
 from megatron_mone.planning.composed import Composer, layer_kinds
+from megatron_mone.planning.composed_bound import Composed
 from megatron_mone.planning.job import BF16, SHORT, recompute_fields, state_fields
 from megatron_mone.planning.layout_axes import Pipeline, Shards
+from megatron_mone.planning.layout_model import Model
 from megatron_mone.planning.planner import Planned, Planner
 from megatron_mone.planning.stage_split import Shape, Split, balanced_split
 from megatron_mone.planning.tracing.job_facts import JobFacts

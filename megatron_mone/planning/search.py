@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from megatron_mone.planning.bounds import Bound, Bounds, Model
+from megatron_mone.planning.bounds import Bounds
 from megatron_mone.planning.composed import Composer, layer_kinds
 from megatron_mone.planning.cost.documents import with_documents
 from megatron_mone.planning.job import NO_OFFLOAD, NO_RECOMPUTE, JobSpec, short_layout
@@ -36,7 +36,10 @@ from megatron_mone.planning.layout_axes import (
     all_stages,
     axes_of,
 )
+from megatron_mone.planning.layout_model import Model
 from megatron_mone.planning.planner import Planned, Planner
+from megatron_mone.planning.scaled_bound import Bound, Scaled
+from megatron_mone.planning.small_groups import SmallGroups
 from megatron_mone.planning.stage_split import even_split
 
 SLOWER, TOO_LARGE, LIMIT, INTERRUPT = "slower", "too large", "limit", "interrupt"
@@ -192,7 +195,9 @@ def prepared(planner: Planner, job: JobSpec, gpus: int) -> tuple[Model, LowerBou
     if kinds is None:
         return model, NoBounds(facts.num_layers), composer
     axes = axes_of(facts, job.values(), planner.cluster.host is not None)
-    return model, Bounds(composer, planner, model, axes), composer
+    groups = SmallGroups(composer, model, axes.recomputes)
+    scaled = Scaled(groups, planner.cluster, planner.efficiency)
+    return model, Bounds(scaled, composer, planner, axes), composer
 
 
 @dataclass(frozen=True, order=True)

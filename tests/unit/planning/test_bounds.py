@@ -3,13 +3,12 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_mone.planning.bounds import Bounds, Model, Scaled
+from megatron_mone.planning.bounds import Bounds
 from megatron_mone.planning.composed import Sum, Unit, layer_kinds
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.rank_memory import CONTEXT
@@ -23,8 +22,11 @@ from megatron_mone.planning.layout_axes import (
     all_stages,
     axes_of,
 )
+from megatron_mone.planning.layout_model import Model
 from megatron_mone.planning.planner import Planner
+from megatron_mone.planning.scaled_bound import Scaled
 from megatron_mone.planning.search import prepared
+from megatron_mone.planning.small_groups import SmallGroups
 from megatron_mone.planning.stage_split import even_split
 from megatron_mone.planning.tracing.trace_cache import TraceCache
 from tests.unit.planning.made_jobs import CLUSTER, EXACT, STAGE, facts
@@ -117,8 +119,7 @@ def test_what_a_layout_holds_is_known_before_it_is_traced(paper, shards, stages)
     """Never more than it does, and nearly all of it: experts, and what ep = 1 hides, apart."""
     of = facts(num_experts=8, num_layers=LAYERS, distributed_optimizer=paper.shared)
     model = Model(paper.job, of, ("moe",) * LAYERS, 0, PAPER_GPUS)
-    planner = SimpleNamespace(cluster=CLUSTER, efficiency=EXACT)
-    scaled = Scaled(paper, planner, model, ("none",))
+    scaled = Scaled(SmallGroups(paper, model, ("none",)), CLUSTER, EXACT)
     pipeline = Pipeline(*stages, even_split(LAYERS, *stages), True)
     true = paper.fullest(shards, pipeline)
     least = scaled.bound(shards, pipeline).held - CONTEXT

@@ -6,14 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_mone.planning.bounds import Bound, Model
 from megatron_mone.planning.cost.prediction import predict
 from megatron_mone.planning.cost.routing_skew import ZIPF, Skew
 from megatron_mone.planning.fixes import changes, cheapest_fix
 from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.layout_axes import ALLOWABLE, OFFLOAD, PRECISION, Axes, all_shards
+from megatron_mone.planning.layout_model import Model
 from megatron_mone.planning.plan_document import Search
 from megatron_mone.planning.planner import Planned, rows_of
+from megatron_mone.planning.scaled_bound import Bound
 from megatron_mone.planning.search import (
     LIMIT,
     SLOWER,
