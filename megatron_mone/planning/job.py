@@ -166,13 +166,21 @@ class JobSpec:
         )  # fmt: skip
 
     def write(self, path: Path) -> None:
-        """Write the run file, whole or not at all."""
+        """Write the run file, whole or not at all.
+
+        Where the job says none it gets an eval_interval, the whole run: Megatron's training
+        divides by it (training.py: get_train_valid_test_num_samples), evaluated or not.
+        """
+        parts, values = self.parts(), self.values()
+        if values.get("eval_interval") is None:
+            parts["train"]["eval_interval"] = values.get("train_iters") or _NO_EVALUATION
         text = "# A planned layout; `python -m megatron_mone.pretrain --config` takes it.\n"
-        text += yaml.safe_dump(self.parts(), sort_keys=False)
+        text += yaml.safe_dump(parts, sort_keys=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(path, text.encode())
 
 
+_NO_EVALUATION = 1_000_000_000  # steps; of a run whose length is given in samples
 _EDITED = ("mone_neuron_ratio", "mone_neurons_per_token", "moe_ffn_hidden_size")
 
 

@@ -120,7 +120,8 @@ def axes_tried(document: Search) -> list[str]:
     lines = []
     if names := by_use[LEFT_OUT]:
         words = " and ".join(_AXES[name] for name in names)
-        lines.append(f"not tried, as something fits without: {words}; --allow {','.join(names)}")
+        why = ", as something fits without" if document.best else ""
+        lines.append(f"not tried{why}: {words}; --allow {','.join(names)}")
     if names := by_use[NEEDED]:
         lines.append(f"nothing fits without {' or '.join(_AXES[name] for name in names)}")
     return lines

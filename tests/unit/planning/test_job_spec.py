@@ -1,5 +1,7 @@
 """Jobs as users state them: parts, short layouts, baselines, and the run file that comes out."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -148,9 +150,10 @@ def test_a_model_without_neurons_cannot_be_cut():
 
 def test_the_run_file_is_the_job(tmp_path):
     path = tmp_path / "new" / "plan.run.yaml"
-    JOB.write(path)
-    assert load_run(path) == JOB.values()
-    assert run_job(path).parts() == JOB.parts()
+    job = replace(JOB, train={**JOB.train, "eval_interval": 7})
+    job.write(path)
+    assert load_run(path) == job.values()
+    assert run_job(path).parts() == job.parts()
     assert list(yaml.safe_load(path.read_text())) == ["model", "parallel", "cluster", "train"]
 
 
@@ -184,3 +187,13 @@ def test_a_vocabulary_of_unknown_size_is_refused():
         ValueError, match=r"tokenizer_model = '/data/tok' is not here: .*vocab_size"
     ):
         with_train(tokenizer_type="Llama2Tokenizer", tokenizer_model="/data/tok").planned_values()
+
+
+@pytest.mark.parametrize(
+    ("train", "interval"),
+    [({"train_iters": 70}, 70), ({}, 10**9), ({"train_iters": 70, "eval_interval": 7}, 7)],
+)
+def test_a_run_file_has_an_eval_interval(tmp_path, train, interval):
+    """Megatron's training divides by it."""
+    JobSpec("x", {}, {}, {}, train).write(tmp_path / "x.run.yaml")
+    assert run_job(tmp_path / "x.run.yaml").train == {**train, "eval_interval": interval}
