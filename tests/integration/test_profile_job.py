@@ -50,15 +50,17 @@ def result(done):
 
 @pytest.fixture(scope="module")
 def by_deepspeed(tmp_path_factory):
-    """A run that DeepSpeed steps, against its own layer and against the other engine."""
+    """A run that DeepSpeed steps, against its own layer and against the other engine; forked."""
     folder = tmp_path_factory.mktemp("deepspeed") / "profile"
-    ended = profile(
-        folder,
+    words = [
+        *("--out", str(folder), *MODEL, "--train-iters", "40"),
         *("--engine", "deepspeed", "--zero-stage", "2", "--steps", "2", "--windows", "2"),
         *("--warm-up", "1", "--routing", "replayed"),
         *("--against", "deepspeed-moe,megatron"),
-    )
-    assert ended.returncode == 0, ended.stderr
+    ]
+    log = folder.with_suffix(".log")
+    job = forked_ranks.start(2, forked_ranks.command, ("profile", words), log)
+    assert job.wait(timeout=600) == 0, log.read_text(errors="replace")[-6000:]
     return json.loads((folder / "profile.json").read_text())
 
 
