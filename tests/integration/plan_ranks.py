@@ -1,4 +1,5 @@
-"""Ranks of test_planned_against_ranks: what real training steps held, and the most of it at once.
+"""Ranks of test_planned_against_ranks and test_sharded_against_ranks: what training steps held, and
+the most of it at once.
 
 `run` is a job of `tests.training_cases` whose routers send tokens as the planner assumes; each rank
 writes its weights, gradients, optimizer state as the last micro-batch of a step begins, what other

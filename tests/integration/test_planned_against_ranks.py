@@ -141,7 +141,7 @@ def _run(layouts: dict[str, tuple[str, ...]], ranks: int, folder: Path) -> None:
     todo.write_text(json.dumps([[name, [*one, *PROFILED], False] for name, one in layouts.items()]))
     job = forked_ranks.start(ranks, plan_ranks.run, (str(todo), str(folder)), log)
     try:
-        status = job.wait(timeout=300)
+        status = job.wait(timeout=900)
     except subprocess.TimeoutExpired:
         job.kill()
         raise
