@@ -38,6 +38,8 @@ class GroupedMLPOutput(NamedTuple):
     gates in its own backward pass makes them again and keeps nothing."""
     entries: KeptEntries | None = None
     """Of the kept entries on their device, which a balance loss sums and gives its slope to."""
+    sums_by: type | None = None
+    """What sums the gates of a mask (moe/gate_shares.py: gate_sums); None: what runs here."""
 
 
 @dataclass(frozen=True)

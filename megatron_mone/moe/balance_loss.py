@@ -112,7 +112,7 @@ def gate_shares(
     assert gate_K is not None
     return GateShares(
         mask, gate_K, block_N, num_blocks, loss_type != "raw", a_K, activation, etp_group,
-        has_outside,
+        has_outside, output.sums_by,
     )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ class GateShares:
         activation: sigma, elementwise; only used with a_K.
         etp_group: ranks that hold the other neurons of the same rows.
         has_outside: whether there may be rows of no block.
+        sums_by: see GroupedMLPOutput.
     """
 
     mask: NeuronMask
@@ -52,6 +53,7 @@ class GateShares:
     activation: str = "silu"
     etp_group: ProcessGroup | None = None
     has_outside: bool = False
+    sums_by: type | None = None
 
     @torch.no_grad()
     def sums(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -62,7 +64,7 @@ class GateShares:
             counts_BF: [B, F_l] int64 entries.
             total_N: [N] T_n; None where all are 1.
         """
-        entries = gate_sums(self.mask, self.gate_K, self.block_N)
+        entries = gate_sums(self.mask, self.gate_K, self.block_N, self.sums_by)
         total_N = _over_ranks(entries.row_sums(), self.etp_group) if self.scale_free else None
         share_BF, counts_BF = entries.share_sums(self.num_blocks + self.has_outside, total_N)
         return share_BF[: self.num_blocks], counts_BF[: self.num_blocks], total_N
@@ -82,14 +84,16 @@ def kept_counts(
 ) -> Tensor:
     """[B, F_l] int64 rows of each block that keep each neuron; arguments as of GateShares."""
     assert output.gate_K is not None
-    entries = gate_sums(output.mask, output.gate_K, block_N)
+    entries = gate_sums(output.mask, output.gate_K, block_N, output.sums_by)
     return entries.share_sums(num_blocks + has_outside, None)[1][:num_blocks]
 
 
-def gate_sums(mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> TorchGateSums | native.GateSums:
-    """The sums over one mask's gates, native where they can be."""
-    kind = native.GateSums if native.usable(gate_K) else TorchGateSums
-    return kind(mask, gate_K, block_N)
+def gate_sums(
+    mask: NeuronMask, gate_K: Tensor, block_N: Tensor, sums_by: type | None = None
+) -> TorchGateSums | native.GateSums:
+    """The sums over one mask's gates, native where they can be, if nothing is named."""
+    usual = native.GateSums if native.usable(gate_K) else TorchGateSums
+    return (sums_by or usual)(mask, gate_K, block_N)
 
 
 class TorchGateSums:
@@ -141,6 +145,7 @@ class _Loss(torch.autograd.Function):
             kept, mask.indices_K, mask.offsets_N1, shares.block_N, weights, total_N
         )
         ctx.num_neurons, ctx.etp_group = mask.num_neurons, shares.etp_group
+        ctx.sums_by = shares.sums_by
         ctx.activation = None if shares.a_K is None else shares.activation
         return (weight_BF * share_BF).sum()
 
@@ -151,7 +156,7 @@ class _Loss(torch.autograd.Function):
         if ctx.activation is not None:
             gate_K = gate_activation(ctx.activation, gate_K)
         mask = NeuronMask.unchecked(indices_K, offsets_N1, ctx.num_neurons)
-        entries = gate_sums(mask, gate_K, block_N)
+        entries = gate_sums(mask, gate_K, block_N, ctx.sums_by)
         loss_N = None
         if total_N is not None:
             loss_N = _over_ranks(entries.row_sums(weight_BF), ctx.etp_group) / _divisor(total_N)

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 TEMPLATE = Path(__file__).with_name("slurm.conf.in")
 # Debian keeps daemons where only root looks.
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -103,8 +105,10 @@ class Cluster:
     def kill(self, name: str) -> None:
         """Pull the plug of a node, "ctld" or "munge": all its processes end at once."""
         box = self.boxes.pop(name)
+        inside = psutil.Process(box.pid).children(recursive=True) if box.poll() is None else []
         box.kill()
         box.wait()
+        psutil.wait_procs(inside, timeout=60)  # the kernel ends them; a slow machine takes a moment
 
     def signal(self, name: str, number: signal.Signals, *, daemon_only: bool = False) -> None:
         """Send a signal to a daemon and all that runs in its box, not to the box itself.

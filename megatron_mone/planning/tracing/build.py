@@ -98,7 +98,7 @@ def _stand_ins(
     from megatron.core.optimizer import clip_grads
 
     from megatron_mone.planning.tracing.stage_messages import known_shapes
-    from megatron_mone.planning.tracing.stand_ins import gate_sums, host, sharded_weights
+    from megatron_mone.planning.tracing.stand_ins import host, sharded_weights
     from megatron_mone.planning.tracing.stand_ins import layers as fused_layers
     from megatron_mone.planning.tracing.stand_ins import linear as fused_linear
     from megatron_mone.planning.tracing.stand_ins import mamba as fused_mamba
@@ -123,8 +123,6 @@ def _stand_ins(
             stack.enter_context(fused_weight.buffers_without_values())
             stack.enter_context(fused_linear.no_dummies_yet())
             stack.enter_context(Replaced(clip_grads, "l2_norm_impl", l2_norm))
-        else:
-            stack.enter_context(gate_sums.installed())
         yield
 
 

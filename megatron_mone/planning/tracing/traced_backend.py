@@ -37,6 +37,7 @@ from megatron_mone.model.module_flops import LayerShare, RankShare, expert_work
 from megatron_mone.moe.experts import backend_of
 from megatron_mone.planning.tracing.stand_ins.fp8 import FP8GlobalStateManager
 from megatron_mone.planning.tracing.stand_ins.fp8_products import Fp8Products
+from megatron_mone.planning.tracing.stand_ins.gate_sums import sums_of
 from megatron_mone.planning.tracing.stand_ins.op import note
 
 TRACED = "traced"
@@ -160,7 +161,7 @@ def on_cpu(
     # u is as large as a
     note("mone.up_down", [x_NH, probs_N, w_up, w_down, *chosen], [y_NH, a_K], flops=rest)
     mask = given or NeuronMask.unchecked(indices_K, offsets_N1, neurons, block)
-    return GroupedMLPOutput(y_NH, mask, gate_K, a_K=a_K)
+    return GroupedMLPOutput(y_NH, mask, gate_K, a_K=a_K, sums_by=sums_of(gate_K))
 
 
 def _products(config: Any, rows: int, kept: int, given: bool) -> tuple[int, int, int]:

@@ -1,20 +1,15 @@
 """The CPU kernels' sums over the gates of kept entries, without values: each is one op, as it is
 one call of kernels/cpu/shares.py. Only jobs of CPU ranks have it, where those kernels are built.
-May touch: moe/gate_shares.py, while installed.
+May touch: the Recorder that listens.
 Shapes: N rows, F neurons, K kept entries, B blocks of rows.
 """
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from megatron_mone.common.patch import Replaced
 from megatron_mone.kernels.cpu import shares as native
 from megatron_mone.kernels.cpu.backend import available
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.moe import gate_shares
 from megatron_mone.planning.tracing.stand_ins.op import note
 
 ROW_SUMS, SHARE_SUMS, SLOPES = "mone.row_sums", "mone.share_sums", "mone.share_slopes"
@@ -50,14 +45,6 @@ class GateSums:
         return out
 
 
-@contextmanager
-def installed() -> Iterator[None]:
-    """While it lasts gates are summed so where the kernels would."""
-    torch_sums = gate_shares.gate_sums
-
-    def gate_sums(mask: NeuronMask, gate_K: Tensor, block_N: Tensor) -> object:
-        known = gate_K.is_meta and gate_K.dtype in native.TYPES and available()[0]
-        return (GateSums if known else torch_sums)(mask, gate_K, block_N)
-
-    with Replaced(gate_shares, "gate_sums", gate_sums):
-        yield
+def sums_of(gate_K: Tensor) -> type | None:
+    """GateSums where the kernels would sum such gates; None where torch would."""
+    return GateSums if gate_K.dtype in native.TYPES and available()[0] else None
