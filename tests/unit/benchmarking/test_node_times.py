@@ -149,11 +149,13 @@ def test_calls_are_taken_in_turn():
     assert made.count(0) - made.count(1) in (0, 1)
 
 
-def test_an_overload_is_looked_up_once():
-    """Of a scatter that takes a hundred times as long as the scatter."""
-    call = call_of(op("aten.scatter", [(8, 4), (8, 2), (8, 2)], [(8, 4)]), CPU)
-    with patch.object(torch._C, "_jit_resolve_packet", side_effect=AssertionError):
+def test_torch_looks_up_no_overload():
+    """Of a scatter that takes a hundred times as long as the scatter, and a tensor is tried as a
+    list of Python's numbers."""
+    with patch.object(torch._ops.OpOverloadPacket, "__call__", side_effect=AssertionError):
+        call = call_of(op("aten.scatter", [(8, 4), (8, 2), (8, 2)], [(8, 4)]), CPU)
         assert call().shape == (8, 4)
+        assert call_of(op("aten.mul_", [(4,)], [(4,)]), CPU) is not None
 
 
 @pytest.mark.parametrize("name", [ROW_SUMS, SHARE_SUMS, SLOPES])
