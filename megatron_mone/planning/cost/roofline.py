@@ -20,6 +20,11 @@ from megatron_mone.planning.tracing.trace import Op
 
 WIDE_HEAD = 128
 """The head size that attention kernels are made for."""
+SHARES = ("peak_share", "bandwidth_share")
+SCALES = (
+    *("half_rows", "half_depth", "half_bytes", "launch", "sparse_loss", "half_grid", "wide_loss"),
+)
+"""Parameters of a curve in (0, 1], and from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,10 @@ class Curve:
     wide_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("peak_share", "bandwidth_share"):
+        for name in SHARES:
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be in (0, 1]")
-        for name in (
-            *("half_rows", "half_depth", "sparse_loss", "half_bytes", "launch", "half_grid"),
-            "wide_loss",
-        ):
+        for name in SCALES:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)} of a curve must be 0 or more")
         if self.column_tile < 1:

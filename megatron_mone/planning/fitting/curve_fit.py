@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_mone.planning.cost.roofline import Curve
+from megatron_mone.planning.cost.roofline import SCALES, SHARES, Curve
 
-SHARES = ("peak_share", "bandwidth_share")
-SCALES = (
-    *("half_rows", "half_depth", "half_bytes", "launch", "sparse_loss", "half_grid", "wide_loss"),
-)
 PRIOR = 1e-3
 """Weight, against one measurement's, of one parameter staying a factor e from its start."""
 _STEPS = 200

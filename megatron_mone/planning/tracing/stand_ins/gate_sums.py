@@ -24,25 +24,28 @@ class GateSums:
 
     def row_sums(self, weight_BF: Tensor | None = None) -> Tensor:
         """See kernels.cpu.shares.GateSums."""
-        rows = self._inputs[3].shape[0]
-        return self._run(ROW_SUMS, (weight_BF,), (rows,))
+        out_N = self._empty(self._inputs[3].shape[0])
+        self._note(ROW_SUMS, (weight_BF,), out_N)
+        return out_N
 
     def share_sums(self, blocks: int, total_N: Tensor | None) -> tuple[Tensor, Tensor]:
         """See kernels.cpu.shares.GateSums."""
-        share_BF = self.gate_K.new_empty(blocks, self.neurons, dtype=torch.float32)
+        share_BF = self._empty(blocks, self.neurons)
         counts_BF = torch.empty_like(share_BF, dtype=torch.int64)
-        given = [*self._inputs, *([] if total_N is None else [total_N])]
-        note(SHARE_SUMS, given, [share_BF, counts_BF])
+        self._note(SHARE_SUMS, (total_N,), share_BF, counts_BF)
         return share_BF, counts_BF
 
     def slopes(self, weight_BF: Tensor, total_N: Tensor | None, loss_N: Tensor | None) -> Tensor:
         """See kernels.cpu.shares.GateSums."""
-        return self._run(SLOPES, (weight_BF, total_N, loss_N), self.gate_K.shape)
+        out_K = self._empty(*self.gate_K.shape)
+        self._note(SLOPES, (weight_BF, total_N, loss_N), out_K)
+        return out_K
 
-    def _run(self, name: str, given: tuple[Tensor | None, ...], shape: tuple[int, ...]) -> Tensor:
-        out = self.gate_K.new_empty(shape, dtype=torch.float32)
-        note(name, [*self._inputs, *(one for one in given if one is not None)], [out])
-        return out
+    def _empty(self, *shape: int) -> Tensor:
+        return self.gate_K.new_empty(shape, dtype=torch.float32)
+
+    def _note(self, name: str, given: tuple[Tensor | None, ...], *outputs: Tensor) -> None:
+        note(name, [*self._inputs, *(one for one in given if one is not None)], outputs)
 
 
 def sums_of(gate_K: Tensor) -> type | None:
