@@ -121,7 +121,7 @@ def select_rows(
         gate_MF = gate_MF.float()
     rows, neurons = gate_MF.shape
     layout = native.layout([rows], neurons, 0)
-    keys = empty((layout.threads, 2 * (neurons + -neurons % native.LINE)), torch.int32)
+    keys = empty((layout.threads, 2 * native.padded(neurons)), torch.int32)
     addresses = [native.address(tensor) for pair in picked for tensor in pair]
     native.kernels().select(
         byref(layout.shape()), gate_MF.data_ptr(), gate_MF.element_size(),

@@ -25,8 +25,13 @@ INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
 # kernels.h
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
-WIDEST_VECTOR = LINE = 16  # floats, of a vector and of a cache line
+WIDEST_VECTOR = 16  # floats, as many as a cache line has
 ACTIVATION_CODES = {"silu": 0, "sigmoid": 1, "gelu": 2, "relu": 3, "squared_relu": 4}
+
+
+def padded(floats: int) -> int:
+    """So many floats rounded up to whole vectors, and so to cache lines, which no threads share."""
+    return -(-floats // WIDEST_VECTOR) * WIDEST_VECTOR
 
 
 class _Shape(ctypes.Structure):

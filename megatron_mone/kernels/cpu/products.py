@@ -88,7 +88,7 @@ def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
     if x_NH.dtype == torch.float32 and x_NH.stride(-1) == 1 and hidden % native.WIDEST_VECTOR == 0:
         return x_NH
     x_NH = unit_stride(x_NH)
-    width = -(-hidden // native.WIDEST_VECTOR) * native.WIDEST_VECTOR
+    width = native.padded(hidden)
     wide_NH = scratch("wide", (layout.rows, width), torch.float32)
     native.kernels().widen(
         byref(layout.shape()), byref(native.matrix(x_NH)), wide_NH.data_ptr(), width
@@ -166,8 +166,7 @@ class SparseProducts(NativeProducts):
             first = ends[-1]
             ends += [first + min(row + size, count) for row in range(0, count, size)]
         kept = self.offsets_N1[torch.tensor(ends)].diff()
-        most = int(kept.max()) if len(kept) else 0
-        most += -most % native.LINE  # threads share no cache line
+        most = native.padded(int(kept.max()) if len(kept) else 0)
         at = empty((len(kept), neurons + 1), torch.int32)
         rows_K = empty(self.indices_K.shape, torch.uint8)
         work = scratch("tile", (self.layout.threads, 2 * most), torch.int32)

@@ -8,7 +8,6 @@ import torch
 
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import backend, build, native, products
-from megatron_mone.kernels.cpu.gate import select_rows
 from megatron_mone.kernels.cpu.shares import GateSums
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.neuron_selection import NeuronSelector
@@ -20,6 +19,7 @@ from tests.unit.kernels.test_cpu_backend import (
     SHAPE_IDS,
     SHAPES,
     assert_close,
+    assert_selectors_choice,
     everything,
     operands,
     run,
@@ -106,13 +106,7 @@ def test_activations(activation):
 @pytest.mark.parametrize(("kept", "groups", "block"), [(7, 1, 1), (12, 3, 1), (20, 2, 5)])
 def test_selection_is_the_selectors(name, kept, groups, block):
     torch.manual_seed(1)
-    gate = GATES[name]()
-    select = NeuronSelector("topk", kept, kept, groups=groups, block=block)
-    expected = NeuronMask.from_bool(select(gate))
-    for dtype in (torch.int16, torch.int32):
-        chosen = torch.full((40 * kept,), -1, dtype=dtype)
-        select_rows(gate, Selection(kept, groups, block), chosen)
-        assert torch.equal(chosen, expected.indices_K.to(dtype))
+    assert_selectors_choice(GATES[name](), kept, groups, block)
 
 
 def test_same_bits_on_any_number_of_threads(threads):  # noqa: F811

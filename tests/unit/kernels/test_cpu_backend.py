@@ -184,16 +184,21 @@ GATES = {
 }
 
 
+def assert_selectors_choice(gate, kept, groups=1, block=1):
+    """select_rows chooses of a gate [40, F] what NeuronSelector does, with either type of index."""
+    select = NeuronSelector("topk", kept, kept, groups=groups, block=block)
+    expected = NeuronMask.from_bool(select(gate))
+    for dtype in (torch.int16, torch.int32):
+        chosen = torch.full((40 * kept,), -1, dtype=dtype)
+        select_rows(gate, Selection(kept, groups, block), chosen)
+        assert torch.equal(chosen, expected.indices_K.to(dtype))
+
+
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize(("kept", "groups"), [(1, 1), (7, 1), (59, 1), (60, 1), (12, 3), (20, 20)])
 def test_selection_is_the_selectors(name, kept, groups, every_set):
     torch.manual_seed(1)
-    gate = GATES[name]()
-    expected = NeuronMask.from_bool(NeuronSelector("topk", kept, kept, groups=groups)(gate))
-    for dtype in (torch.int16, torch.int32):
-        chosen = torch.full((40 * kept,), -1, dtype=dtype)
-        select_rows(gate, Selection(kept, groups), chosen)
-        assert torch.equal(chosen, expected.indices_K.to(dtype))
+    assert_selectors_choice(GATES[name](), kept, groups)
 
 
 def test_wide_rows_use_int32_indices():

@@ -9,12 +9,12 @@ from megatron_mone.kernels.cpu import backend, native
 from megatron_mone.kernels.cpu.block_products import BlockProducts
 from megatron_mone.kernels.cpu.gate import select_rows
 from megatron_mone.kernels.neuron_mask import NeuronMask
-from megatron_mone.kernels.neuron_selection import NeuronSelector
 from tests.unit.kernels.test_cpu_backend import (
     GATES,
     READY,
     REASON,
     assert_close,
+    assert_selectors_choice,
     every_set,  # noqa: F401
     operands,
     poisoned,  # noqa: F401
@@ -197,12 +197,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
 def test_block_selection_is_the_selectors(name, neurons, kept, groups, block, dtype):
     torch.manual_seed(1)
     gate = torch.cat([GATES[name]() for _ in range(4)], dim=1)[:, :neurons].to(dtype)
-    select = NeuronSelector("topk", kept, kept, groups=groups, block=block)
-    expected = NeuronMask.from_bool(select(gate))
-    for index in (torch.int16, torch.int32):
-        chosen = torch.full((40 * kept,), -1, dtype=index)
-        select_rows(gate, Selection(kept, groups, block), chosen)
-        assert torch.equal(chosen, expected.indices_K.to(index))
+    assert_selectors_choice(gate, kept, groups, block)
 
 
 def test_block_scores_are_added_as_halves():

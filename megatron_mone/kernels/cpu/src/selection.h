@@ -189,8 +189,8 @@ template <class Index>
 void select_rows(const MoneShape& s, const void* gate, int64_t gate_bytes, int64_t kept,
                  int64_t groups, int64_t block, Index* idx, int32_t* keys_of_threads,
                  const void* const* dense, void* const* picked) {
+    const int64_t padded_neurons = blocks(s.neurons, kRowGrain) * kRowGrain;
     const int64_t width = s.neurons / groups, blocks = width / block;
-    const int64_t padded_neurons = (s.neurons + kRowGrain - 1) / kRowGrain * kRowGrain;
     int32_t guess = 0;
 #pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads) firstprivate(guess)
     for (int64_t n = 0; n < s.rows; ++n) {
