@@ -1,10 +1,11 @@
 """The figures of docs/PLANNER.md about searches and large plans, made anew in one go.
 
-    python -m tests.search_figures [30b 106b 106b-by-hand 671b] [--out DIR]
+    python -m tests.search_figures [30b 30b-200 106b 106b-200 106b-by-hand 671b] [--out DIR]
 
 Runs `megatron-mone plan` with a cache of traces of its own, empty at first, and prints of each what
-the command says, its user CPU seconds with those of its tracing processes, and the memory of the
-largest process. The other table of the page is `megatron_mone.commands.plan_zero`.
+the command says, its CPU seconds with those of its tracing processes, and the memory of the
+largest process. Those named -200 seek the 200 best, so that no bound ends them before 200 are
+planned. The other table of the page is `megatron_mone.commands.plan_zero`.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import yaml
@@ -39,10 +41,13 @@ def commands(folder: Path) -> dict[str, list[str]]:
     model = folder / "moe-106b.yaml"
     model.write_text(yaml.safe_dump(MODEL_106B, sort_keys=False))
     of_106b = ["--model", str(model), "--gpus", "64", "--cluster", "h100-ndr"]
+    of_30b = ["--model", "moe-30b-a3b", "--gpus", "64", "--cluster", "h100-ndr"]
     search = ["--search", "--limit", "200"]
     return {
-        "30b": ["--model", "moe-30b-a3b", "--gpus", "64", "--cluster", "h100-ndr", *search],
+        "30b": [*of_30b, *search],
+        "30b-200": [*of_30b, *search, "--best", "200"],
         "106b": [*of_106b, *search],
+        "106b-200": [*of_106b, *search, "--best", "200"],
         "106b-by-hand": [*of_106b, "--layout", BY_HAND],
         "671b": ["--config", "configs/plan/moe-671b-a37b-1024.yaml", "--gpus", "1024"],
     }
@@ -60,6 +65,7 @@ def main() -> int:
     for name in asked.names or known:
         words = [*known[name], "--json", str(asked.out / name / "plan.json")]
         print(f"$ megatron-mone plan {' '.join(words)}", flush=True)
+        began = time.monotonic()
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with tempfile.TemporaryDirectory() as cache:
             environment = {**os.environ, "XDG_CACHE_HOME": cache}
@@ -68,7 +74,9 @@ def main() -> int:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         worst = max(worst, done.returncode)
         print(
-            f"{name}: {used.ru_utime - before.ru_utime:.0f} user CPU s, the largest process so far "
+            f"{name}: {used.ru_utime - before.ru_utime:.0f} user and "
+            f"{used.ru_stime - before.ru_stime:.0f} system CPU s, "
+            f"{time.monotonic() - began:.0f} s by the clock, the largest process so far "
             f"{used.ru_maxrss / 2**20:.1f} GiB\n",
             flush=True,
         )

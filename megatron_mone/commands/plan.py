@@ -67,7 +67,7 @@ def _fits(asked: Asked) -> bool:
         if question.second is not None:
             answer = answer_comparison(planner, question, question.second, say)
         elif asked.search:
-            answer = answer_search(planner, question, asked.limit, say)
+            answer = answer_search(planner, question, asked.limit, asked.best, say)
         else:
             answer = answer_plan(planner, question, asked.sweep, say)
     folder = asked.json.parent

@@ -45,8 +45,6 @@ from megatron_mone.planning.terminal_tables import (
 )
 from megatron_mone.profiling.baselines import MAIN
 
-BEST = 5
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -128,33 +126,40 @@ def answer_comparison(planner: Planner, question: Question, second: JobSpec, say
     return Answer(document, {}, comparison_table(document), one.fits and other.fits)
 
 
-def answer_search(planner: Planner, question: Question, limit: int, say: Say) -> Answer:
+def answer_search(planner: Planner, question: Question, limit: int, best: int, say: Say) -> Answer:
     """The search over layouts.
+
+    Args:
+        planner: of the cluster.
+        question: whose job's layout is changed.
+        limit: layouts to plan.
+        best: of the fastest that fit, how many are sought and shown.
+        say: told what is planned.
 
     Raises:
         ValueError: one line; no layout could be planned.
     """
-    found = search(planner, question.job, question.gpus, limit, BEST, say, question.allowed)
+    found = search(planner, question.job, question.gpus, limit, best, say, question.allowed)
     asked = question.job.name, question.gpus, question.cluster.device
     if not found.candidates:
         raise ValueError(nothing_planned(found, *asked))
-    best = found.fitting[:BEST]
+    fastest = found.fitting[:best]
     front = pareto(found.candidates)
     document = Search(
         **_head(question, planner, found.candidates[0].planned),
         warnings=_assumed([one.planned.prediction for one in found.candidates]),
-        candidates=[_candidate(one, one.layout in front, best) for one in found.candidates],
+        candidates=[_candidate(one, one.layout in front, fastest) for one in found.candidates],
         refused=[Refused(layout=layout, reason=reason) for layout, reason in found.refused],
         hopeless=found.hopeless,
         not_tried=dict(found.not_tried),
         axes=found.axes,
         least_ms=None if found.least_seconds is None else 1e3 * found.least_seconds,
-        best=[Best(layout=one.layout, why=explain(one, best[0])) for one in best],
+        best=[Best(layout=one.layout, why=explain(one, fastest[0])) for one in fastest],
     )
     text = search_table(document)
-    if not best:
+    if not fastest:
         return Answer(document, {}, text, refusal=nothing_fits(found, *asked))
-    return Answer(document, {"best": best[0].planned.job}, text)
+    return Answer(document, {"best": fastest[0].planned.job}, text)
 
 
 def _about(say: Say, what: str) -> Progress:

@@ -449,7 +449,7 @@ class Search(_Head, schema="megatron-mone/plan-search/2", again=_AGAIN, indent=1
     least_ms: Number | None = None
     """of those of `limit` or `interrupt`, the least that one could take"""
     best: list[Best]
-    """the 5 fastest that fit"""
+    """the fastest that fit, as many as were sought"""
 
     @model_validator(mode="after")
     def _best_are_candidates(self) -> Self:

@@ -29,6 +29,8 @@ _ALLOW_HELP = (
     "what a search may also change, by comma: precision (of moments and gradients: other numerics),"
     " offload (of optimizer and activations to the host); without, only where nothing fits"
 )
+_BEST_HELP = "fastest layouts that a search seeks and shows; more of them take it longer"
+BEST, LIMIT = 5, 200
 _EFFICIENCY_HELP = "file of --calibrate; without, what is fitted for the cluster, or assumptions"
 
 
@@ -72,7 +74,8 @@ class Asked:
         Option(help="fit to a profile.json or a GPU's answer.json, and plan nothing"),
     ] = None
     search: Annotated[bool, Option("--search", help="try layouts instead of planning one")] = False
-    limit: Annotated[int, Option(help="layouts that a search plans")] = 200
+    limit: Annotated[int, Option(help="layouts that a search plans")] = LIMIT
+    best: Annotated[int, Option(help=_BEST_HELP)] = BEST
     allow: Annotated[str, Option(help=_ALLOW_HELP)] = ""
     sweep: Annotated[bool, Option("--sweep", help="also plan other r, and other K_E x K_N")] = False
     json: Annotated[Path, Option(help="file to write")] = Path("out/plan/plan.json")
@@ -120,8 +123,13 @@ def read_question(asked: Asked) -> Question:
     if asked.gpus is None or asked.gpus < 1:
         given = "is missing" if asked.gpus is None else f"{asked.gpus} is not allowed"
         raise ValueError(f"--gpus {given}: give the devices of the job, from 1")
-    if asked.limit < 1:
-        raise ValueError(f"--limit {asked.limit} is not allowed: give at least 1")
+    for option, count, usual in (("limit", asked.limit, LIMIT), ("best", asked.best, BEST)):
+        if count < 1:
+            raise ValueError(f"--{option} {count} is not allowed: give at least 1")
+        if count != usual and not asked.search:
+            raise ValueError(
+                f"--{option} {count} says nothing without --search: give both, or none"
+            )
     if asked.json.suffix != ".json":
         raise ValueError(f"--json {asked.json} must end in .json: reports go beside it")
     text, second = "", None

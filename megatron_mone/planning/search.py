@@ -7,7 +7,7 @@ time of the layouts found, or at its limit. What cannot fit is left out by bytes
 activations (hopeless), or with those that it keeps. More recomputation is tried only where a layout
 does not fit without. Precision and the host are the user's to allow: less precise state is then
 tried of every layout, offloading where one does not fit without; both are where nothing fits
-otherwise. The fastest few are planned from whole traces.
+otherwise. The fastest are planned from whole traces.
 May touch: the tracer's processes and cache, by way of the Planner.
 """
 
@@ -44,6 +44,7 @@ from megatron_mone.planning.stage_split import even_split
 
 SLOWER, TOO_LARGE, LIMIT, INTERRUPT = "slower", "too large", "limit", "interrupt"
 WHYS = (SLOWER, TOO_LARGE, LIMIT, INTERRUPT)
+WHOLE = 5  # of the fastest that fit, how many are planned again, from whole traces
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def search(
     job: JobSpec,
     gpus: int,
     limit: int,
-    whole: int,
+    best: int,
     progress: Callable[[int, int, str], None] | None = None,
     allowed: Collection[str] = (),
 ) -> Found:
@@ -143,7 +144,7 @@ def search(
         job: whose layout is changed.
         gpus: W.
         limit: layouts to plan; refused and hopeless ones do not count.
-        whole: of the fastest that fit, how many are sought, and planned from whole traces.
+        best: of the fastest that fit, how many are sought, from 1.
         progress: told (planned, limit, layout).
         allowed: of ALLOWABLE, axes to try beside; those left out are where nothing fits without.
 
@@ -151,13 +152,13 @@ def search(
         ValueError: one line; Megatron refuses the model in every layout, or DeepSpeed steps it.
     """
     model, bounds, composer = prepared(planner, job, gpus)
-    run = _Run(planner, composer, model, bounds, limit, whole, progress, allowed)
+    run = _Run(planner, composer, model, bounds, limit, best, progress, allowed)
     try:
         run.begin()
         run.go_on()
         if not run.found.fitting and run.allow_all():
             run.go_on()
-        for one in run.found.fitting[:whole]:
+        for one in run.found.fitting[: min(best, WHOLE)]:
             place = run.found.candidates.index(one)
             again = planner.plan(one.planned.job, gpus)
             run.found.candidates[place] = replace(one, planned=again)
@@ -221,12 +222,12 @@ class _Run:
         model: Model,
         bounds: LowerBounds,
         limit: int,
-        whole: int,
+        best: int,
         progress: Callable[[int, int, str], None] | None,
         allowed: Collection[str],
     ) -> None:
         self._planner, self._composer, self._model = planner, composer, model
-        self._bounds, self._limit, self._whole = bounds, limit, max(1, whole)
+        self._bounds, self._limit, self._best = bounds, limit, best
         self._progress = progress
         self._memory = planner.cluster.device.memory_bytes
         self._waiting: list[_Entry] = []
@@ -291,8 +292,8 @@ class _Run:
 
     def _cutoff(self) -> float:
         """Seconds of the slowest layout that is sought."""
-        full = len(self._seconds) >= self._whole
-        return self._seconds[self._whole - 1] if full else float("inf")
+        full = len(self._seconds) >= self._best
+        return self._seconds[self._best - 1] if full else float("inf")
 
     def _consider(self, shards: Shards, pipeline: Pipeline) -> None:
         if (shards, pipeline) in self._seen:

@@ -251,8 +251,8 @@ def test_skewed_routing_is_slower(planned, command, asked):
 
 
 def test_a_search(command, inputs, tracer):
-    done = command("--model", f"{inputs}/tiny.yaml", *ON_16, "--layout", "gbs=64", "--search",
-                   "--limit", "3")  # fmt: skip
+    words = ["--model", f"{inputs}/tiny.yaml", *ON_16, "--layout", "gbs=64", "--search"]
+    done = command(*words, "--limit", "3")
     assert done.status == 0, done.err
     found = Search.read(done.folder / "plan.json", "").plain()
     assert len(found["candidates"]) == 3
@@ -270,6 +270,9 @@ def test_a_search(command, inputs, tracer):
     facts = tracer.describe(["--config", str(done.folder / "best.run.yaml")], GPUS).facts
     assert layout_document(facts).plain() == found["candidates"][0]["layout"]
     assert (done.folder / "report.html").is_file()
+    alone = command(*words, "--best", "1")
+    (first,) = Search.read(alone.folder / "plan.json", "").plain()["best"]
+    assert first["layout"] == best["layout"]
 
 
 def test_what_does_not_fit_says_by_what_and_what_would_help(command, inputs):

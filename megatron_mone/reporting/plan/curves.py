@@ -18,6 +18,7 @@ from megatron_mone.planning.plan_document import Plan, RatioPoint, ScalingPoint,
 from megatron_mone.reporting.plan.plots import LIMIT_COLOUR, WHOLE
 from megatron_mone.reporting.plan.view import over_limit, time
 from megatron_mone.reporting.profile.plots import RUN_COLOURS, SETTINGS, WIDTH
+from megatron_mone.reporting.profile.tables import MOST_ROWS
 from megatron_mone.reporting.profile.view import name_of
 
 _GREY = "#8A8A8A"
@@ -156,7 +157,7 @@ def candidates(search: Search) -> Figure | None:
 
 def _name_best(axes: Axes, search: Search) -> None:
     """The best layouts' numbers beside their marks, where they cover no mark or number of these."""
-    best = search.best_candidates()
+    best = search.best_candidates()[:MOST_ROWS]
     taken: list[Bbox] = []
     for one in best:
         x, y = axes.transData.transform((one.peak_gib, one.step_ms))

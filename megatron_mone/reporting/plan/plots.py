@@ -45,6 +45,7 @@ WHOLE = FuncFormatter(lambda value, _: f"{value:,.10g}")
 _UNKNOWN = "#D9D9D9"
 _HATCH = "//////"
 _THICK = 0.78  # of a bar, in rows
+_MOST_BARS = 12  # of the best layouts of a search
 _TALLEST = 8.6  # inches, to be printed on one sheet
 
 
@@ -85,10 +86,10 @@ def parts_bars(plan: Plan) -> Figure:
 
 
 def best_bars(search: Search) -> Figure | None:
-    """A stacked bar for each of the best layouts; None where there is none."""
+    """A stacked bar for each of the first of the best layouts; None where there is none."""
     rows = [
         (f"{number}: {layout_text(one.layout, batch=False)}", parts_of(one.parts_ms))
-        for number, one in enumerate(search.best_candidates(), 1)
+        for number, one in enumerate(search.best_candidates()[:_MOST_BARS], 1)
     ]
     return _time_bars(rows) if rows else None
 

@@ -19,6 +19,7 @@ from megatron_mone.reporting.plan.view import (
     title,
     warnings,
 )
+from megatron_mone.reporting.profile.tables import MOST_ROWS
 from megatron_mone.reporting.profile.view import milliseconds, short
 
 _MOST_LAYOUTS = 12  # named of those that are refused for one reason
@@ -41,8 +42,8 @@ def write_search_report(search: Search, folder: Path) -> Path:
     _best(page, search)
     page.plot(
         "candidates", plan_curves.candidates(search),
-        "Every layout tried: peak memory and step time; 1 to 5 are the fastest that fit. On the "
-        "Pareto front nothing else is both faster and smaller.",
+        "Every layout tried: peak memory and step time; numbers are of the fastest that fit. On "
+        "the Pareto front nothing else is both faster and smaller.",
     )  # fmt: skip
     _front(page, search)
     _left_out(page, search)
@@ -94,11 +95,15 @@ def _best(page: PlanPage, search: Search) -> None:
     if not search.best:
         return
     page.heading("The fastest that fit")
-    page.table(*plan_tables.best_table(search))
+    table, left = plan_tables.best_table(search)
+    page.table(*table)
+    if left:
+        page.paragraph(f"{left:,} slower ones are left out.")
     page.bullets([
-        f"{number}: {short(one.why, MOST_TEXT)}" for number, one in enumerate(search.best, 1)
+        f"{number}: {short(one.why, MOST_TEXT)}"
+        for number, one in enumerate(search.best[:MOST_ROWS], 1)
     ])  # fmt: skip
-    page.plot("best", plan_plots.best_bars(search), "Where the step of each goes.")
+    page.plot("best", plan_plots.best_bars(search), "Where the step of the fastest goes.")
 
 
 def _front(page: PlanPage, search: Search) -> None:

@@ -151,16 +151,28 @@ def sweep_table(plan: Plan, entries: Sequence[RatioPoint] | Sequence[ExpertPoint
     return header, rows
 
 
-def best_table(search: Search) -> Table:
-    """The best layouts by number, with what was predicted of them."""
-    header = ["layout", "ms a step", "tokens/s a GPU", "peak, GiB"]
-    rows = []
-    for number, found in enumerate(search.best_candidates(), 1):
+def best_table(search: Search) -> tuple[Table, int]:
+    """The best layouts by number, with what was predicted of them; and how many are left out.
+
+    Those tied with the first are marked: their bands overlap.
+    """
+    header = [
+        "layout",
+        "ms a step",
+        "nine of ten, ms",
+        "tied with 1",
+        "tokens/s a GPU",
+        "peak, GiB",
+    ]
+    rows, best = [], search.best_candidates()
+    for number, found in enumerate(best[:MOST_ROWS], 1):
         rows.append([
             f"{number}: {layout_text(found.layout)}", milliseconds(found.step_ms),
+            _range(found.step_ms_band, milliseconds),
+            NOTHING if number == 1 else _yes(bool(found.tied)),
             f"{found.tokens_per_s_per_gpu:,.0f}", _one(found.peak_gib),
         ])  # fmt: skip
-    return header, rows
+    return (header, rows), len(best) - len(rows)
 
 
 def front_table(search: Search) -> tuple[Table, int]:

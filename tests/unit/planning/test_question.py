@@ -72,3 +72,13 @@ def test_what_a_search_may_change_is_named():
         read_question(replace(asked, allow="presicion"))
     with pytest.raises(ValueError, match="--allow offload says nothing without --search"):
         read_question(replace(asked, search=False, allow="offload"))
+
+
+@pytest.mark.parametrize("name", ["limit", "best"])
+def test_how_much_a_search_seeks_is_a_searchs(name):
+    asked = Asked(model="moe-30b-a3b", gpus=64, search=True, **{name: 20})
+    read_question(asked)
+    with pytest.raises(ValueError, match=f"--{name} 0 is not allowed: give at least 1"):
+        read_question(replace(asked, **{name: 0}))
+    with pytest.raises(ValueError, match=f"--{name} 20 says nothing without --search"):
+        read_question(replace(asked, search=False))

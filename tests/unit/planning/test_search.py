@@ -19,6 +19,7 @@ from megatron_mone.planning.search import (
     LIMIT,
     SLOWER,
     TOO_LARGE,
+    WHOLE,
     Found,
     NoBounds,
     explain,
@@ -119,13 +120,13 @@ def few_shards(monkeypatch):
 def searched(monkeypatch):
     """Search on paper: composing needs traces of Megatron's, which test_bounds.py has."""
 
-    def run(planner, limit, whole=3, bounds=None, progress=None, allowed=()):
+    def run(planner, limit, best=3, bounds=None, progress=None, allowed=()):
         model = Model(JOB, planner.facts({}), ("moe",) * 4, 0, GPUS)
         monkeypatch.setattr(
             "megatron_mone.planning.search.prepared",
             lambda *_: (model, bounds or PaperBounds(), planner),
         )
-        return search(planner, JOB, GPUS, limit, whole, progress, allowed)
+        return search(planner, JOB, GPUS, limit, best, progress, allowed)
 
     return run
 
@@ -143,7 +144,9 @@ def test_a_search_sorts_by_time_and_keeps_reasons(searched):
     assert seconds_of(found) == sorted(seconds_of(found))
     assert found.not_tried[LIMIT] > 0
     assert found.least_seconds == 0
-    everything = searched(planner, 10_000, whole=1000)
+    planner.planned.clear()
+    everything = searched(planner, 10_000, best=1000)
+    assert len(planner.planned) == len(everything.candidates) + WHOLE
     assert not everything.not_tried
     assert everything.least_seconds is None
     assert all("tp=2" in layout for layout, _ in everything.refused)
@@ -162,7 +165,7 @@ def test_an_interrupt_keeps_what_there_is(searched):
 
 def test_bounds_end_a_search_at_the_best_of_all(searched):
     """Whatever true bounds: what is found is what planning everything finds."""
-    everything = searched(PaperPlanner(), 10_000, whole=1000)
+    everything = searched(PaperPlanner(), 10_000, best=1000)
     exact = {one.layout: one.planned.prediction.seconds for one in everything.candidates}
     planner = PaperPlanner()
 
@@ -171,7 +174,7 @@ def test_bounds_end_a_search_at_the_best_of_all(searched):
         true = planner.plan(JOB.with_layout(fields), GPUS).prediction.seconds
         return Bound(true * (0.8 + 0.2 * (shards.ep % 3 == 1)), 0.0, 0.0)
 
-    found = searched(PaperPlanner(), 10_000, whole=3, bounds=PaperBounds(bound_of))
+    found = searched(PaperPlanner(), 10_000, best=3, bounds=PaperBounds(bound_of))
     assert seconds_of(found)[:3] == sorted(exact.values())[:3]
     assert found.not_tried[SLOWER] > 0
     assert len(found.candidates) + found.not_tried[SLOWER] == len(exact)
@@ -188,7 +191,7 @@ def test_what_cannot_fit_is_not_planned(searched, few_shards):
         return Bound(0.0, held, held + kept)
 
     planner, bounds = PaperPlanner(), PaperBounds(bound_of)
-    found = searched(planner, 10_000, whole=1000, bounds=bounds)
+    found = searched(planner, 10_000, best=1000, bounds=bounds)
     assert found.axes == {PRECISION: "left out", OFFLOAD: "left out"}
     assert found.hopeless
     assert all("ep=" not in layout.replace("tp=", "") for layout in found.hopeless)
@@ -199,7 +202,7 @@ def test_what_cannot_fit_is_not_planned(searched, few_shards):
     for name in names:
         assert ("recompute=full" in name) == ("mbs=4" in name)
         assert "ep=" in name.replace("tp=", "")
-    more = searched(planner, 10_000, whole=1000, bounds=bounds, allowed=ALLOWABLE)
+    more = searched(planner, 10_000, best=1000, bounds=bounds, allowed=ALLOWABLE)
     assert more.axes == {PRECISION: "allowed", OFFLOAD: "allowed"}
     by_name = {one.layout for one in more.candidates}
     assert names < by_name
@@ -220,7 +223,7 @@ def test_what_was_not_allowed_is_tried_where_nothing_fits(searched, few_shards):
         offloaded = values.get("fine_grained_activation_offloading")
         return 1 if offloaded and values.get("optimizer_cpu_offload") else 4 * GIB
 
-    found = searched(PaperPlanner(memory_of=kept), 10_000, whole=1000)
+    found = searched(PaperPlanner(memory_of=kept), 10_000, best=1000)
     assert found.axes == {PRECISION: "needed", OFFLOAD: "needed"}
     assert found.fitting
     assert all("state=host" in one.layout and "offload=" in one.layout for one in found.fitting)
@@ -233,7 +236,7 @@ def test_what_was_not_allowed_is_tried_where_nothing_fits(searched, few_shards):
 
 def test_an_unfit_layout_is_tried_with_less(searched, few_shards):
     kept = lambda values: 1 if values.get("recompute_granularity") else 4 * GIB  # noqa: E731
-    found = searched(PaperPlanner(memory_of=kept), 10_000, whole=1000)
+    found = searched(PaperPlanner(memory_of=kept), 10_000, best=1000)
     assert found.fitting
     assert all("recompute=full" in one.layout for one in found.fitting)
 

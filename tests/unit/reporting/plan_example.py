@@ -69,8 +69,8 @@ def example_plan(
     }
 
 
-def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
-    """A search of `megatron-mone/plan-search/2`; its Pareto front and best five are true."""
+def example_search(candidates: int = 60, seed: int = 3, best: int = 5) -> dict[str, Any]:
+    """A search of `megatron-mone/plan-search/2`; its Pareto front and best are true."""
     random = np.random.default_rng(seed)
     found = [_candidate(random) for _ in range(candidates)]
     found = list({one["name"]: one for one in found}.values())
@@ -79,7 +79,7 @@ def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
     for one in found:
         one["pareto"] = bool(one["peak_gib"] < lowest)
         lowest = one["peak_gib"] if one["pareto"] else lowest
-    best = [one for one in found if one["fits"]][:5]
+    fastest = [one for one in found if one["fits"]][:best]
     reason = "Megatron refuses pipeline_model_parallel_size: 48 layers are not divisible by 5"
     return {
         "schema": "megatron-mone/plan-search/2",
@@ -92,7 +92,7 @@ def example_search(candidates: int = 60, seed: int = 3) -> dict[str, Any]:
         "axes": {"precision": "left out", "offload": "left out"},
         "best": [
             {"layout": one["name"], "why": "no tensor-parallel traffic, least pipeline bubble"}
-            for one in best
+            for one in fastest
         ],
     }
 

@@ -20,6 +20,7 @@ from megatron_mone.reporting.plan.report import TIMELINE, write_plan_files, writ
 from megatron_mone.reporting.plan.search_report import answer, refusals
 from megatron_mone.reporting.plan.timeline import BUBBLE_COLOUR, COLOURS, colour_of, timeline
 from megatron_mone.reporting.plan.view import basis, headline, layout_text, misfits
+from megatron_mone.reporting.profile.tables import MOST_ROWS, NOTHING
 from tests.unit.reporting.plan_example import (
     LIMIT,
     as_model,
@@ -321,6 +322,21 @@ def test_a_search_says_what_is_best_and_what_was_left_out(search, tmp_path):
     (reason,) = refusals(as_search(search))
     assert reason.startswith("Megatron refuses pipeline_model_parallel_size")
     assert reason.endswith(": 3 layouts: tp=1,ep=8,pp=5; tp=2,ep=8,pp=5; tp=4,ep=8,pp=5")
+
+
+def test_of_many_best_layouts_the_page_has_the_first(tmp_path):
+    search = example_search(200, best=MOST_ROWS + 6)
+    for one in search["candidates"]:
+        one["tied"] = one["name"] == search["best"][1]["layout"]
+    assert len(search["best"]) == MOST_ROWS + 6
+    page = write_plan_files(as_search(search), tmp_path).read_text()
+    assert f"{MOST_ROWS}: " in page
+    assert f"{MOST_ROWS + 1}: " not in page
+    assert "6 slower ones are left out" in page
+    (header, rows), left = plan_tables.best_table(as_search(search))
+    assert (len(rows), left) == (MOST_ROWS, 6)
+    ties = [row[header.index("tied with 1")] for row in rows]
+    assert ties == [NOTHING, "yes", *["no"] * (MOST_ROWS - 2)]
 
 
 def test_the_scatter_shows_every_candidate_once_and_the_front_as_a_line(search):
