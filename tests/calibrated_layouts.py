@@ -31,7 +31,7 @@ LAYOUTS = {
 }
 """Name -> (ranks, layout); no more ranks than there are cores."""
 MODEL = {
-    "num_layers": 2, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
+    "num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
     "num_experts": 8, "moe_ffn_hidden_size": 704, "moe_router_topk": 2,
     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2, "swiglu": True,
     "add_bias_linear": False, "normalization": "RMSNorm", "position_embedding_type": "rope",

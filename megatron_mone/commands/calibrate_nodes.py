@@ -55,7 +55,9 @@ class Asked:
 def calibrate(
     context: Context,
     asked: Asked,
-    ranks: Annotated[int, Option(help="ranks to start on this machine")] = 1,
+    ranks: Annotated[
+        int, Option(help="ranks to start on this machine; with --prepare, that will time it")
+    ] = 1,
 ) -> int:
     """Time a job's operators and collectives on its own nodes: an efficiency file for plan.
 
@@ -66,7 +68,8 @@ def calibrate(
 
     The job is traced (with --prepare, on a machine without devices), and what it consists of is
     timed, the most expensive first: products, attention, experts, collectives over groups that sit
-    as the layout's do, and what the host takes for a launch. Started by torchrun or srun
+    as the layout's do; then a few of its layers in its own layout, as far as the ranks hold it, for
+    what phases and collectives take in a step. Started by torchrun or srun
     (WORLD_SIZE is set) it is one rank; else it starts --ranks of them here. The same command goes
     on where it was stopped. Writes OUT/work.json, times.json, efficiency.json, report.html and
     plots (docs/PLANNER.md). Not run on a GPU. Exit status: 0; 2 after a wrong input, said in one
@@ -86,15 +89,19 @@ def calibrate(
     if "WORLD_SIZE" in os.environ and not asked.prepare:
         return _rank(asked, context.meta[WORDS])
     if not asked.prepared:
-        prepare(asked)
+        prepare(asked, ranks)
     if asked.prepare:
         return 0
     one = [sys.executable, *program_words("calibrate"), *context.meta[WORDS], "--prepared"]
     return run_ranks(one, ranks, asked.out / "logs")
 
 
-def prepare(asked: Asked) -> None:
+def prepare(asked: Asked, ranks: int) -> None:
     """Trace the job and write work.json; what times.json holds must be of the same job.
+
+    Args:
+        asked: the options.
+        ranks: that are to time it.
 
     Raises:
         ValueError: one line; a wrong input, or another job's files in the folder.
@@ -119,7 +126,7 @@ def prepare(asked: Asked) -> None:
             planned = planner.plan(
                 question.job, question.gpus, lambda done, of: say(done, of, "traces")
             )
-            work = work_of(planner, planned, question.gpus)
+            work = work_of(planner, planned, question.gpus, ranks)
     except RuntimeError as error:
         raise ValueError(str(error)) from error
     if known is not None:
@@ -133,7 +140,8 @@ def _rank(asked: Asked, words: list[str]) -> int:
 
     first = os.environ.get("RANK", "0") == "0"
     if first and not asked.prepared:
-        command = [sys.executable, *program_words("calibrate"), *words, "--prepare"]
+        here = ["--ranks", os.environ["WORLD_SIZE"]]
+        command = [sys.executable, *program_words("calibrate"), *words, *here, "--prepare"]
         done = subprocess.run(command, env=without_ranks(os.environ), check=False)
         if done.returncode:
             return done.returncode

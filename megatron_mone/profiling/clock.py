@@ -10,7 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -67,6 +67,21 @@ class CudaStamps:
         moment.synchronize()
 
 
+class Call(NamedTuple):
+    """Collectives that a step makes alike.
+
+    Attributes:
+        operation, group: as communication.py names them.
+        bytes: that this rank puts into one.
+        phase: in which they are called.
+    """
+
+    operation: str
+    group: str
+    bytes: int
+    phase: str
+
+
 @dataclass
 class CommunicationTimes:
     """The collectives of one kind in one step.
@@ -90,11 +105,13 @@ class StepTimes:
         ms: its length.
         phases: (phase, pass) -> ms; adds up to `ms`.
         communication: "op group" -> its collectives.
+        calls: the same by size and phase.
     """
 
     ms: float
     phases: dict[tuple[str, str], float]
     communication: dict[str, CommunicationTimes]
+    calls: dict[Call, CommunicationTimes] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +119,7 @@ class _Step:
     """What was noted in a step: moments, to be read later."""
 
     switches: list[tuple[Any, str, str]] = field(default_factory=list)
-    communication: list[tuple[str, int, int, Any, Any]] = field(default_factory=list)
+    communication: list[tuple[Call, int, int, Any, Any]] = field(default_factory=list)
     end: Any = None
 
 
@@ -175,10 +192,10 @@ class PhaseClock:
         """The backward of `phase` begins."""
         self.switch(phase, BACKWARD)
 
-    def note_communication(self, key: str, calls: int, size: int, start: Any, end: Any) -> None:
-        """Collectives of kind `key` took from one moment to another."""
+    def note_communication(self, call: Call, calls: int, size: int, start: Any, end: Any) -> None:
+        """So many of `call`, which sent `size` bytes, took from one moment to another."""
         if self.running and start is not None:
-            self._step.communication.append((key, calls, size, start, end))
+            self._step.communication.append((call, calls, size, start, end))
 
     def take(self) -> list[StepTimes]:
         """The steps measured since the last call, in order; waits for the last to end."""
@@ -211,12 +228,14 @@ class PhaseClock:
         for (start, phase, pass_), end in zip(step.switches, ends, strict=True):
             phases[phase, pass_] += self._stamps.ms(start, end)
         communication: dict[str, CommunicationTimes] = defaultdict(CommunicationTimes)
-        for key, calls, size, start, end in step.communication:
-            times = communication[key]
-            times.calls += calls
-            times.bytes += size
-            times.ms += self._stamps.ms(start, end)
-        return StepTimes(sum(phases.values()), dict(phases), dict(communication))
+        alike: dict[Call, CommunicationTimes] = defaultdict(CommunicationTimes)
+        for call, calls, size, start, end in step.communication:
+            ms = self._stamps.ms(start, end)
+            for times in (communication[f"{call.operation} {call.group}"], alike[call]):
+                times.calls += calls
+                times.bytes += size
+                times.ms += ms
+        return StepTimes(sum(phases.values()), dict(phases), dict(communication), dict(alike))
 
 
 def phase_clock() -> PhaseClock:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_mone.common import phases
 from megatron_mone.common.patch import Replaced
-from megatron_mone.profiling.clock import PhaseClock
+from megatron_mone.profiling.clock import Call, PhaseClock
 
 # Megatron's group descriptions (parallel_state.initialize_model_parallel) in the layout's words.
 GROUP_NAMES = {
@@ -95,7 +95,7 @@ def phase_of(current: str, group: str) -> str:
 
 def watch_communication(clock: PhaseClock) -> Callable[[], None]:
     """Let every collective of this process tell `clock`; returns what undoes it."""
-    launched: dict[int, tuple[str, str]] = {}  # id of the Work: its kind, its group
+    launched: dict[int, Call] = {}  # id of the Work: what it does
     stack = ExitStack()
     for method in filter(partial(hasattr, dist.ProcessGroup), METHODS):
         launch = _launching(clock, launched, method)
@@ -104,7 +104,7 @@ def watch_communication(clock: PhaseClock) -> Callable[[], None]:
     return stack.close
 
 
-def _launching(clock: PhaseClock, launched: dict[int, tuple[str, str]], method: str) -> Callable:
+def _launching(clock: PhaseClock, launched: dict[int, Call], method: str) -> Callable:
     operation, position = METHODS[method]
     original = getattr(dist.ProcessGroup, method)
 
@@ -119,30 +119,28 @@ def _launching(clock: PhaseClock, launched: dict[int, tuple[str, str]], method: 
             work = original(group, *args, **kwargs)
         finally:
             end = clock.switch(*before)
-        key = f"{operation} {name}"
-        clock.note_communication(
-            key, 1, round(sent_bytes(operation, size, group.size())), start, end
-        )
-        launched[id(work)] = key, name
+        call = Call(operation, name, size, before[0])
+        sent = round(sent_bytes(operation, size, group.size()))
+        clock.note_communication(call, 1, sent, start, end)
+        launched[id(work)] = call
         return work
 
     return launch
 
 
-def _waiting(clock: PhaseClock, launched: dict[int, tuple[str, str]]) -> Callable:
+def _waiting(clock: PhaseClock, launched: dict[int, Call]) -> Callable:
     original = dist.Work.wait
 
     def wait(work: dist.Work, *args: Any, **kwargs: Any) -> Any:
         known = launched.pop(id(work), None)
         if not clock.running or known is None:
             return original(work, *args, **kwargs)
-        key, group = known
         before = clock.phase, clock.pass_
-        start = clock.switch(phase_of(clock.phase, group), clock.pass_)
+        start = clock.switch(phase_of(clock.phase, known.group), clock.pass_)
         try:
             return original(work, *args, **kwargs)
         finally:
-            clock.note_communication(key, 0, 0, start, clock.switch(*before))
+            clock.note_communication(known, 0, 0, start, clock.switch(*before))
 
     return wait
 

@@ -215,6 +215,7 @@ class _Run:
             "stragglers": skew.stragglers(means),
             "expert_groups": skew.expert_groups(means),
             "communication": aligned.traffic(),
+            "collectives": aligned.collectives(),
             "routing": self._totals.routing(len(steps), ep),
             "neurons": self._totals.neurons(),
             "flops": self._totals.flops(step_ms),

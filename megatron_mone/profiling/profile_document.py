@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
@@ -28,6 +28,7 @@ from megatron_mone.common.documents import (
 from megatron_mone.common.load_edges import LOAD_EDGES
 from megatron_mone.profiling.rank_record import (
     MOST_RANKS,
+    CallHead,
     Config,
     Memory,
     Operations,
@@ -159,6 +160,13 @@ class MeanTraffic(Part):
     ms: Number
 
 
+class MeanCalls(CallHead):
+    """Of a step, mean over ranks."""
+
+    calls: Number
+    ms: Number
+
+
 class LayerRouting(Part):
     """A MoE layer."""
 
@@ -257,6 +265,8 @@ class ProfiledRun(Part):
     expert_groups: list[ExpertGroup]
     communication: dict[Key, MeanTraffic]
     """by `op group`"""
+    collectives: list[MeanCalls] = Field(default_factory=list)
+    """the same by size and phase; absent in files of before"""
     routing: Routing
     neurons: NeuronLoad | None
     """null for a stock model"""

@@ -7,7 +7,7 @@ be merged where none is installed.
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
@@ -88,6 +88,25 @@ class Traffic(Part):
     """sent by this rank"""
     ms: Column
     """overlap the phases"""
+
+
+class CallHead(Part):
+    """Collectives that a step makes alike."""
+
+    operation: Text
+    group: Text
+    bytes: Whole
+    """that a rank puts into one"""
+    phase: Phase
+    """in which they are called"""
+
+
+class Calls(CallHead):
+    """One value a step."""
+
+    calls: Column
+    ms: Column
+    """from launch to return, and in waiting for them"""
 
 
 class LayerRows(Part):
@@ -213,6 +232,8 @@ class RankRun(Part):
     """ms; phases and passes that never ran are left out"""
     communication: dict[Key, Traffic]
     """by `op group`"""
+    collectives: list[Calls] = Field(default_factory=list)
+    """the same by size and phase; absent in files of before"""
     rows: Column
     """routed rows that this rank's experts took"""
     routing: Rows
@@ -235,6 +256,9 @@ class RankRun(Part):
         for key, traffic in self.communication.items():
             for name in ("calls", "bytes", "ms"):
                 columns.append((("communication", key, name), getattr(traffic, name)))
+        for index, one in enumerate(self.collectives):
+            for name in ("calls", "ms"):
+                columns.append((("collectives", index, name), getattr(one, name)))
         check_lengths(len(steps), columns)
         if not (self.step_ms > 0).all():
             raise Fault("has a step of 0 ms", "step_ms")

@@ -4,6 +4,7 @@ Touches numpy arrays only. Shapes: R ranks, S steps, P phases and Q passes in th
 common/phases.py; all times in ms.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,9 @@ from megatron_mone.profiling.rank_record import Coordinates, RankRecord, RankRun
 Array = NDArray[Any]
 PHASE_NAMES = tuple(PHASES)
 _COMMUNICATION = [PHASE_NAMES.index(phase) for phase in COMMUNICATION]
-_TRAFFIC = ("calls", "bytes", "ms")
+_TRAFFIC, _CALLS = ("calls", "bytes", "ms"), ("calls", "ms")
+_CALL = ("operation", "group", "bytes", "phase")
+CallKey = tuple[str, str, int, str]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class RankSteps:
         steps, windows, step_ms, rows: [S].
         phase_ms_PQS: zero where a phase or a pass never ran.
         traffic: "op group" -> [3, S] calls, bytes sent, ms.
+        calls: (operation, group, bytes of one, phase) -> [2, S] calls, ms.
     """
 
     rank: int
@@ -40,6 +44,7 @@ class RankSteps:
     rows: Array
     phase_ms_PQS: Array
     traffic: dict[str, Array]
+    calls: dict[CallKey, Array]
 
 
 def take_steps(record: RankRecord, run: RankRun) -> RankSteps:
@@ -62,6 +67,12 @@ def take_steps(record: RankRecord, run: RankRun) -> RankSteps:
         traffic={
             name: np.array([traffic.calls, traffic.bytes, traffic.ms], dtype=np.float64)
             for name, traffic in run.communication.items()
+        },
+        calls={
+            (one.operation, one.group, one.bytes, one.phase): np.array(
+                [one.calls, one.ms], dtype=np.float64
+            )
+            for one in run.collectives
         },
     )
 
@@ -125,14 +136,26 @@ class Aligned:
 
     def traffic(self) -> dict[str, dict[str, float]]:
         """Calls, bytes and ms of a step by "op group", mean over ranks and the middle half."""
-        totals: dict[str, Array] = {}
-        for one, weight_S in zip(self.ranks, self.weight_RS, strict=True):
-            for name, values in one.traffic.items():
-                totals[name] = totals.get(name, np.zeros(len(_TRAFFIC))) + values @ weight_S
+        totals = self._totals([one.traffic for one in self.ranks])
         return {
             name: dict(zip(_TRAFFIC, map(float, total), strict=True))
             for name, total in sorted(totals.items())
         }
+
+    def collectives(self) -> list[dict[str, Any]]:
+        """Calls and ms of a step by operation, group, size and phase, likewise."""
+        totals = self._totals([one.calls for one in self.ranks])
+        return [
+            dict(zip(_CALL, key, strict=True)) | dict(zip(_CALLS, map(float, total), strict=True))
+            for key, total in sorted(totals.items())
+        ]
+
+    def _totals(self, ranks: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:
+        totals: dict[Any, Array] = {}
+        for found, weight_S in zip(ranks, self.weight_RS, strict=True):
+            for key, values in found.items():
+                totals[key] = totals.get(key, 0.0) + values @ weight_S
+        return totals
 
 
 def align(ranks: list[RankSteps], steps: Array) -> Aligned:
@@ -183,6 +206,7 @@ def _on(one: RankSteps, steps: Array) -> tuple[Array, RankSteps]:
         rows=spread(one.rows),
         phase_ms_PQS=spread(one.phase_ms_PQS),
         traffic={name: spread(values) for name, values in one.traffic.items()},
+        calls={key: spread(values) for key, values in one.calls.items()},
     )
 
 

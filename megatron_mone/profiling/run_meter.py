@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_mone.deepspeed.settings import is_deepspeed, stage_of
-from megatron_mone.profiling.clock import PhaseClock, StepTimes
+from megatron_mone.profiling.clock import CommunicationTimes, PhaseClock, StepTimes
 from megatron_mone.profiling.document_lengths import DocumentLengths
 from megatron_mone.profiling.instrument import Instruments, moe_layers
 from megatron_mone.profiling.load_facts import LoadFacts
@@ -111,6 +111,7 @@ class RunMeter:
             ],
             "phases": phases,
             "communication": _communication(times),
+            "collectives": _collectives(times),
             "rows": self.facts.rows() or [0] * len(times),
             "routing": self.facts.routing(),
             "neurons": self.facts.neurons(),
@@ -132,6 +133,17 @@ def _communication(times: Sequence[StepTimes]) -> dict[str, dict[str, list[float
     }
 
 
+def _collectives(times: Sequence[StepTimes]) -> list[dict[str, Any]]:
+    return [
+        call._asdict() | {
+            field: [getattr(step.calls.get(call, _NONE), field) for step in times]
+            for field in ("calls", "ms")
+        }
+        for call in dict.fromkeys(call for step in times for call in step.calls)
+    ]  # fmt: skip
+
+
+_NONE = CommunicationTimes()
 MODEL_FIELDS = (
     "hybrid_layer_pattern", "num_layers", "mtp_num_layers", "hidden_size", "ffn_hidden_size",
     "num_attention_heads",

@@ -95,9 +95,9 @@ def collectives(run: Any) -> dict[str, Any]:
     at = {moment: f"{phase}, {pass_}" for moment, phase, pass_ in noted.switches}
     where: Counter[str] = Counter()
     ours: dict[str, list[int]] = {}
-    for key, calls, size, start, _ in noted.communication:
+    for call, calls, size, start, _ in noted.communication:
         if calls:
-            operation, group = key.split()
+            operation, group, key = call.operation, call.group, f"{call.operation} {call.group}"
             put_in = size / (sent_bytes(operation, 1, _ranks(group)) or 1)
             where[f"{key}, {at[start]}"] += 1
             count = ours.setdefault(key, [0, 0])

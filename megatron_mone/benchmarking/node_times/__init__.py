@@ -5,7 +5,7 @@
     operators.py   an operator, or what stands for it, as a call
     links.py       a collective as a call, over groups that sit as the layout's do
     ranks.py       the sections on a rank, each in its share of the time; times.json after a row
-    launches.py    one layer of the model on few tokens, by the profiler
+    small_steps.py a few layers of the model in the job's layout, by the profiler
 
 Run on CPU ranks over gloo; not run on a GPU.
 """

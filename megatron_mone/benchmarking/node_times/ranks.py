@@ -1,4 +1,4 @@
-"""The sections of a calibration on a rank: collectives, the launch cost, operators.
+"""The sections of a calibration on a rank: collectives, steps of small jobs, operators.
 
 All ranks time a row at once, as they would in a step, and its seconds are their mean. Rank 0 keeps
 times.json, written beside and renamed after every row; what stands in it is not timed again. A
@@ -16,25 +16,26 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_mone.benchmarking.node_times.launches import of_passes, small_step_ms
 from megatron_mone.benchmarking.node_times.links import Links
 from megatron_mone.benchmarking.node_times.operators import Operators
+from megatron_mone.benchmarking.node_times.small_steps import run_steps, step_time
 from megatron_mone.common import machine
 from megatron_mone.common.files import write_json
-from megatron_mone.common.phases import PHASES
+from megatron_mone.common.local_ranks import free_port
 from megatron_mone.planning.cost.measured_times import operator_key
 from megatron_mone.planning.fitting.node_times import (
     TIMES,
-    LaunchTime,
     LinkTime,
     OperatorTime,
+    SmallJob,
     Times,
     Work,
     check_same_job,
 )
 
-SHARES = {"collectives": 0.25, "launch": 0.25, "operators": 0.5}
+SHARES = {"collectives": 0.2, "small job": 0.35, "launch": 0.1, "operators": 0.35}
 """Of the time; what a section leaves over is the next one's."""
+_CALLED = {"small_job": "the small job", "launch_job": "one layer on one rank"}
 Say = Callable[[str], None]
 
 
@@ -70,7 +71,8 @@ class Calibration:
     def run(self) -> Times:
         """All sections."""
         sections = {
-            "collectives": self._collectives, "launch": self._launch, "operators": self._operators,
+            "collectives": self._collectives, "small job": self._small, "launch": self._launch,
+            "operators": self._operators,
         }  # fmt: skip
         names = list(sections)
         for place, name in enumerate(names):
@@ -97,7 +99,7 @@ class Calibration:
             "device": self.device_name, "on_cpu": self.device.type == "cpu", 
             "ranks": dist.get_world_size(), "load": machine.load_average(),
             "date": facts["Date"], "operators": [], "links": [], "small_job": None,
-            "notes": list(self._work.notes),
+            "launch_job": None, "notes": list(self._work.notes),
         }  # fmt: skip
 
     def _write(self) -> None:
@@ -138,26 +140,40 @@ class Calibration:
             self._write()
             self._tell(f"operators: {place + 1} of {len(left)}", place, len(left))
 
+    def _small(self, end: float) -> None:
+        self._steps("small_job", self._work.small, end)
+
     def _launch(self, end: float) -> None:
-        small = self._work.small
-        if small is None or self._times["small_job"] is not None:
+        self._steps("launch_job", self._work.launch, end)
+
+    def _steps(self, name: str, job: SmallJob | None, end: float) -> None:
+        """Steps of a small job, on as many ranks as it has; the others wait."""
+        if job is None or self._times[name] is not None:
             return
-        phases_ms: dict[str, float] = {}
-        error = ""
-        folder = self._folder / "small" / f"rank-{dist.get_rank():05d}"
-        dist.barrier()
+        if job.ranks > dist.get_world_size():
+            self._note(
+                f"{_CALLED[name]} has {job.ranks} ranks, {dist.get_world_size()} are here: prepare "
+                "with --ranks"
+            )
+            return
+        folder, rank, error = self._folder / name, dist.get_rank(), ""
+        ports = [free_port() if self._first else 0]
+        dist.broadcast_object_list(ports, src=0, device=self.device)
         try:
-            phases_ms = small_step_ms(small.flags, folder, end - time.monotonic())
+            if rank < job.ranks:
+                run_steps(job, folder, rank, ports[0], end - time.monotonic())
         except RuntimeError as failure:
             error = str(failure)
-        means = {name: self._mean(phases_ms.get(name, 0.0)) or 0.0 for name in PHASES}
-        if self._mean(None if error else 1.0) is None:
-            self._note(f"launch: {error or 'the small job failed on a rank'}")
+        errors: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+        if said := next(filter(None, errors), None):
+            self._note(f"{_CALLED[name]}: {said}")
             return
-        found = {name: ms for name, ms in means.items() if ms}
-        self._times["small_job"] = LaunchTime(step_ms=of_passes(found), phases_ms=found).plain()
+        found = [step_time(folder).plain() if self._first else None]
+        dist.broadcast_object_list(found, src=0, device=self.device)
+        self._times[name] = found[0]
         self._write()
-        self._tell("launch: the small job", 0, 1)
+        self._tell(_CALLED[name], 0, 1)
 
     def _collectives(self, end: float) -> None:
         done = [LinkTime.model_validate(row).link for row in self._times["links"]]

@@ -3,15 +3,17 @@
 `megatron-mone calibrate` times what a traced job consists of: an operator is known by its name, its
 shapes and its type, a collective by its kind, its ranks and where these sit, at the sizes timed. A
 size between two of them lies on the line between; one beyond takes the bandwidth of the two
-nearest. What was not timed has no entry, and its price stays that of the curves and of the cluster
-file. Touches nothing.
+nearest. Where a step was timed, each phase's operators are scaled to it, and a collective of a
+group takes what the step waited for its like. What was not timed has no entry, and its price stays
+that of the curves and of the cluster file. Touches nothing.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -26,6 +28,8 @@ OperatorKey = tuple[str, Shapes, Shapes, str, int]
 """Name, shapes of inputs and of outputs, type, bytes read."""
 LinkKey = tuple[str, int, int]
 """Kind, ranks, stride."""
+WaitKey = tuple[str, str, int, int]
+"""Kind, group, ranks, stride."""
 Points = tuple[tuple[int, float], ...]
 """(bytes, seconds), bytes rising."""
 _OF_TWO = ("send", "recv")
@@ -43,6 +47,11 @@ def link_key(one: Collective) -> LinkKey:
     return one.kind, one.ranks, one.stride
 
 
+def wait_key(one: Collective) -> WaitKey:
+    """By which a collective is known in a step, where it matters what the group waits for."""
+    return one.kind, one.group, one.ranks, one.stride
+
+
 @dataclass(frozen=True)
 class MeasuredTimes:
     """What was timed.
@@ -51,12 +60,16 @@ class MeasuredTimes:
         operators: seconds of each by itself.
         links: seconds at each size timed.
         phases: phase -> seconds in a step over those of its operators by themselves, where a step
-            was timed: memory that another operator left cold, and the host where it is the device.
+            was timed: memory that another operator left cold, cores and bandwidth shared with
+            other ranks, and the host where it is the device.
+        waits: seconds that a step waits for a collective at each size that it had: for links that
+            others use, for ranks that are late, less what goes on beside it.
     """
 
     operators: Mapping[OperatorKey, float] = field(default_factory=dict)
     links: Mapping[LinkKey, Points] = field(default_factory=dict)
     phases: Mapping[str, float] = field(default_factory=dict)
+    waits: Mapping[WaitKey, Points] = field(default_factory=dict)
 
     def in_step(self, op: Op) -> float:
         """What the seconds of an operator by itself are multiplied by."""
@@ -66,10 +79,31 @@ class MeasuredTimes:
         """Seconds of one; None where it was not timed."""
         return self.operators.get(operator_key(op)) if self.operators else None
 
+    def waited(self, one: Collective) -> bool:
+        """Whether a step was timed that waits for its like: then none of it is hidden."""
+        return wait_key(one) in self.waits
+
     def collective(self, one: Collective, cluster: Cluster) -> float | None:
-        """Seconds of one, if all ranks of its group call together; None where no group that sits
-        alike was timed.
+        """Seconds of one: what a step waits for it, else what it takes if all ranks of its group
+        call together; None where no group that sits alike was timed.
+
+        Another size than the step's takes as much more than together as the nearest of these.
         """
+        waits = self.waits.get(wait_key(one))
+        if waits is None:
+            return self._together(one, cluster)
+        size, seconds = min(
+            waits, key=lambda point: abs(math.log((point[0] + 1) / (one.bytes + 1)))
+        )
+        if size == one.bytes:
+            return seconds
+        near = self._together(replace(one, bytes=size), cluster)
+        together = self._together(one, cluster)
+        return between(waits, one.bytes) if not near or together is None else (
+            together * seconds / near
+        )  # fmt: skip
+
+    def _together(self, one: Collective, cluster: Cluster) -> float | None:
         kind, ranks, stride = link_key(one)
         points = self._placed(cluster).get((kind, place_stride(ranks, stride, cluster)))
         return None if points is None else between(points, one.bytes)
@@ -100,6 +134,10 @@ class MeasuredTimes:
                 for (kind, ranks, stride), points in self.links.items()
             ],
             "phases": dict(self.phases),
+            "waits": [
+                {"kind": kind, "group": group, "ranks": ranks, "stride": stride, "points": points}
+                for (kind, group, ranks, stride), points in self.waits.items()
+            ],
         }  # fmt: skip
 
     @classmethod
@@ -116,17 +154,15 @@ class MeasuredTimes:
             ): one["seconds"].number()
             for one in section["operators"].elements()
         }  # fmt: skip
-        links = {}
-        for one in section["links"].elements():
-            points = tuple(_point(pair) for pair in one["points"].elements())
-            if not points or any(a >= b for (a, _), (b, _) in pairwise(points)):
-                one["points"].fail("must be [bytes, seconds] with rising bytes, one or more")
-            key = one["kind"].text(), one["ranks"].whole(), one["stride"].whole()
-            if min(key[1:]) < 1:
-                one.fail("ranks and stride must be 1 or more")
-            links[key] = points
+        links = {
+            (one["kind"].text(), *_placed(one)): _points(one) for one in section["links"].elements()
+        }
+        waits = {
+            (one["kind"].text(), one["group"].text(), *_placed(one)): _points(one)
+            for one in (section["waits"].elements() if "waits" in section else ())
+        }
         phases = {name: one.number() for name, one in section["phases"].members()}
-        return cls(operators, links, phases)
+        return cls(operators, links, phases, waits)
 
 
 def between(points: Points, size: float) -> float:
@@ -147,6 +183,20 @@ def between(points: Points, size: float) -> float:
 
 def _shapes(field_: Field) -> Shapes:
     return tuple(tuple(size.whole() for size in shape.elements()) for shape in field_.elements())
+
+
+def _placed(one: Field) -> tuple[int, int]:
+    ranks, stride = one["ranks"].whole(), one["stride"].whole()
+    if min(ranks, stride) < 1:
+        one.fail("ranks and stride must be 1 or more")
+    return ranks, stride
+
+
+def _points(one: Field) -> Points:
+    points = tuple(_point(pair) for pair in one["points"].elements())
+    if not points or any(a >= b for (a, _), (b, _) in pairwise(points)):
+        one["points"].fail("must be [bytes, seconds] with rising bytes, one or more")
+    return points
 
 
 def _point(pair: Field) -> tuple[int, float]:

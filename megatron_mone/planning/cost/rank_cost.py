@@ -245,7 +245,9 @@ def _communication(
     found: dict[tuple[str, str, float], float] = defaultdict(float)
     for one in collectives:
         seconds = one.count * collective_seconds(one, facts, cluster, efficiency)
-        found[one.group, one.phase, hideable_share(one, facts, buckets)] += seconds
+        waited = efficiency.measured.waited(one)
+        share = 0.0 if waited else hideable_share(one, facts, buckets)
+        found[one.group, one.phase, share] += seconds
     for (group, phase, share), seconds in found.items():
         yield group, phase, share, seconds
 
@@ -279,8 +281,8 @@ def hideable_share(one: Collective, facts: JobFacts, buckets: int) -> float:
 def collective_seconds(
     one: Collective, facts: JobFacts, cluster: Cluster, efficiency: Efficiency
 ) -> float:
-    """Of one collective, if all ranks of its group call together: as it was timed, else by the
-    cluster's links.
+    """Of one collective: what a step that was timed waits for it; else, if all ranks of its group
+    call together, as it was timed, or by the cluster's links.
     """
     timed = efficiency.measured.collective(one, cluster)
     if timed is not None:

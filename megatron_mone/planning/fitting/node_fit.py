@@ -1,9 +1,11 @@
 """An efficiency of what `megatron-mone calibrate` timed: the times themselves, and curves for what
 has none.
 
-An operator timed by itself finds its memory in the caches and fresh pages at hand. On CPU ranks
-each phase is therefore scaled by what it takes in a step of one layer, the host included, which is
-the device there; on a GPU the host stands beside, as a pass is never faster than its launches.
+An operator timed by itself finds its memory in the caches, fresh pages at hand and its core free.
+Each phase is therefore scaled by what it takes in a step of a few layers in the job's own layout,
+and a collective takes what that step waits for it: the ranks that are late and what they share are
+in it, and what overlaps is not. On a GPU the host stands beside, as a pass is never faster than its
+launches.
 Touches nothing.
 """
 
@@ -25,27 +27,36 @@ from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.measured_times import (
     LinkKey,
     MeasuredTimes,
+    Points,
+    WaitKey,
     link_key,
     operator_key,
 )
 from megatron_mone.planning.cost.rank_cost import host_seconds, op_seconds
 from megatron_mone.planning.cost.roofline import operation
-from megatron_mone.planning.fitting.node_times import COPY, OperatorTime, Times, Work
+from megatron_mone.planning.fitting.node_times import (
+    COPY,
+    OperatorTime,
+    SmallJob,
+    StepTime,
+    Times,
+    Work,
+)
 from megatron_mone.planning.fitting.phase_fit import PhaseModel, PhaseTime, fit_phases
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A step of the small job, in seconds.
+class Step:
+    """Of a small job, without collectives, in seconds.
 
     Attributes:
-        step: that it took, as far as it has operators.
+        seconds: that it took, as far as it has operators.
         operators: of these, by their own times and curves.
         launches: kernels of its passes.
         phases: phase -> the first over the second.
     """
 
-    step: float
+    seconds: float
     operators: float
     launches: int
     phases: Mapping[str, float]
@@ -58,7 +69,8 @@ class NodeFit:
     Attributes:
         efficiency: the file's.
         times: that it was made of.
-        launch: of the small job; None where it was not timed.
+        small: step of the job in the layout; None where it was not timed.
+        launch: of the one on one rank, likewise; None on CPU ranks.
         curved: seconds of each timed operator by the curve of its kind, in the order of the times.
         covered: share of the price of the job's operators, as it was, that is timed.
         kinds: of operations -> (timed, of the job); every kind that the job has.
@@ -66,7 +78,8 @@ class NodeFit:
 
     efficiency: Efficiency
     times: Times
-    launch: Launch | None
+    small: Step | None
+    launch: Step | None
     curved: tuple[float, ...]
     covered: float
     kinds: Mapping[str, tuple[int, int]]
@@ -94,38 +107,49 @@ def fit_nodes(work: Work, times: Times, cluster: Cluster) -> NodeFit:
     alone = replace(
         fit_phases(phases, cluster.device, start), measured=MeasuredTimes(timed, _points(times))
     )
-    launch = _launch(work, times, cluster, alone)
-    fitted = _in_step(launch, alone) if times.on_cpu else _beside_host(launch, work, alone)
+    small = _step(work.small, times.small_job, cluster, alone)
+    launch = _step(work.launch, times.launch_job, cluster, alone, (OPTIMIZER,))
+    fitted = alone if times.on_cpu else _beside_host(launch, work, alone)
+    fitted = replace(fitted, measured=_in_step(small, work, times, alone.measured))
     curved = PhaseModel(phases, cluster.device).seconds(alone)
     share = sum(one.share for one in times.operators)
     return NodeFit(
-        replace(fitted, source=_source(times, share)), times, launch,
+        replace(fitted, source=_source(times, share)), times, small, launch,
         tuple(float(seconds) for seconds in curved), share, _kinds(work, times),
     )  # fmt: skip
 
 
-def _launch(work: Work, times: Times, cluster: Cluster, alone: Efficiency) -> Launch | None:
-    """What a step of the small job says; None where it has none."""
-    small = work.small
-    if small is None or times.small_job is None:
+def _step(
+    job: SmallJob | None,
+    step: StepTime | None,
+    cluster: Cluster,
+    alone: Efficiency,
+    left_out: tuple[str, ...] = (),
+) -> Step | None:
+    """What a step of a small job says; None where it has none.
+
+    Args:
+        job, step: whose, and what was timed of it.
+        cluster, alone: what its operators take by themselves.
+        left_out: phases.
+    """
+    if job is None or step is None:
         return None
     priced: dict[str, float] = defaultdict(float)
-    for one, count in zip(small.operators, small.counts, strict=True):
+    for one, count in zip(job.operators, job.counts, strict=True):
         priced[_group(one.phase)] += count * op_seconds(one.op(), cluster, alone)
     taken: dict[str, float] = defaultdict(float)
-    for phase, ms in times.small_job.phases_ms.items():
+    for phase, ms in step.phases_ms.items():
         taken[_group(phase)] += ms / 1e3
     groups = [
         group for group in priced
-        if priced[group] > 0 and taken[group] > 0 and (times.on_cpu or group != OPTIMIZER)
+        if priced[group] > 0 and taken[group] > 0 and group not in left_out
     ]  # fmt: skip
-    step, alone_seconds = (sum(part[group] for group in groups) for part in (taken, priced))
     if not groups:
         return None
-    factors = {group: taken[group] / priced[group] for group in groups}
-    phases = {one.operator.phase for one in work.operators}
-    return Launch(step, alone_seconds, small.launches, {
-        phase: factors.get(_group(phase), step / alone_seconds) for phase in sorted(phases)
+    whole, operators = (sum(part[group] for group in groups) for part in (taken, priced))
+    return Step(whole, operators, job.launches, {
+        group: taken[group] / priced[group] for group in groups
     })  # fmt: skip
 
 
@@ -137,24 +161,45 @@ def _group(phase: str) -> str:
     return GATE_GEMM if phase == SELECTION else phase
 
 
-def _in_step(launch: Launch | None, alone: Efficiency) -> Efficiency:
-    """CPU ranks: each phase as it is in a step."""
-    phases = launch.phases if launch else {}
-    return replace(alone, measured=replace(alone.measured, phases=phases))
+def _in_step(step: Step | None, work: Work, times: Times, alone: MeasuredTimes) -> MeasuredTimes:
+    """Each phase of the job, and each collective of a group, as they are in a step."""
+    if step is None:
+        return alone
+    others = step.seconds / step.operators
+    phases = sorted({one.operator.phase for one in work.operators})
+    return replace(
+        alone,
+        phases={phase: step.phases.get(_group(phase), others) for phase in phases},
+        waits=_waits(work, times),
+    )
 
 
-def _beside_host(launch: Launch | None, work: Work, alone: Efficiency) -> Efficiency:
+def _waits(work: Work, times: Times) -> dict[WaitKey, Points]:
+    """But for sends between stages, whose waiting is the pipeline's."""
+    assert work.small is not None
+    assert times.small_job is not None
+    places = {one.group: one for one in work.small.groups}
+    found: dict[WaitKey, dict[int, float]] = defaultdict(dict)
+    for one in times.small_job.collectives:
+        place = places.get(one.group)
+        if place is not None and one.kind not in ("send", "recv"):
+            key = one.kind, one.group, place.ranks, place.stride
+            found[key][one.bytes] = one.ms / 1e3 / one.calls
+    return {key: tuple(sorted(sizes.items())) for key, sizes in found.items()}
+
+
+def _beside_host(launch: Step | None, work: Work, alone: Efficiency) -> Efficiency:
     """GPUs: all that the host takes scaled to a step in which the device waits for it; else what is
     assumed stays.
     """
     start, scale = Efficiency(), 1.0
-    if launch and work.small and launch.step > launch.operators:
+    if launch and work.launch and launch.seconds > launch.operators:
         assumed = sum(
             count * host_seconds(one.op(), start)
-            for one, count in zip(work.small.operators, work.small.counts, strict=True)
+            for one, count in zip(work.launch.operators, work.launch.counts, strict=True)
             if _group(one.phase) != OPTIMIZER
         )
-        scale = launch.step / assumed if assumed else 1.0
+        scale = launch.seconds / assumed if assumed else 1.0
     host: dict[str, Any] = {name: min(1.0, scale * getattr(start, name)) for name in HOST}
     return replace(alone, **host)
 
@@ -178,12 +223,13 @@ def _kinds(work: Work, times: Times) -> dict[str, tuple[int, int]]:
 def _source(times: Times, share: float) -> str:
     stand_ins = sum(one.share for one in times.operators if one.by == COPY)
     by_copy = f", {stand_ins:.1%} of it as copies of their bytes" if stand_ins >= 0.0005 else ""
-    host = "" if times.small_job else "; the host's launches are assumed"
+    host = "" if times.on_cpu or times.launch_job else "; the host's launches are assumed"
+    step = "" if times.small_job else "; no step was timed"
     return (
         f"timed on {times.ranks} ranks of {times.device}, {times.date}: {len(times.operators)} "
         f"operators of {times.job.model} ({times.job.layout}), {share:.1%} of their price"
-        f"{by_copy}, {len(times.links)} collectives; curves fitted to these price the rest{host}; "
-        "overlap is assumed"
+        f"{by_copy}, {len(times.links)} collectives; curves fitted to these price the rest{host}"
+        f"{step}"
     )
 
 

@@ -85,7 +85,7 @@ class OperatorWork(Part):
 
     operator: Operator
     share: Number
-    """of the price of all, as it was before anything was timed; 0: of the small job's alone"""
+    """of the price of all, as it was before anything was timed; 0: of a small job's alone"""
 
 
 class LinkWork(Part):
@@ -135,28 +135,40 @@ def check_same_job(path: Path, known: CalibrationJob, now: CalibrationJob) -> No
         raise ValueError(f"{path}: job.{name} is {words}: give another --out for another job")
 
 
+class Place(Part):
+    """Where the ranks of a group sit."""
+
+    group: Text
+    ranks: AtLeast1
+    stride: AtLeast1
+    """between neighbours"""
+
+
 class SmallJob(Part):
-    """One layer of the model on one rank: of few tokens on a GPU, where what the host does shows
-    then; of a micro-batch of the job on CPU ranks, whose steps take what their operators by
-    themselves do not."""
+    """A few layers of the model, whose step is timed."""
 
     flags: list[AnyText]
+    ranks: AtLeast1
     launches: AtLeast1
     """kernels of a step's passes"""
     operators: list[Operator]
     """of a step, in each of their phases"""
-    counts: list[Whole]
-    """of each of them"""
+    counts: list[Number]
+    """of each of them, mean over ranks"""
+    groups: list[Place]
+    """over which it sends"""
 
 
-class Work(Document, schema="megatron-mone/calibration-work/1", again=_AGAIN, indent=1):
-    """What is timed of a job, the most expensive first; the small job's before the cheapest."""
+class Work(Document, schema="megatron-mone/calibration-work/2", again=_AGAIN, indent=1):
+    """What is timed of a job, the most expensive first; small jobs' before the cheapest."""
 
     job: CalibrationJob
     operators: list[OperatorWork]
     links: list[LinkWork]
     small: SmallJob | None
-    """null where the model has none; `notes` says why"""
+    """in the job's layout, with its tokens a rank; null where the model has none: `notes`"""
+    launch: SmallJob | None
+    """of one rank and few tokens, where what the host does shows; null on CPU ranks"""
     notes: list[Words]
 
 
@@ -182,16 +194,28 @@ class LinkTime(Part):
     """as in work.json"""
 
 
-class LaunchTime(Part):
-    """A step of the small job."""
+class CallTime(Part):
+    """Collectives of a step that are alike."""
+
+    kind: Text
+    group: Text
+    bytes: Whole
+    """that a rank puts into one"""
+    calls: Number
+    ms: Number
+    """of all of them, waiting included"""
+
+
+class StepTime(Part):
+    """A step of a small job; mean over ranks."""
 
     step_ms: Positive
-    """of its passes"""
     phases_ms: dict[Text, Number]
-    """of all of it; mean over ranks"""
+    """of each phase, without its collectives"""
+    collectives: list[CallTime]
 
 
-class Times(Document, schema="megatron-mone/calibration-times/1", again=_AGAIN, indent=1):
+class Times(Document, schema="megatron-mone/calibration-times/2", again=_AGAIN, indent=1):
     """What was timed; whole after every row."""
 
     job: CalibrationJob
@@ -206,7 +230,9 @@ class Times(Document, schema="megatron-mone/calibration-times/1", again=_AGAIN, 
     date: Text
     operators: list[OperatorTime]
     links: list[LinkTime]
-    small_job: LaunchTime | None
+    small_job: StepTime | None
     """null until it is timed"""
+    launch_job: StepTime | None
+    """likewise; null on CPU ranks"""
     notes: list[Words]
     """what was not timed, and why"""

@@ -41,15 +41,20 @@ def _said(found: NodeFit) -> Iterator[str]:
     times = found.times
     for kind, (timed, of) in found.kinds.items():
         yield f"{kind}: {timed} of {of} operators timed"
+    if found.small is not None and times.small_job is not None:
+        scales = ", ".join(f"{name} x {by:.2f}" for name, by in found.small.phases.items())
+        waits = sum(one.ms for one in times.small_job.collectives)
+        yield (
+            f"small job: a step takes {times.small_job.step_ms:.1f} ms, {waits:.1f} of them "
+            f"collectives; its operators take {1e3 * found.small.seconds:.1f}, by themselves "
+            f"{1e3 * found.small.operators:.1f}: {scales}"
+        )
     launch = found.launch
     if launch is not None:
-        said = f"{1e6 * found.efficiency.kernel_seconds:.1f} us of the host a launch"
-        if times.on_cpu:
-            said = ", ".join(f"{name} x {by:.2f}" for name, by in launch.phases.items())
         yield (
-            f"launch: one layer's step takes {1e3 * launch.step:.1f} ms, its operators by "
+            f"launch: one layer on one rank takes {1e3 * launch.seconds:.1f} ms, its operators by "
             f"themselves {1e3 * launch.operators:.1f} ({launch.launches} launches in its passes): "
-            f"{said}"
+            f"{1e6 * found.efficiency.kernel_seconds:.1f} us of the host a launch"
         )
     yield from (f"left out: {words}" for words in times.notes)
     yield found.efficiency.source

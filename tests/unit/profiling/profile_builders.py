@@ -55,6 +55,16 @@ def make_run(
         "communication": {
             "all_to_all ep": {"calls": [2] * steps, "bytes": [1024] * steps, "ms": [0.5] * steps}
         },
+        "collectives": [
+            {
+                "operation": "all_to_all",
+                "group": "ep",
+                "bytes": 1024,
+                "phase": "permute",
+                "calls": [2] * steps,
+                "ms": [0.5] * steps,
+            }
+        ],
         "rows": [rows] * steps,
         "routing": {
             "layers": [{"layer": 1, "first_expert": first_expert, "rows": list(expert_rows)}]

@@ -3,7 +3,9 @@
 import pytest
 
 from megatron_mone.common import phases
-from megatron_mone.profiling.clock import HostStamps, PhaseClock
+from megatron_mone.profiling.clock import Call, HostStamps, PhaseClock
+
+REDUCED = Call("all_reduce", "dp", 100, phases.GRAD_REDUCE)
 
 
 class CountedStamps(HostStamps):
@@ -68,7 +70,7 @@ def test_a_forward_inside_a_backward_is_a_recompute(clock, stamps):
 
 def test_nothing_is_noted_outside_a_step(clock, stamps):
     assert clock.switch(phases.ROUTER, "forward") is None
-    clock.note_communication("all_reduce dp", 1, 8, None, None)
+    clock.note_communication(REDUCED, 1, 8, None, None)
     clock.begin()
     stamps.at = 1
     clock.end()
@@ -101,14 +103,19 @@ def test_a_step_is_read_one_step_later(clock, stamps):
 
 def test_communication_adds_up_by_kind(clock):
     clock.begin()
-    clock.note_communication("all_reduce dp", 1, 100, 0, 3)
-    clock.note_communication("all_reduce dp", 0, 0, 5, 6)  # waiting for it
-    clock.note_communication("all_to_all ep", 1, 7, 6, 8)
+    clock.note_communication(REDUCED, 1, 100, 0, 3)
+    clock.note_communication(REDUCED, 0, 0, 5, 6)  # waiting for it
+    clock.note_communication(REDUCED._replace(bytes=4), 1, 8, 6, 8)
+    clock.note_communication(Call("all_to_all", "ep", 14, phases.PERMUTE), 1, 7, 6, 8)
     clock.end()
     (step,) = clock.take()
     reduced = step.communication["all_reduce dp"]
-    assert (reduced.calls, reduced.bytes, reduced.ms) == (1, 100, 4.0)
+    assert (reduced.calls, reduced.bytes, reduced.ms) == (2, 108, 6.0)
     assert step.communication["all_to_all ep"].bytes == 7
+    alike = {call: (times.calls, times.ms) for call, times in step.calls.items()}
+    assert alike[REDUCED] == (1, 4.0)
+    assert alike[REDUCED._replace(bytes=4)] == (1, 2.0)
+    assert {call.group for call in alike} == {"dp", "ep"}
 
 
 def test_listeners_hear_phases_of_steps_only(clock):

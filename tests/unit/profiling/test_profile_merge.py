@@ -136,11 +136,15 @@ def test_samples_hold_the_slowest_rank_and_the_mean_phases_of_every_step():
 
 def test_traffic_is_a_mean_over_all_ranks_and_a_step():
     traffic = {"send pp": {"calls": [1, 3, 1], "bytes": [10, 30, 10], "ms": [2.0, 2.0, 2.0]}}
-    runs = [make_run(steps=3, communication=traffic), make_run(steps=3, communication={})]
+    sent = {"operation": "send", "group": "pp", "bytes": 10, "phase": "attention"}
+    calls = [sent | {"calls": [1, 3, 1], "ms": [2.0, 2.0, 2.0]}]
+    runs = [make_run(steps=3, communication=traffic, collectives=calls),
+            make_run(steps=3, communication={}, collectives=[])]  # fmt: skip
     for run in runs:
         run["step_ms"] = [10.0, 20.0, 30.0]  # keeps the second step
     run = combined([make_record(r, runs=[x]) for r, x in enumerate(runs)])["runs"][0]
     assert run["communication"] == {"send pp": {"calls": 1.5, "bytes": 15.0, "ms": 1.0}}
+    assert run["collectives"] == [sent | {"calls": 1.5, "ms": 1.0}]
 
 
 def test_the_document_has_the_fields_of_the_schema_and_is_the_file(tmp_path):
@@ -152,7 +156,7 @@ def test_the_document_has_the_fields_of_the_schema_and_is_the_file(tmp_path):
     assert set(profile["runs"][0]) == {
         *("name", "backend", "model", "step_ms", "phases", "passes", "samples", "over_ranks"),
         *("over_nodes", "by_rank", "stragglers", "expert_groups", "communication", "routing"),
-        *("neurons", "flops", "memory"),
+        *("neurons", "flops", "memory", "collectives"),
     }
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

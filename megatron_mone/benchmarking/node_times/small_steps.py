@@ -1,0 +1,94 @@
+"""A small job's steps, profiled: what its phases take, and what it waits for its collectives.
+
+The profiler is started beside this process, a rank of it on each rank of the job: it measures
+Megatron's own step, module by module. May touch: the processes, the folder of the profile.
+"""
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron_mone.common.child_processes import tied
+from megatron_mone.common.places import program_words
+from megatron_mone.common.surroundings import without_ranks
+from megatron_mone.planning.fitting.node_times import CallTime, SmallJob, StepTime
+from megatron_mone.profiling.communication import phase_of
+from megatron_mone.profiling.profile_document import MeanCalls, Profile
+
+STEPS = 12
+_NO_END = ("--train-iters", "1000", "--eval-interval", "1000", "--eval-iters", "0")
+
+
+def run_steps(job: SmallJob, folder: Path, rank: int, port: int, limit: float) -> None:
+    """Profile the steps of a small job as one of its ranks; the first writes the profile.
+
+    Args:
+        job: of at least `rank + 1` ranks, all of which do this at once.
+        folder: of the profile.
+        rank: of this process in it.
+        port: on MASTER_ADDR.
+        limit: seconds that the process may take.
+
+    Raises:
+        RuntimeError: one line; it failed, or took longer.
+    """
+    words = [*program_words("profile"), "--steps", str(STEPS), "--windows", "2", "--warm-up", "2"]
+    routing = ["--routing", "balanced"] if "--num-experts" in job.flags else []
+    command = [sys.executable, *words, *routing, "--no-memory", "--out", str(folder), *job.flags]
+    own = {"RANK": str(rank), "LOCAL_RANK": os.environ.get("LOCAL_RANK", "0"),
+           "WORLD_SIZE": str(job.ranks), "MASTER_PORT": str(port),
+           "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1")}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank-{rank:05d}.log"
+    with path.open("w") as log:
+        try:
+            done = subprocess.run(
+                [*command, *_NO_END], env={**without_ranks(os.environ), **own}, stdout=log,
+                stderr=log, timeout=max(1.0, limit), preexec_fn=tied(), check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"it took longer than its {limit:.0f} s") from None
+    if done.returncode:
+        lines = path.read_text(errors="replace").strip().splitlines()
+        raise RuntimeError(f"it failed: {lines[-1] if lines else done.returncode}")
+
+
+def step_time(folder: Path) -> StepTime:
+    """What the profile in a folder says.
+
+    Raises:
+        ValueError: it is damaged; one line.
+    """
+    [run] = Profile.read_folder(folder).runs
+    return StepTime(
+        step_ms=run.step_ms, phases_ms=without_collectives(run.phases, run.collectives),
+        collectives=_alike(run.collectives),
+    )  # fmt: skip
+
+
+def without_collectives(
+    phases_ms: Mapping[str, float], collectives: Sequence[MeanCalls]
+) -> dict[str, float]:
+    """What is left of each phase if its collectives are taken out."""
+    found = dict(phases_ms)
+    for one in collectives:
+        phase = phase_of(one.phase, one.group)
+        found[phase] = max(0.0, found.get(phase, 0.0) - one.ms)
+    return found
+
+
+def _alike(collectives: Sequence[MeanCalls]) -> list[CallTime]:
+    """By kind, group and size, whatever the phase; those that were called."""
+    found: dict[tuple[str, str, int], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for one in collectives:
+        sums = found[one.operation, one.group, one.bytes]
+        sums[0] += one.calls
+        sums[1] += one.ms
+    return [
+        CallTime(kind=kind, group=group, bytes=size, calls=calls, ms=ms)
+        for (kind, group, size), (calls, ms) in sorted(found.items())
+        if calls
+    ]
