@@ -7,7 +7,7 @@ be merged where none is installed.
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 
 from megatron_mone.common.checked_json import Fault
 from megatron_mone.common.documents import (
@@ -232,8 +232,8 @@ class RankRun(Part):
     """ms; phases and passes that never ran are left out"""
     communication: dict[Key, Traffic]
     """by `op group`"""
-    collectives: list[Calls] = Field(default_factory=list)
-    """the same by size and phase; absent in files of before"""
+    collectives: list[Calls]
+    """the same by size and phase"""
     rows: Column
     """routed rows that this rank's experts took"""
     routing: Rows

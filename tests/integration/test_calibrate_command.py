@@ -39,8 +39,8 @@ pytestmark = pytest.mark.slow
 
 RANKS, LAYOUT = 2, "tp=1,ep=2,use_distributed_optimizer=true"
 SMALL = MODEL | {
-    "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 48, "num_experts": 4,
-    "max_position_embeddings": 32, "vocab_size": 127,
+    "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 48,
+    "num_experts": 4, "max_position_embeddings": 32, "vocab_size": 127,
 }  # fmt: skip
 SHORT = TRAIN | {"seq_length": 32, "micro_batch_size": 1, "global_batch_size": 4}
 

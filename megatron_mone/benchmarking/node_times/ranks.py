@@ -33,7 +33,7 @@ from megatron_mone.planning.fitting.node_times import (
     check_same_job,
 )
 
-SHARES = {"collectives": 0.2, "small job": 0.35, "launch": 0.1, "operators": 0.35}
+SHARES = {"collectives": 0.15, "small job": 0.45, "launch": 0.1, "operators": 0.3}
 """Of the time; what a section leaves over is the next one's."""
 _CALLED = {"small_job": "the small job", "launch_job": "one layer on one rank"}
 Say = Callable[[str], None]

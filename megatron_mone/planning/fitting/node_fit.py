@@ -9,6 +9,7 @@ launches.
 Touches nothing.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from megatron_mone.planning.cost.hardware import Cluster
 from megatron_mone.planning.cost.measured_times import (
     LinkKey,
     MeasuredTimes,
+    OperatorKey,
     Points,
     WaitKey,
     link_key,
@@ -43,6 +45,7 @@ from megatron_mone.planning.fitting.node_times import (
     Work,
 )
 from megatron_mone.planning.fitting.phase_fit import PhaseModel, PhaseTime, fit_phases
+from megatron_mone.planning.tracing.trace import Op
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,10 @@ def fit_nodes(work: Work, times: Times, cluster: Cluster) -> NodeFit:
         fit_phases(phases, cluster.device, start), measured=MeasuredTimes(timed, _points(times))
     )
     small = _step(work.small, times.small_job, cluster, alone)
+    if small is not None:
+        alone = replace(
+            alone, measured=replace(alone.measured, operators=_as_in_small(work, timed))
+        )
     launch = _step(work.launch, times.launch_job, cluster, alone, (OPTIMIZER,))
     fitted = alone if times.on_cpu else _beside_host(launch, work, alone)
     fitted = replace(fitted, measured=_in_step(small, work, times, alone.measured))
@@ -153,6 +160,34 @@ def _step(
     })  # fmt: skip
 
 
+def _as_in_small(work: Work, timed: Mapping[OperatorKey, float]) -> dict[OperatorKey, float]:
+    """The times by themselves, so that the small job's scales hold for them all.
+
+    A buffer of its gradients may fit caches that the job's does not. In a step neither is found
+    there, which its scale says: so what only moves bytes, of another size than the small job's,
+    takes as much more than the nearest of its name as it moves.
+    """
+    assert work.small is not None
+    ops = {operator_key(one.op()): one.op() for one in work.small.operators}
+    likes: dict[str, list[Op]] = defaultdict(list)
+    for key, op in ops.items():
+        if key in timed and operation(op).kind == "memory" and _moved(op):
+            likes[op.name].append(op)
+    found = dict(timed)
+    for row in work.operators:
+        op = row.operator.op()
+        key = operator_key(op)
+        if key in timed and key not in ops and operation(op).kind == "memory" and likes[op.name]:
+            size = 1 + _moved(op)
+            like = min(likes[op.name], key=lambda one: abs(math.log(_moved(one) / size)))
+            found[key] = timed[operator_key(like)] * _moved(op) / _moved(like)
+    return found
+
+
+def _moved(op: Op) -> int:
+    return op.bytes_read + op.bytes_written
+
+
 def _group(phase: str) -> str:
     """Of phases that a trace and a profile part otherwise: the choice is a kernel of the gate's,
     and what is once a step is one."""
@@ -175,14 +210,14 @@ def _in_step(step: Step | None, work: Work, times: Times, alone: MeasuredTimes) 
 
 
 def _waits(work: Work, times: Times) -> dict[WaitKey, Points]:
-    """But for sends between stages, whose waiting is the pipeline's."""
+    """Within a stage: what stages wait for each other is the pipeline's."""
     assert work.small is not None
     assert times.small_job is not None
     places = {one.group: one for one in work.small.groups}
     found: dict[WaitKey, dict[int, float]] = defaultdict(dict)
     for one in times.small_job.collectives:
         place = places.get(one.group)
-        if place is not None and one.kind not in ("send", "recv"):
+        if place is not None:
             key = one.kind, one.group, place.ranks, place.stride
             found[key][one.bytes] = one.ms / 1e3 / one.calls
     return {key: tuple(sorted(sizes.items())) for key, sizes in found.items()}

@@ -156,7 +156,7 @@ class SmallJob(Part):
     counts: list[Number]
     """of each of them, mean over ranks"""
     groups: list[Place]
-    """over which it sends"""
+    """of one stage, over which it sends"""
 
 
 class Work(Document, schema="megatron-mone/calibration-work/2", again=_AGAIN, indent=1):

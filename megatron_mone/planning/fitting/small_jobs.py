@@ -1,7 +1,7 @@
 """The jobs whose steps `megatron-mone calibrate` times: a few layers of the model.
 
-One in the job's own layout, as far as the ranks here hold it, a layer a stage, with its tokens a
-rank: what its phases and collectives take in a step. On GPUs also one layer on one rank with few
+One in the job's own layout, as far as the ranks here hold it, of two layers a stage (one where a
+stage of the job has no more than two), with its tokens a rank: what its phases and collectives take in a step. On GPUs also one layer on one rank with few
 tokens, whose step takes what the host does. May touch: the tracer's processes and cache.
 """
 
@@ -14,8 +14,11 @@ from megatron_mone.planning.fitting.node_times import Operator, Place, SmallJob
 from megatron_mone.planning.job import SHORT, JobSpec
 from megatron_mone.planning.planner import Planner
 from megatron_mone.planning.tracing.gpu_job import is_gpu_job
-from megatron_mone.planning.tracing.trace import Op
+from megatron_mone.planning.tracing.trace import Collective, Op
 
+LAYERS = 2
+"""Of a stage, where the job's has more: what is once a step, as its first collective, which waits
+for the ranks that the passes made late, counts for less then."""
 FEW_TOKENS = 32
 MOST_MICRO_BATCHES = 4
 """Of a step; the first of them finds what the optimizer left cold."""
@@ -55,11 +58,15 @@ def small_jobs(
     micro_batches = max(1, (values.get(SHORT["gbs"]) or batch * replicas) // (batch * replicas))
     micro_batches = min(micro_batches, MOST_MICRO_BATCHES)
     is_gpu = is_gpu_job(planner.flags(job))
+    of_stage = (values.get("num_layers") or 1) // _size(values, "pp")
+    layers = max(1, min(LAYERS, of_stage - 1))
     whole = {"mbs": batch, "gbs": batch * sizes["dp"] * micro_batches}
     few = dict.fromkeys((*_SIZES, "dp", "mbs", "gbs"), 1)
-    kinds: list[tuple[str, dict[str, int], dict[str, Any]]] = [("the small job", sizes | whole, {})]
+    kinds: list[tuple[str, dict[str, int], dict[str, Any]]] = [
+        ("the small job", sizes | whole, {"num_layers": layers * sizes["pp"]})
+    ]
     if is_gpu:
-        kinds.append(("one layer on one rank", few, {"seq_length": FEW_TOKENS}))
+        kinds.append(("one layer on one rank", few, {"seq_length": FEW_TOKENS, "num_layers": 1}))
     for name, layout, changes in kinds:
         try:
             found.append(_traced(planner, job, layout, changes))
@@ -115,7 +122,7 @@ def _traced(
     planner: Planner, job: JobSpec, layout: Mapping[str, int], changes: Mapping[str, Any]
 ) -> SmallJob:
     values = job.values()
-    found: dict[str, Any] = {**_DROPPED, **changes, "num_layers": layout["pp"]}
+    found: dict[str, Any] = {**_DROPPED, **changes}
     if layout["tp"] == 1:
         found |= _OF_TENSORS
     found |= {SHORT[name]: layout[name] for name in (*_SIZES, "mbs", "gbs")}
@@ -138,7 +145,7 @@ def _traced(
                 first.setdefault(key, op)
                 counts[key] += op.count * (1 if op.of_step else micro_batches) / stages
         for one in trace.collectives:
-            if one.ranks > 1 and not one.in_pass:
+            if within_stage(one, ranks // stages) and not one.in_pass:
                 place = Place(group=one.group, ranks=one.ranks, stride=one.stride)
                 places.setdefault(one.group, place)
     launches = sum(n for key, n in counts.items() if is_kernel(first[key]) and not key[-1])
@@ -147,6 +154,12 @@ def _traced(
         operators=[operator_of(op) for op in first.values()], counts=list(counts.values()),
         groups=list(places.values()),
     )  # fmt: skip
+
+
+def within_stage(one: Collective, ranks: int) -> bool:
+    """Whether a collective's group is of one stage, of so many ranks: what others wait for is the
+    pipeline's, which the planner knows. Stages are the outermost groups of Megatron's ranks."""
+    return one.ranks > 1 and (one.ranks - 1) * one.stride < ranks
 
 
 def is_kernel(op: Op) -> bool:

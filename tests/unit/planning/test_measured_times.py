@@ -11,6 +11,7 @@ from megatron_mone.planning.cost.measured_times import (
     between,
     link_key,
     operator_key,
+    wait_key,
 )
 from megatron_mone.planning.cost.rank_cost import collective_seconds, op_seconds
 from megatron_mone.planning.tracing.trace import Collective, Op
@@ -50,6 +51,22 @@ def test_a_collective_takes_what_its_like_took():
     assert collective_seconds(replace(GATHER, ranks=2), FACTS, CLUSTER, found) != 1e-3
 
 
+def test_a_step_s_waits_come_first_in_their_group_and_scale_other_sizes():
+    found = timed(
+        links={link_key(GATHER): POINTS},
+        waits={wait_key(GATHER): ((1000, 4e-3), (100_000, 9.0))},
+    )
+    assert found.measured.waited(GATHER)
+    others = replace(GATHER, group="edp"), replace(GATHER, stride=2), replace(GATHER, ranks=2)
+    assert not any(found.measured.waited(one) for one in others)
+    assert collective_seconds(GATHER, FACTS, CLUSTER, found) == 4e-3
+    assert collective_seconds(others[0], FACTS, CLUSTER, found) == 1e-3
+    more = replace(GATHER, bytes=3000)  # by itself 2 ms, and in a step as 4 to 1
+    assert collective_seconds(more, FACTS, CLUSTER, found) == pytest.approx(8e-3)
+    alone = timed(waits={wait_key(GATHER): POINTS})
+    assert collective_seconds(replace(GATHER, bytes=2000), FACTS, CLUSTER, alone) == 1.5e-3
+
+
 def test_stages_exchange_by_the_two_of_them():
     send = Collective("send", 1000, "pp", 8, 2, "pipeline bubble", "forward")
     assert link_key(send) == link_key(replace(send, kind="recv", ranks=4)) == ("send", 2, 2)
@@ -64,7 +81,10 @@ def test_noise_that_falls_with_the_size_is_no_bandwidth():
 
 def test_a_file_holds_them_and_one_without_is_as_it_was(tmp_path):
     path = tmp_path / "efficiency.json"
-    found = timed(operators={operator_key(PRODUCT): 0.5}, links={link_key(GATHER): POINTS})
+    found = timed(
+        operators={operator_key(PRODUCT): 0.5}, links={link_key(GATHER): POINTS},
+        phases={"loss": 2.0}, waits={wait_key(GATHER): POINTS},
+    )  # fmt: skip
     found.write(path)
     assert Efficiency.read(path) == found
     EXACT.write(path)
@@ -81,11 +101,16 @@ def test_a_file_holds_them_and_one_without_is_as_it_was(tmp_path):
         (("links", 0, "points"), [[2, 1.0], [1, 1.0]], "[bytes, seconds] with rising bytes"),
         (("links", 0, "points"), [[2]], "must be [bytes, seconds]"),
         (("links", 0, "ranks"), 0, "ranks and stride must be 1 or more"),
+        (("waits", 0, "stride"), 0, "ranks and stride must be 1 or more"),
+        (("waits", 0, "points"), [], "[bytes, seconds] with rising bytes"),
     ],
 )
 def test_a_damaged_file_is_named_with_the_place(tmp_path, place, value, said):
     path = tmp_path / "efficiency.json"
-    timed(operators={operator_key(PRODUCT): 0.5}, links={link_key(GATHER): POINTS}).write(path)
+    timed(
+        operators={operator_key(PRODUCT): 0.5}, links={link_key(GATHER): POINTS},
+        waits={wait_key(GATHER): POINTS},
+    ).write(path)  # fmt: skip
     document = json.loads(path.read_text())
     section, row, name = place
     document["measured"][section][row][name] = value

@@ -17,6 +17,7 @@ from megatron_mone.common.phases import (
 )
 from megatron_mone.planning.composed import scaled_facts, scaled_traces
 from megatron_mone.planning.cost.hardware import Host
+from megatron_mone.planning.cost.measured_times import MeasuredTimes, wait_key
 from megatron_mone.planning.cost.prediction import predict, schedule_of
 from megatron_mone.planning.cost.rank_cost import chunk_cost, collective_seconds, step_cost
 from megatron_mone.planning.cost.rank_memory import rank_memory
@@ -134,6 +135,14 @@ def test_short_gemms_hide_less_and_hiding_costs_compute():
     assert cost.backward.hidden == pytest.approx(1 * MS)
     assert cost.backward.compute == pytest.approx(1.5 * MS)
     assert cost.backward.exposed["tp"] == pytest.approx(3 * MS)
+
+
+def test_what_a_timed_step_waits_for_is_not_hidden_once_more():
+    one = trace(product(10, BACKWARD), sent := gather(4, "all_reduce", BACKWARD))
+    waits = {wait_key(sent): ((sent.bytes, 3 * MS),)}
+    timed = replace(EXACT, measured=MeasuredTimes(waits=waits))
+    assert chunk_cost(one, FACTS, CLUSTER, EXACT).backward.exposed["tp"] == 0
+    assert chunk_cost(one, FACTS, CLUSTER, timed).backward.exposed["tp"] == pytest.approx(3 * MS)
 
 
 def test_a_step_without_pipeline_adds_up():
