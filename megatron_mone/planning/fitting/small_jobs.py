@@ -1,8 +1,9 @@
 """The jobs whose steps `megatron-mone calibrate` times: a few layers of the model.
 
-One in the job's own layout, as far as the ranks here hold it, of two layers a stage (one where a
-stage of the job has no more than two), with its tokens a rank: what its phases and collectives take in a step. On GPUs also one layer on one rank with few
-tokens, whose step takes what the host does. May touch: the tracer's processes and cache.
+One in the job's own layout, as far as the ranks here hold it, with its tokens a rank and two layers
+a stage (one where a stage of the job has no more than two): what its phases and collectives take in
+a step. On GPUs also one layer on one rank with few tokens, whose step takes what the host does. May
+touch: the tracer's processes and cache.
 """
 
 from collections import defaultdict
