@@ -7,6 +7,7 @@ tests/calibrated_layouts.py measures that.
 import contextlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -17,6 +18,7 @@ from megatron_mone.commands import calibrate_nodes as calibrate_command
 from megatron_mone.commands import compare as compare_command
 from megatron_mone.commands import plan as plan_command
 from megatron_mone.common.phases import ATTENTION, BALANCE_LOSS, OPTIMIZER, ROUTER
+from megatron_mone.common.places import program_words
 from megatron_mone.planning.against_profile import PlanAgainstProfile
 from megatron_mone.planning.cost.efficiency import Efficiency
 from megatron_mone.planning.cost.hardware import Cluster, load_cluster
@@ -37,6 +39,7 @@ from tests.calibrated_layouts import MODEL, TRAIN, profile_words, write_inputs
 
 pytestmark = pytest.mark.slow
 
+PROGRAM = [sys.executable, *program_words("calibrate")]
 RANKS, LAYOUT = 2, "tp=1,ep=2,use_distributed_optimizer=true"
 SMALL = MODEL | {
     "num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "moe_ffn_hidden_size": 48,
@@ -101,6 +104,13 @@ def started(ranks: int, folder: Path, module: str, *words: str) -> str:
     return said
 
 
+def forked(command: list[str], ranks: int, logs: Path) -> int:
+    """As `run_ranks`, of a command of this program, on ranks that are forked."""
+    assert command[: len(PROGRAM)] == PROGRAM
+    started(ranks, logs.parent, "calibrate_nodes", *command[len(PROGRAM) :])
+    return 0
+
+
 @pytest.fixture(scope="module")
 def tracer(shared_tracer, cache) -> Tracer:
     """Of plans that are made here; the commands find its answers."""
@@ -126,14 +136,15 @@ def calibrated(tmp_path_factory, tracer) -> Calibrated:
         patch.object(trace_server, "Tracer", lambda: contextlib.nullcontext(tracer)),
         patch.dict(os.environ, OMP_NUM_THREADS="1"),
     ):
-        assert calibrate_command.main([*words, "--prepare"]) == 0
+        assert calibrate_command.main([*words, "--prepare", "--ranks", str(RANKS)]) == 0
         started(RANKS, folder, "calibrate_nodes", *words, "--prepared")
         document = json.loads((out / TIMES).read_text())
         for kind in ("operators", "links"):
             document[kind] = document[kind][:-3]
         (out / TIMES).write_text(json.dumps(document))
         stopped = Times.read(out / TIMES, "")
-        assert calibrate_command.main([*words, "--ranks", str(RANKS)]) == 0
+        with patch.object(calibrate_command, "run_ranks", forked):
+            assert calibrate_command.main([*words, "--ranks", str(RANKS)]) == 0
     return Calibrated(folder, job, stopped)
 
 
@@ -155,6 +166,7 @@ def test_what_is_timed_is_what_the_plan_prices(calibrated):
     assert {(one.link.kind, one.link.ranks) for one in times.links} == links
     assert ("all_to_all", RANKS) in links
     assert times.small_job is not None
+    assert times.launch_job is None
     assert times.notes == []
     dear = [one.share for one in work.operators if one.share >= LEAST_SHARE]
     assert dear == sorted(dear, reverse=True)
@@ -172,7 +184,21 @@ def test_operators_of_a_phase_take_what_it_takes_in_a_step(calibrated):
     )
     assert priced == pytest.approx(times.small_job.phases_ms[ATTENTION] / 1e3)
     assert {ROUTER, BALANCE_LOSS, OPTIMIZER} <= set(found.efficiency.measured.phases)
-    assert times.small_job.step_ms < sum(times.small_job.phases_ms.values())
+    step = times.small_job
+    parts = sum(step.phases_ms.values()) + sum(one.ms for one in step.collectives)
+    assert parts == pytest.approx(step.step_ms, rel=1e-3)
+
+
+def test_the_small_job_is_a_layer_in_the_jobs_own_layout(calibrated):
+    """With its micro-batches and experts of a rank, and collectives of its groups."""
+    small, flags = calibrated.work.small, calibrated.work.job.flags
+    assert small.ranks == RANKS
+    for name in ("--expert-model-parallel-size", "--num-experts", "--global-batch-size"):
+        assert small.flags[small.flags.index(name) + 1] == flags[flags.index(name) + 1]
+    assert small.flags[small.flags.index("--num-layers") + 1] == "1"
+    assert flags[flags.index("--num-layers") + 1] == "2"
+    calls = {(one.kind, one.group) for one in calibrated.times.small_job.collectives}
+    assert {("all_to_all", "ep"), ("reduce_scatter", "dp-cp")} <= calls
 
 
 def test_a_second_turn_goes_on_where_the_first_one_stopped(calibrated):
@@ -194,16 +220,19 @@ def test_the_plan_takes_the_efficiency_and_changes_with_it(calibrated, tracer):
     assert plan.efficiency.startswith(f"timed on {RANKS} ranks of ")
     assert after.step_ms != assumed.step_ms
     assert after.memory_gib == assumed.memory_gib
-    timed = {(one.link.kind, one.link.bytes): one.seconds for one in calibrated.times.links}
+    waited = {
+        (one.kind, one.group, one.bytes): one.ms / one.calls
+        for one in calibrated.times.small_job.collectives
+    }
     exchange = next(one for one in after.collectives if one.kind == "all_to_all")
-    assert exchange.ms == pytest.approx(1e3 * timed["all_to_all", round(exchange.bytes)])
+    assert exchange.ms == pytest.approx(waited["all_to_all", "ep", round(exchange.bytes)])
 
 
 def test_the_page_and_the_lines_say_what_was_timed(calibrated):
     found = fit_nodes(calibrated.work, calibrated.times, calibrated.cluster)
     assert found.efficiency == Efficiency.read(calibrated.out / "efficiency.json")
     page, said = (calibrated.out / "report.html").read_text(), lines(found)
-    for words in ("mone.up_down_backward", "operators timed", "launch: one layer", "all_to_all ep"):
+    for words in ("mone.up_down_backward", "operators timed", "small job: a step", "all_to_all ep"):
         assert words in page
         assert words in said
     assert found.efficiency.source in said

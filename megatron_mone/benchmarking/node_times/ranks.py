@@ -150,11 +150,13 @@ class Calibration:
         """Steps of a small job, on as many ranks as it has; the others wait."""
         if job is None or self._times[name] is not None:
             return
-        if job.ranks > dist.get_world_size():
+        here = dist.get_world_size()
+        if here != self._work.ranks:
             self._note(
-                f"{_CALLED[name]} has {job.ranks} ranks, {dist.get_world_size()} are here: prepare "
-                "with --ranks"
+                f"{_CALLED[name]} was made for {self._work.ranks} ranks, {here} are here: prepare "
+                f"with --ranks {here}"
             )
+        if job.ranks > here:
             return
         folder, rank, error = self._folder / name, dist.get_rank(), ""
         ports = [free_port() if self._first else 0]

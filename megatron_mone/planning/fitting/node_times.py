@@ -163,6 +163,8 @@ class Work(Document, schema="megatron-mone/calibration-work/2", again=_AGAIN, in
     """What is timed of a job, the most expensive first; small jobs' before the cheapest."""
 
     job: CalibrationJob
+    ranks: AtLeast1
+    """that were said to time it: the small job is of no more"""
     operators: list[OperatorWork]
     links: list[LinkWork]
     small: SmallJob | None

@@ -73,7 +73,7 @@ def work_of(planner: Planner, planned: Planned, gpus: int, here: int) -> Work:
             device=planner.cluster.device.name, neuron_block=values.get("mone_neuron_block") or 1,
             kept_of=facts.moe_ffn_hidden_size if is_mone(values) else 0,
         ),
-        operators=operators, links=list(_links(planner, planned)), small=small,
+        ranks=here, operators=operators, links=list(_links(planner, planned)), small=small,
         launch=launch, notes=notes,
     )  # fmt: skip
 

@@ -115,6 +115,14 @@ def write_page(found: NodeFit, folder: Path) -> Path:
               f"{one.link.bytes:,}", f"{1e6 * one.seconds:,.1f}", f"{one.share:.1%}")
              for one in times.links],
         )  # fmt: skip
+    if times.small_job is not None and times.small_job.collectives:
+        page.heading("Collectives in a step")
+        page.table(
+            ("collective", "bytes", "calls", "us of one, waiting included"),
+            [(f"{one.kind} {one.group}", f"{one.bytes:,}", f"{one.calls:,.1f}",
+              f"{1e3 * one.ms / one.calls:,.1f}")
+             for one in times.small_job.collectives],
+        )  # fmt: skip
     page.heading("Machine")
     page.bullets([f"{times.ranks} ranks, {times.processor}", f"Load as it began: {times.load:.1f}"])
     return page.write(folder / PAGE)

@@ -107,14 +107,15 @@ def calibrated(counts: list[tuple[Op, float]], step: dict[str, Any]) -> tuple[Wo
         for size, ms in ((1000, 1.0), (3000, 2.0))
     ]  # fmt: skip
     work = Work(
-        job=JOB, operators=[OperatorWork(operator=one, share=share) for one in ops], links=[],
-        small=small, launch=None, notes=[],
+        job=JOB, ranks=2, links=[], small=small, launch=None, notes=[],
+        operators=[OperatorWork(operator=one, share=share) for one in ops],
     )  # fmt: skip
     times = Times(
         job=JOB, processor="paper", device="paper", on_cpu=True, ranks=2, load=0.0, date="now",
-        links=links, operators=[OperatorTime(operator=one, seconds=1e-3, by="itself", share=share)
-                   for one in ops],
-        small_job=StepTime(step_ms=100.0, **step), launch_job=None, notes=[],
+        links=links, small_job=StepTime(step_ms=100.0, **step), launch_job=None, notes=[],
+        operators=[
+            OperatorTime(operator=one, seconds=1e-3, by="itself", share=share) for one in ops
+        ],
     )  # fmt: skip
     return work, times
 
@@ -176,3 +177,23 @@ def test_collectives_are_taken_out_of_the_phase_they_count_in():
     phases = {ATTENTION: 10.0, DISPATCH: 4.0, EXPOSED_COMMUNICATION: 5.0}
     left = {ATTENTION: 10.0, DISPATCH: 1.0, EXPOSED_COMMUNICATION: 0.0}
     assert without_collectives(phases, calls) == left
+
+
+def buffer(size: int) -> Op:
+    """Zeros written over so many floats."""
+    return Op("aten.zero_", ((size,),), ((size,),), "float32", 0, 4 * size, 0, OPTIMIZER, "forward")
+
+
+def test_a_buffer_of_another_size_takes_as_much_more_as_it_moves():
+    """What it took by itself, out of the caches or not, says nothing of a step."""
+    known, larger = buffer(1000), buffer(4000)
+    step = {"phases_ms": {OPTIMIZER: 3.0}, "collectives": []}
+    work, times = calibrated([(known, 1), (product(4, ATTENTION), 1)], step)
+    slow = OperatorTime(operator=operator_of(larger), seconds=9.0, by="itself", share=0.0)
+    more = [*work.operators, OperatorWork(operator=slow.operator, share=0.0)]
+    work = Work.of({**work.plain(), "operators": [one.plain() for one in more]}, None)
+    rows = [one.plain() for one in (*times.operators, slow)]
+    times = Times.of({**times.plain(), "operators": rows}, None)
+    found = fit_nodes(work, times, CLUSTER).efficiency
+    assert op_seconds(known, CLUSTER, found) == pytest.approx(3e-3)
+    assert op_seconds(larger, CLUSTER, found) == pytest.approx(12e-3)
