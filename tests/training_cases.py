@@ -7,9 +7,9 @@ the gradients of the first step and the parameters after the third, each gathere
 """
 
 import contextlib
+import copy
 import functools
 import gc
-import inspect
 import json
 import subprocess
 import sys
@@ -197,15 +197,15 @@ def spare_repeated_work() -> None:
     """Let a process that trains many models do once what is the same for each, and drop what no
     test reads: the printed arguments, their copies in TensorBoard. No number depends on it."""
     from megatron.core.datasets import gpt_dataset
-    from megatron.training import argument_utils, arguments
+    from megatron.training import arguments
     from torch.utils.tensorboard import SummaryWriter
 
-    # Megatron reads its classes' sources for the help texts of their flags, anew for every parser.
-    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
-    factory = argument_utils.ArgumentGroupFactory
-    read = functools.cache(lambda cls: texts(factory.__new__(factory), cls))
-    texts = factory._get_field_docstrings
-    factory._get_field_docstrings = lambda self, cls: read(cls)
+    from megatron_mone.model import arguments as ours
+
+    # Eight hundred flags, added three times in a run. A caller sets parse_args on its own copy.
+    parser = ours.flag_parser()
+    arguments.add_megatron_arguments = lambda given: copy.copy(parser)
+    ours.add_arguments = lambda given: given
     arguments._print_args = lambda *ignored: None
     SummaryWriter.add_text = lambda *ignored, **named: None
 
