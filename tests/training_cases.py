@@ -7,7 +7,6 @@ the gradients of the first step and the parameters after the third, each gathere
 """
 
 import contextlib
-import copy
 import functools
 import gc
 import json
@@ -192,6 +191,9 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
     return models, set_folder
 
 
+_KEPT = contextlib.ExitStack()  # to the end of the process
+
+
 @functools.cache
 def spare_repeated_work() -> None:
     """Let a process that trains many models do once what is the same for each, and drop what no
@@ -200,12 +202,9 @@ def spare_repeated_work() -> None:
     from megatron.training import arguments
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_mone.model import arguments as ours
+    from megatron_mone.model.arguments import one_parser
 
-    # Eight hundred flags, added three times in a run. A caller sets parse_args on its own copy.
-    parser = ours.flag_parser()
-    arguments.add_megatron_arguments = lambda given: copy.copy(parser)
-    ours.add_arguments = lambda given: given
+    _KEPT.enter_context(one_parser())
     arguments._print_args = lambda *ignored: None
     SummaryWriter.add_text = lambda *ignored, **named: None
 

@@ -5,13 +5,16 @@ Megatron's global arguments, which its own validation sets.
 """
 
 import argparse
+import copy
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_mone.common.patch import wrapping
+from megatron_mone.common.patch import Replaced, wrapping
 from megatron_mone.model import failure
 
 
@@ -142,6 +145,23 @@ def flag_parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
     return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+@contextmanager
+def one_parser() -> Iterator[None]:
+    """While it lasts every parser of Megatron's flags is a copy of one that has ours too.
+
+    Megatron adds eight hundred flags anew for each, which takes 10 ms, three times in a job. Only
+    for a process in which nobody adds others, such as one that forks a child for each of many jobs.
+    """
+    from megatron.training import arguments
+
+    parser = flag_parser()
+    with (
+        Replaced(arguments, "add_megatron_arguments", lambda given: copy.copy(parser)),
+        Replaced(sys.modules[__name__], "add_arguments", lambda given: given),
+    ):
+        yield
 
 
 def written_out(words: Sequence[str]) -> list[str]:

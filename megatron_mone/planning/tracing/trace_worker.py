@@ -17,6 +17,8 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -35,12 +37,14 @@ GPU, CPU = "gpu", "cpu"
 def main(descriptor: str, kind: str) -> None:
     """Import, say that all is ready, and serve until the other side closes the socket."""
     with socket.socket(fileno=int(descriptor)) as connection:
-        _preload(kind == GPU)
-        connection.send(json.dumps({"ready": True}).encode())
-        _serve(connection)
+        with _preloaded(kind == GPU):
+            connection.send(json.dumps({"ready": True}).encode())
+            _serve(connection)
 
 
-def _preload(gpu: bool) -> None:
+@contextmanager
+def _preloaded(gpu: bool) -> Iterator[None]:
+    """What a child would import and build."""
     prepare(gpu)
     for module in (
         *("megatron.training.training", "megatron.core.num_microbatches_calculator"),
@@ -58,9 +62,10 @@ def _preload(gpu: bool) -> None:
     from megatron_mone.model import arguments
 
     install(arguments.PATCHES)
-    arguments.flag_parser()  # what it reads no child reads again
-    gc.collect()
-    gc.freeze()  # nothing here is garbage: a child's collections need not look at it, nor copy it
+    with arguments.one_parser():
+        gc.collect()
+        gc.freeze()  # nothing here is garbage: a child's collections need not look at it, nor copy
+        yield
 
 
 def _serve(connection: socket.socket) -> None:

@@ -60,6 +60,28 @@ def test_committed_run_files_are_known_to_megatron(path, one_rank):
     assert {name for name in values if getattr(args, name) is None} == set()
 
 
+def test_one_parser_reads_as_many_do(one_rank):
+    """What one reading is given, and what it sets on its parser, the next does not see."""
+    from megatron.training import arguments
+
+    from megatron_mone.model.arguments import flag_parser, one_parser, parse_given
+
+    def found():
+        given = (["--num-layers", "2", "--mone-neuron-ratio", "0.5"], ["--num-layers", "3"])
+        flags = [(one.dest, one.default, one.option_strings) for one in flag_parser()._actions]
+        return [vars(parse_given(words)) for words in given], flags
+
+    many, add = found(), arguments.add_megatron_arguments
+    with one_parser():
+        assert found() == many
+        with pytest.raises(ValueError, match=r"did you mean .--num-layers"):
+            parse_given(["--num-layer", "2"])
+        assert flag_parser()._actions[0] is flag_parser()._actions[0]
+    assert arguments.add_megatron_arguments is add
+    assert found() == many
+    assert flag_parser()._actions[0] is not flag_parser()._actions[0]
+
+
 def test_yaml_runs_no_code(tmp_path):
     (tmp_path / "run.yaml").write_text("model: !!python/object/apply:os.system ['echo hi']\n")
     with pytest.raises(ValueError, match="cannot be read"):
