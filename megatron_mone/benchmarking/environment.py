@@ -7,6 +7,7 @@ from typing import Any
 import psutil
 import torch
 
+from megatron_mone.benchmarking import instruction_sets
 from megatron_mone.common import machine
 from megatron_mone.common.places import CONFIG_ROOT, PACKAGE
 
@@ -20,8 +21,9 @@ def device() -> torch.device:
 
 
 def describe() -> dict[str, str]:
-    """Label -> value: processor or GPU, threads, versions, date and load; no names, no paths."""
-    facts = machine.facts()
+    """Label -> value: processor or GPU, its class (goals.py), threads, versions, date and load; no
+    names, no paths."""
+    facts = machine.facts() | instruction_sets.facts()
     if torch.cuda.is_available():
         facts["GPU"] = torch.cuda.get_device_name()
     facts["Threads"] = str(torch.get_num_threads())

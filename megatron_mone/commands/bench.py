@@ -23,6 +23,10 @@ def experts(asked: Asked) -> int:
             --ratio 0.25 --dtype fp32 --json out/cell.json
         megatron-mone bench experts --grid quick --out out/bench
     """
+    from megatron_mone.benchmarking import instruction_sets
+
+    if asked.instructions is not None:
+        instruction_sets.limit(asked.instructions)
     from megatron_mone.benchmarking import cli
 
     try:

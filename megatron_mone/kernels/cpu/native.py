@@ -22,6 +22,8 @@ from megatron_mone.kernels.cpu import build
 
 INTERFACE_VERSION = 9
 INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
+SET_ENV = "MONE_KERNEL_SET"
+"""Names the instruction set that runs instead of the best one: avx2 on a processor with AVX-512."""
 # kernels.h
 BLOCK, TILE = 16, 512  # neurons of a block of a mask of blocks, rows of a tile of its lists
 FEW_ROWS = 64  # most rows of an expert in the kernels for few rows
@@ -133,22 +135,33 @@ def _folder() -> Path:
 
 @cache
 def kernels(instruction_set: str | None = None) -> Kernels:
-    """The kernels of one of INSTRUCTION_SETS, by default the best that this processor runs.
+    """The kernels of one of INSTRUCTION_SETS, by default of `default_set`.
 
     Raises:
         ValueError: this processor cannot run that set.
         build.BuildError: as `load`.
     """
-    library = load()
-    best = library.mone_best_set()
-    wanted = best if instruction_set is None else INSTRUCTION_SETS.index(instruction_set)
-    table = library.mone_kernels(wanted)
-    if not table:
-        raise ValueError(
-            f"instruction_set = {instruction_set!r}: this processor runs up to "
-            f"{INSTRUCTION_SETS[best]}"
-        )
-    return table.contents
+    wanted = default_set() if instruction_set is None else instruction_set
+    return load().mone_kernels(_number(wanted, "instruction_set")).contents
+
+
+def default_set() -> str:
+    """The set that SET_ENV names, else the best that this processor runs.
+
+    Raises:
+        ValueError: SET_ENV names no set, or one that this processor cannot run.
+        build.BuildError: as `load`.
+    """
+    named = os.environ.get(SET_ENV)
+    return INSTRUCTION_SETS[_number(named, SET_ENV) if named else load().mone_best_set()]
+
+
+def _number(name: str, given_as: str) -> int:
+    """A set's place in INSTRUCTION_SETS, checked against the processor."""
+    sets = INSTRUCTION_SETS[: load().mone_best_set() + 1]
+    if name not in sets:
+        raise ValueError(f"{given_as} = {name!r}: this processor runs {', '.join(sets)}")
+    return sets.index(name)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_mone.kernels.cpu import backend as cpu_backend
 from megatron_mone.kernels.cpu import build, native
 
 COMPILER = """#!/bin/sh
@@ -80,6 +81,16 @@ def test_the_compiler_says_which_instruction_sets_are_built(beside, tmp_path, mo
     monkeypatch.setenv("MACHINE", "riscv64")
     with pytest.raises(build.BuildError, match=r"x86_64 or aarch64; .* for riscv64-linux-gnu"):
         build.build(folder=beside)
+
+
+@pytest.mark.skipif(not cpu_backend.available()[0], reason="the CPU kernels cannot be built here")
+def test_a_lower_instruction_set_can_be_named(monkeypatch):
+    best = native.default_set()
+    monkeypatch.setenv(native.SET_ENV, native.INSTRUCTION_SETS[0])
+    assert native.default_set() == native.INSTRUCTION_SETS[0]
+    monkeypatch.setenv(native.SET_ENV, "sse9")
+    with pytest.raises(ValueError, match=rf"^MONE_KERNEL_SET = 'sse9': .* runs .*{best}$"):
+        native.default_set()
 
 
 @pytest.mark.parametrize(
