@@ -1,10 +1,13 @@
 """What is raced: one cell's shape, and the tensors every implementation gets.
 
+Cells of one shape and dtype share their weights, which take longer to make than to run.
+
 Shapes: N routed rows grouped by expert, H hidden size, F neurons of an expert, E experts,
 S = r F neurons kept.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -130,6 +133,15 @@ class Inputs:
         """F."""
         return self.down_EFH.shape[1]
 
+    @cached_property
+    def in_float32(self) -> "Inputs":
+        """The same, converted once for all who multiply in float32."""
+        return replace(
+            self, x_NH=self.x_NH.float(), dy_NH=self.dy_NH.float(),
+            gate_up_E2FH=self.gate_up_E2FH.float(), down_EHF=self.down_EHF.float(),
+            down_EFH=self.down_EFH.float(),
+        )  # fmt: skip
+
     @property
     def expert_of_N(self) -> Tensor:
         """The expert of each row."""
@@ -155,23 +167,35 @@ def leaf(tensor: Tensor) -> Tensor:
 def make_inputs(cell: Cell, device: torch.device) -> Inputs:
     """Random values, the same for the same cell; weights are scaled to keep variances near 1."""
     generator = torch.Generator(device).manual_seed(20)
-    dtype = DTYPES[cell.dtype]
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randn(*shape, generator=generator, device=device, dtype=torch.float32)
-        return values.mul_(scale).to(dtype)
-
-    n, h, f, e = cell.tokens, cell.hidden, cell.neurons, cell.experts
-    down_EHF = normal(e, h, f, scale=f**-0.5)
+    n, h, dtype = cell.tokens, cell.hidden, DTYPES[cell.dtype]
+    gate_up_E2FH, down_EHF, down_EFH = _weights(h, cell.neurons, cell.experts, dtype, device)
     return Inputs(
-        x_NH=normal(n, h),
-        dy_NH=normal(n, h),
+        x_NH=_normal((n, h), 1.0, generator, dtype),
+        dy_NH=_normal((n, h), 1.0, generator, dtype),
         probs_N=torch.rand(n, generator=generator, device=device).mul_(0.9).add_(0.1),
         counts=cell.counts,
-        gate_up_E2FH=normal(e, 2 * f, h, scale=h**-0.5),
+        gate_up_E2FH=gate_up_E2FH,
         down_EHF=down_EHF,
-        down_EFH=down_EHF.transpose(1, 2).contiguous(),
+        down_EFH=down_EFH,
     )
+
+
+@lru_cache(maxsize=1)
+def _weights(
+    h: int, f: int, e: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and up, down, and down neuron by neuron; nobody writes to them."""
+    generator = torch.Generator(device).manual_seed(21)
+    gate_up_E2FH = _normal((e, 2 * f, h), h**-0.5, generator, dtype)
+    down_EHF = _normal((e, h, f), f**-0.5, generator, dtype)
+    return gate_up_E2FH, down_EHF, down_EHF.transpose(1, 2).contiguous()
+
+
+def _normal(
+    shape: tuple[int, ...], scale: float, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    values = torch.randn(shape, generator=generator, device=generator.device)
+    return values.mul_(scale).to(dtype)
 
 
 def _refuse(option: str, value: object, allowed: str) -> None:

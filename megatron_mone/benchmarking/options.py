@@ -36,6 +36,16 @@ class Asked:
     ] = None
     out: Annotated[Path | None, Option(help="folder of a grid's report (out/bench)")] = None
     neuron_block: Annotated[int, Option(help="B adjacent neurons chosen together")] = 1
+    instructions: Annotated[
+        Literal["avx2"] | None,
+        Option(help="run this class's vector code, ours and the peers', on a later processor"),
+    ] = None
+    minutes: Annotated[
+        float | None, Option(help="of a grid: stop before a cell that would go beyond; the same "
+                             "command goes on")
+    ] = None  # fmt: skip
     threads: Annotated[int | None, Option(help="of torch (its own choice)")] = None
-    repeats: Annotated[int, Option(help="least repeats")] = 5
-    seconds: Annotated[float, Option(help="for repeats of a cell")] = 6.0
+    repeats: Annotated[int | None, Option(help="least repeats (7; of the full grid 2)")] = None
+    seconds: Annotated[
+        float | None, Option(help="for repeats of a cell (10; of the full grid 3)")
+    ] = None

@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import nan
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_mone.benchmarking.goals import WORDS
 from megatron_mone.benchmarking.summary import Point, fraction
 from megatron_mone.kernels.race_results import CellResults, RaceResults
 from megatron_mone.reporting.page import plots
@@ -53,6 +55,12 @@ def ratio_against_share(results: RaceResults, found: list[Point]) -> Figure | No
             ("forward + backward", BOTH, [point.forward_backward for point in mine]),
         ):
             panel.plot(shares, values, color=colour, marker="o", markersize=4, label=name)
+        for phase, colour in zip(WORDS, (FORWARD, BOTH), strict=True):
+            goals = [point.goals[phase] for point in mine]
+            marks = [nan if goal is None else goal for goal in goals]
+            label = f"goal, {WORDS[phase]}" if any(goals) else None
+            panel.plot(shares, marks, color=colour, linestyle="", marker="_", markersize=12,
+                       label=label)  # fmt: skip
         panel.plot(shares, [point.limit for point in mine], color=ROOF, linestyle=":",
                    label="forward + backward by roofline")  # fmt: skip
         _even(panel)
@@ -108,7 +116,8 @@ PLOTS: tuple[tuple[str, Drawing, str], ...] = (
      "Forward + backward of the fastest MoNE backend over the fastest dense peer, against the "
      "number of routed rows; dotted: what the roofline allows."),
     ("ratio_against_share", ratio_against_share,
-     "The same against the share of neurons kept, at the largest number of rows."),
+     "The same against the share of neurons kept, at the largest number of rows, with the goals "
+     "as bars."),
     ("time_and_roofline", time_and_roofline,
      "Time of every implementation, and the least that the measured peaks allow."),
     ("memory_against_share", memory_against_share,
@@ -135,9 +144,11 @@ def _largest(found: Sequence[Point]) -> list[Point]:
     return [point for point in main if point.config.tokens == most[point.config.dtype]]
 
 
-def _key(point: Point) -> tuple[int, int, int, str]:
+def _key(point: Point) -> tuple[int, int, int, str, int]:
     config = point.config
-    return config.hidden, config.neurons, config.experts, config.routing
+    return (
+        config.hidden, config.neurons, config.experts, config.routing, config.neuron_block
+    )  # fmt: skip
 
 
 def _dtypes(found: Sequence[Point]) -> list[str]:

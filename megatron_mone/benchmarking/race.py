@@ -1,6 +1,6 @@
 """One cell: build every implementation, check it, meter its memory, time all of them together."""
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,20 +11,17 @@ from torch import Tensor
 from megatron_mone.benchmarking import memory
 from megatron_mone.benchmarking.adapters import Adapter, all_adapters
 from megatron_mone.benchmarking.adapters.base import Experts
-from megatron_mone.benchmarking.adapters.mone import MoNE, chosen_mask, mone_weights, resolve
+from megatron_mone.benchmarking.adapters.mone import resolve
 from megatron_mone.benchmarking.cases import Cell, Inputs, make_inputs
+from megatron_mone.benchmarking.checking import Checker, Results
+from megatron_mone.benchmarking.machine_limits import PHASES
 from megatron_mone.benchmarking.summary import AUTO
-from megatron_mone.benchmarking.timing import race
-from megatron_mone.kernels import mone_grouped_mlp
-from megatron_mone.kernels.neuron_mask import NeuronMask
+from megatron_mone.benchmarking.timing import race, summary
 from megatron_mone.kernels.race_results import NUMBERS, Row
 
-TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
-"""Relative norm of an output's difference from the reference's."""
-GRADIENT_SLACK = 5.0
-"""Gradients of x and probs may differ by this many tolerances: they are longer sums."""
-LEAST_OVERLAP = {"fp32": 0.999, "bf16": 0.97}
-"""Share of the reference's neurons that a MoNE backend must choose too; near ties may flip."""
+IN_SIGHT = 1.3  # of the fastest's time: who is slower is not timed further
+WhyOut = Callable[[Adapter, Cell], str | None]
+"""One line why an implementation is not raced in a cell, or None."""
 
 
 @dataclass
@@ -43,7 +40,14 @@ class Entry:
     found: dict[str, Any] = field(default_factory=dict)
 
 
-def run_cell(cell: Cell, device: torch.device, *, seconds: float, repeats: int) -> list[Row]:
+def run_cell(
+    cell: Cell,
+    device: torch.device,
+    *,
+    seconds: float,
+    repeats: int,
+    why_out: WhyOut = lambda adapter, cell: None,
+) -> list[Row]:
     """Race one cell.
 
     Args:
@@ -51,22 +55,26 @@ def run_cell(cell: Cell, device: torch.device, *, seconds: float, repeats: int) 
         device: where all tensors live.
         seconds: time for the repeats.
         repeats: at least so many.
+        why_out: who is left out, beside those who cannot run.
 
     Returns:
         One row an implementation, without the limits of the machine.
     """
     inputs = make_inputs(cell, device)
-    entries = [_enter(adapter, cell, inputs, device) for adapter in all_adapters(cell)]
-    references: dict[str, Reference] = {}
+    entries = [_enter(adapter, cell, inputs, device, why_out) for adapter in all_adapters(cell)]
+    checker = Checker(cell, inputs)
     for entry in entries:
         if entry.experts is not None:
-            _attempt(entry, partial(_check, cell=cell, inputs=inputs, kept=references))
-    references.clear()
-    for entry in entries:
-        if entry.experts is not None:
-            _attempt(entry, partial(_meter, inputs=inputs))
+            _attempt(entry, partial(_meter_and_check, inputs=inputs, checker=checker))
     running = [entry for entry in entries if entry.experts is not None]
-    times = race([_phases(e, inputs) for e in running], seconds=seconds, least=repeats)
+    # each has run two forward passes and a backward pass
+    times = race(
+        [_phases(e, inputs) for e in running],
+        seconds=seconds,
+        least=repeats,
+        warm_up=0,
+        stays=partial(_in_sight, [entry.adapter.ratio for entry in running]),
+    )
     for entry, phases in zip(running, times, strict=True):
         for phase, spent in phases.items():
             entry.found |= {
@@ -79,8 +87,19 @@ def run_cell(cell: Cell, device: torch.device, *, seconds: float, repeats: int) 
     return with_ratios(rows + _auto_rows(rows, cell, device))
 
 
+def _in_sight(ratios: list[float | None], taken: list[dict[str, list[float]]]) -> list[bool]:
+    """Who is near the fastest of its kind in some phase: dense peers, MoNE's backends at one r."""
+    near = [False] * len(taken)
+    for phase in PHASES:
+        least = [summary(times[phase]).p10 for times in taken]
+        for i, ratio in enumerate(ratios):
+            rivals = [ms for ms, other in zip(least, ratios, strict=True) if other == ratio]
+            near[i] |= least[i] <= IN_SIGHT * min(rivals)
+    return near
+
+
 def with_ratios(rows: list[Row]) -> list[Row]:
-    """The rows with their medians over the fastest dense peer's of the same run.
+    """The rows with their tenth percentiles over the fastest dense peer's of the same run.
 
     A peer that disagrees with the reference is not asked; without any the ratios are None. In bf16
     the fastest may be one that multiplies in float32 (adapters/in_float32.py).
@@ -88,21 +107,23 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     peers = [row for row in rows if row.dense and row.agrees]
     if not peers:
         return rows
-    forward = min(row.forward_ms for row in peers)
-    both = min(row.forward_backward_ms for row in peers)
+    forward = min(row.forward_ms_p10 for row in peers)
+    both = min(row.forward_backward_ms_p10 for row in peers)
 
     def compared(row: Row) -> Row:
         ratios = {
-            "ratio_to_best_dense": row.forward_backward_ms / both,
-            "ratio_to_best_dense_forward": row.forward_ms / forward,
+            "ratio_to_best_dense": row.forward_backward_ms_p10 / both,
+            "ratio_to_best_dense_forward": row.forward_ms_p10 / forward,
         }
         return row.model_copy(update=ratios)
 
     return [compared(row) if row.available else row for row in rows]
 
 
-def _enter(adapter: Adapter, cell: Cell, inputs: Inputs, device: torch.device) -> Entry:
-    reason = adapter.why_absent(cell, device)
+def _enter(
+    adapter: Adapter, cell: Cell, inputs: Inputs, device: torch.device, why_out: WhyOut
+) -> Entry:
+    reason = adapter.why_absent(cell, device) or why_out(adapter, cell)
     if reason is not None:
         return Entry(adapter, reason=reason)
     entry = Entry(adapter)
@@ -121,73 +142,8 @@ def _attempt(entry: Entry, step: Any) -> None:
         entry.found = {}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the reference gives for some neurons: output, and gradients of x and probs."""
-
-    y_NH: Tensor
-    dx_NH: Tensor
-    dprobs_N: Tensor
-
-
-def _check(entry: Entry, cell: Cell, inputs: Inputs, kept: dict[str, Reference]) -> None:
-    """Note error, gradient error and, of MoNE, the overlap of the neurons chosen."""
-    adapter = entry.adapter
-    overlap = 1.0
-    if isinstance(adapter, MoNE):
-        mask = chosen_mask(adapter, cell, inputs, adapter.backend)
-        overlap = overlap_of(mask, chosen_mask(adapter, cell, inputs, "reference"))
-        expected = _reference(inputs, neuron_mask=mask)
-    else:
-        if "dense" not in kept:
-            kept["dense"] = _reference(inputs, neurons_per_token=cell.neurons)
-        expected = kept["dense"]
-    assert entry.experts is not None
-    x_NH, probs_N = inputs.leaves()
-    y_NH = entry.experts.forward(x_NH, probs_N)
-    dx_NH, dprobs_N = torch.autograd.grad(y_NH, [x_NH, probs_N], inputs.dy_NH)
-    error = distance(y_NH, expected.y_NH)
-    gradient = max(distance(dx_NH, expected.dx_NH), distance(dprobs_N, expected.dprobs_N))
-    limit = TOLERANCE[cell.dtype]
-    # a NaN fails every comparison, so that it cannot agree
-    agrees = error <= limit and gradient <= GRADIENT_SLACK * limit
-    agrees = agrees and overlap >= LEAST_OVERLAP[cell.dtype]
-    entry.found |= {"error": _finite(error), "gradient_error": _finite(gradient),
-                    "overlap": overlap, "agrees": agrees}  # fmt: skip
-    if not agrees:
-        entry.reason = (
-            f"disagrees with the reference: error {error:.1e} and gradients {gradient:.1e} where "
-            f"{limit:g} and {GRADIENT_SLACK * limit:g} are allowed, {overlap:.2%} of its neurons"
-        )
-
-
-def distance(value: Tensor, expected: Tensor) -> float:
-    """Norm of the difference over the norm of what is expected."""
-    value, expected = value.detach().double(), expected.double()
-    scale = float(expected.norm()) or 1.0
-    return float((value - expected).norm()) / scale
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def overlap_of(mask: NeuronMask, expected: NeuronMask) -> float:
-    """Share of the expected entries that the mask holds; 1 for none."""
-    total = expected.num_entries
-    return float((mask.to_bool() & expected.to_bool()).sum()) / total if total else 1.0
-
-
-def _reference(inputs: Inputs, **choice: Any) -> Reference:
-    x_NH, probs_N = inputs.leaves()
-    y_NH, _ = mone_grouped_mlp(
-        x_NH, probs_N, inputs.counts, *mone_weights(inputs), backend="reference", **choice
-    )
-    grads = torch.autograd.grad(y_NH, [x_NH, probs_N], inputs.dy_NH)
-    return Reference(y_NH.detach(), *grads)
-
-
-def _meter(entry: Entry, inputs: Inputs) -> None:
+def _meter_and_check(entry: Entry, inputs: Inputs, checker: Checker) -> None:
+    """Note memory, errors and, of MoNE, the overlap of the neurons chosen."""
     assert entry.experts is not None
     forward, backward = _halves(entry.experts, inputs)
     given = inputs.shared_storages() | {
@@ -195,8 +151,24 @@ def _meter(entry: Entry, inputs: Inputs) -> None:
     }
     saved = memory.saved_bytes(forward, given)
     entry.adapter.forget()
-    peaks = memory.measure_peaks(forward, backward)
+    kept: list[Tensor] = []
+
+    def keep_output() -> Tensor:
+        y_NH = forward()
+        kept.append(y_NH.detach())
+        return y_NH
+
+    def keep_gradients(y_NH: Tensor) -> None:
+        kept.extend(backward(y_NH)[:2])
+
+    peaks = memory.measure_peaks(keep_output, keep_gradients)
+    verdict = checker.judge(entry.adapter, Results(*kept))
+    entry.reason = verdict.reason
     entry.found |= {
+        "error": verdict.error,
+        "gradient_error": verdict.gradient_error,
+        "overlap": verdict.overlap,
+        "agrees": verdict.agrees,
         "saved_bytes": saved,
         "peak_bytes": peaks.total,
         "peak_forward_bytes": peaks.forward,

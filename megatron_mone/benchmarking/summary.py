@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
+from megatron_mone.benchmarking.goals import UNNAMED, WORDS, Phase, goal_of
 from megatron_mone.kernels.race_results import CellConfig, CellResults, RaceResults, Row
 
 AUTO = "mone-auto"
@@ -25,6 +26,7 @@ class Point:
         forward_backward: the same of forward and backward together.
         saved: MoNE's bytes kept over the least that a dense peer keeps.
         limit: MoNE's roofline over the dense one, forward and backward together.
+        goals: the most that `forward` and `forward_backward` may be (goals.py); None on a GPU.
     """
 
     config: CellConfig
@@ -35,13 +37,25 @@ class Point:
     forward_backward: float
     saved: float
     limit: float
+    goals: dict[Phase, float | None]
+
+    def above(self, phase: Phase) -> bool:
+        """Whether a figure is above its goal, as both are shown."""
+        goal = self.goals[phase]
+        return goal is not None and round(getattr(self, phase), 2) > goal
 
 
 def points(results: RaceResults) -> list[Point]:
     """All cells and ratios where both a MoNE backend and a dense peer ran and agreed, and the peer
     is no straw man."""
     fair = [cell for cell in results.cells if not only_slow_bf16(cell, results)]
-    return [point for cell in fair for point in _points_of(cell)]
+    here = class_of(results)
+    return [point for cell in fair for point in _points_of(cell, here)]
+
+
+def class_of(results: RaceResults) -> str:
+    """Of the machine: avx2, avx512, amx, or a GPU's; of older results by what is not in them."""
+    return results.machine.get("Class", "sm" if "GPU" in results.machine else UNNAMED)
 
 
 def only_slow_bf16(cell: CellResults, results: RaceResults) -> bool:
@@ -51,16 +65,16 @@ def only_slow_bf16(cell: CellResults, results: RaceResults) -> bool:
     return slow and not any(row.dense and row.in_float32 for row in cell.agreeing)
 
 
-def _points_of(cell: CellResults) -> Iterator[Point]:
+def _points_of(cell: CellResults, machine_class: str) -> Iterator[Point]:
     dense = [row for row in cell.agreeing if row.dense]
     if not dense:
         return
-    best = min(dense, key=lambda row: row.forward_backward_ms)
+    best = min(dense, key=lambda row: row.ratio_to_best_dense)
     least_saved = min(row.saved_bytes for row in dense)
     for ratio in cell.config.ratios:
         ours = [row for row in cell.agreeing if row.ratio == ratio]
         if ours:
-            mone = min(ours, key=lambda row: row.forward_backward_ms)
+            mone = min(ours, key=lambda row: row.ratio_to_best_dense)
             yield Point(
                 config=cell.config,
                 ratio=ratio,
@@ -70,6 +84,7 @@ def _points_of(cell: CellResults) -> Iterator[Point]:
                 forward_backward=mone.ratio_to_best_dense,
                 saved=mone.saved_bytes / least_saved,
                 limit=mone.limit_forward_backward_ms / best.limit_forward_backward_ms,
+                goals={phase: goal_of(cell.config, ratio, phase, machine_class) for phase in WORDS},
             )
 
 

@@ -1,6 +1,7 @@
-"""Interleaved timing: every implementation runs once a round, in an order that rotates."""
+"""Interleaved timing: every implementation runs once a round, in an order drawn for each round."""
 
 import gc
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 
 Call = Callable[[], object]
+Stays = Callable[[list[dict[str, list[float]]]], list[bool]]
 MOST_ROUNDS = 200
 
 
@@ -29,8 +31,30 @@ class Times:
 
 
 def race(
-    entries: Sequence[dict[str, Call]], *, seconds: float, least: int, warm_up: int = 1
+    entries: Sequence[dict[str, Call]],
+    *,
+    seconds: float,
+    least: int,
+    warm_up: int = 1,
+    stays: Stays | None = None,
 ) -> list[dict[str, Times]]:
+    """Time all phases of all entries; arguments as of `rounds`.
+
+    Returns:
+        phase -> times, one dictionary an entry, in their order.
+    """
+    taken = rounds(entries, seconds=seconds, least=least, warm_up=warm_up, stays=stays)
+    return [{phase: summary(values) for phase, values in entry.items()} for entry in taken]
+
+
+def rounds(
+    entries: Sequence[dict[str, Call]],
+    *,
+    seconds: float,
+    least: int,
+    warm_up: int = 1,
+    stays: Stays | None = None,
+) -> list[dict[str, list[float]]]:
     """Time all phases of all entries.
 
     Args:
@@ -38,10 +62,12 @@ def race(
         seconds: goes on until this much time is spent, warm-up included.
         least: but for at least so many rounds.
         warm_up: rounds that are not counted.
+        stays: asked after `least` rounds, with what this returns, who runs in the further ones.
 
     Returns:
-        phase -> times, one dictionary an entry, in their order.
+        phase -> milliseconds of each round, one dictionary an entry, in their order.
     """
+    running, order = list(range(len(entries))), random.Random(0)
     taken: list[dict[str, list[float]]] = [{phase: [] for phase in entry} for entry in entries]
     start = time.perf_counter()
     collecting = gc.isenabled()
@@ -50,8 +76,9 @@ def race(
         for done in range(warm_up + max(least, MOST_ROUNDS)):
             if done >= warm_up + least and time.perf_counter() - start > seconds:
                 break
-            for turn in range(len(entries)):
-                i = (turn + done) % len(entries)
+            if done == warm_up + least and stays is not None:
+                running = [i for i, kept in enumerate(stays(taken)) if kept]
+            for i in order.sample(running, len(running)):
                 for phase, call in entries[i].items():
                     elapsed = seconds_of(call)
                     if done >= warm_up:
@@ -59,7 +86,7 @@ def race(
     finally:
         if collecting:
             gc.enable()
-    return [{phase: summary(values) for phase, values in entry.items()} for entry in taken]
+    return taken
 
 
 def summary(values: Sequence[float]) -> Times:

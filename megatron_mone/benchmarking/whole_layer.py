@@ -1,14 +1,18 @@
-"""Time and meter one MoE layer on one rank: stock Megatron's, MoNE's, MoNE's with its balance loss.
+"""Time and meter one MoE layer on one rank: stock Megatron's, and MoNE's with ever more of it.
 
     python -m tools.bench_layer [--tokens 2048 --hidden 512 --neurons 1408 --experts 8 --ratio 0.25]
 
-Router, dispatcher, experts, combine and balance loss together, timed in interleaved rounds: medians
-in ms, bytes kept for backward beside parameters and inputs, the most that torch's allocator hands
-out in forward and in backward. --fused adds gradients into main_grad, as Megatron does with
+Router, dispatcher, experts and combine, timed in interleaved rounds: medians in ms, bytes kept for
+backward beside parameters and inputs, the most that torch's allocator hands out in forward and in
+backward. "mone alone" neither counts nor balances, "mone" has load counters, "+ loss" the balance
+loss too, "+ masks" also records its masks. What each adds is the median of the rounds' differences,
+shown as a share of "mone + loss". --fused adds gradients into main_grad, as Megatron does with
 gradient_accumulation_fusion; stock layers cannot on CPU ranks, and stay as they are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,14 +20,26 @@ from torch import Tensor
 
 from megatron_mone.benchmarking import environment
 from megatron_mone.benchmarking.adapters.megatron_sequential import start_one_rank, swiglu_experts
-from megatron_mone.benchmarking.cases import DTYPES
+from megatron_mone.benchmarking.cases import DTYPES, Cell
+from megatron_mone.benchmarking.goals import PARTS
 from megatron_mone.benchmarking.memory import measure_peaks, saved_bytes
-from megatron_mone.benchmarking.timing import race
+from megatron_mone.benchmarking.timing import rounds
 from megatron_mone.common.files import write_json
+from megatron_mone.kernels.race_results import PartTime
+
+STOCK, ALONE, COUNTED, BALANCED, RECORDED = (
+    "stock", "mone alone", "mone", "mone + loss", "mone + loss + masks",
+)  # fmt: skip
+ADDED = {"load counters": (ALONE, COUNTED), "balance loss": (COUNTED, BALANCED),
+         "masks recorded": (BALANCED, RECORDED)}  # fmt: skip
+"""Part -> the layer without it, the layer with it."""
+LAYER = "forward + backward of the layer"
+Times = dict[str, dict[str, list[float]]]
+"""Layer -> phase -> ms of each round."""
 
 
 def run(options: Any) -> None:
-    """Build three layers, time and meter them, print a table.
+    """Build two layers, time and meter what of them there is, print tables.
 
     Args:
         options: of the command (commands/bench.py).
@@ -31,49 +47,91 @@ def run(options: Any) -> None:
     for name in ("tokens", "hidden", "neurons", "experts", "repeats"):
         if getattr(options, name) < 1:
             raise ValueError(f"--{name} = {getattr(options, name)}: it must be at least 1")
-    start_one_rank()
-    layers = {
-        "stock": _build(options, loss=0.0, mone=False),
-        "mone": _build(options, loss=0.0),
-        "mone + loss": _build(options, loss=0.1),
-    }
-    results = measure(layers, options)
+    results, times = measure(options)
+    parts = parts_of(times, options)
     print_table(options, results)
+    for part in parts:
+        print(f"{part.part}: {part.ms:.2f} ms, {part.share:.1%} of the {part.of}")
+    together = sum(part.share for part in parts)
+    print(f"together {together:.1%} (goal {PARTS[LAYER][1]:.0%})")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         config = {k: v for k, v in vars(options).items() if k != "json"}
         write_json(
             options.json,
-            {"config": config, "machine": environment.describe(), "results": results},
-        )
+            {"config": config, "machine": environment.describe(), "results": results,
+             "parts": [part.plain() for part in parts]},
+        )  # fmt: skip
 
 
-def measure(layers: dict[str, torch.nn.Module], options: Any) -> dict[str, dict[str, float]]:
-    """{layer: {"forward_ms", "forward_backward_ms", "saved_bytes", "peak_forward_bytes",
-    "peak_backward_bytes"}}."""
+def part_times(options: Any) -> list[PartTime]:
+    """What counting, balancing and recording add to a layer; options as of `run`."""
+    return parts_of(measure(options)[1], options)
+
+
+def measure(options: Any) -> tuple[dict[str, dict[str, float]], Times]:
+    """({layer: {"forward_ms", "forward_backward_ms", "saved_bytes", "peak_forward_bytes",
+    "peak_backward_bytes"}}, the times of each round)."""
+    start_one_rank()
+    stock, mone = _build(options, mone=False), _build(options)
     x = torch.randn(options.tokens, 1, options.hidden, dtype=DTYPES[options.dtype])
     x.requires_grad_()
     dy = torch.randn_like(x)
     results: dict[str, dict[str, float]] = {}
-    for name, layer in layers.items():
+    phases: dict[str, dict[str, Callable[[], object]]] = {}
+    for name in (STOCK, ALONE, COUNTED, BALANCED, RECORDED):
+        layer = stock if name == STOCK else mone
         forward, backward = _halves(layer, x, dy)
         given = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), x)}
-        backward(forward())  # what is made once is not this pass's
-        saved = saved_bytes(forward, given)
-        peaks = measure_peaks(forward, backward)
+        with _only(mone, name):
+            backward(forward())  # what is made once is not this pass's
+            saved = saved_bytes(forward, given)
+            peaks = measure_peaks(forward, backward)
         results[name] = {
             "saved_bytes": saved,
             "peak_forward_bytes": peaks.forward,
             "peak_backward_bytes": peaks.backward,
         }
-    times = race(
-        [_phases(*_halves(layer, x, dy)) for layer in layers.values()],
-        seconds=0.0,
-        least=options.repeats,
-    )
-    for found, phases in zip(results.values(), times, strict=True):
-        found |= {f"{phase}_ms": spent.median for phase, spent in phases.items()}
-    return results
+        phases[name] = _phases(mone, name, forward, backward)
+    taken = rounds(list(phases.values()), seconds=0.0, least=options.repeats)
+    times = dict(zip(phases, taken, strict=True))
+    for name, found in results.items():
+        found |= {f"{phase}_ms": median(values) for phase, values in times[name].items()}
+    return results, times
+
+
+@contextmanager
+def _only(mone: Any, name: str) -> Iterator[None]:
+    """MoNE's layer with what `name` says; one layer, since weights lie elsewhere in another."""
+    from megatron_mone.moe.masks.tape import record_masks
+    from megatron_mone.moe.masks.trace import MaskTrace
+
+    mone.train(name != ALONE)
+    mone.neuron_balancer.has_loss = name in (BALANCED, RECORDED)
+    if name != RECORDED:
+        yield
+        return
+    with record_masks(mone, MaskTrace()):
+        yield
+
+
+def parts_of(times: Times, options: Any) -> list[PartTime]:
+    """What each part adds to forward and backward."""
+    both = {name: phases["forward_backward"] for name, phases in times.items()}
+    cell = Cell(
+        2 * options.tokens, options.hidden, options.neurons, options.experts, (options.ratio,),
+        options.dtype, neuron_block=options.neuron_block,
+    )  # fmt: skip
+    return [
+        PartTime(
+            part=part,
+            of=LAYER,
+            config=cell.config,
+            ms=median(b - a for a, b in zip(both[without], both[with_it], strict=True)),
+            of_ms=median(both[BALANCED]),
+        )
+        for part, (without, with_it) in ADDED.items()
+    ]
 
 
 def _halves(
@@ -87,15 +145,19 @@ def _halves(
     return lambda: layer(x)[0], backward
 
 
-def _phases(forward: Any, backward: Any) -> dict[str, Callable[[], object]]:
+def _phases(mone: Any, name: str, forward: Any, backward: Any) -> dict[str, Callable[[], object]]:
     def without_graph() -> None:
-        with torch.no_grad():
+        with _only(mone, name), torch.no_grad():
             forward()
 
-    return {"forward": without_graph, "forward_backward": lambda: backward(forward())}
+    def with_graph() -> None:
+        with _only(mone, name):
+            backward(forward())
+
+    return {"forward": without_graph, "forward_backward": with_graph}
 
 
-def _build(options: Any, loss: float, mone: bool = True) -> torch.nn.Module:
+def _build(options: Any, mone: bool = True) -> torch.nn.Module:
     """A layer of the model; the same initial weights for all.
 
     Raises:
@@ -117,7 +179,7 @@ def _build(options: Any, loss: float, mone: bool = True) -> torch.nn.Module:
         bf16=options.dtype == "bf16",
         mone_neuron_ratio=options.ratio,
         mone_neuron_block=options.neuron_block,
-        mone_ng_loss_coeff=loss,
+        mone_ng_loss_coeff=0.1 * mone,
         mone_layer_freq=[int(mone)],
     )
     specs: Any = mone_layer_spec(config).layer_specs
@@ -141,11 +203,11 @@ def print_table(options: Any, results: dict[str, dict[str, float]]) -> None:
     )
     columns = ("forward_ms", "forward_backward_ms", "saved_bytes", "peak_forward_bytes",
                "peak_backward_bytes")  # fmt: skip
-    print(f"{'layer':12s}" + "".join(f"{name.replace('_bytes', ' MiB'):>28s}" for name in columns))
+    print(f"{'layer':20s}" + "".join(f"{name.replace('_bytes', ' MiB'):>28s}" for name in columns))
     stock = results["stock"]
     for name, found in results.items():
         cells = [
             f"{found[c] / (2**20 if c.endswith('bytes') else 1):.1f} ({found[c] / stock[c]:.2f})"
             for c in columns
         ]
-        print(f"{name:12s}" + "".join(f"{cell:>28s}" for cell in cells))
+        print(f"{name:20s}" + "".join(f"{cell:>28s}" for cell in cells))

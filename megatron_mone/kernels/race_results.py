@@ -7,7 +7,7 @@ it. Touches no file but the one it is given.
 from typing import Annotated, Any, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from megatron_mone.common.checked_json import Fault, number
 from megatron_mone.common.documents import (
@@ -18,6 +18,7 @@ from megatron_mone.common.documents import (
     Kind,
     Part,
     Positive,
+    Signed,
     Text,
     Whole,
     Words,
@@ -49,6 +50,8 @@ class Settings(Part):
     """the least number"""
     threads: AtLeast1
     """of torch"""
+    compared: Annotated[str, one_of(("median", "p10"))] = "median"
+    """of whose repeats ratios are"""
 
 
 class Peaks(Document, again=AGAIN, indent=1):
@@ -97,7 +100,10 @@ IN_FLOAT32 = "-fp32"
 
 
 class Row(Part):
-    """One implementation; times are ms, the median and two percentiles of the repeats."""
+    """One implementation; times are ms, the median and two percentiles of the repeats.
+
+    p10 is near the least time, which other processes of the machine do not lengthen.
+    """
 
     name: Text
     dense: bool
@@ -173,6 +179,29 @@ class CellResults(Document, again=AGAIN, indent=1):
         return [row for row in self.results if row.agrees and not row.same_as]
 
 
+class PartTime(Part):
+    """What is done beside the products, and what it is a part of, in ms."""
+
+    part: Text
+    of: Text
+    """by what it is divided"""
+    config: CellConfig
+    """with the one r"""
+    ms: Signed
+    of_ms: Positive
+
+    @property
+    def share(self) -> float:
+        """Of the whole."""
+        return self.ms / self.of_ms
+
+
+class PartTimes(Document, again=AGAIN, indent=1):
+    """Parts of one machine's layers."""
+
+    parts: list[PartTime]
+
+
 class LeftOut(Part):
     """A cell that would not have fitted into memory."""
 
@@ -180,7 +209,7 @@ class LeftOut(Part):
     reason: Words
 
 
-class RaceResults(Document, again=AGAIN, indent=1):
+class RaceResults(Document, again=AGAIN):
     """A grid of cells."""
 
     command: AnyText
@@ -191,6 +220,8 @@ class RaceResults(Document, again=AGAIN, indent=1):
     peaks: Peaks
     cells: list[CellResults]
     skipped: list[LeftOut]
+    parts: list[PartTime] = Field(default_factory=list)
+    """of a layer, on a CPU"""
 
 
 class CellFile(Document, again=AGAIN, indent=1):

@@ -22,11 +22,13 @@ _RESET_PEAK = "5"  # proc(5)
 # malloc.h
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
+_M_MMAP_MAX = -4
 _M_ARENA_MAX = -8
 # Blocks of at least this size are mapped for themselves and unmapped when freed.
 _MAPPED_BYTES = 32 * 1024
 # Where glibc's own adjustment ends after it has freed one large block (mallopt(3)).
 _GLIBC_MMAP_THRESHOLD = 32 * 1024 * 1024
+_GLIBC_MMAP_MAX = 65536
 _LARGEST_HOLE = 2**30
 
 
@@ -58,6 +60,30 @@ def share_one_heap() -> None:
     library = ctypes.CDLL(None)
     if hasattr(library, "mallopt"):
         library.mallopt(_M_ARENA_MAX, 1)
+
+
+@contextmanager
+def keep_freed_blocks() -> Iterator[None]:
+    """Let freed blocks stay with the process while the block runs (glibc), and go at its end.
+
+    For timing: pages that are new to a process cost it more than many a computation on them, and
+    which allocation gets them depends on what others have freed before. glibc's thresholds stay
+    fixed after it at the values that its own adjustment tends to.
+    """
+    library = ctypes.CDLL(None)
+    if not (hasattr(library, "mallopt") and hasattr(library, "malloc_trim")):
+        yield
+        return
+    library.mallopt(_M_MMAP_MAX, 0)
+    library.mallopt(_M_TRIM_THRESHOLD, -1)
+    try:
+        yield
+    finally:
+        library.mallopt(_M_MMAP_MAX, _GLIBC_MMAP_MAX)
+        library.mallopt(_M_MMAP_THRESHOLD, _GLIBC_MMAP_THRESHOLD)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * _GLIBC_MMAP_THRESHOLD)
+        gc.collect()
+        library.malloc_trim(0)
 
 
 @contextmanager

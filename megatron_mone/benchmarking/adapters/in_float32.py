@@ -30,12 +30,7 @@ class InFloat32(Adapter):
 
     def build(self, cell: Cell, inputs: Inputs) -> Experts:
         """The peer on weights converted before the clock starts."""
-        wide = replace(
-            inputs, x_NH=inputs.x_NH.float(), dy_NH=inputs.dy_NH.float(),
-            gate_up_E2FH=inputs.gate_up_E2FH.float(), down_EHF=inputs.down_EHF.float(),
-            down_EFH=inputs.down_EFH.float(),
-        )  # fmt: skip
-        experts = self.peer.build(replace(cell, dtype="fp32"), wide)
+        experts = self.peer.build(replace(cell, dtype="fp32"), inputs.in_float32)
 
         def forward(x_NH: Tensor, probs_N: Tensor) -> Tensor:
             return experts.forward(x_NH.float(), probs_N).to(x_NH.dtype)

@@ -32,6 +32,9 @@ def test_inputs_are_the_same_for_the_same_cell_and_down_has_two_layouts():
     assert torch.equal(first.x_NH, second.x_NH)
     assert torch.equal(first.gate_up_E2FH, second.gate_up_E2FH)
     assert torch.equal(first.down_EFH, first.down_EHF.transpose(1, 2))
+    assert torch.equal(first.in_float32.down_EFH, first.down_EFH.float())
+    more = make_inputs(Cell(16, 32, 64, 4, (0.25,), "bf16"), torch.device("cpu"))
+    assert more.gate_up_E2FH is first.gate_up_E2FH
 
 
 @pytest.mark.parametrize(("tokens", "experts"), [(8, 3), (4096, 8), (7, 64), (1, 1)])
@@ -63,12 +66,25 @@ def test_recording_counts_the_rows_of_each_expert(tmp_path):
         routing.record(tmp_path / "step-0000003")
 
 
-def test_rounds_are_interleaved_and_rotate():
+def test_each_round_runs_everybody_in_another_order():
     order: list[str] = []
-    entries = [{"go": lambda n=n: order.append(n)} for n in "abc"]
-    times = timing.race(entries, seconds=0.0, least=3, warm_up=1)
-    assert "".join(order) == "abc" + "bca" + "cab" + "abc"
-    assert [t["go"].repeats for t in times] == [3, 3, 3]
+    entries = [{"go": lambda n=n: order.append(n)} for n in "abcd"]
+    times = timing.race(entries, seconds=0.0, least=5, warm_up=1)
+    rounds = ["".join(order[i : i + 4]) for i in range(0, len(order), 4)]
+    assert [sorted(each) for each in rounds] == [list("abcd")] * 6
+    assert len(set(rounds)) > 3
+    assert [t["go"].repeats for t in times] == [5] * 4
+
+
+def test_who_is_out_of_sight_runs_the_least_rounds_alone(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
+    entries = [{"go": lambda: None}] * 2
+    times = timing.race(
+        entries, seconds=40.0, least=2, warm_up=0, stays=lambda taken: [len(taken) == 2, False]
+    )
+    assert times[1]["go"].repeats == 2
+    assert times[0]["go"].repeats > 5
 
 
 def test_repeats_go_on_until_the_time_is_spent(monkeypatch):

@@ -62,6 +62,9 @@ def test_one_cell_writes_the_promised_file(tmp_path):
         (["--threads", "0"], "--threads 0 is not allowed"),
         (["--repeats", "0"], "--repeats 0 is not allowed"),
         (["--seconds", "0"], "--seconds 0 is not allowed"),
+        (["--grid", "quick", "--minutes", "0"], "--minutes 0 is not allowed"),
+        (["--tokens", "8", "--minutes", "1"], "--minutes 1 stops a grid: drop it for one cell"),
+        (["--instructions", "sse2"], "argument --instructions: 'sse2' is not one of"),
         (["--json", "FILE/cell.json"], "cannot be written"),
         (["--out", "FILE/bench"], "cannot be written"),
         (["--json", "."], "is a folder"),
@@ -83,7 +86,7 @@ def test_an_interrupted_grid_says_how_to_go_on_and_then_does(tmp_path, capsys, m
     cells = [Cell(n, 32, 64, 4, (0.5, 0.25)) for n in (8, 64)]
     done: list[int] = []
 
-    def race(cell, device, *, seconds, repeats):
+    def race(cell, device, *, seconds, repeats, why_out):
         if done == [8]:
             done.append(0)
             raise KeyboardInterrupt
@@ -92,6 +95,7 @@ def test_an_interrupted_grid_says_how_to_go_on_and_then_does(tmp_path, capsys, m
 
     monkeypatch.setitem(grid.GRIDS, "quick", lambda block: cells)
     monkeypatch.setattr(grid, "run_cell", race)
+    monkeypatch.setattr(grid, "measure_parts", lambda repeats: [])
     words = ["--grid", "quick", "--out", str(tmp_path)]
     assert bench.main(["experts", *words]) == 130
     assert "run the same command again to go on" in capsys.readouterr().err

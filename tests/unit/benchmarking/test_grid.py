@@ -18,7 +18,7 @@ def raced(monkeypatch) -> list[int]:
     """Tokens of the cells that were really raced; every race gives synthetic rows."""
     tokens: list[int] = []
 
-    def race(cell, device, *, seconds, repeats):
+    def race(cell, device, *, seconds, repeats, why_out):
         if len(tokens) == 2 and tokens[-1] != -1:
             tokens.append(-1)
             raise KeyboardInterrupt
@@ -27,8 +27,9 @@ def raced(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(grid, "run_cell", race)
     monkeypatch.setattr(
-        grid, "measure_peaks", lambda device: Peaks(flops={"fp32": 1e9}, bandwidth=1e9)
+        grid, "measure_peaks", lambda device: Peaks(flops={"fp32": 1e9, "bf16": 1e9}, bandwidth=1e9)
     )
+    monkeypatch.setattr(grid, "measure_parts", lambda repeats: [])
     return tokens
 
 
@@ -69,3 +70,25 @@ def test_a_cell_that_does_not_fit_is_left_out_with_the_reason(tmp_path, raced, m
     assert raced == [8]
     assert "GiB are free" in results.skipped[0].reason
     assert [cell.config.tokens for cell in results.cells] == [8]
+
+
+def test_a_grid_in_pieces_is_the_same_grid(tmp_path, raced, monkeypatch):
+    """With no minutes left each call measures one cell, and the last one the report's parts."""
+    monkeypatch.setattr(grid, "PARTS_MINUTES", 0.0)
+    raced += [0, 0, 0]  # so that nothing interrupts
+    pieces = [grid.run_grid(CELLS, tmp_path, SETTINGS, minutes=1e-9) for _ in range(4)]
+    assert [(piece.measured, piece.cells) for piece in pieces[:3]] == [(1, 3), (2, 3), (3, 3)]
+    assert raced[3:] == [8, 64, 128]
+    assert [cell.config.tokens for cell in pieces[3].cells] == [8, 64, 128]
+
+
+def test_minutes_left_fall_to_those_of_the_parts(tmp_path, raced):
+    store = grid.Store(tmp_path, SETTINGS)
+    least, most = grid.minutes_left(CELLS, store, SETTINGS)
+    assert grid.PARTS_MINUTES < least < most
+    grid.run_grid(CELLS[:2], tmp_path, SETTINGS)
+    fewer = grid.minutes_left(CELLS, store, SETTINGS)
+    assert grid.PARTS_MINUTES < fewer[0] < least
+    raced.append(0)
+    grid.run_grid(CELLS, tmp_path, SETTINGS)
+    assert grid.minutes_left(CELLS, store, SETTINGS) == (grid.PARTS_MINUTES,) * 2

@@ -10,7 +10,8 @@ from megatron_mone.benchmarking import race as race_module
 from megatron_mone.benchmarking.adapters import all_adapters
 from megatron_mone.benchmarking.adapters.base import Adapter, Experts
 from megatron_mone.benchmarking.adapters.torch_experts import TorchLoop, WeightedSwiGLU
-from megatron_mone.benchmarking.cases import Cell
+from megatron_mone.benchmarking.cases import Cell, make_inputs
+from megatron_mone.benchmarking.checking import Checker, Results, distance, sample_of
 from megatron_mone.benchmarking.race import run_cell, with_ratios
 from tests.unit.benchmarking.conftest import absent_row, make_row
 
@@ -113,10 +114,10 @@ def test_every_ratio_is_an_entry_and_blocks_are_passed_on(one_rank):
 def test_ratios_are_over_the_fastest_dense_peer_that_agrees():
     rows = with_ratios([
         make_row("slow", 10.0),
-        make_row("fast", 8.0, forward_ms=5.0),
+        make_row("fast", 8.0, forward_ms_p10=0.9 * 5.0),
         make_row("wrong", 1.0, agrees=False),
         absent_row("absent", "not here"),
-        make_row("mone-cpu", 4.0, 0.25),
+        make_row("mone-cpu", 4.0, 0.25, forward_ms=9.0),  # a median, which is not compared
     ])  # fmt: skip
     found = {row.name: row for row in rows}
     assert found["mone-cpu"].ratio_to_best_dense == 0.5
@@ -142,5 +143,40 @@ def test_the_lean_swiglu_is_the_plain_one():
 
 
 def test_distance_is_relative_and_a_nan_is_no_agreement():
-    assert race_module.distance(torch.tensor([3.0]), torch.tensor([2.0])) == 0.5
-    assert math.isnan(race_module.distance(torch.tensor([math.nan]), torch.tensor([2.0])))
+    assert distance(torch.tensor([3.0]), torch.tensor([2.0])) == 0.5
+    assert math.isnan(distance(torch.tensor([math.nan]), torch.tensor([2.0])))
+
+
+def test_rows_of_few_experts_are_compared_and_one_that_is_wrong_is_seen():
+    """The results of a sample are those of the same rows among all: 20 experts of 300 rows."""
+    cell = Cell(6000, 16, 32, 20, (0.25,))
+    inputs = make_inputs(cell, CPU)
+    rows_M, sample = sample_of(inputs)
+    assert sample.counts == [128] * 8
+    assert {int(row) // 300 for row in rows_M} == {0, 3, 5, 8, 11, 14, 16, 19}
+    assert {0, 299, 5700, 5999} <= set(rows_M.tolist())
+    peer = TorchLoop()
+    x_NH, probs_N = inputs.leaves()
+    y_NH = peer.build(cell, inputs).forward(x_NH, probs_N)
+    dx_NH, dprobs_N = torch.autograd.grad(y_NH, [x_NH, probs_N], inputs.dy_NH)
+    checker = Checker(cell, inputs)
+    assert checker.judge(peer, Results(y_NH.detach(), dx_NH, dprobs_N)).agrees
+    dx_NH[299] *= 1.5
+    wrong = checker.judge(peer, Results(y_NH.detach(), dx_NH, dprobs_N))
+    assert "disagrees with the reference" in wrong.reason
+
+
+def test_who_is_near_the_fastest_of_its_kind_in_some_phase_stays():
+    taken = [
+        {"forward": [forward] * 3, "forward_backward": [both] * 3}
+        for forward, both in (
+            (1.0, 4.0),
+            (1.2, 9.0),
+            (2.0, 3.0),
+            (2.0, 9.0),
+            (9.0, 9.0),
+            (8.0, 7.0),
+        )
+    ]
+    ratios = [None, None, None, None, 0.25, 0.25]
+    assert race_module._in_sight(ratios, taken) == [True, True, True, False, True, True]

@@ -1,6 +1,9 @@
 """The growth of a process against tensors of known size."""
 
 import ctypes
+import os
+import resource
+from pathlib import Path
 from threading import Event, Thread
 from types import SimpleNamespace
 
@@ -107,3 +110,20 @@ def test_growth_is_unknown_without_a_resettable_mark(monkeypatch, tmp_path):
     with measure_growth() as growth:
         pass
     assert growth.peak_bytes is None
+
+
+def test_freed_blocks_stay_until_the_end_and_then_go():
+    """The same pages come back in the block, whoever asks for them, and none are left after it."""
+
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    with process_memory.keep_freed_blocks():
+        written(128 * MEBIBYTE)
+        assert resident() - before > 120 * MEBIBYTE
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        written(96 * MEBIBYTE)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults < 1000
+    assert resident() - before < 16 * MEBIBYTE
