@@ -1,13 +1,15 @@
 """The best layout that a search finds against the best there is, every layout planned.
 
-    python -m tests.search_against_exhaustive [--pairs 20] [--limit 200] [--out DIR]
+    python -m tests.search_against_exhaustive [--pairs 2 5] [--allow precision,offload] [--out DIR]
 
 Pairs of a small model on some GPUs are drawn from a fixed seed. All layouts of the search's own
 axes are priced from composed traces, without Megatron's word on each; the fastest that fits and
 that Megatron does not refuse is the best there is. More recomputation is priced where a layout does
 not fit for what it keeps for backward: it adds operators and takes none away, so that elsewhere it
-is never faster. Prints a table; exit status 1 where a search ends more than 3% above the best. Rows
-and traces are kept in --out, so that a run that was stopped goes on.
+is never faster. So is offloading of activations. With --allow every layout is priced in every state
+allowed, the optimizer on the host too, where a search leaves that out of layouts that fit. Prints a
+table; exit status 1 where a search ends more than 3% above the best. Rows and traces are kept in
+--out, so that a run that was stopped goes on.
 """
 
 import argparse
@@ -30,10 +32,11 @@ from megatron_mone.planning.composed import Composer, Unit, scaled_traces
 from megatron_mone.planning.cost.efficiency import efficiency_of
 from megatron_mone.planning.cost.hardware import load_cluster
 from megatron_mone.planning.cost.prediction import Prediction, predict
-from megatron_mone.planning.job import JobSpec, job_spec, short_layout
+from megatron_mone.planning.job import ON_HOST, JobSpec, job_spec, short_layout
 from megatron_mone.planning.layout_axes import Pipeline, Shards, all_shards, all_stages, sized
 from megatron_mone.planning.layout_model import Model, unit_of
 from megatron_mone.planning.planner import Planner
+from megatron_mone.planning.question import BEST, LIMIT
 from megatron_mone.planning.search import LowerBounds, prepared, search
 from megatron_mone.planning.stage_split import split_stages
 from megatron_mone.planning.tracing.trace_cache import TraceCache
@@ -41,7 +44,6 @@ from megatron_mone.planning.tracing.trace_server import Tracer
 
 SEED, PAIRS = 21, 20
 WORST = 1.03  # the search's step over the best one
-BEST = 5  # layouts that a search is after, as of `plan --search`
 KINDS = ((4, 8192), (0, 4096), (4, 4096), (0, 16384), (0, 2048))
 """Experts and sequence length of each model, which is asked about on several clusters."""
 CLUSTERS = ("a100-hdr", "h100-ndr", "h200-ndr", "b200-ndr", "gb200-nvl72", "mi300x-ndr")
@@ -139,27 +141,37 @@ class Priced:
     model: Model
     bounds: LowerBounds
     composer: Composer
+    allowed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self._units: dict[Shards, Unit | None] = {}
 
     def all(self) -> Iterator[tuple[Shards, Pipeline, Prediction]]:
         """All layouts but those whose sharding Megatron refuses."""
-        model = self.model
+        model, states = self.model, self.bounds.axes(self.allowed).states
         for plain in all_shards(model.facts, model.gpus, self.planner.cluster.domain.devices):
             for pp, vpp in all_stages(plain, model.facts, model.gpus):
                 for pipeline in self.bounds.pipelines(plain, pp, vpp):
-                    priced = self.price(plain, pipeline)
-                    if priced is None:
-                        continue
-                    yield plain, pipeline, priced
-                    for recompute in self.bounds.every.recomputes[1:]:
-                        if priced.fits or self._is_full_of_state(priced):
-                            break
-                        shards = replace(plain, recompute=recompute)
-                        again = self.price(shards, pipeline)
-                        if again is not None:
-                            yield shards, pipeline, again
+                    for state in states:
+                        yield from self._with_less(replace(plain, state=state), pipeline)
+
+    def _with_less(
+        self, plain: Shards, pipeline: Pipeline
+    ) -> Iterator[tuple[Shards, Pipeline, Prediction]]:
+        """A layout, and those that keep less for backward where it does not fit for that."""
+        priced = self.price(plain, pipeline)
+        if priced is None:
+            return
+        yield plain, pipeline, priced
+        if priced.fits or self._is_full_of_state(priced):
+            return
+        axes = self.bounds.axes(self.allowed)
+        smaller = [replace(plain, recompute=recompute) for recompute in axes.recomputes[1:]]
+        smaller += [replace(plain, offload=offload) for offload in axes.offloads[1:]]
+        for shards in smaller:
+            again = self.price(shards, pipeline)
+            if again is not None:
+                yield shards, pipeline, again
 
     def _is_full_of_state(self, one: Prediction) -> bool:
         """Whether what stays from step to step passes the device: recomputation is of no use."""
@@ -177,7 +189,9 @@ class Priced:
         unit = self._units[shards]
         if unit is None:
             return None
+        on_host = shards.state == ON_HOST or model.facts.overlap_host_copies
         facts = sized(model.facts, shards, pipeline, model.gpus)
+        facts = replace(facts, overlap_host_copies=on_host)
         stages = split_stages(pipeline.split, model.kinds, model.mtp)
         known = {key: unit.trace(key, model.gpus, pipeline.pp) for key in {s.key for s in stages}}
         places = {(s % pipeline.pp, s // pipeline.pp): one.key for s, one in enumerate(stages)}
@@ -203,13 +217,13 @@ class Priced:
         return float("inf"), "none fits"
 
 
-def compared(pair: Pair, cache: TraceCache, limit: int, say: Any) -> Row:
-    """One pair: all layouts, then the search."""
+def compared(pair: Pair, cache: TraceCache, limit: int, allowed: tuple[str, ...], say: Any) -> Row:
+    """One pair: all layouts, then the search, both with the axes allowed."""
     cluster = load_cluster(pair.cluster)
     with Tracer(cache) as tracer:
         planner = Planner(tracer, cluster, efficiency_of(cluster.name))
         began = time.process_time()
-        priced = Priced(planner, *prepared(planner, pair.job, pair.gpus))
+        priced = Priced(planner, *prepared(planner, pair.job, pair.gpus), allowed)
         assert isinstance(priced.bounds, Bounds)
         fitting, count = [], 0
         for shards, pipeline, one in priced.all():
@@ -220,7 +234,7 @@ def compared(pair: Pair, cache: TraceCache, limit: int, say: Any) -> Row:
         best, layout = priced.best(fitting)
         middle = time.process_time()
         found = search(planner, pair.job, pair.gpus, limit, BEST, lambda done, most, name: say(
-            done, most, f"{pair.words}: search"))  # fmt: skip
+            done, most, f"{pair.words}: search"), allowed)  # fmt: skip
         seconds, name = float("inf"), "none fits"
         for one in found.fitting[:1]:
             # From composed traces, as all the others; a search plans its best from whole ones.
@@ -232,9 +246,9 @@ def compared(pair: Pair, cache: TraceCache, limit: int, say: Any) -> Row:
         )  # fmt: skip
 
 
-def _digest(pair: Pair, limit: int) -> str:
+def _digest(*asked: Any) -> str:
     """Of all that a row follows from."""
-    found = hashlib.sha256(repr((pair, limit)).encode() + Path(__file__).read_bytes())
+    found = hashlib.sha256(repr(asked).encode() + Path(__file__).read_bytes())
     for path in sorted((PACKAGE / "planning").rglob("*.py")) + sorted(
         (CONFIG_ROOT / "cluster").rglob("*.*")
     ):
@@ -245,18 +259,22 @@ def _digest(pair: Pair, limit: int) -> str:
 def main() -> int:
     """All pairs, one after another; what `sys.exit` takes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=PAIRS, help="the first so many")
-    parser.add_argument("--limit", type=int, default=200, help="of a search")
+    parser.add_argument("--pairs", type=int, nargs="+", help="their numbers, from 1; all if none")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="of a search")
     parser.add_argument("--out", type=Path, default=Path("out/search-against-exhaustive"))
+    parser.add_argument("--allow", default="", help="axes beside, by comma, as of a search")
     asked = parser.parse_args()
+    allowed = tuple(name for name in asked.allow.split(",") if name)
     cache = TraceCache(asked.out / "traces")
     rows = []
     print(HEAD, flush=True)
     with progress_bar() as say:
-        for pair in list(drawn_pairs())[: asked.pairs]:
-            path = asked.out / f"{_digest(pair, asked.limit)}.json"
+        for number, pair in enumerate(drawn_pairs(), 1):
+            if asked.pairs and number not in asked.pairs:
+                continue
+            path = asked.out / f"{_digest(pair, asked.limit, allowed)}.json"
             if not path.is_file():
-                write_json(path, vars(compared(pair, cache, asked.limit, say)))
+                write_json(path, vars(compared(pair, cache, asked.limit, allowed, say)))
             rows.append(Row(**json.loads(path.read_text())))
             print(rows[-1].text, flush=True)
     worst = max(row.ratio for row in rows)
