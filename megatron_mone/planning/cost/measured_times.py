@@ -87,7 +87,8 @@ class MeasuredTimes:
         """Seconds of one: what a step waits for it, else what it takes if all ranks of its group
         call together; None where no group that sits alike was timed.
 
-        Another size than the step's takes as much more than together as the nearest of these.
+        Of another size than the step's it takes as much longer than together as the nearest of
+        these, for ranks are late whatever the size; or the same share, where that hides some of it.
         """
         waits = self.waits.get(wait_key(one))
         if waits is None:
@@ -99,9 +100,9 @@ class MeasuredTimes:
             return seconds
         near = self._together(replace(one, bytes=size), cluster)
         together = self._together(one, cluster)
-        return between(waits, one.bytes) if not near or together is None else (
-            together * seconds / near
-        )  # fmt: skip
+        if not near or together is None:
+            return between(waits, one.bytes)
+        return together + seconds - near if seconds > near else together * seconds / near
 
     def _together(self, one: Collective, cluster: Cluster) -> float | None:
         kind, ranks, stride = link_key(one)
