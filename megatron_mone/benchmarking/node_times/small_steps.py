@@ -11,12 +11,17 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from megatron_mone.common.child_processes import tied
 from megatron_mone.common.places import program_words
 from megatron_mone.common.surroundings import without_ranks
 from megatron_mone.planning.fitting.node_times import CallTime, SmallJob, StepTime
 from megatron_mone.profiling.communication import phase_of
-from megatron_mone.profiling.profile_document import MeanCalls, Profile
+from megatron_mone.profiling.merge import rank_files
+from megatron_mone.profiling.profile_document import MeanCalls
+from megatron_mone.profiling.rank_record import read_record
+from megatron_mone.profiling.rank_steps import PHASE_NAMES, align, common_steps, take_steps
 
 STEPS = 12
 _NO_END = ("--train-iters", "1000", "--eval-interval", "1000", "--eval-iters", "0")
@@ -57,15 +62,24 @@ def run_steps(job: SmallJob, folder: Path, rank: int, port: int, limit: float) -
 
 
 def step_time(folder: Path) -> StepTime:
-    """What the profile in a folder says.
+    """What the rank files in a folder say of the quietest half of their steps: what else the
+    machine does meanwhile is not the job's.
 
     Raises:
-        ValueError: it is damaged; one line.
+        ValueError: one is damaged; one line.
     """
-    [run] = Profile.read_folder(folder).runs
+    records = [read_record(path) for path in rank_files(folder)]
+    ranks = [take_steps(record, record.runs[0]) for record in records]
+    steps = common_steps(ranks)
+    slowest_S = align(ranks, steps).step_ms_RS.max(axis=0)
+    quiet = np.sort(steps[np.argsort(slowest_S, kind="stable")[: max(1, len(steps) // 2)]])
+    found = align(ranks, quiet)
+    phase_ms_P = found.mean(found.phase_ms_RPQS).sum(axis=1)
+    collectives = [MeanCalls(**one) for one in found.collectives()]
+    phases = {name: float(ms) for name, ms in zip(PHASE_NAMES, phase_ms_P, strict=True) if ms > 0}
     return StepTime(
-        step_ms=run.step_ms, phases_ms=without_collectives(run.phases, run.collectives),
-        collectives=_alike(run.collectives),
+        step_ms=float(found.mean(found.step_ms_RS)),
+        phases_ms=without_collectives(phases, collectives), collectives=_alike(collectives),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from megatron_mone.benchmarking.node_times.small_steps import without_collectives
+from megatron_mone.benchmarking.node_times.small_steps import step_time, without_collectives
 from megatron_mone.common.phases import (
     ATTENTION,
     CLIPPING,
@@ -37,7 +37,9 @@ from megatron_mone.planning.fitting.small_jobs import operator_of, sizes_here, w
 from megatron_mone.planning.job import SHORT
 from megatron_mone.planning.tracing.trace import Collective, Op
 from megatron_mone.profiling.profile_document import MeanCalls
+from megatron_mone.profiling.rank_record import write_record
 from tests.unit.planning.made_jobs import CLUSTER, FACTS
+from tests.unit.profiling.profile_builders import make_record, make_run
 
 JOB = CalibrationJob(
     model="made", gpus=2, layout="tp=2", flags=[], cluster="paper", device="paper GPU",
@@ -177,6 +179,26 @@ def test_collectives_are_taken_out_of_the_phase_they_count_in():
     phases = {ATTENTION: 10.0, DISPATCH: 4.0, EXPOSED_COMMUNICATION: 5.0}
     left = {ATTENTION: 10.0, DISPATCH: 1.0, EXPOSED_COMMUNICATION: 0.0}
     assert without_collectives(phases, calls) == left
+
+
+def test_a_step_of_the_small_job_is_one_of_its_quietest_half(tmp_path):
+    """Four steps of two ranks: in the first and the last something else ran on a core."""
+    sent = {"operation": "all_to_all", "group": "ep", "bytes": 64, "phase": PERMUTE}
+    attention = ([9.0, 4.0, 4.0, 2.0], [3.0, 2.0, 2.0, 8.0])
+    for rank, ms in enumerate(attention):
+        calls = [sent | {"calls": [2] * 4, "ms": [7.0, 1.0, 1.0, 7.0]}]
+        phases = {ATTENTION: {"forward": ms}, DISPATCH: {"forward": [8.0, 3.0, 3.0, 8.0]}}
+        run = make_run(
+            steps=4, phases=phases, collectives=calls,
+            step_ms=[a + b for a, b in zip(ms, phases[DISPATCH]["forward"], strict=True)],
+        )  # fmt: skip
+        write_record(tmp_path, make_record(rank, runs=[run]))
+    found = step_time(tmp_path)
+    assert found.step_ms == pytest.approx(6.0)
+    assert found.phases_ms == pytest.approx({ATTENTION: 3.0, DISPATCH: 2.0})
+    assert [one.plain() for one in found.collectives] == [
+        {"kind": "all_to_all", "group": "ep", "bytes": 64, "calls": 2.0, "ms": 1.0}
+    ]
 
 
 def buffer(size: int) -> Op:
