@@ -112,7 +112,7 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         block, _ = promised(choose)
         products = _products(layout, indices_K, offsets_N1, x_NH.dtype, block)
         if a_K is None:
-            a_K = _sampled(products, x_NH, w_gate).to(x_NH.dtype)
+            a_K = products.mask_order(_sampled(products, x_NH, w_gate)).to(x_NH.dtype)
             gate_K = gate_activation(activation, a_K)
         assert gate_K is not None
         wide_u_K = _sampled(products, x_NH, w_up)
@@ -139,15 +139,9 @@ class _MaskedGroupedMLP(torch.autograd.Function):
         h_K = space(a_K.shape, torch.float32)
         products.sampled(dy_NH, w_down, da_K)
         dprobs_N = empty(probs_N.shape, torch.float32)
-        a_K, u_K = a_K.float(), u_K.float()
-        p_N = probs_N.float().contiguous()
-        dgate_K = None if dgate_K is None else dgate_K.float().contiguous()
-        products.kernels.gate_backward(
-            byref(layout.shape()), byref(native.mask(indices_K, offsets_N1)),
-            native.ACTIVATION_CODES[ctx.activation], a_K.data_ptr(), u_K.data_ptr(),
-            p_N.data_ptr(), native.address(dgate_K), da_K.data_ptr(), du_K.data_ptr(),
-            h_K.data_ptr(), dprobs_N.data_ptr(),
-        )  # fmt: skip
+        _gate_backward(
+            products, ctx.activation, a_K, u_K, probs_N, dgate_K, da_K, du_K, h_K, dprobs_N
+        )
         # What is not needed again goes before the weight gradients come: they are the largest.
         del a_K, u_K
         ctx.maybe_clear_saved_tensors()
@@ -204,10 +198,33 @@ def _gated(products: Products, probs_N: Tensor, gate_K: Tensor, u_K: Tensor) -> 
     p_N = probs_N.float().contiguous()
     products.kernels.gated(
         byref(layout.shape()), byref(native.mask(products.indices_K, products.offsets_N1)),
-        native.address(p_N), native.address(gate_K),
+        _runs(products), native.address(p_N), native.address(gate_K),
         gate_K.element_size(), u_K.data_ptr(), h_K.data_ptr(),
     )  # fmt: skip
     return h_K
+
+
+def _gate_backward(
+    products: Products, activation: str, a_K: Tensor, u_K: Tensor, probs_N: Tensor,
+    dgate_K: Tensor | None, da_K: Tensor, du_K: Tensor, h_K: Tensor, dprobs_N: Tensor,
+) -> None:  # fmt: skip
+    """Write da, du, h and dprobs (float32) from the forward pass and dh, which da holds."""
+    layout = products.layout
+    blocks = products.spans if isinstance(products, SparseProducts) else 0
+    shares = empty((blocks, layout.rows), torch.float32)
+    a_K, u_K, p_N = a_K.float(), u_K.float(), probs_N.float().contiguous()
+    dgate_K = None if dgate_K is None else dgate_K.float().contiguous()
+    products.kernels.gate_backward(
+        byref(layout.shape()), byref(native.mask(products.indices_K, products.offsets_N1)),
+        _runs(products), native.ACTIVATION_CODES[activation], a_K.data_ptr(), u_K.data_ptr(),
+        p_N.data_ptr(), native.address(dgate_K), da_K.data_ptr(), du_K.data_ptr(),
+        h_K.data_ptr(), shares.data_ptr(), dprobs_N.data_ptr(),
+    )  # fmt: skip
+
+
+def _runs(products: Products) -> Any:
+    """The runs as an argument; null where arrays are in the mask's order."""
+    return None if products.runs is None else byref(products.runs)
 
 
 def _products(

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 9
+INTERFACE_VERSION = 10
 INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
 SET_ENV = "MONE_KERNEL_SET"
 """Names the instruction set that runs instead of the best one: avx2 on a processor with AVX-512."""
@@ -61,8 +61,8 @@ class _Matrix(ctypes.Structure):
     )
 
 
-class _Cuts(ctypes.Structure):
-    _fields_ = (("at", c_void_p), ("order", c_void_p))
+class _Runs(ctypes.Structure):
+    _fields_ = tuple((name, c_void_p) for name in ("from", "starts", "rows", "lengths", "neuron_K"))
 
 
 class _Blocks(ctypes.Structure):
@@ -70,17 +70,19 @@ class _Blocks(ctypes.Structure):
 
 
 _S, _K, _X, _P, _I = POINTER(_Shape), POINTER(_Mask), POINTER(_Matrix), c_void_p, c_int64
-_C, _B = POINTER(_Cuts), POINTER(_Blocks)
+_R, _B = POINTER(_Runs), POINTER(_Blocks)
 _SIGNATURES = (
     ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P, _P, _P, _P, _P)),
     ("gather", (_S, _K, _P, _P, _I)),
     ("scatter", (_S, _K, _P, _X)),
-    ("cuts", (_S, _K, _I, _C)),
-    ("sampled", (_S, _K, _C, _P, _I, _X, _P)),
-    ("accumulate", (_S, _K, _C, _P, _X, _P, _X, _X)),
-    ("gate_backward", (_S, _K, _I, _P, _P, _P, _P, _P, _P, _P, _P)),
-    ("transpose", (_S, _K, _P, _P, _P, _P, _P, _P, _I)),
-    ("weight_grads", (_S, _K, _P, _P, _P, _P, _X, _X, _X)),
+    ("runs", (_S, _K, _R)),
+    ("mask_order", (_S, _K, _R, _P, _P)),
+    ("sampled", (_S, _R, _X, _X, _P)),
+    ("accumulate", (_S, _R, _P, _X, _P, _X, _X)),
+    ("gated", (_S, _K, _R, _P, _P, _I, _P, _P)),
+    ("gate_backward", (_S, _K, _R, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P)),
+    ("transpose", (_S, _R, _P, _P, _P, _P, _P, _P)),
+    ("weight_grads", (_S, _R, _P, _P, _P, _P, _X, _X, _X)),
     ("widen", (_S, _X, _P, _I)),
     ("dense", (_S, _P, _I, _X, _X)),
     ("block_lists", (_S, _K, _B)),
@@ -90,7 +92,6 @@ _SIGNATURES = (
     ("few_sampled", (_S, _K, _P, _I, _X, _P)),
     ("few_accumulate", (_S, _K, _P, _X, _P, _X, _X)),
     ("few_grads", (_S, _K, _P, _P, _P, _I, _X, _X)),
-    ("gated", (_S, _K, _P, _P, _I, _P, _P)),
     ("row_sums", (_S, _K, _P, _I, _P, _P, _P)),
     ("share_sums", (_S, _K, _P, _I, _P, _I, _P, _P, _P)),
     ("share_slopes", (_S, _K, _P, _I, _P, _P, _P, _P, _P)),
@@ -101,9 +102,8 @@ class Kernels(ctypes.Structure):
     """The function table of one instruction set (MoneKernels of kernels.h)."""
 
     _fields_ = (
-        ("dot_neurons", c_int64),
-        ("sum_inputs", c_int64),
-        ("grad_rows", c_int64),
+        ("span", c_int64),
+        ("bins", c_int64),
         *((name, ctypes.CFUNCTYPE(None, *types)) for name, types in _SIGNATURES),
     )
 
@@ -214,9 +214,9 @@ def matrix(tensor: Tensor, adds: bool = False) -> _Matrix:
     )
 
 
-def cuts(at: Tensor, order: Tensor) -> _Cuts:
-    """A cut table as an argument: [B, M] int32 and int16."""
-    return _Cuts(at.data_ptr(), order.data_ptr())
+def runs(*tables: Tensor) -> _Runs:
+    """The tables of MoneRuns as an argument, in its order."""
+    return _Runs(*(table.data_ptr() for table in tables))
 
 
 def blocks(starts: Tensor, entries: Tensor) -> _Blocks:

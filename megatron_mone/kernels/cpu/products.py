@@ -2,7 +2,8 @@
 
 `SparseProducts` runs the native kernels, whose work is proportional to the kept entries.
 `DenseProducts` runs torch's GEMMs expert by expert and picks or spreads the kept entries: faster
-where most neurons are kept. Arrays over kept entries ("_K") are float32 in CSR order.
+where most neurons are kept. Arrays over kept entries ("_K") are float32, in the order that each
+route's kernels walk them.
 Shapes: N rows grouped by expert, E experts, F neurons, H hidden, K kept entries.
 """
 
@@ -97,7 +98,13 @@ def wide_rows(x_NH: Tensor, layout: native.Layout) -> Tensor:
 
 
 class InMaskOrder:
-    """Products whose `weight_grads` takes values in the mask's order."""
+    """Products whose arrays over kept entries are all in the mask's order."""
+
+    runs: native._Runs | None = None
+
+    def mask_order(self, value_K: Tensor) -> Tensor:
+        """The values, as they are."""
+        return value_K
 
     def by_neuron(self, values: list[Tensor]) -> None:
         """Nothing: values stay as they are."""
@@ -120,70 +127,69 @@ class NativeProducts:
 
 
 class SparseProducts(NativeProducts):
-    """Native sampled products and accumulations; arguments as NativeProducts."""
+    """Native sampled products and accumulations, whose arrays over kept entries are in run order
+    (MoneRuns of kernels.h); arguments as NativeProducts."""
 
     def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
         super().__init__(layout, indices_K, offsets_N1)
-        self._cuts: dict[int, tuple[Tensor, Tensor]] = {}
+        self.spans = -(-layout.neurons // self.kernels.span)
+        self.tiles = sum(-(-count // native.TILE) for count in layout.counts)
+        self._tables = (
+            empty((self.spans + 1, layout.rows), torch.int32),
+            empty((self.tiles, self.spans + 1), torch.int64),
+            empty((self.spans, layout.rows), torch.int16),
+            empty((self.spans, layout.rows), torch.uint8),
+            empty(indices_K.shape, torch.uint8),
+        )
+        self.runs = native.runs(*self._tables)
+        self.kernels.runs(byref(self.shape), byref(self.mask), byref(self.runs))
 
-    def _cut_table(self, width: int) -> native._Cuts:
-        if width not in self._cuts:
-            blocks = -(-self.layout.neurons // width)
-            self._cuts[width] = (
-                empty((blocks + 1, self.layout.rows), torch.int32),
-                empty((blocks, self.layout.rows), torch.int16),
-            )
-            table = native.cuts(*self._cuts[width])
-            self.kernels.cuts(byref(self.shape), byref(self.mask), width, byref(table))
-        return native.cuts(*self._cuts[width])
+    def mask_order(self, value_K: Tensor) -> Tensor:
+        """The float32 values, from run order into the mask's."""
+        out_K = torch.empty_like(value_K)
+        self.kernels.mask_order(
+            byref(self.shape), byref(self.mask), byref(self.runs),
+            native.address(value_K), out_K.data_ptr(),
+        )  # fmt: skip
+        return out_K
 
     def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
         """out_K = <x_n, weight_j>."""
-        wide_NH, weight_EFH = wide_rows(x_NH, self.layout), unit_stride(weight_EFH)
-        cuts = self._cut_table(self.kernels.dot_neurons)
+        x_NH, weight_EFH = unit_stride(x_NH), unit_stride(weight_EFH)
         self.kernels.sampled(
-            byref(self.shape), byref(self.mask), byref(cuts), wide_NH.data_ptr(),
-            wide_NH.stride(0), byref(native.matrix(weight_EFH)), out_K.data_ptr(),
+            byref(self.shape), byref(self.runs), byref(native.matrix(x_NH)),
+            byref(native.matrix(weight_EFH)), out_K.data_ptr(),
         )  # fmt: skip
 
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
         out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
-        cuts = self._cut_table(self.kernels.sum_inputs)
         _kept, arguments = sum_arguments(terms)
         self.kernels.accumulate(
-            byref(self.shape), byref(self.mask), byref(cuts),
-            *arguments, byref(native.matrix(out_NH)),
-        )  # fmt: skip
+            byref(self.shape), byref(self.runs), *arguments, byref(native.matrix(out_NH))
+        )
         return out_NH
 
     def by_neuron(self, values: list[Tensor]) -> None:
         """Put up to three arrays of kept entries, in place, into the order of `weight_grads`."""
-        self._cuts.clear()
-        neurons, size = self.layout.neurons, self.kernels.grad_rows
-        ends = [0]
-        for count in self.layout.counts:
-            first = ends[-1]
-            ends += [first + min(row + size, count) for row in range(0, count, size)]
-        kept = self.offsets_N1[torch.tensor(ends)].diff()
-        most = native.padded(int(kept.max()) if len(kept) else 0)
-        at = empty((len(kept), neurons + 1), torch.int32)
+        at = empty((self.tiles, self.spans, self.kernels.bins + 1), torch.int32)
         rows_K = empty(self.indices_K.shape, torch.uint8)
-        work = scratch("tile", (self.layout.threads, 2 * most), torch.int32)
-        self._transposed = (at, rows_K)
+        size = 2 * native.TILE * self.kernels.span
+        work = scratch("tile", (self.layout.threads, size), torch.int32)
+        self._by_neuron = (at, rows_K)
         self.kernels.transpose(
-            byref(self.shape), byref(self.mask),
+            byref(self.shape), byref(self.runs),
             *[*map(native.address, values), None, None, None][:3],
-            at.data_ptr(), rows_K.data_ptr(), work.data_ptr(), most,
+            at.data_ptr(), rows_K.data_ptr(), work.data_ptr(),
         )  # fmt: skip
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient) whose
         values went through `by_neuron`."""
         x_NH = unit_stride(x_NH)
-        at, rows_K = self._transposed
+        at, rows_K = self._by_neuron
         self.kernels.weight_grads(
-            byref(self.shape), byref(self.mask), at.data_ptr(), rows_K.data_ptr(),
+            byref(self.shape), byref(self.runs), at.data_ptr(), rows_K.data_ptr(),
             *value_addresses(terms), byref(native.matrix(x_NH)), *gradient_matrices(terms),
         )  # fmt: skip
 

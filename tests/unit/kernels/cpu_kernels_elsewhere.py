@@ -41,9 +41,9 @@ class Elsewhere:
         )
         self.called: set[str] = set()
         self._storages: dict[int, tuple[int, int]] = {}
-        hello = struct.unpack("5q", self._read(40))
+        hello = struct.unpack("4q", self._read(32))
         self._memory, self.interface_version = hello[:2]
-        self.dot_neurons, self.sum_inputs, self.grad_rows = hello[2:]
+        self.span, self.bins = hello[2:]
 
     def seen(self, data_ptr: Callable[[torch.Tensor], int]) -> Callable[[torch.Tensor], int]:
         """`Tensor.data_ptr` that notes where the tensor's storage begins and ends."""

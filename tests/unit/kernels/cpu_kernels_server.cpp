@@ -33,7 +33,7 @@ int main() {
     void* memory = mmap(nullptr, kMemory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     const int64_t* table = reinterpret_cast<const int64_t*>(mone_kernels(mone_best_set()));
     const int64_t hello[] = {reinterpret_cast<int64_t>(memory), mone_interface_version(), table[0],
-                             table[1], table[2]};
+                             table[1]};
     if (memory == MAP_FAILED || !fwrite(hello, sizeof hello, 1, stdout)) return 1;
     for (Call call; !fflush(stdout) && fread(&call, sizeof call, 1, stdin);) {
         if (call.bytes > kMemory || !fread(memory, call.bytes, 1, stdin)) return 1;

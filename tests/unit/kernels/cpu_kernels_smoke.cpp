@@ -56,34 +56,36 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0, 0}; };
     MoneMatrix X = rows(x), DY = rows(dy), W0 = weights(w0), W1 = weights(w1);
 
-    auto table = [&](int64_t width, std::vector<int32_t>& at, std::vector<uint16_t>& order) {
-        const int64_t blocks = (F + width - 1) / width;
-        at.resize((blocks + 1) * N);
-        order.resize(blocks * N);
-        MoneCuts cuts{at.data(), order.data()};
-        k.cuts(&shape, &mask, width, &cuts);
-        return cuts;
-    };
-    std::vector<int32_t> dot_at, sum_at;
-    std::vector<uint16_t> dot_order, sum_order;
-    MoneCuts dot_cuts = table(k.dot_neurons, dot_at, dot_order);
-    MoneCuts sum_cuts = table(k.sum_inputs, sum_at, sum_order);
+    int64_t tiles = 0;
+    for (int64_t count : counts) tiles += (count + kTile - 1) / kTile;
+    const int64_t spans = (F + k.span - 1) / k.span;
+    std::vector<int32_t> from((spans + 1) * N);
+    std::vector<int64_t> starts(tiles * (spans + 1));
+    std::vector<uint16_t> run_rows(spans * N);
+    std::vector<uint8_t> lengths(spans * N), neuron_K(K);
+    MoneRuns runs{from.data(), starts.data(), run_rows.data(), lengths.data(), neuron_K.data()};
+    k.runs(&shape, &mask, &runs);
 
     std::vector<float> a(K), u(K), da(K), du(K), h(K), dp(N), y(N * H);
-    const int64_t width = (H + 15) / 16 * 16;
-    std::vector<float> wide(N * width);
+    std::vector<float> run_a(K), run_u(K), run_h(K), shares_of_p(spans * N);  // in run order
     k.gather(&shape, &mask, gate.data(), a.data(), 4);
-    k.widen(&shape, &X, wide.data(), width);
-    k.sampled(&shape, &mask, &dot_cuts, wide.data(), width, &W0, u.data());
+    k.sampled(&shape, &runs, &X, &W0, run_u.data());
+    k.mask_order(&shape, &mask, &runs, run_u.data(), u.data());
     for (int64_t i = 0; i < K; ++i) {
         near("picked", picked0[i], a[i]);
         near("picked too", picked1[i], a[i]);
     }
+    // a in run order: where gated finds it with u and p of 1
+    std::vector<float> ones(K, 1.0f), whole(N, 1.0f);
+    k.gated(&shape, &mask, &runs, whole.data(), a.data(), 4, ones.data(), run_a.data());
     MoneMatrix Y = rows(y);
-    k.accumulate(&shape, &mask, &sum_cuts, a.data(), &W0, u.data(), &W1, &Y);
-    da = a;
-    k.gate_backward(&shape, &mask, kSilu, a.data(), u.data(), probs.data(), nullptr, da.data(),
-                    du.data(), h.data(), dp.data());
+    k.accumulate(&shape, &runs, run_a.data(), &W0, run_u.data(), &W1, &Y);
+    std::vector<float> run_da = run_a, run_du(K);
+    k.gate_backward(&shape, &mask, &runs, kSilu, a.data(), run_u.data(), probs.data(), nullptr,
+                    run_da.data(), run_du.data(), run_h.data(), shares_of_p.data(), dp.data());
+    k.mask_order(&shape, &mask, &runs, run_da.data(), da.data());
+    k.mask_order(&shape, &mask, &runs, run_du.data(), du.data());
+    k.mask_order(&shape, &mask, &runs, run_h.data(), h.data());
 
     // The balance loss: blocks are the experts; share[b][j] sums |a| / total over the block's rows.
     std::vector<float> total(N), loss(N), share(E * F), slope(K);
@@ -101,20 +103,17 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     near("shares", shares, rows_with_shares);
     near("counts", entries_counted, K);
 
-    int64_t row_blocks = 0;
-    for (int64_t count : counts) row_blocks += (count + k.grad_rows - 1) / k.grad_rows;
-    const int64_t most = std::min(N, k.grad_rows) * kept;
-    std::vector<int32_t> at(row_blocks * (F + 1)), work(threads * 2 * most);
+    std::vector<int32_t> at(tiles * spans * (k.bins + 1)), work(threads * 2 * kTile * k.span);
     std::vector<uint8_t> row_K(K);
     std::vector<float> g0(E * F * H), g1(E * F * H), g2(E * F * H, 1.0f);
     MoneMatrix G0 = weights(g0), G1 = weights(g1), G2 = weights(g2);
     G2.adds = 1;
-    std::vector<float> t0 = a, t1 = u, t2 = h;
-    k.transpose(&shape, &mask, t0.data(), t1.data(), t2.data(), at.data(), row_K.data(), work.data(), most);
-    k.weight_grads(&shape, &mask, at.data(), row_K.data(), t0.data(), t1.data(), &X, &G0, &G1);
-    k.weight_grads(&shape, &mask, at.data(), row_K.data(), t2.data(), nullptr, &DY, &G2, nullptr);
+    k.transpose(&shape, &runs, run_a.data(), run_u.data(), run_h.data(), at.data(), row_K.data(),
+                work.data());
+    k.weight_grads(&shape, &runs, at.data(), row_K.data(), run_a.data(), run_u.data(), &X, &G0, &G1);
+    k.weight_grads(&shape, &runs, at.data(), row_K.data(), run_h.data(), nullptr, &DY, &G2, nullptr);
 
-    std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H);
+    std::vector<double> y_plain(N * H), g0_plain(E * F * H), g2_plain(E * F * H), dp_plain(N);
     for (int64_t n = 0; n < N; ++n) {
         for (int64_t i = offsets[n]; i < offsets[n + 1]; ++i) {
             const int64_t w = (expert_of[n] * F + idx[i]) * H;
@@ -130,7 +129,9 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
             near("h", h[i], probs[n] * g * u[i]);
             near("du", du[i], probs[n] * double(a[i]) * g);
             near("da", da[i], probs[n] * double(a[i]) * u[i] * s * (1 + a[i] * (1 - s)));
+            dp_plain[n] += double(a[i]) * g * u[i];
         }
+        near("dp", dp[n], dp_plain[n]);
     }
     for (int64_t i = 0; i < N * H; ++i) near("accumulate", y[i], y_plain[i]);
     for (int64_t i = 0; i < E * F * H; ++i) near("gate gradient", g0[i], g0_plain[i]);
@@ -195,7 +196,7 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     k.gather(&shape, &mask, data(gate, gate_half), h.data(), half ? 2 : 4);
     k.block_sampled(&shape, &mask, &lists, rows.data(), width, &W0, a.data());
     k.few_sampled(&shape, &mask, rows.data(), width, &W1, few_u.data());
-    k.gated(&shape, &mask, probs.data(), h.data(), half ? 2 : 4, a.data(), u.data());
+    k.gated(&shape, &mask, nullptr, probs.data(), h.data(), half ? 2 : 4, a.data(), u.data());
     k.block_accumulate(&shape, &mask, &lists, a.data(), &W0, u.data(), &W1, &Y);
     k.few_accumulate(&shape, &mask, a.data(), &W0, u.data(), &W1, &FY);
     std::vector<float> g0(E * F * H), g1(E * F * H, 1.0f), g2(E * F * H);

@@ -15,6 +15,7 @@ import torch
 from megatron_mone.benchmarking.machine_limits import measure_peaks
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import native
+from megatron_mone.kernels.cpu.backend import _gate_backward, _gated
 from megatron_mone.kernels.cpu.gate import kept_gates, select_rows
 from megatron_mone.kernels.cpu.products import SparseProducts, empty
 from megatron_mone.kernels.weight_views import Gradient
@@ -41,7 +42,7 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     E, N, H, F = options.experts, options.rows, options.hidden, options.width
     choose = Selection(round(options.ratio * F))
     layout = native.layout([N // E] * E, F, H)
-    x, dy = torch.randn(N, H), torch.randn(N, H)
+    x, dy, probs = torch.randn(N, H), torch.randn(N, H), torch.rand(N)
     gate, up, down = (torch.randn(E, F, H) * H**-0.5 for _ in range(3))
     a, _, indices, offsets = kept_gates(x, gate, layout, choose, "silu")
     assert a is not None
@@ -51,11 +52,6 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     grads = [Gradient(empty((E, F, H), torch.float32), False) for _ in range(3)]
     by_expert = list(zip(x.split(N // E), gate, strict=True))
 
-    def cuts() -> None:
-        products._cuts.clear()
-        products._cut_table(products.kernels.dot_neurons)
-        products._cut_table(products.kernels.sum_inputs)
-
     rows, weight, entry, once = 4.0 * N * H, 4.0 * E * F * H, 4.0 * K, 2.0 * K * H
     gates = 4.0 * N * F
     return [
@@ -63,11 +59,14 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
          lambda: [torch.mm(part, w.t()) for part, w in by_expert]),
         ("sigma, by torch", 2 * gates, 0, lambda: torch.nn.functional.silu(dense)),
         ("choice", gates + K * 2, 0, lambda: select_rows(dense, choose, chosen)),
-        ("tables of cuts", 2.0 * K, 0, cuts),
+        ("lists of runs", 3.0 * K, 0, lambda: SparseProducts(layout, indices, offsets)),
         ("up", rows + weight + 1.5 * entry, once, lambda: products.sampled(x, up, u)),
         ("down", rows + weight + 1.5 * entry, once,
          lambda: products.accumulate([(h, down)], torch.float32)),
         ("dh", rows + weight + 1.5 * entry, once, lambda: products.sampled(dy, down, v)),
+        ("h", 3 * entry, 0, lambda: _gated(products, probs, a, u)),
+        ("da, du, dprobs", 6 * entry, 0, lambda: _gate_backward(
+            products, "silu", a, u, probs, None, v, a.clone(), h, torch.empty_like(probs))),
         ("dx", rows + 2 * weight + 2.5 * entry, 2 * once,
          lambda: products.accumulate([(a, gate), (u, up)], torch.float32)),
         ("entries by neuron", 6.75 * entry, 0, lambda: products.by_neuron([a, u, h])),

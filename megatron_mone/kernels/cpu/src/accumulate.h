@@ -1,91 +1,102 @@
-// Sparse accumulation into token rows: out[n] = sum of value * weight[j] over kept (n, j): y and dx.
-// A block of kSumInputs x kSumWidth weights stays in the first-level cache; the sums of a tile of
-// rows stay in the second and are written out once.
+// Sparse accumulation into token rows: out[n] = sum of value * weight[j] over kept (n, j): y and dx;
+// values are in run order.
+// A block of kSpan weights stays in the first-level cache; the sums of a tile of rows stay in the second
+// and are written out once.
 #pragma once
 
 namespace {
 
+// Vectors of sums in registers: a block of weights of each term is to fit beside the other's.
+template <int Terms>
+constexpr int sum_vecs() {
+    return kLanes == 16 && Terms == 2 ? kSumVecs / 2 : kSumVecs;
+}
+
+template <int Terms>
 struct SumScratch {
-    alignas(64) float sums[kTile * kSumWidth];
-    alignas(64) float block[kSumInputs * kSumWidth];
+    static constexpr int64_t kWidth = sum_vecs<Terms>() * kLanes;
+    alignas(64) float sums[kTile * kWidth];
+    alignas(64) float block[Terms][kSpan * kWidth];
 };
 
-// sums += value[k] * row idx[k] - base of the block, V vectors.
-template <int V, class Index>
-inline void add_run(const float* block, int64_t base, const Index* idx, const float* value,
-                    int64_t count, float* sums) {
-    Vec acc[V];
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) acc[i] = load(sums + i * kLanes);
-    for (int64_t k = 0; k < count; ++k) {
-        const float* row = block + (idx[k] - base) * (V * kLanes);
-        const Vec scale = splat(value[k]);
-#pragma GCC unroll 8
-        for (int i = 0; i < V; ++i) acc[i] += scale * load(row + i * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) store(sums + i * kLanes, acc[i]);
-}
+// One or two terms: values in run order, and the weights that they scale.
+template <int Terms>
+struct SumTerms {
+    const float* value_K[2];
+    const MoneMatrix* weight[2];
+};
 
-// One term of y or dx for a tile of rows, V vectors of columns from `start`.
-template <int V, class Index>
-void add_term(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* value_K,
-              const MoneMatrix& weight, const Tile& tile, int64_t start, SumScratch& scratch) {
-    constexpr int64_t width = V * kLanes;
-    const int64_t length = at_most(width, s.hidden - start), rows = tile.end - tile.begin;
-    const Index* idx = static_cast<const Index*>(m.idx);
-    for (int64_t b = 0; b * kSumInputs < s.neurons; ++b) {
-        const int64_t first = b * kSumInputs;
-        bool flags[kLongestRun];
-        const bool* used = used_neurons<Index>(s, m, cuts, tile, b, first, flags);
-        load_block(weight, tile.expert * weight.expert_stride + first * weight.row_stride,
-                   at_most(kSumInputs, s.neurons - first), start, length, width, scratch.block, used);
-        const int32_t *from = cuts.at + element(b, s.rows, tile.begin), *to = from + s.rows;
-        const uint16_t* order = cuts.order + element(b, s.rows, tile.begin);
-        const int64_t after = at_most(first + kSumInputs, s.neurons);
-        NextBlock ahead{weight, tile.expert * weight.expert_stride + after * weight.row_stride,
-                        used ? 0 : at_most(kSumInputs, s.neurons - after), start, length, rows};
-        for (int64_t i = 0; i < rows; ++i) {
-            ahead.step();
-            const int64_t next = order[at_most(i + kAhead, rows - 1)];
-            const int64_t l = m.offsets[tile.begin + next] + from[next];
-            prefetch(value_K + l, 2 * 64);
-            prefetch(idx + l, 64);
-            prefetch(scratch.sums + next * width, width * 4);
-            const int64_t n = order[i], k = m.offsets[tile.begin + n] + from[n];
-            add_run<V>(scratch.block, first, idx + k, value_K + k, to[n] - from[n],
-                       scratch.sums + n * width);
+// sums += value[k] * row at[k] of the block, of each term, V vectors.
+template <int V, int Terms>
+inline void add_run(const SumScratch<Terms>& scratch, const uint8_t* at, const float* const* value,
+                    int64_t count, float* sums) {
+    // Few vectors: each term has its own chains of sums, whatever V is, for it depends on the threads.
+    constexpr int Sets = sum_vecs<Terms>() <= 4 ? Terms : 1;
+    Vec acc[Sets][V] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) acc[0][i] = load(sums + i * kLanes);
+    for (int64_t k = 0; k < count; ++k) {
+        const int64_t row = int64_t{at[k]} * (V * kLanes);
+#pragma GCC unroll 2
+        for (int o = 0; o < Terms; ++o) {
+            const Vec scale = splat(value[o][k]);
+#pragma GCC unroll 8
+            for (int i = 0; i < V; ++i)
+                acc[o % Sets][i] += scale * load(scratch.block[o] + row + i * kLanes);
         }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i)
+        store(sums + i * kLanes, Sets == 2 ? acc[0][i] + acc[Sets - 1][i] : acc[0][i]);
 }
 
-template <int V, class Index>
-void accumulate_tile(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
-                     const float* value0_K, const MoneMatrix& weight0, const float* value1_K,
-                     const MoneMatrix* weight1, const Tile& tile, int64_t start, MoneMatrix& out) {
+// y or dx of a tile of rows, V vectors of columns from `start`.
+template <int V, int Terms>
+void accumulate_tile(const MoneShape& s, const MoneRuns& r, const SumTerms<Terms>& terms, int64_t t,
+                     int64_t start, MoneMatrix& out) {
     constexpr int64_t width = V * kLanes;
-    SumScratch scratch;
-    const int64_t rows = tile.end - tile.begin;
+    SumScratch<Terms> scratch;
+    const Tile tile = find_tile(s, t);
+    const int64_t length = at_most(width, s.hidden - start), rows = tile.end - tile.begin;
     std::memset(scratch.sums, 0, rows * width * sizeof(float));
-    add_term<V, Index>(s, m, cuts, value0_K, weight0, tile, start, scratch);
-    if (weight1) add_term<V, Index>(s, m, cuts, value1_K, *weight1, tile, start, scratch);
-    write_block(scratch.sums, width, rows, element(tile.begin, out.row_stride, start),
-                at_most(width, s.hidden - start), out);
+    for (int64_t b = 0; b < spans_of(s); ++b) {
+        const int64_t first = b * kSpan, after = at_most(first + kSpan, s.neurons);
+        const BlockRuns of = block_runs(s, r, t, tile, b);
+        bool flags[kSpan];
+        const bool* used = used_neurons(tile, r, of, flags);
+        const int64_t ahead = used ? 0 : at_most(kSpan, s.neurons - after);
+        auto next = [&](int o) {
+            const MoneMatrix& w = *terms.weight[o];
+            const int64_t base = tile.expert * w.expert_stride;
+            load_block(w, base + first * w.row_stride, after - first, start, length, width,
+                       scratch.block[o], used);
+            return NextBlock{w, base + after * w.row_stride, ahead, start, length, rows};
+        };
+        NextBlock next0 = next(0), next1 = next(Terms - 1);
+        int64_t k = of.first;
+        for (int64_t i = 0; i < rows; ++i) {
+            next0.step();
+            if (Terms == 2) next1.step();
+            const float* values[2] = {terms.value_K[0] + k, terms.value_K[1] + k};
+            add_run<V, Terms>(scratch, r.neuron_K + k, values, of.lengths[i],
+                              scratch.sums + of.rows[i] * width);
+            k += of.lengths[i];
+        }
+    }
+    write_block(scratch.sums, width, rows, element(tile.begin, out.row_stride, start), length, out);
 }
 
-template <class Index>
-void accumulate_rows(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts,
-                     const float* value0_K, const MoneMatrix& weight0, const float* value1_K,
-                     const MoneMatrix* weight1, MoneMatrix& out) {
-    int64_t most = kSumVecs;  // fewer where many threads would find nothing to do
+template <int Terms>
+void accumulate(const MoneShape& s, const MoneRuns& r, const SumTerms<Terms>& terms, MoneMatrix& out) {
+    int64_t most = sum_vecs<Terms>();  // fewer where many threads would find nothing to do
     while (most > 1 && blocks(s.hidden, most * kLanes) * total_tiles(s) < 2 * s.threads) most /= 2;
     const int64_t across = blocks(s.hidden, most * kLanes), tasks = across * total_tiles(s);
 #pragma omp parallel for schedule(dynamic) num_threads(s.threads)
-    for (int64_t t = 0; t < tasks; ++t) {
-        const int64_t start = t % across * most * kLanes;
+    for (int64_t task = 0; task < tasks; ++task) {
+        const int64_t start = task % across * most * kLanes;
         with_vecs(at_most(most, blocks(s.hidden - start, kLanes)), [&](auto vecs) {
-            accumulate_tile<vecs(), Index>(s, m, cuts, value0_K, weight0, value1_K, weight1,
-                                           find_tile(s, t / across), start, out);
+            constexpr int V = vecs() < sum_vecs<Terms>() ? vecs() : sum_vecs<Terms>();
+            accumulate_tile<V, Terms>(s, r, terms, task / across, start, out);
         });
     }
 }

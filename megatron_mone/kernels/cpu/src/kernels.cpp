@@ -14,7 +14,7 @@
 #include "simd.h"
 #include "widths.h"
 #include "selection.h"
-#include "cuts.h"
+#include "runs.h"
 #include "sampled.h"
 #include "accumulate.h"
 #include "weight_grads.h"
@@ -65,58 +65,65 @@ void scatter_any(const MoneShape* s, const MoneMask* m, const float* values, Mon
         scatter_rows<int32_t>(*s, *m, values, *dense);
 }
 
-void cuts_any(const MoneShape* s, const MoneMask* m, int64_t width, MoneCuts* cuts) {
+void runs_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r) {
     if (m->idx_bytes == 2)
-        cut_rows<int16_t>(*s, *m, width, *cuts);
+        list_runs<int16_t>(*s, *m, *r);
     else
-        cut_rows<int32_t>(*s, *m, width, *cuts);
+        list_runs<int32_t>(*s, *m, *r);
 }
 
-void sampled_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* x,
-                 int64_t x_stride, const MoneMatrix* weight, float* out) {
-    if (m->idx_bytes == 2)
-        sample<int16_t>(*s, *m, *cuts, x, x_stride, *weight, out);
-    else
-        sample<int32_t>(*s, *m, *cuts, x, x_stride, *weight, out);
+void mask_order_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r, const float* from,
+                    float* to) {
+    mask_order(*s, *m, *r, from, to);
 }
 
-void accumulate_any(const MoneShape* s, const MoneMask* m, const MoneCuts* cuts, const float* value0,
+void sampled_any(const MoneShape* s, const MoneRuns* r, const MoneMatrix* x, const MoneMatrix* weight,
+                 float* out) {
+    sample(*s, *r, *x, *weight, out);
+}
+
+void accumulate_any(const MoneShape* s, const MoneRuns* r, const float* value0,
                     const MoneMatrix* weight0, const float* value1, const MoneMatrix* weight1,
                     MoneMatrix* out) {
-    if (m->idx_bytes == 2)
-        accumulate_rows<int16_t>(*s, *m, *cuts, value0, *weight0, value1, weight1, *out);
+    if (weight1)
+        accumulate<2>(*s, *r, {{value0, value1}, {weight0, weight1}}, *out);
     else
-        accumulate_rows<int32_t>(*s, *m, *cuts, value0, *weight0, value1, weight1, *out);
+        accumulate<1>(*s, *r, {{value0, nullptr}, {weight0, nullptr}}, *out);
 }
 
-void gate_any(const MoneShape* s, const MoneMask* m, int64_t activation, const float* a,
-              const float* u, const float* probs, const float* dgate, float* da, float* du,
-              float* h, float* dprobs) {
-    auto run = activation == kSilu      ? gate_rows<kSilu>
-               : activation == kSigmoid ? gate_rows<kSigmoid>
-               : activation == kGelu    ? gate_rows<kGelu>
-               : activation == kRelu    ? gate_rows<kRelu>
-                                        : gate_rows<kSquaredRelu>;
-    run(*s, *m, a, u, probs, dgate, da, du, h, dprobs);
+void gated_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r, const float* probs,
+               const void* g, int64_t g_bytes, const float* u, float* h) {
+    if (g_bytes == 2)
+        gated_entries(*s, *m, r, probs, static_cast<const uint16_t*>(g), u, h);
+    else
+        gated_entries(*s, *m, r, probs, static_cast<const float*>(g), u, h);
 }
 
-void transpose_any(const MoneShape* s, const MoneMask* m, float* v0, float* v1, float* v2,
-                   int32_t* at, uint8_t* rows, int32_t* work, int64_t most) {
+void gate_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r, int64_t activation,
+              const float* a, const float* u, const float* probs, const float* dgate, float* da,
+              float* du, float* h, float* shares, float* dprobs) {
+    auto run = activation == kSilu      ? gate_entries<kSilu>
+               : activation == kSigmoid ? gate_entries<kSigmoid>
+               : activation == kGelu    ? gate_entries<kGelu>
+               : activation == kRelu    ? gate_entries<kRelu>
+                                        : gate_entries<kSquaredRelu>;
+    run(*s, *m, r, {a, u, dgate, da, du, h}, probs, shares, dprobs);
+}
+
+void transpose_any(const MoneShape* s, const MoneRuns* r, float* v0, float* v1, float* v2, int32_t* at,
+                   uint8_t* rows, int32_t* work) {
     float* const values[3] = {v0, v1, v2};
-    if (m->idx_bytes == 2)
-        transpose_mask<int16_t>(*s, *m, values, at, rows, work, most);
-    else
-        transpose_mask<int32_t>(*s, *m, values, at, rows, work, most);
+    transpose_runs(*s, *r, values, at, rows, work);
 }
 
-void weight_grads_any(const MoneShape* s, const MoneMask* m, const int32_t* at,
-                      const uint8_t* rows, const float* v0, const float* v1, const MoneMatrix* x,
-                      MoneMatrix* out0, MoneMatrix* out1) {
+void weight_grads_any(const MoneShape* s, const MoneRuns* r, const int32_t* at, const uint8_t* rows,
+                      const float* v0, const float* v1, const MoneMatrix* x, MoneMatrix* out0,
+                      MoneMatrix* out1) {
     MoneMatrix* const outs[2] = {out0, out1};
     if (out1)
-        sum_weight_grads<2>(*s, *m, at, {rows, {v0, v1}}, *x, outs);
+        sum_weight_grads<2>(*s, *r, at, {rows, {v0, v1}}, *x, outs);
     else
-        sum_weight_grads<1>(*s, *m, at, {rows, {v0, nullptr}}, *x, outs);
+        sum_weight_grads<1>(*s, *r, at, {rows, {v0, nullptr}}, *x, outs);
 }
 
 void widen_any(const MoneShape* s, const MoneMatrix* from, float* to, int64_t stride) {
@@ -181,14 +188,6 @@ void few_grads_any(const MoneShape* s, const MoneMask* m, const float* v0, const
         grads_few<int32_t>(*s, *m, values, x, x_stride, outs);
 }
 
-void gated_any(const MoneShape* s, const MoneMask* m, const float* probs, const void* g,
-               int64_t g_bytes, const float* u, float* h) {
-    if (g_bytes == 2)
-        gated_rows(*s, *m, probs, static_cast<const uint16_t*>(g), u, h);
-    else
-        gated_rows(*s, *m, probs, static_cast<const float*>(g), u, h);
-}
-
 // Calls run(mask indices, gates) with their element types.
 template <class Run>
 void with_gate(const MoneMask& m, const void* gate, int64_t gate_bytes, Run run) {
@@ -226,10 +225,10 @@ void share_slopes_any(const MoneShape* s, const MoneMask* m, const void* gate, i
 }  // namespace
 
 extern "C" const MoneKernels MONE_TABLE = {
-    kDotNeurons, kSumInputs, kGradRows,
-    select_any, gather_any, scatter_any, cuts_any, sampled_any,
-    accumulate_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
+    kSpan, kBins,
+    select_any, gather_any, scatter_any, runs_any, mask_order_any, sampled_any, accumulate_any,
+    gated_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
     block_lists_any, block_sampled_any, block_accumulate_any, block_grads_any,
-    few_sampled_any, few_accumulate_any, few_grads_any, gated_any,
+    few_sampled_any, few_accumulate_any, few_grads_any,
     row_sums_any, share_sums_any, share_slopes_any,
 };

@@ -2,7 +2,7 @@
 //
 // Symbols: N rows grouped by expert, E experts, F neurons of an expert, H hidden, K kept entries.
 // A mask is CSR: row n keeps neurons idx[offsets[n] .. offsets[n + 1]), ascending. Every value array
-// over kept entries ("_K") is float32 in that order; matrices are float32 or bfloat16.
+// over kept entries ("_K") is float32, in that order or in run order (MoneRuns); matrices are float32 or bfloat16.
 // No kernel allocates, throws or keeps state; each output element is summed by one thread in a fixed
 // order, so results do not depend on the number of threads.
 #pragma once
@@ -41,13 +41,17 @@ struct MoneMatrix {
     int64_t adds;
 };
 
-// Where each row's kept entries cross blocks of neurons: at[b][n] entries of row n lie before block
-// b; [ceil(F / width) + 1, N]. order[b] lists the rows of each tile of kTile rows of an expert,
-// relative to the tile, by their number of entries in block b: loops of equal length follow each
-// other, which the branch predictor learns. [ceil(F / width), N].
-struct MoneCuts {
-    int32_t* at;
-    uint16_t* order;
+// Kept entries in run order: by tile of kTile rows of an expert, block of `span` neurons, and row; the
+// rows of a tile by the number of their entries in the block. A row's entries in one block are a run:
+// they follow each other in the mask's order too, from[b][n] after the row's first; from is
+// [blocks + 1, N]. starts is [tiles, blocks + 1], the first entry of each block of a tile; rows (within
+// the tile) and lengths of its runs are [blocks, N], neuron_K is each entry's neuron in its block.
+struct MoneRuns {
+    int32_t* from;
+    int64_t* starts;
+    uint16_t* rows;
+    uint8_t* lengths;
+    uint8_t* neuron_K;
 };
 
 // One kept block of a row: the row within its tile of kTile rows of an expert, and which of the row's
@@ -68,9 +72,8 @@ enum MoneActivation { kSilu = 0, kSigmoid = 1, kGelu = 2, kRelu = 3, kSquaredRel
 extern "C" {
 
 struct MoneKernels {
-    // Widths that suit this instruction set: neurons of a block of `sampled`, of `accumulate`, and
-    // rows of a block of `transpose` and `weight_grads`.
-    int64_t dot_neurons, sum_inputs, grad_rows;
+    // Neurons of a block of runs, and bins into which `transpose` puts each block of a tile.
+    int64_t span, bins;
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
     // bfloat16, 4: float32), keys is work space of [threads, 2 F], F up to a
@@ -83,33 +86,39 @@ struct MoneKernels {
     // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.
     void (*gather)(const MoneShape*, const MoneMask*, const void* dense, void* out_K, int64_t bytes);
     void (*scatter)(const MoneShape*, const MoneMask*, const float* values_K, MoneMatrix* dense);
-    // Fills the table for blocks of `width` neurons.
-    void (*cuts)(const MoneShape*, const MoneMask*, int64_t width, MoneCuts* cuts);
-    // out_K = <x_n, weight_j> for kept (n, j); cuts at dot_neurons; x as `widen` writes it, whole
-    // vectors a row.
-    void (*sampled)(const MoneShape*, const MoneMask*, const MoneCuts* cuts, const float* x,
-                    int64_t x_stride, const MoneMatrix* weight, float* out_K);
-    // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]); cuts at
-    // sum_inputs.
-    void (*accumulate)(const MoneShape*, const MoneMask*, const MoneCuts* cuts,
-                       const float* value0_K, const MoneMatrix* weight0, const float* value1_K,
-                       const MoneMatrix* weight1, MoneMatrix* out);
+    // Lists the runs; and puts float32 entries from run order into the mask's.
+    void (*runs)(const MoneShape*, const MoneMask*, const MoneRuns*);
+    void (*mask_order)(const MoneShape*, const MoneMask*, const MoneRuns*, const float* from_K,
+                       float* to_K);
+    // out_K = <x_n, weight_j> for kept (n, j), in run order.
+    void (*sampled)(const MoneShape*, const MoneRuns*, const MoneMatrix* x, const MoneMatrix* weight,
+                    float* out_K);
+    // out[n] = sum over kept j of value0 * weight0[j] (+ value1 * weight1[j]), values in run order.
+    void (*accumulate)(const MoneShape*, const MoneRuns*, const float* value0_K,
+                       const MoneMatrix* weight0, const float* value1_K, const MoneMatrix* weight1,
+                       MoneMatrix* out);
+    // h_K = probs[n] g_K u_K; g is float32 or, with g_bytes 2, bfloat16, in the mask's order; u and h
+    // are in run order where there are runs, else in the mask's.
+    void (*gated)(const MoneShape*, const MoneMask*, const MoneRuns*, const float* probs,
+                  const void* g_K, int64_t g_bytes, const float* u_K, float* h_K);
     // g = sigma(a): h = p g u, du = p v g, da = (p v u + dgate) sigma'(a), dp = sum of v g u.
-    // v_K comes in through da_K; dgate_K may be null.
-    void (*gate_backward)(const MoneShape*, const MoneMask*, int64_t activation, const float* a_K,
-                          const float* u_K, const float* probs, const float* dgate_K, float* da_K,
-                          float* du_K, float* h_K, float* dprobs);
-    // Each block of grad_rows rows of an expert by neuron, then row, in place: the entries of up to
-    // three v_K (others null) change their order within the block, and row_K tells each one's row in
-    // it. at[b][j] entries of block b lie before neuron j, [B, F + 1], B the blocks of all experts.
-    // work is [threads, 2 most], `most` the entries of the fullest block.
-    void (*transpose)(const MoneShape*, const MoneMask*, float* v0_K, float* v1_K, float* v2_K,
-                      int32_t* at, uint8_t* row_K, int32_t* work, int64_t most);
+    // v_K comes in through da_K; dgate_K may be null. a and dgate are in the mask's order, the others
+    // in run order where there are runs; `shares` is work space of [blocks of runs, N].
+    void (*gate_backward)(const MoneShape*, const MoneMask*, const MoneRuns*, int64_t activation,
+                          const float* a_K, const float* u_K, const float* probs,
+                          const float* dgate_K, float* da_K, float* du_K, float* h_K, float* shares,
+                          float* dprobs);
+    // Each block of a tile by block of its rows, then neuron, in place: the entries of up to three v_K
+    // (others null) change their order within the block, and row_K tells each one's row in its block
+    // of rows. at[t][b][i] entries of block b of tile t lie before bin i, [tiles, blocks, bins + 1].
+    // work is [threads, 2 kTile span].
+    void (*transpose)(const MoneShape*, const MoneRuns*, float* v0_K, float* v1_K, float* v2_K,
+                      int32_t* at, uint8_t* row_K, int32_t* work);
     // out_i[j] = sum over the entries of v_i x[n], all as `transpose` leaves them; v1 and out1 may be
     // null.
-    void (*weight_grads)(const MoneShape*, const MoneMask*, const int32_t* at,
-                         const uint8_t* row_K, const float* v0_K, const float* v1_K,
-                         const MoneMatrix* x, MoneMatrix* out0, MoneMatrix* out1);
+    void (*weight_grads)(const MoneShape*, const MoneRuns*, const int32_t* at, const uint8_t* row_K,
+                         const float* v0_K, const float* v1_K, const MoneMatrix* x, MoneMatrix* out0,
+                         MoneMatrix* out1);
     // float32 copy of a [N, H] matrix, rows `stride` apart, zeros after H.
     void (*widen)(const MoneShape*, const MoneMatrix*, float* to, int64_t stride);
     // out[n, j] = <x_n, weight_j> for every neuron; x as `widen` writes it, whole vectors a row.
@@ -134,9 +143,6 @@ struct MoneKernels {
     // The weight gradients, straight from the mask; x float32, rows x_stride apart.
     void (*few_grads)(const MoneShape*, const MoneMask*, const float* v0_K, const float* v1_K,
                       const float* x, int64_t x_stride, MoneMatrix* out0, MoneMatrix* out1);
-    // h_K = probs[n] g_K u_K; g is float32 or, with g_bytes 2, bfloat16.
-    void (*gated)(const MoneShape*, const MoneMask*, const float* probs, const void* g_K,
-                  int64_t g_bytes, const float* u_K, float* h_K);
     // What the balance loss asks of kept entries; gate is [K] of gate_bytes (2: bfloat16, 4: float32),
     // block [N] the block of each row, weight [blocks, F]. See shares.h.
     void (*row_sums)(const MoneShape*, const MoneMask*, const void* gate, int64_t gate_bytes,

@@ -1,6 +1,6 @@
-// Sampled products: <x_n, weight_j> for kept (n, j) alone.
-// A block of kDotNeurons neurons, kDotVecs vectors of each, stays in the first-level cache while the
-// rows of a tile pass it: a row's piece is held in registers and meets the neurons that the row keeps.
+// Sampled products: <x_n, weight_j> for kept (n, j) alone, in run order.
+// A block of kSpan neurons, kDotVecs vectors of each, stays in the first-level cache while the rows of
+// a tile pass it; their pieces are packed, for rows a power of two apart would meet in few of its sets.
 #pragma once
 
 namespace {
@@ -16,14 +16,13 @@ inline void add_sums(Vec4 sum, int count, bool overwrite, float* out) {
 
 constexpr int kGroup = 8;  // chains of sums: as many as the units have steps; more would spill
 
-// out[i] (+)= <x, row at[i] - base of the block> for G neurons, V vectors long; the first piece
-// overwrites.
-template <int V, int G, class Index>
-inline void dot_group(const float* x, const float* block, int64_t base, const Index* at,
-                      bool overwrite, float* out) {
+// out[i] (+)= <x, row at[i] of the block> for G neurons, V vectors long; the first piece overwrites.
+template <int V, int G>
+inline void dot_group(const float* x, const float* block, const uint8_t* at, bool overwrite,
+                      float* out) {
     const float* w[G];
     Vec acc[(G + 3) / 4 * 4] = {};
-    for (int i = 0; i < G; ++i) w[i] = block + (at[i] - base) * (V * kLanes);
+    for (int i = 0; i < G; ++i) w[i] = block + int64_t{at[i]} * (V * kLanes);
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
         const Vec part = in_register(load(x + v * kLanes));
@@ -38,87 +37,94 @@ inline void dot_group(const float* x, const float* block, int64_t base, const In
 }
 
 // Any number of neurons, in groups of nearly equal size.
-template <int V, class Index>
-inline void dots(const float* x, const float* block, int64_t base, const Index* at, int count,
-                 bool overwrite, float* out) {
+template <int V>
+inline void dots(const float* x, const float* block, const uint8_t* at, int count, bool overwrite,
+                 float* out) {
     for (int groups = (count + kGroup - 1) / kGroup; groups > 0; --groups) {
         const int size = (count + groups - 1) / groups;
         switch (size) {
-            case 1: dot_group<V, 1>(x, block, base, at, overwrite, out); break;
-            case 2: dot_group<V, 2>(x, block, base, at, overwrite, out); break;
-            case 3: dot_group<V, 3>(x, block, base, at, overwrite, out); break;
-            case 4: dot_group<V, 4>(x, block, base, at, overwrite, out); break;
-            case 5: dot_group<V, 5>(x, block, base, at, overwrite, out); break;
-            case 6: dot_group<V, 6>(x, block, base, at, overwrite, out); break;
-            case 7: dot_group<V, 7>(x, block, base, at, overwrite, out); break;
-            case 8: dot_group<V, 8>(x, block, base, at, overwrite, out); break;
+            case 1: dot_group<V, 1>(x, block, at, overwrite, out); break;
+            case 2: dot_group<V, 2>(x, block, at, overwrite, out); break;
+            case 3: dot_group<V, 3>(x, block, at, overwrite, out); break;
+            case 4: dot_group<V, 4>(x, block, at, overwrite, out); break;
+            case 5: dot_group<V, 5>(x, block, at, overwrite, out); break;
+            case 6: dot_group<V, 6>(x, block, at, overwrite, out); break;
+            case 7: dot_group<V, 7>(x, block, at, overwrite, out); break;
+            case 8: dot_group<V, 8>(x, block, at, overwrite, out); break;
         }
         count -= size, at += size, out += size;
     }
 }
 
-// One tile of rows against one block of its expert's neurons, columns from `start`.
-template <int V, class Index>
-void sample_piece(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* x,
-                  int64_t x_stride, const MoneMatrix& weight, const Tile& tile, int64_t b,
-                  const bool* used, int64_t start, float* block, float* out_K) {
-    const int64_t first = b * kDotNeurons, rows = tile.end - tile.begin, after = start + V * kLanes;
-    const Index* idx = static_cast<const Index*>(m.idx);
-    const int32_t *from = cuts.at + element(b, s.rows, tile.begin), *to = from + s.rows;
-    const uint16_t* order = cuts.order + element(b, s.rows, tile.begin);
-    const int64_t base = tile.expert * weight.expert_stride + first * weight.row_stride;
-    const int64_t neurons = at_most(kDotNeurons, s.neurons - first);
-    load_block(weight, base, neurons, start, at_most(V * kLanes, s.hidden - start), V * kLanes, block,
-               used);
-    NextBlock ahead{weight, base, used || after >= s.hidden ? 0 : neurons, after,
-                    at_most(V * kLanes, s.hidden - after), rows};
-    x += element(tile.begin, x_stride, start);
-    for (int64_t i = 0; i < rows; ++i) {
-        ahead.step();
-        const int64_t next = order[at_most(i + kAhead, rows - 1)];
-        const int64_t l = m.offsets[tile.begin + next] + from[next];
-        prefetch(idx + l, 64);
-        prefetch(out_K + l, 64);
-        prefetch(x + next * x_stride, V * kLanes * 4);
-        const int64_t n = order[i], k = m.offsets[tile.begin + n] + from[n];
-        dots<V>(x + n * x_stride, block, first, idx + k, to[n] - from[n], start == 0, out_K + k);
-    }
-}
+// The packed rows of a tile and a block of weights, one piece of H of each.
+struct PieceScratch {
+    alignas(64) float x[kTile * kDotVecs * kLanes];
+    alignas(64) float block[kSpan * kDotVecs * kLanes];
+};
 
-template <class Index>
-void sample_block(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* x,
-                  int64_t x_stride, const MoneMatrix& weight, const Tile& tile, int64_t b,
+// Columns [start, start + V vectors) of a tile's rows against blocks [b, end) of its expert's neurons.
+template <int V>
+void sample_piece(const MoneShape& s, const MoneRuns& r, const MoneMatrix& x, const MoneMatrix& weight,
+                  int64_t t, int64_t b, int64_t end, int64_t start, PieceScratch& scratch,
                   float* out_K) {
-    alignas(64) float block[kDotNeurons * kDotVecs * kLanes];
-    bool flags[kLongestRun];
-    const bool* used = used_neurons<Index>(s, m, cuts, tile, b, b * kDotNeurons, flags);
-    for (int64_t start = 0; start < s.hidden;) {
-        const int64_t vecs = blocks(s.hidden - start, kLanes);
-        auto piece = [&](auto run, int64_t taken) {
-            run(s, m, cuts, x, x_stride, weight, tile, b, used, start, block, out_K);
-            start += taken * kLanes;
-        };
-        if (vecs >= kDotVecs)
-            piece(sample_piece<kDotVecs, Index>, kDotVecs);
-        else if (vecs >= 8)
-            piece(sample_piece<8, Index>, 8);
-        else if (vecs >= 4)
-            piece(sample_piece<4, Index>, 4);
-        else if (vecs >= 2)
-            piece(sample_piece<2, Index>, 2);
-        else
-            piece(sample_piece<1, Index>, 1);
+    constexpr int64_t width = V * kLanes;
+    const Tile tile = find_tile(s, t);
+    const int64_t rows = tile.end - tile.begin, length = at_most(width, s.hidden - start);
+    load_block(x, element(tile.begin, x.row_stride, 0), rows, start, length, width, scratch.x);
+    for (; b < end; ++b) {
+        const int64_t first = b * kSpan, after = at_most(first + kSpan, s.neurons);
+        const int64_t base = tile.expert * weight.expert_stride;
+        const BlockRuns of = block_runs(s, r, t, tile, b);
+        bool flags[kSpan];
+        const bool* used = used_neurons(tile, r, of, flags);
+        load_block(weight, base + first * weight.row_stride, after - first, start, length, width,
+                   scratch.block, used);
+        NextBlock ahead{weight, base + after * weight.row_stride,
+                        used || b + 1 == end ? 0 : at_most(kSpan, s.neurons - after), start, length,
+                        rows};
+        int64_t k = of.first;
+        for (int64_t i = 0; i < rows; ++i) {
+            ahead.step();
+            const int count = of.lengths[i];
+            dots<V>(scratch.x + of.rows[i] * width, scratch.block, r.neuron_K + k, count, start == 0,
+                    out_K + k);
+            k += count;
+        }
     }
 }
 
-template <class Index>
-void sample(const MoneShape& s, const MoneMask& m, const MoneCuts& cuts, const float* x,
-            int64_t x_stride, const MoneMatrix& weight, float* out_K) {
-    const int64_t across = blocks(s.neurons, kDotNeurons), tasks = across * total_tiles(s);
-#pragma omp parallel for schedule(dynamic, run_of(tasks, s.threads)) num_threads(s.threads)
-    for (int64_t t = 0; t < tasks; ++t)
-        sample_block<Index>(s, m, cuts, x, x_stride, weight, find_tile(s, t / across), t % across,
-                            out_K);
+// Blocks of one task: as few tasks as keep the threads busy, for each packs the rows of its tile anew.
+inline int64_t blocks_of_task(const MoneShape& s) {
+    const int64_t wanted = blocks(8 * s.threads, total_tiles(s));
+    return blocks(spans_of(s), at_most(wanted, spans_of(s)));
+}
+
+void sample(const MoneShape& s, const MoneRuns& r, const MoneMatrix& x, const MoneMatrix& weight,
+            float* out_K) {
+    if (total_tiles(s) == 0) return;
+    const int64_t size = blocks_of_task(s), across = blocks(spans_of(s), size);
+#pragma omp parallel for schedule(dynamic) num_threads(s.threads)
+    for (int64_t task = 0; task < across * total_tiles(s); ++task) {
+        PieceScratch scratch;
+        const int64_t t = task / across, b = task % across * size, end = at_most(b + size, spans_of(s));
+        for (int64_t start = 0; start < s.hidden;) {
+            const int64_t vecs = blocks(s.hidden - start, kLanes);
+            auto piece = [&](auto run, int64_t taken) {
+                run(s, r, x, weight, t, b, end, start, scratch, out_K);
+                start += taken * kLanes;
+            };
+            if (vecs >= kDotVecs)
+                piece(sample_piece<kDotVecs>, kDotVecs);
+            else if (vecs >= 8)
+                piece(sample_piece<8>, 8);
+            else if (vecs >= 4)
+                piece(sample_piece<4>, 4);
+            else if (vecs >= 2)
+                piece(sample_piece<2>, 2);
+            else
+                piece(sample_piece<1>, 1);
+        }
+    }
 }
 
 }  // namespace

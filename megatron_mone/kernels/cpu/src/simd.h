@@ -89,7 +89,6 @@ inline void prefetch(const void* p, int64_t bytes) {
     const char* line = static_cast<const char*>(p);
     for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(line + b);
 }
-constexpr int64_t kAhead = 2;  // rows or neurons between a prefetch and its use
 
 // e^x to 2 ulp: x = n ln 2 + r, a polynomial in r (Cephes expf), n into the exponent. NaN stays.
 inline Vec exponential(Vec x) {
@@ -168,17 +167,26 @@ inline void load_block(const MoneMatrix& m, int64_t base, int64_t rows, int64_t 
             copy_row(m, base + element(i, m.row_stride, start), length, width, block + i * width);
 }
 
-// Brings the next block towards the cache, spread evenly over the `steps` of the current one's loop.
+// Brings the next block into the second-level cache, a line at a time over the `steps` of the current
+// one's loop: more at once would keep that loop's own loads waiting.
 struct NextBlock {
-    const MoneMatrix& m;
-    int64_t base, rows, start, length, steps;
-    int64_t row = 0, due = 0;
+    const char* line;
+    int64_t lines, stride, due, steps, of_row = 0, passed = 0;
+
+    NextBlock(const MoneMatrix& m, int64_t base, int64_t rows, int64_t start, int64_t length,
+              int64_t steps_)
+        : steps(steps_) {
+        const int64_t bytes = m.is_bf16 ? 2 : 4;
+        line = static_cast<const char*>(m.data) + (base + start) * bytes;
+        lines = blocks(length * bytes, 64);
+        stride = m.row_stride * bytes;
+        due = rows * lines;
+    }
 
     void step() {
-        for (due += rows; due >= steps && row < rows; due -= steps, ++row) {
-            const int64_t bytes = m.is_bf16 ? 2 : 4, at = base + element(row, m.row_stride, start);
-            for (int64_t b = 0; b < length * bytes; b += 64)
-                __builtin_prefetch(static_cast<const char*>(m.data) + at * bytes + b, 0, 2);
+        for (passed += due; passed >= steps; passed -= steps) {
+            __builtin_prefetch(line + of_row * 64, 0, 2);
+            if (++of_row == lines) of_row = 0, line += stride;
         }
     }
 };
