@@ -9,6 +9,7 @@ the gradients of the first step and the parameters after the third, each gathere
 import contextlib
 import functools
 import gc
+import inspect
 import json
 import subprocess
 import sys
@@ -191,20 +192,20 @@ def _watch_models() -> tuple[list, Callable[[Path | None], None]]:
     return models, set_folder
 
 
-_KEPT = contextlib.ExitStack()  # to the end of the process
-
-
 @functools.cache
 def spare_repeated_work() -> None:
     """Let a process that trains many models do once what is the same for each, and drop what no
     test reads: the printed arguments, their copies in TensorBoard. No number depends on it."""
     from megatron.core.datasets import gpt_dataset
-    from megatron.training import arguments
+    from megatron.training import argument_utils, arguments
     from torch.utils.tensorboard import SummaryWriter
 
-    from megatron_mone.model.arguments import one_parser
-
-    _KEPT.enter_context(one_parser())
+    # Megatron reads its classes' sources for the help texts of their flags, anew for every parser.
+    inspect.getsource = functools.cache(inspect.getsource)  # type: ignore[assignment]
+    factory = argument_utils.ArgumentGroupFactory
+    read = functools.cache(lambda cls: texts(factory.__new__(factory), cls))
+    texts = factory._get_field_docstrings
+    factory._get_field_docstrings = lambda self, cls: read(cls)
     arguments._print_args = lambda *ignored: None
     SummaryWriter.add_text = lambda *ignored, **named: None
 
@@ -307,7 +308,11 @@ def _main(todo: str, folder: str) -> None:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.training import get_tensorboard_writer, training
 
+    from megatron_mone.model.arguments import one_parser
+
     spare_repeated_work()
+    parser = contextlib.ExitStack()  # here alone: the fork server starts stock Megatron's, too
+    parser.enter_context(one_parser())
     models, keep_in = _watch_models()
     groups = _Groups()
     for name, flags, tensors in json.loads(Path(todo).read_text()):
