@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from megatron_mone.planning.tracing import trace_worker
+from megatron_mone.planning.tracing.trace_worker import preloaded
 from tests.parity.layouts import TRAIN
 
 OF_CPU_RANKS = "--no-gradient-accumulation-fusion"
@@ -37,9 +37,8 @@ def line_of(words: str) -> str:
 
 def main() -> None:
     """Answer all, one after another."""
-    trace_worker._preload(gpu=True)
     said = []
-    with TemporaryDirectory() as folder:
+    with preloaded(gpu=True), TemporaryDirectory() as folder:
         for words in json.load(sys.stdin):
             answer = Path(folder, "answer")
             answer.unlink(missing_ok=True)

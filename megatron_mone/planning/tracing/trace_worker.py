@@ -37,14 +37,14 @@ GPU, CPU = "gpu", "cpu"
 def main(descriptor: str, kind: str) -> None:
     """Import, say that all is ready, and serve until the other side closes the socket."""
     with socket.socket(fileno=int(descriptor)) as connection:
-        with _preloaded(kind == GPU):
+        with preloaded(kind == GPU):
             connection.send(json.dumps({"ready": True}).encode())
             _serve(connection)
 
 
 @contextmanager
-def _preloaded(gpu: bool) -> Iterator[None]:
-    """What a child would import and build."""
+def preloaded(gpu: bool) -> Iterator[None]:
+    """What a child would import and build, within."""
     prepare(gpu)
     for module in (
         *("megatron.training.training", "megatron.core.num_microbatches_calculator"),

@@ -21,14 +21,13 @@ OURS = "megatron_mone"
 def main(folder: Path, kind: str) -> None:
     """All cases of a kind, one after another."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", LOCAL_RANK="0")
-    trace_worker._preload(kind == "gpu")
-    for name, (flags, world_size, rank) in json.loads(
-        (folder / f"cases-{kind}.json").read_text()
-    ).items():
-        child = os.fork()
-        if not child:
-            _trace(folder / f"{kind}-{name}", flags, world_size, rank)
-        os.waitpid(child, 0)
+    with trace_worker.preloaded(kind == "gpu"):
+        cases = json.loads((folder / f"cases-{kind}.json").read_text())
+        for name, (flags, world_size, rank) in cases.items():
+            child = os.fork()
+            if not child:
+                _trace(folder / f"{kind}-{name}", flags, world_size, rank)
+            os.waitpid(child, 0)
 
 
 def names_of_ours():
