@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("out/calibrated"))
     asked = parser.parse_args()
+    if unknown := [name for name in asked.layouts if name not in LAYOUTS]:
+        parser.error(f"LAYOUT {unknown[0]!r} is not one of {', '.join(LAYOUTS)}")
     print(f"{cpu_model()}, load {load_average():.1f}")
     print(
         f"{'layout':12}{'assumed':>9}{'calibrated':>12}{'run, ms':>9}{'error':>8}"

@@ -54,9 +54,13 @@ ROUTES: dict[str, type[Products]] = {
 
 @cache  # asked for in every forward, and a failed build is not to be tried again
 def available() -> tuple[bool, str]:
-    """Whether the kernels run here, built now if need be; the reason when they do not."""
+    """Whether the kernels run here, built now if need be; the reason when they do not.
+
+    Raises:
+        ValueError: native.SET_ENV names instructions that this processor does not run.
+    """
     try:
-        native.load()
+        native.default_set()
     except build.BuildError as error:
         return False, str(error)
     return True, ""
