@@ -102,6 +102,8 @@ def measured(train_step: Any) -> Any:
     def step(*arguments: Any, **keywords: Any) -> Any:
         model, optimizer = arguments[2], arguments[3]
         before = persistent_tensors(model, optimizer)
+        # Known by their addresses, which others would get if ZeRO 3 let them go within the step.
+        alive = [t.untyped_storage() for tensors in before.values() for t in tensors]
         gathered = {t.untyped_storage()._cdata for t in before[WEIGHTS]}
         stay = dict(before)
         if hasattr(model[0], "param_and_grad_buffer"):
@@ -128,6 +130,7 @@ def measured(train_step: Any) -> Any:
         ):
             result = train_step(*arguments, **keywords)
         found["activations"] = kept.most
+        del alive
         args = get_args()
         Path(args.tensorboard_dir, f"most-{args.rank}.json").write_text(json.dumps(found))
         return result
