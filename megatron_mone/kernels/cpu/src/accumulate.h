@@ -65,12 +65,13 @@ void accumulate_tile(const MoneShape& s, const MoneRuns& r, const SumTerms<Terms
         bool flags[kSpan];
         const bool* used = used_neurons(tile, r, of, flags);
         const int64_t ahead = used ? 0 : at_most(kSpan, s.neurons - after);
+        auto base = [&](int o) { return tile.expert * terms.weight[o]->expert_stride; };
+        for (int o = 0; o < Terms; ++o)
+            load_block(*terms.weight[o], base(o) + first * terms.weight[o]->row_stride, after - first,
+                       start, length, width, scratch.block[o], used);
         auto next = [&](int o) {
             const MoneMatrix& w = *terms.weight[o];
-            const int64_t base = tile.expert * w.expert_stride;
-            load_block(w, base + first * w.row_stride, after - first, start, length, width,
-                       scratch.block[o], used);
-            return NextBlock{w, base + after * w.row_stride, ahead, start, length, rows};
+            return NextBlock{w, base(o) + after * w.row_stride, ahead, start, length, rows};
         };
         NextBlock next0 = next(0), next1 = next(Terms - 1);
         int64_t k = of.first;
