@@ -72,10 +72,6 @@ FORMS = {
         f"{_ONE_RANK} --micro-batch-size 1 --global-batch-size 1 "
         f"--lr-warmup-iters 0 {_NARROW}",
     ),
-    "python -m tests.unit.kernels.measure_cpu_backend --ratios 0.25 0.125 0.0625": Form(
-        r"(?m)^r = 0.25, B = 1 +both .* of dense \d", (("0.25 0.125 0.0625", "0.25"),),
-        "--rows 64 --hidden 64 --width 96 --repeats 1",
-    ),
     "tools/merge_profile.py": Form(
         "written to out/profile/profile.json", (("tools", "python tools"),), "out/profile"
     ),
