@@ -24,6 +24,7 @@ from megatron_mone.profiling.rank_record import read_record
 from megatron_mone.profiling.rank_steps import PHASE_NAMES, align, common_steps, take_steps
 
 STEPS = 12
+DISTURBED = 1.1
 _NO_END = ("--train-iters", "1000", "--eval-interval", "1000", "--eval-iters", "0")
 
 
@@ -62,8 +63,9 @@ def run_steps(job: SmallJob, folder: Path, rank: int, port: int, limit: float) -
 
 
 def step_time(folder: Path) -> StepTime:
-    """What the rank files in a folder say of the quietest half of their steps: what else the
-    machine does meanwhile is not the job's.
+    """What the rank files in a folder say of the steps that nothing else on the machine disturbed:
+    those up to DISTURBED times as long as the quietest half's mean. As in a profile the middle half
+    of them is the mean.
 
     Raises:
         ValueError: one is damaged; one line.
@@ -72,8 +74,8 @@ def step_time(folder: Path) -> StepTime:
     ranks = [take_steps(record, record.runs[0]) for record in records]
     steps = common_steps(ranks)
     slowest_S = align(ranks, steps).step_ms_RS.max(axis=0)
-    quiet = np.sort(steps[np.argsort(slowest_S, kind="stable")[: max(1, len(steps) // 2)]])
-    found = align(ranks, quiet)
+    quiet_ms = np.sort(slowest_S)[: max(1, len(steps) // 2)].mean()
+    found = align(ranks, steps[slowest_S < DISTURBED * quiet_ms])
     phase_ms_P = found.mean(found.phase_ms_RPQS).sum(axis=1)
     collectives = [MeanCalls(**one) for one in found.collectives()]
     phases = {name: float(ms) for name, ms in zip(PHASE_NAMES, phase_ms_P, strict=True) if ms > 0}
