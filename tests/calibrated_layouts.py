@@ -22,16 +22,17 @@ from megatron_mone.common.places import ROOT
 from megatron_mone.model.run_config import load_run
 
 LAYOUTS = {
-    "one rank": (1, "tp=1"),
-    "DP 2": (2, "tp=1,use_distributed_optimizer=true"),
-    "EP 2": (2, "tp=1,ep=2,use_distributed_optimizer=true"),
-    "TP 2": (2, "tp=2"),
-    "PP 2": (2, "tp=1,pp=2"),
-    "TP 2 EP 2": (2, "tp=2,ep=2,etp=1"),
+    "one rank": (1, 1, "tp=1"),
+    "DP 2": (2, 1, "tp=1,use_distributed_optimizer=true"),
+    "EP 2": (2, 1, "tp=1,ep=2,use_distributed_optimizer=true"),
+    "TP 2": (2, 1, "tp=2"),
+    "PP 2": (2, 2, "tp=1,pp=2"),
+    "TP 2 EP 2": (2, 1, "tp=2,ep=2,etp=1"),
 }
-"""Name -> (ranks, layout); no more ranks than there are cores."""
+"""Name -> (ranks, stages, layout); no more ranks than there are cores."""
+LAYERS = 4  # of a stage: the small job has two of them
 MODEL = {
-    "num_layers": 4, "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
+    "hidden_size": 512, "ffn_hidden_size": 1024, "num_attention_heads": 8,
     "num_experts": 8, "moe_ffn_hidden_size": 704, "moe_router_topk": 2,
     "moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2, "swiglu": True,
     "add_bias_linear": False, "normalization": "RMSNorm", "position_embedding_type": "rope",
@@ -77,8 +78,8 @@ def measure(
     name: str, folder: Path, seconds: float, steps: int
 ) -> tuple[float, float, float, float]:
     """(ms planned before, planned after, of the run, of its fastest step) of one layout."""
-    ranks, layout = LAYOUTS[name]
-    run, cluster = write_inputs(folder, MODEL, TRAIN)
+    ranks, stages, layout = LAYOUTS[name]
+    run, cluster = write_inputs(folder, {**MODEL, "num_layers": LAYERS * stages}, TRAIN)
     job = ["--config", str(run), "--layout", layout, "--gpus", str(ranks),
            "--cluster", str(cluster)]  # fmt: skip
     command("plan", *job, "--json", str(folder / "before" / "plan.json"))
