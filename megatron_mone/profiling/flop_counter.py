@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_mone.common.patch import Replaced
-from megatron_mone.kernels.cpu import gate
+from megatron_mone.kernels.cpu import every_neuron
 from megatron_mone.kernels.cpu.block_products import BlockProducts
 from megatron_mone.kernels.cpu.few_products import FewProducts
 from megatron_mone.kernels.cpu.products import SparseProducts
@@ -89,7 +89,9 @@ def _all_neurons(x_NH: Tensor, weight_EFH: Tensor, layout: Any, out_NF: Tensor) 
     return 2 * layout.rows * layout.neurons * layout.hidden
 
 
-_NATIVE: list[tuple[Any, str, Callable[..., int]]] = [(gate, "dense_products", _all_neurons)]
+_NATIVE: list[tuple[Any, str, Callable[..., int]]] = [
+    (every_neuron, "dense_products", _all_neurons)
+]
 for _route in (SparseProducts, BlockProducts, FewProducts):
     _NATIVE += [
         (_route, "sampled", _one_term),

@@ -26,15 +26,10 @@ from megatron_mone.kernels.activations import gate_activation
 from megatron_mone.kernels.choice import Choose, promised
 from megatron_mone.kernels.cpu import build, native
 from megatron_mone.kernels.cpu.block_products import BlockProducts
+from megatron_mone.kernels.cpu.every_neuron import DenseProducts
 from megatron_mone.kernels.cpu.few_products import FewProducts
 from megatron_mone.kernels.cpu.gate import kept_gates
-from megatron_mone.kernels.cpu.products import (
-    DenseProducts,
-    SparseProducts,
-    empty,
-    scratch,
-    unit_stride,
-)
+from megatron_mone.kernels.cpu.products import SparseProducts, empty, scratch, unit_stride
 from megatron_mone.kernels.cpu.route import route
 from megatron_mone.kernels.neuron_mask import NeuronMask
 from megatron_mone.kernels.registry import Backend, Call, GroupedMLPOutput, register

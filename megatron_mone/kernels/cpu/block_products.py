@@ -25,15 +25,6 @@ from megatron_mone.kernels.cpu.products import (
 from megatron_mone.kernels.weight_views import Gradient
 
 
-def dense_products(x_NH: Tensor, weight_EFH: Tensor, layout: native.Layout, out_NF: Tensor) -> None:
-    """out_NF = <x_n, weight_j> for every neuron of each row's expert, summed in float32."""
-    wide_NH, weight_EFH = wide_rows(x_NH, layout), unit_stride(weight_EFH)
-    native.kernels().dense(
-        byref(layout.shape()), wide_NH.data_ptr(), wide_NH.stride(0),
-        byref(native.matrix(weight_EFH)), byref(native.matrix(out_NF)),
-    )  # fmt: skip
-
-
 class BlockProducts(InMaskOrder, NativeProducts):
     """Native products of kept blocks; arguments as SparseProducts."""
 

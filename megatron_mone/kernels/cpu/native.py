@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_mone.common.places import IS_CHECKOUT, user_cache
 from megatron_mone.kernels.cpu import build
 
-INTERFACE_VERSION = 10
+INTERFACE_VERSION = 11
 INSTRUCTION_SETS = tuple(build.VARIANTS.get(platform.machine(), ()))
 SET_ENV = "MONE_KERNEL_SET"
 """Names the instruction set that runs instead of the best one: avx2 on a processor with AVX-512."""
@@ -72,7 +72,8 @@ class _Blocks(ctypes.Structure):
 _S, _K, _X, _P, _I = POINTER(_Shape), POINTER(_Mask), POINTER(_Matrix), c_void_p, c_int64
 _R, _B = POINTER(_Runs), POINTER(_Blocks)
 _SIGNATURES = (
-    ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P, _P, _P, _P, _P)),
+    ("select", (_S, _P, _I, _I, _I, _I, _P, _I, _P)),
+    ("choose", (_S, _P, _I, _I, _I, _I, _P, _I, _P, _I, _P, _P)),
     ("gather", (_S, _K, _P, _P, _I)),
     ("scatter", (_S, _K, _P, _X)),
     ("runs", (_S, _K, _R)),

@@ -1,15 +1,12 @@
-"""The products of one expert layer that a mask makes sparse, on two routes with one interface.
+"""The products of one expert layer that a mask makes sparse: those of single neurons, and what the
+routes (route.py), all of one interface, have in common.
 
-`SparseProducts` runs the native kernels, whose work is proportional to the kept entries.
-`DenseProducts` runs torch's GEMMs expert by expert and picks or spreads the kept entries: faster
-where most neurons are kept. Arrays over kept entries ("_K") are float32, in the order that each
-route's kernels walk them.
+Arrays over kept entries ("_K") are float32, in the order that each route's kernels walk them.
 Shapes: N rows grouped by expert, E experts, F neurons, H hidden, K kept entries.
 """
 
 import math
 import threading
-from collections.abc import Iterator
 from ctypes import byref
 from typing import Any
 
@@ -192,83 +189,3 @@ class SparseProducts(NativeProducts):
             byref(self.shape), byref(self.runs), at.data_ptr(), rows_K.data_ptr(),
             *value_addresses(terms), byref(native.matrix(x_NH)), *gradient_matrices(terms),
         )  # fmt: skip
-
-
-class DenseProducts(InMaskOrder):
-    """The same products by GEMM, one expert at a time; arguments as SparseProducts."""
-
-    def __init__(self, layout: native.Layout, indices_K: Tensor, offsets_N1: Tensor) -> None:
-        self.layout = layout
-        self.indices_K, self.offsets_N1 = indices_K, offsets_N1
-        self.keep_all = indices_K.numel() == layout.rows * layout.neurons
-        self.kernels = native.kernels()
-
-    def _experts(self) -> Iterator[tuple[int, slice, slice]]:
-        """(expert, its rows, their kept entries) of experts that have rows."""
-        first = 0
-        for e, count in enumerate(self.layout.counts):
-            rows = slice(first, first + count)
-            first += count
-            if count:
-                yield e, rows, slice(int(self.offsets_N1[rows.start]), int(self.offsets_N1[first]))
-
-    def _one(self, rows: slice, kept: slice) -> tuple[native._Shape, native._Mask, Tensor]:
-        offsets = self.offsets_N1[rows.start : rows.stop + 1] - self.offsets_N1[rows.start]
-        sizes = native.Layout(
-            (rows.stop - rows.start,), self.layout.neurons, self.layout.hidden, self.layout.threads
-        )
-        return sizes.shape(), native.mask(self.indices_K[kept], offsets), offsets
-
-    def _pick(self, dense_MF: Tensor, rows: slice, kept: slice, out_K: Tensor) -> None:
-        if self.keep_all:
-            out_K[kept] = dense_MF.flatten()
-            return
-        shape, mask, _offsets = self._one(rows, kept)
-        dense_MF = dense_MF.float()
-        self.kernels.gather(
-            byref(shape), byref(mask), native.address(dense_MF), out_K[kept].data_ptr(), 4
-        )
-
-    def _spread(self, value_K: Tensor, rows: slice, kept: slice, dtype: torch.dtype) -> Tensor:
-        if self.keep_all:
-            return value_K[kept].view(-1, self.layout.neurons).to(dtype)
-        shape, mask, _offsets = self._one(rows, kept)
-        dense_MF = torch.zeros((rows.stop - rows.start, self.layout.neurons), dtype=dtype)
-        self.kernels.scatter(
-            byref(shape), byref(mask), value_K[kept].data_ptr(), byref(native.matrix(dense_MF))
-        )
-        return dense_MF
-
-    def sampled(self, x_NH: Tensor, weight_EFH: Tensor, out_K: Tensor) -> None:
-        """out_K = <x_n, weight_j>."""
-        for e, rows, kept in self._experts():
-            if self.keep_all and x_NH.dtype == out_K.dtype:
-                out_MF = out_K[kept].view(-1, self.layout.neurons)
-                torch.mm(x_NH[rows], weight_EFH[e].t(), out=out_MF)
-            else:
-                self._pick(x_NH[rows] @ weight_EFH[e].t(), rows, kept, out_K)
-
-    def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
-        """[N, H] sum over (value_K, weight_EFH) of value * weight at kept entries."""
-        out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
-        for e, rows, kept in self._experts():
-            value_K, weight_EFH = terms[0]
-            torch.mm(self._spread(value_K, rows, kept, dtype), weight_EFH[e], out=out_NH[rows])
-            for value_K, weight_EFH in terms[1:]:
-                out_NH[rows] += self._spread(value_K, rows, kept, dtype) @ weight_EFH[e]
-        return out_NH
-
-    def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
-        """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
-        for value_K, (out_EFH, adds) in terms:
-            if not adds:
-                for e in (e for e, count in enumerate(self.layout.counts) if not count):
-                    out_EFH[e] = 0
-            for e, rows, kept in self._experts():
-                spread = self._spread(value_K, rows, kept, x_NH.dtype)
-                if not adds:
-                    torch.mm(spread.t(), x_NH[rows], out=out_EFH[e])
-                elif out_EFH.dtype == x_NH.dtype:
-                    out_EFH[e].addmm_(spread.t(), x_NH[rows])
-                else:
-                    out_EFH[e] += spread.t() @ x_NH[rows]

@@ -5,10 +5,10 @@ Measured with tests/unit/kernels/measure_cpu_backend.py on an AVX2 processor, 2 
                                 an expert, as long as torch's at 128
     float32, few rows           reading kept weights in place takes 0.6 to 0.9 of the block-by-block
                                 kernels' time up to about 8 rows for each neuron that is kept
-    bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, the native kernels, which
-                                convert what they load, 45 to 80: no share kept makes GEMMs faster
-    the same with avx512_bf16   torch's GEMM has half the rate of its float32 one; the gate by a
-                                float32 GEMM of converted weights takes as long as by ours
+    bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, half of its float32 rate with
+                                avx512_bf16; the native kernels, which convert what they load, 45 to
+                                80. The gate by a float32 GEMM of converted weights takes as long as
+                                by ours; where all is kept those GEMMs take 0.83 of our kernels' time
 Not measured: AMX. There torch's bfloat16 GEMM is several times its float32 one, so that GEMMs over
 all neurons beat native kernels that compute in float32; few rows are bound by memory instead.
 """
@@ -31,11 +31,14 @@ def fast_bfloat16() -> bool:
     return probe is not None and bool(probe())
 
 
-def gate_by_gemm(layout: native.Layout, dtype: torch.dtype) -> bool:
-    """Whether torch's GEMM, not the native product, computes the gates of all neurons."""
-    if dtype == torch.bfloat16 and not fast_bfloat16():
-        return False
-    return _rows_an_expert(layout) > GEMM_ROWS
+def gemm_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which torch's GEMM multiplies the fastest what is of `dtype`."""
+    return dtype if fast_bfloat16() else torch.float32
+
+
+def by_gemm(layout: native.Layout, dtype: torch.dtype) -> bool:
+    """Whether torch's GEMM, not the native product, computes x weight^T of all neurons."""
+    return gemm_dtype(dtype) == dtype and _rows_an_expert(layout) > GEMM_ROWS
 
 
 def route(layout: native.Layout, kept: int, dtype: torch.dtype, block: int) -> str:
@@ -61,7 +64,7 @@ def route(layout: native.Layout, kept: int, dtype: torch.dtype, block: int) -> s
 
 def computes_all(kept_share: float, dtype: torch.dtype) -> bool:
     """Whether training shapes run GEMMs over every neuron, because those are faster."""
-    return fast_bfloat16() if dtype == torch.bfloat16 else kept_share > DENSE_ABOVE
+    return kept_share > DENSE_ABOVE or (dtype == torch.bfloat16 and fast_bfloat16())
 
 
 def _rows_an_expert(layout: native.Layout) -> float:

@@ -48,9 +48,7 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     std::vector<int32_t> bits(N * F), keys(threads * 2 * ((F + 15) / 16 * 16));
     for (int64_t i = 0; i < N * F; ++i) std::memcpy(&bits[i], &gate[i], 4);
     std::vector<Index> idx(K);
-    std::vector<float> picked0(K), picked1(K);
-    k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data(), gate.data(),
-             picked0.data(), bits.data(), picked1.data());
+    k.select(&shape, bits.data(), 4, kept, 1, 1, idx.data(), sizeof(Index), keys.data());
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
     auto rows = [&](std::vector<float>& m) { return MoneMatrix{m.data(), 0, H, 0, 0}; };
     auto weights = [&](std::vector<float>& m) { return MoneMatrix{m.data(), F * H, H, 0, 0}; };
@@ -71,10 +69,6 @@ void check(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kept, int6
     k.gather(&shape, &mask, gate.data(), a.data(), 4);
     k.sampled(&shape, &runs, &X, &W0, run_u.data());
     k.mask_order(&shape, &mask, &runs, run_u.data(), u.data());
-    for (int64_t i = 0; i < K; ++i) {
-        near("picked", picked0[i], a[i]);
-        near("picked too", picked1[i], a[i]);
-    }
     // a in run order: where gated finds it with u and p of 1
     std::vector<float> ones(K, 1.0f), whole(N, 1.0f);
     k.gated(&shape, &mask, &runs, whole.data(), a.data(), 4, ones.data(), run_a.data());
@@ -178,7 +172,7 @@ void check_blocks(std::vector<int64_t> counts, int64_t H, int64_t F, int64_t kep
     std::vector<Index> idx(K);
     std::vector<int32_t> keys(threads * 2 * ((F + 15) / 16 * 16));
     k.select(&shape, data(gate, gate_half), half ? 2 : 4, kept, 1, block, idx.data(), sizeof(Index),
-             keys.data(), nullptr, nullptr, nullptr, nullptr);
+             keys.data());
     for (int64_t i = 0; i < K; ++i) near("block", idx[i], idx[i / block * block] + i % block);
     MoneMask mask{idx.data(), offsets.data(), sizeof(Index)};
     const int64_t width = (H + 15) / 16 * 16;
@@ -264,8 +258,20 @@ void check_choice(int64_t N, int64_t F, int64_t kept, int64_t groups, int64_t bl
     auto gate = noises(N * F);
     std::vector<Index> idx(N * kept * groups);
     std::vector<int32_t> keys(threads * 2 * ((F + 15) / 16 * 16));
-    k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data(),
-             nullptr, nullptr, nullptr, nullptr);
+    k.select(&shape, gate.data(), 4, kept, groups, block, idx.data(), sizeof(Index), keys.data());
+    // the same choice from pre-activations: relu of magnitudes leaves them
+    std::vector<float> a(N * F), a_K(N * kept * groups), g_K(N * kept * groups);
+    std::transform(gate.begin(), gate.end(), a.begin(), [](float value) { return std::fabs(value); });
+    std::vector<Index> idx_of_a(N * kept * groups);
+    std::vector<int32_t> work(threads * 3 * ((F + 15) / 16 * 16));
+    k.choose(&shape, a.data(), kRelu, kept, groups, block, idx_of_a.data(), sizeof(Index), work.data(),
+             4, a_K.data(), g_K.data());
+    for (int64_t i = 0; i < N * kept * groups; ++i) {
+        const double value = a[i / (kept * groups) * F + idx[i]];
+        near("choice of a", idx_of_a[i], idx[i]);
+        near("chosen a", a_K[i], value);
+        near("chosen gate", g_K[i], value);
+    }
     const int64_t width = F / groups / block;
     for (int64_t part = 0; part < N * groups; ++part) {
         std::vector<std::pair<float, int64_t>> order;  // largest sum first, then the lower block

@@ -16,7 +16,7 @@ from megatron_mone.benchmarking.machine_limits import measure_peaks
 from megatron_mone.kernels.choice import Selection
 from megatron_mone.kernels.cpu import native
 from megatron_mone.kernels.cpu.backend import _gate_backward, _gated
-from megatron_mone.kernels.cpu.gate import kept_gates, select_rows
+from megatron_mone.kernels.cpu.gate import choose_rows, kept_gates
 from megatron_mone.kernels.cpu.products import SparseProducts, empty
 from megatron_mone.kernels.weight_views import Gradient
 
@@ -57,8 +57,8 @@ def parts_of(options: argparse.Namespace) -> list[Part]:
     return [
         ("gate product, by torch", rows + weight + gates, 2.0 * N * F * H,
          lambda: [torch.mm(part, w.t()) for part, w in by_expert]),
-        ("sigma, by torch", 2 * gates, 0, lambda: torch.nn.functional.silu(dense)),
-        ("choice", gates + K * 2, 0, lambda: select_rows(dense, choose, chosen)),
+        ("sigma and choice", gates + 2.5 * entry, 0,
+         lambda: choose_rows(dense, "silu", choose, chosen, h, v)),
         ("lists of runs", 3.0 * K, 0, lambda: SparseProducts(layout, indices, offsets)),
         ("up", rows + weight + 1.5 * entry, once, lambda: products.sampled(x, up, u)),
         ("down", rows + weight + 1.5 * entry, once,

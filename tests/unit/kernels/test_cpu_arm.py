@@ -63,7 +63,7 @@ def neon(emulated, monkeypatch):
 def take(monkeypatch, name):
     """Every product on one route, the gate's by the native kernel."""
     monkeypatch.setattr(backend, "route", lambda *args: name)
-    monkeypatch.setattr("megatron_mone.kernels.cpu.gate.gate_by_gemm", lambda *args: False)
+    monkeypatch.setattr("megatron_mone.kernels.cpu.every_neuron.by_gemm", lambda *args: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

@@ -281,13 +281,13 @@ def test_same_bits_on_any_number_of_threads(threads):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_same_choice_on_any_number_of_threads(dtype, threads, monkeypatch):
-    """The gate by the native product, and an activation whose bits torch's threads leave alone."""
-    monkeypatch.setattr("megatron_mone.kernels.cpu.gate.gate_by_gemm", lambda *args: False)
+    """The gate by the native product."""
+    monkeypatch.setattr("megatron_mone.kernels.cpu.every_neuron.by_gemm", lambda *args: False)
     tensors = operands([130, 0, 33], 90, 300, dtype)
     results = []
     for number in (1, 2, 3, 8):
         threads(number)
-        y, mask, gate = run(tensors, [130, 0, 33], Selection(75), "relu")
+        y, mask, gate = run(tensors, [130, 0, 33], Selection(75))
         results.append([y, mask.indices_K, gate])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

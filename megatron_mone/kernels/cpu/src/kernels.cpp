@@ -21,6 +21,7 @@
 #include "few.h"
 #include "few_grads.h"
 #include "gate.h"
+#include "choose.h"
 #include "dots.h"
 #include "blocks.h"
 #include "block_sampled.h"
@@ -30,15 +31,43 @@
 
 namespace {
 
+// Calls run with the activation as a constant.
+template <class Run>
+void with_activation(int64_t activation, Run run) {
+    switch (activation) {
+        case kSilu: return run(std::integral_constant<int, kSilu>{});
+        case kSigmoid: return run(std::integral_constant<int, kSigmoid>{});
+        case kGelu: return run(std::integral_constant<int, kGelu>{});
+        case kRelu: return run(std::integral_constant<int, kRelu>{});
+        default: run(std::integral_constant<int, kSquaredRelu>{});
+    }
+}
+
 void select_any(const MoneShape* s, const void* gate, int64_t gate_bytes, int64_t kept,
-                int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys,
-                const void* dense0, void* picked0, const void* dense1, void* picked1) {
-    const void* const dense[2] = {dense0, dense1};
-    void* const picked[2] = {picked0, picked1};
-    auto run = [&](auto* out) {
-        select_rows(*s, gate, gate_bytes, kept, groups, block, out, keys, dense, picked);
-    };
+                int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys) {
+    const GateRows rows{gate, gate_bytes, s->neurons};
+    auto run = [&](auto* out) { choose_rows(*s, {kept, groups, block}, rows, out, keys); };
     idx_bytes == 2 ? run(static_cast<int16_t*>(idx)) : run(static_cast<int32_t*>(idx));
+}
+
+template <int A, class Value>
+void choose_values(const MoneShape& s, float* a, const Choice& of, void* idx, int64_t idx_bytes,
+                   int32_t* work, void* a_K, void* g_K) {
+    const int64_t padded_neurons = blocks(s.neurons, kRowGrain) * kRowGrain;
+    float* gates = reinterpret_cast<float*>(work + element(s.threads, 2 * padded_neurons, 0));
+    const ActivationRows<A, Value> rows{a, gates, s.neurons, padded_neurons, of.kept * of.groups,
+                                        static_cast<Value*>(a_K), static_cast<Value*>(g_K)};
+    auto run = [&](auto* out) { choose_rows(s, of, rows, out, work); };
+    idx_bytes == 2 ? run(static_cast<int16_t*>(idx)) : run(static_cast<int32_t*>(idx));
+}
+
+void choose_any(const MoneShape* s, float* a, int64_t activation, int64_t kept, int64_t groups,
+                int64_t block, void* idx, int64_t idx_bytes, int32_t* work, int64_t value_bytes,
+                void* a_K, void* g_K) {
+    with_activation(activation, [&](auto one) {
+        auto run = value_bytes == 2 ? choose_values<one(), uint16_t> : choose_values<one(), float>;
+        run(*s, a, {kept, groups, block}, idx, idx_bytes, work, a_K, g_K);
+    });
 }
 
 template <class Index>
@@ -102,12 +131,9 @@ void gated_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r, const f
 void gate_any(const MoneShape* s, const MoneMask* m, const MoneRuns* r, int64_t activation,
               const float* a, const float* u, const float* probs, const float* dgate, float* da,
               float* du, float* h, float* shares, float* dprobs) {
-    auto run = activation == kSilu      ? gate_entries<kSilu>
-               : activation == kSigmoid ? gate_entries<kSigmoid>
-               : activation == kGelu    ? gate_entries<kGelu>
-               : activation == kRelu    ? gate_entries<kRelu>
-                                        : gate_entries<kSquaredRelu>;
-    run(*s, *m, r, {a, u, dgate, da, du, h}, probs, shares, dprobs);
+    with_activation(activation, [&](auto one) {
+        gate_entries<one()>(*s, *m, r, {a, u, dgate, da, du, h}, probs, shares, dprobs);
+    });
 }
 
 void transpose_any(const MoneShape* s, const MoneRuns* r, float* v0, float* v1, float* v2, int32_t* at,
@@ -226,7 +252,7 @@ void share_slopes_any(const MoneShape* s, const MoneMask* m, const void* gate, i
 
 extern "C" const MoneKernels MONE_TABLE = {
     kSpan, kBins,
-    select_any, gather_any, scatter_any, runs_any, mask_order_any, sampled_any, accumulate_any,
+    select_any, choose_any, gather_any, scatter_any, runs_any, mask_order_any, sampled_any, accumulate_any,
     gated_any, gate_any, transpose_any, weight_grads_any, widen_any, dense_any,
     block_lists_any, block_sampled_any, block_accumulate_any, block_grads_any,
     few_sampled_any, few_accumulate_any, few_grads_any,

@@ -76,13 +76,16 @@ struct MoneKernels {
     int64_t span, bins;
     // idx of the `kept` largest |gate| of each of `groups` equal groups of each row; ties go to the
     // lower index, NaN counts as infinite. gate is the bits of [rows, F] elements of gate_bytes (2:
-    // bfloat16, 4: float32), keys is work space of [threads, 2 F], F up to a
-    // multiple of 16. With `block` above 1 (it divides
-    // kept and a group) blocks of so many neurons are chosen by their sums, added as halves. While a
-    // row is near, the kept of up to two dense [rows, F] of gate_bytes go to picked0 and picked1.
+    // bfloat16, 4: float32), keys is work space of [threads, 2 F], F up to a multiple of 16. With
+    // `block` above 1 (it divides kept and a group) blocks of so many neurons are chosen by their
+    // sums, added as halves.
     void (*select)(const MoneShape*, const void* gate, int64_t gate_bytes, int64_t kept,
-                   int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys,
-                   const void* dense0, void* picked0, const void* dense1, void* picked1);
+                   int64_t groups, int64_t block, void* idx, int64_t idx_bytes, int32_t* keys);
+    // The same of gate = sigma(a), and a and gate of what is chosen, in its order, as elements of
+    // value_bytes to which all are rounded; in `a`, too. work is [threads, 3 F].
+    void (*choose)(const MoneShape*, float* a, int64_t activation, int64_t kept, int64_t groups,
+                   int64_t block, void* idx, int64_t idx_bytes, int32_t* work, int64_t value_bytes,
+                   void* a_K, void* g_K);
     // out_K = dense[n, idx]; dense is [rows, F] of `bytes` (2 or 4) an element. And its inverse.
     void (*gather)(const MoneShape*, const MoneMask*, const void* dense, void* out_K, int64_t bytes);
     void (*scatter)(const MoneShape*, const MoneMask*, const float* values_K, MoneMatrix* dense);

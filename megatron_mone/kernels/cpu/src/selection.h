@@ -174,50 +174,54 @@ inline void expand(const int32_t* chosen, int64_t count, int64_t block, Index* i
         for (int64_t j = 0; j < block; ++j) *idx++ = static_cast<Index>(chosen[i] * block + j);
 }
 
-// The values of one row at its kept neurons.
-template <class Index>
-inline void pick(const void* row, const Index* idx, int64_t kept, int64_t bytes, void* out) {
-    if (bytes == 2)
-        for (int64_t i = 0; i < kept; ++i)
-            static_cast<uint16_t*>(out)[i] = static_cast<const uint16_t*>(row)[idx[i]];
-    else
-        for (int64_t i = 0; i < kept; ++i)
-            static_cast<uint32_t*>(out)[i] = static_cast<const uint32_t*>(row)[idx[i]];
-}
+// What is chosen of each row: `kept` of each of `groups` equal groups, in blocks of `block`.
+struct Choice {
+    int64_t kept, groups, block;
+};
 
-template <class Index>
-void select_rows(const MoneShape& s, const void* gate, int64_t gate_bytes, int64_t kept,
-                 int64_t groups, int64_t block, Index* idx, int32_t* keys_of_threads,
-                 const void* const* dense, void* const* picked) {
+// idx of each row's choice. Rows give magnitudes(n, first, width, keys) of neurons [first, first +
+// width) of row n, and are told chosen(n, idx of the row) while the row is near; keys is work space of
+// [threads, 2 F], F up to a multiple of kRowGrain.
+template <class Index, class Rows>
+void choose_rows(const MoneShape& s, const Choice& of, const Rows& rows, Index* idx,
+                 int32_t* keys_of_threads) {
     const int64_t padded_neurons = blocks(s.neurons, kRowGrain) * kRowGrain;
-    const int64_t width = s.neurons / groups, blocks = width / block;
+    const int64_t width = s.neurons / of.groups, blocks = width / of.block;
     int32_t guess = 0;
 #pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads) firstprivate(guess)
     for (int64_t n = 0; n < s.rows; ++n) {
         int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * padded_neurons, 0);
-        Index* row = idx + element(n, kept * groups, 0);
-        for (int64_t g = 0; g < groups; ++g) {
+        Index* row = idx + element(n, of.kept * of.groups, 0);
+        for (int64_t g = 0; g < of.groups; ++g) {
             int64_t reach;
-            Index* out = row + g * kept;
-            magnitudes(gate, element(n, s.neurons, g * width), gate_bytes, width, keys);
-            if (block > 1) sum_blocks(keys, width, block);
+            Index* out = row + g * of.kept;
+            rows.magnitudes(n, g * width, width, keys);
+            if (of.block > 1) sum_blocks(keys, width, of.block);
             const int32_t top = order_keys(blocks, keys);
-            guess = find_floor(keys, blocks, kept / block, top, guess, reach);
-            if (block == 1) {
-                compact(keys, width, kept, guess, reach, g * width, out);
+            guess = find_floor(keys, blocks, of.kept / of.block, top, guess, reach);
+            if (of.block == 1) {
+                compact(keys, width, of.kept, guess, reach, g * width, out);
             } else {
                 int32_t* chosen = keys + s.neurons;
-                compact(keys, blocks, kept / block, guess, reach, g * blocks, chosen);
-                expand(chosen, kept / block, block, out);
+                compact(keys, blocks, of.kept / of.block, guess, reach, g * blocks, chosen);
+                expand(chosen, of.kept / of.block, of.block, out);
             }
         }
-        for (int i = 0; i < 2; ++i)
-            if (dense[i])
-                pick(static_cast<const char*>(dense[i]) + element(n, s.neurons, 0) * gate_bytes, row,
-                     kept * groups, gate_bytes,
-                     static_cast<char*>(picked[i]) + element(n, kept * groups, 0) * gate_bytes);
+        rows.chosen(n, row);
     }
 }
+
+// Gates that are there: [rows, F] of `bytes` an element.
+struct GateRows {
+    const void* gate;
+    int64_t bytes, neurons;
+
+    void magnitudes(int64_t n, int64_t first, int64_t width, int32_t* keys) const {
+        ::magnitudes(gate, element(n, neurons, first), bytes, width, keys);
+    }
+    template <class Index>
+    void chosen(int64_t, const Index*) const {}
+};
 
 template <class Index, class Value>
 void gather_rows(const MoneShape& s, const MoneMask& m, const Value* dense, Value* out_K) {
