@@ -5,10 +5,10 @@ Measured with tests/unit/kernels/measure_cpu_backend.py on an AVX2 processor, 2 
                                 an expert, as long as torch's at 128
     float32, few rows           reading kept weights in place takes 0.6 to 0.9 of the block-by-block
                                 kernels' time up to about 8 rows for each neuron that is kept
-    bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, half of its float32 rate with
+    bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, half of its float32 one with
                                 avx512_bf16; the native kernels, which convert what they load, 45 to
                                 80. The gate by a float32 GEMM of converted weights takes as long as
-                                by ours; where all is kept those GEMMs take 0.83 of our kernels' time
+                                by ours; where all is kept such GEMMs take 0.83 of our time
 Not measured: AMX. There torch's bfloat16 GEMM is several times its float32 one, so that GEMMs over
 all neurons beat native kernels that compute in float32; few rows are bound by memory instead.
 """
