@@ -45,6 +45,8 @@ _MEASURED = {
     DATA_PARALLEL: (GRAD_REDUCE, PARAMETER_GATHER), UPDATE: _OF_UPDATE,
     OTHERS: (EXPOSED_COMMUNICATION,),
 }  # fmt: skip
+_OF_THE_MODEL = "mp"
+"""Whose collectives, norms of a number each, wait in a pipeline for the stage that ends last."""
 _MEMORY = {
     **{kind: (kind,) for kind in ("weights", "gradients", "optimizer", "activations")},
     "transient": ("temporaries", "communication"),
@@ -211,9 +213,17 @@ def _parts(planned: PlannedModel, measured: ProfiledRun) -> Iterator[ComparedPar
         UPDATE: parts.pop("optimizer"),
     }
     mine[OTHERS] = sum(parts.values())
+    found = measured.phases
+    theirs = {
+        name: sum(found.get(phase, 0.0) for phase in _MEASURED.get(name) or _compute(found))
+        for name in mine
+    }
+    if planned.layout.pp > 1:
+        waited = sum(one.ms for one in measured.collectives if one.group == _OF_THE_MODEL)
+        theirs[BUBBLE] += waited
+        theirs[OTHERS] -= waited
     for name, ms in mine.items():
-        phases = _MEASURED.get(name) or tuple(_compute(measured.phases))
-        yield _compared(name, ms, sum(measured.phases.get(phase, 0.0) for phase in phases))
+        yield _compared(name, ms, theirs[name])
 
 
 def _compute(phases: Mapping[str, float]) -> list[str]:

@@ -6,7 +6,13 @@ from pathlib import Path
 import pytest
 
 from megatron_mone.commands import compare as tool
-from megatron_mone.common.phases import COMBINE, COMMUNICATION, DISPATCH, OPTIMIZER
+from megatron_mone.common.phases import (
+    COMBINE,
+    COMMUNICATION,
+    DISPATCH,
+    EXPOSED_COMMUNICATION,
+    OPTIMIZER,
+)
 from megatron_mone.planning.against_profile import (
     BUBBLE,
     COMPUTE,
@@ -25,10 +31,10 @@ from tests.unit.reporting.profile_example import MODEL, as_profile, example_prof
 RANKS = 4
 
 
-def documents() -> tuple[dict, dict]:
+def documents(pp: int = 1) -> tuple[dict, dict]:
     """A plan and a profile of one job."""
-    plan, profile = example_plan(gpus=RANKS, pp=1, vpp=1), example_profile(RANKS)
-    layout = profile["config"]["layout"] | {"ep": 4, "dp": 4, "edp": 1}
+    plan, profile = example_plan(gpus=RANKS, pp=pp, vpp=1), example_profile(RANKS)
+    layout = profile["config"]["layout"] | {"pp": pp, "ep": 4, "dp": 4, "edp": 1}
     profile["config"]["layout"] = layout
     for run in profile["runs"]:
         run["model"]["params_dtype"] = "torch.float32"
@@ -85,6 +91,20 @@ def test_operators_beside_an_exchange_count_with_it_on_both_sides(job):
     measured = {one.name: one.measured for one in compared(job).parts}
     phases = job[1]["runs"][0]["phases"]
     assert measured[EXPERT] == phases[DISPATCH] + phases[COMBINE]
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_stages_that_wait_in_the_gradients_norm_are_in_the_bubble(pp):
+    job = documents(pp)
+    before = {one.name: one.measured for one in compared(job).parts}
+    run = job[1]["runs"][0]
+    norm = {"operation": "all_reduce", "bytes": 4, "phase": "clipping", "calls": 1.0, "ms": 7.0}
+    run["collectives"] = [norm | {"group": "mp"}, norm | {"group": "tp"}]
+    run["phases"][EXPOSED_COMMUNICATION] = run["phases"].get(EXPOSED_COMMUNICATION, 0.0) + 14.0
+    after = {one.name: one.measured for one in compared(job).parts}
+    waited = 7.0 if pp > 1 else 0.0
+    assert after[BUBBLE] - before[BUBBLE] == pytest.approx(waited)
+    assert after[OTHERS] - before[OTHERS] == pytest.approx(14.0 - waited)
 
 
 def test_the_ledgers_kinds_stand_beside_the_plans(job):
