@@ -120,7 +120,14 @@ def test_keep_all_is_the_stock_hybrid_model(runs, model):
     wanted, got = recorded(stock), recorded(ours)
     for tag in ("lm loss", "load_balancing_loss", *(["mtp_1 loss", "mtp_2 loss"] if model else [])):
         assert len(wanted[tag]) == 3
-        assert got[tag] == wanted[tag]
+        if model and tag == "load_balancing_loss":
+            # Stock Megatron adds up predicted layers under numbers of their own, not the pattern's:
+            # the sum of the layers' terms has another order.
+            assert got[tag] == {
+                step: pytest.approx(wanted[tag][step], rel=2**-23) for step in got[tag]
+            }
+        else:
+            assert got[tag] == wanted[tag]
     for file in ("gradients.pt", "parameters.pt"):
         assert worst_tensor_error(stock / file, ours / file) == 0.0
     note(f"hybrid, {model}EP2", "keep-all = stock", 0.0)
