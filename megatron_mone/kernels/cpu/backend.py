@@ -7,8 +7,9 @@
 The backward pass is sparse in the mask throughout (docs/MODEL.md). Saved for it, beside x, p
 and the weights: a, u and the neuron of each kept entry, and the row offsets; nothing of width F.
 Selection is not differentiated. Results do not depend on the number of threads, but for torch's
-own GEMM and sigma. Sums are in float32: bfloat16 is converted where it is loaded, no copy of the
-weights is made. route.py says which products run. Shapes: N rows grouped by expert, E experts, F
+own GEMM and, where a rule chooses or all are kept, sigma. Sums are in float32: bfloat16 is
+converted where it is loaded, no copy of the weights is made but for GEMMs in float32 where nearly
+all are kept. route.py says which products run. Shapes: N rows grouped by expert, E experts, F
 neurons, H hidden, K kept entries.
 """
 
