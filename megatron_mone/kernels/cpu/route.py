@@ -3,8 +3,9 @@
 Measured with tests/unit/kernels/measure_cpu_backend.py on an AVX2 processor, 2 cores, torch 2.14:
     float32, gate of few rows   the native product takes 0.3 to 0.8 of torch's time at 2 to 64 rows
                                 an expert, as long as torch's at 128
-    float32, few rows           reading kept weights in place takes 0.6 to 0.9 of the block-by-block
-                                kernels' time up to about 8 rows for each neuron that is kept
+    few rows                    reading kept weights in place takes 0.6 to 0.95 of the other routes'
+                                time up to 6 rows for each neuron that is kept, in bfloat16 up to 3
+                                (AVX2 and AVX-512, forward and backward)
     bfloat16 without AMX        torch's GEMM reaches 10 GFLOP/s a core, half of its float32 one with
                                 avx512_bf16; the native kernels, which convert what they load, 45 to
                                 80. The gate by a float32 GEMM of converted weights takes as long as
@@ -21,7 +22,8 @@ from megatron_mone.kernels.cpu import native
 
 DENSE_ABOVE = 0.7  # kept share above which torch's GEMMs are faster than the sparse kernels
 GEMM_ROWS = 64  # rows an expert up to which torch's GEMM of the gate is slower than ours
-FEW_USES = 8  # rows that keep a neuron, on average, up to which reading its weights counts most
+# Rows that keep a neuron, on average, up to which reading its weights counts most.
+FEW_USES = {torch.float32: 6, torch.bfloat16: 3}
 
 
 @cache
@@ -54,7 +56,7 @@ def route(layout: native.Layout, kept: int, dtype: torch.dtype, block: int) -> s
         "dense": torch's GEMMs over all neurons; "few", "blocks" or "sparse": kept entries alone.
     """
     share, most = kept / max(1, layout.rows * layout.neurons), max(layout.counts, default=0)
-    if most <= native.FEW_ROWS and most * share <= FEW_USES:
+    if most <= native.FEW_ROWS and most * share <= FEW_USES[dtype]:
         return "few"
     few_rows = dtype == torch.bfloat16 and _rows_an_expert(layout) <= GEMM_ROWS
     if computes_all(share, dtype) and not few_rows:
