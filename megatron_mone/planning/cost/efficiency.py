@@ -23,7 +23,7 @@ from megatron_mone.planning.cost.roofline import DEFAULTS, Curve
 SCHEMA = "megatron-mone/efficiency/3"
 ASSUMED = "assumed: nothing was measured"
 FITTED_ROOT = CONFIG_ROOT / "cluster" / "efficiency"
-_FIX = "write it anew with tools/plan_scale.py --calibrate"
+_FIX = "write it anew with megatron-mone calibrate, or plan --calibrate"
 HOST = ("kernel_seconds", "node_seconds", "function_seconds", "pass_seconds", "wait_seconds")
 """Names of what the host costs."""
 
