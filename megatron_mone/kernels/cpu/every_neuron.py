@@ -57,12 +57,13 @@ class DenseProducts(InMaskOrder):
             if count:
                 yield e, rows, slice(int(self.offsets_N1[rows.start]), int(self.offsets_N1[first]))
 
+    def _alone(self, rows: slice) -> native.Layout:
+        return replace(self.layout, counts=(rows.stop - rows.start,))
+
     def _one(self, rows: slice, kept: slice) -> tuple[native._Shape, native._Mask, Tensor]:
         offsets = self.offsets_N1[rows.start : rows.stop + 1] - self.offsets_N1[rows.start]
-        sizes = native.Layout(
-            (rows.stop - rows.start,), self.layout.neurons, self.layout.hidden, self.layout.threads
-        )
-        return sizes.shape(), native.mask(self.indices_K[kept], offsets), offsets
+        mask = native.mask(self.indices_K[kept], offsets)
+        return self._alone(rows).shape(), mask, offsets
 
     def _pick(self, dense_MF: Tensor, rows: slice, kept: slice, out_K: Tensor) -> None:
         shape, mask, _offsets = self._one(rows, kept)
@@ -86,39 +87,38 @@ class DenseProducts(InMaskOrder):
             all_products(x_NH, weight_EFH, self.layout, out_K.view(-1, self.layout.neurons))
             return
         for e, rows, kept in self._experts():
-            one = replace(self.layout, counts=(rows.stop - rows.start,))
+            one = self._alone(rows)
             dense_MF = scratch("spread", (one.rows, one.neurons), torch.float32)
             all_products(x_NH[rows], weight_EFH[e : e + 1], one, dense_MF)
             self._pick(dense_MF, rows, kept, out_K)
 
     def accumulate(self, terms: list[tuple[Tensor, Tensor]], dtype: torch.dtype) -> Tensor:
         """[N, H] sum over one or two (value_K, weight_EFH) of value * weight at kept entries."""
-        out_NH = empty((self.layout.rows, self.layout.hidden), dtype)
+        out_NH, wide = empty((self.layout.rows, self.layout.hidden), dtype), gemm_dtype(dtype)
         for e, rows, kept in self._experts():
             out_MH = out_NH[rows]
-            if dtype != gemm_dtype(dtype):
-                out_MH = scratch("sums", tuple(out_MH.shape), gemm_dtype(dtype))
+            sums_MH = out_MH if dtype == wide else scratch("sums", tuple(out_MH.shape), wide)
             for term, (value_K, weight_EFH) in enumerate(terms):
-                value_MF = self._spread(value_K, rows, kept).to(out_MH.dtype)
-                w_FH = weight_EFH[e].to(out_MH.dtype)
+                value_MF, w_FH = self._spread(value_K, rows, kept).to(wide), weight_EFH[e].to(wide)
                 if term:
-                    out_MH.addmm_(value_MF, w_FH)
+                    sums_MH.addmm_(value_MF, w_FH)
                 else:
-                    torch.mm(value_MF, w_FH, out=out_MH)
-            if dtype != out_MH.dtype:
-                out_NH[rows] = out_MH
+                    torch.mm(value_MF, w_FH, out=sums_MH)
+            if sums_MH is not out_MH:
+                out_MH.copy_(sums_MH)
         return out_NH
 
     def weight_grads(self, terms: list[tuple[Tensor, Gradient]], x_NH: Tensor) -> None:
         """gradient (+)= value^T x over kept entries, for one or two (value_K, gradient)."""
         dtype = gemm_dtype(x_NH.dtype)
-        for value_K, (out_EFH, adds) in terms:
-            if not adds:
-                for e in (e for e, count in enumerate(self.layout.counts) if not count):
-                    out_EFH[e] = 0
-            for e, rows, kept in self._experts():
+        without_rows = [e for e, count in enumerate(self.layout.counts) if not count]
+        for out_EFH in (out_EFH for _, (out_EFH, adds) in terms if not adds):
+            for e in without_rows:
+                out_EFH[e] = 0
+        for e, rows, kept in self._experts():
+            x_MH = x_NH[rows].to(dtype)
+            for value_K, (out_EFH, adds) in terms:
                 value_FM = self._spread(value_K, rows, kept).to(dtype).t()
-                x_MH = x_NH[rows].to(dtype)
                 if out_EFH.dtype != dtype:
                     made_FH = value_FM @ x_MH
                     out_EFH[e] = out_EFH[e] + made_FH if adds else made_FH

@@ -109,7 +109,8 @@ def choose_rows(
 
 
 def select_rows(gate_MF: Tensor, selection: Selection, indices_K: Tensor) -> None:
-    """Write the M * S chosen neurons of each row, ascending, into `indices_K` (contiguous)."""
+    """Write the M * S chosen neurons of each row, ascending, into `indices_K` (contiguous): the
+    choice of `choose_rows` alone, for who has gates; races time it, no layer calls it."""
     gate_MF = gate_MF.contiguous()
     if gate_MF.dtype not in (torch.float32, torch.bfloat16):
         gate_MF = gate_MF.float()

@@ -41,17 +41,17 @@ def test_float32(counts, share, block, expected):
 
 
 @pytest.mark.parametrize(
-    ("counts", "block", "expected"),
-    [(MANY, 1, "sparse"), (MANY, 16, "blocks"), (FEW, 16, "few"), ((60, 60), 1, "sparse")],
-)
-@pytest.mark.parametrize("share", [0.25, 1.0])
-def test_bfloat16(counts, block, expected, share, amx):
-    """With AMX, or where all is kept, GEMMs are the fastest for many rows."""
+    ("counts", "share", "block", "without", "with_amx"),
+    [
+        (MANY, 0.25, 1, "sparse", "dense"), (MANY, 1.0, 1, "dense", "dense"),
+        (MANY, 0.25, 16, "blocks", "dense"), (MANY, 1.0, 16, "dense", "dense"),
+        (FEW, 0.25, 16, "few", "few"), (FEW, 1.0, 16, "blocks", "blocks"),
+        ((60, 60), 0.25, 1, "sparse", "sparse"), ((60, 60), 1.0, 1, "sparse", "sparse"),
+    ],
+)  # fmt: skip
+def test_bfloat16(counts, share, block, without, with_amx, amx):
     kept = int(share * sum(counts) * 1408)
-    if counts == FEW and share == 1.0:
-        expected = "blocks"
-    if counts == MANY and (amx or share == 1.0):
-        expected = "dense"
+    expected = with_amx if amx else without
     assert route.route(layout(counts), kept, BF16, block) == expected
 
 

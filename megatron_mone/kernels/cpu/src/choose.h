@@ -19,11 +19,11 @@ template <int A, class Value>
 struct ActivationRows {
     float* a;
     float* gates_of_threads;
-    int64_t neurons, padded_neurons, kept;
+    int64_t neurons, padded, kept;
     Value *a_K, *g_K;
 
     float* gates() const {
-        return gates_of_threads + element(omp_get_thread_num(), padded_neurons, 0);
+        return gates_of_threads + element(omp_get_thread_num(), padded, 0);
     }
 
     void magnitudes(int64_t n, int64_t first, int64_t width, int32_t* keys) const {

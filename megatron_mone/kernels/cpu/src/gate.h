@@ -56,12 +56,9 @@ inline void store_some(float* p, Vec v, int64_t count) {
 }
 
 // h = p g u of one row's entries, the forward pass; G is float or the bits of a bfloat16.
-inline void gate_run(float prob, const uint16_t* g, const float* u, int64_t count, float* h) {
+template <class G>
+inline void gate_run(float prob, const G* g, const float* u, int64_t count, float* h) {
     for (int64_t k = 0; k < count; ++k) h[k] = prob * u[k] * wide(g[k]);
-}
-inline void gate_run(float prob, const float* g, const float* u, int64_t count, float* h) {
-    for (int64_t k = 0; k < count; k += kLanes)
-        store_some(h + k, prob * load_some(u + k, count - k) * load_some(g + k, count - k), count - k);
 }
 
 // g_K is in the mask's order, u_K and h_K are in run order where there are runs.

@@ -53,9 +53,8 @@ void select_any(const MoneShape* s, const void* gate, int64_t gate_bytes, int64_
 template <int A, class Value>
 void choose_values(const MoneShape& s, float* a, const Choice& of, void* idx, int64_t idx_bytes,
                    int32_t* work, void* a_K, void* g_K) {
-    const int64_t padded_neurons = blocks(s.neurons, kRowGrain) * kRowGrain;
-    float* gates = reinterpret_cast<float*>(work + element(s.threads, 2 * padded_neurons, 0));
-    const ActivationRows<A, Value> rows{a, gates, s.neurons, padded_neurons, of.kept * of.groups,
+    float* gates = reinterpret_cast<float*>(work + element(s.threads, 2 * padded_neurons(s), 0));
+    const ActivationRows<A, Value> rows{a, gates, s.neurons, padded_neurons(s), of.kept * of.groups,
                                         static_cast<Value*>(a_K), static_cast<Value*>(g_K)};
     auto run = [&](auto* out) { choose_rows(s, of, rows, out, work); };
     idx_bytes == 2 ? run(static_cast<int16_t*>(idx)) : run(static_cast<int32_t*>(idx));

@@ -179,18 +179,20 @@ struct Choice {
     int64_t kept, groups, block;
 };
 
+// Keys of a row in work space: no threads share a line of them.
+inline int64_t padded_neurons(const MoneShape& s) { return blocks(s.neurons, kRowGrain) * kRowGrain; }
+
 // idx of each row's choice. Rows give magnitudes(n, first, width, keys) of neurons [first, first +
 // width) of row n, and are told chosen(n, idx of the row) while the row is near; keys is work space of
 // [threads, 2 F], F up to a multiple of kRowGrain.
 template <class Index, class Rows>
 void choose_rows(const MoneShape& s, const Choice& of, const Rows& rows, Index* idx,
                  int32_t* keys_of_threads) {
-    const int64_t padded_neurons = blocks(s.neurons, kRowGrain) * kRowGrain;
     const int64_t width = s.neurons / of.groups, blocks = width / of.block;
     int32_t guess = 0;
 #pragma omp parallel for schedule(dynamic, kRowGrain) num_threads(s.threads) firstprivate(guess)
     for (int64_t n = 0; n < s.rows; ++n) {
-        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * padded_neurons, 0);
+        int32_t* keys = keys_of_threads + element(omp_get_thread_num(), 2 * padded_neurons(s), 0);
         Index* row = idx + element(n, of.kept * of.groups, 0);
         for (int64_t g = 0; g < of.groups; ++g) {
             int64_t reach;
