@@ -102,9 +102,11 @@ class Cell:
         """A generous estimate of the memory that a race of this cell takes at its peak."""
         weights = self.experts * self.neurons * self.hidden * DTYPES[self.dtype].itemsize
         rows = self.tokens * (24 * self.neurons + 10 * self.hidden) * 4
-        # Weights in two layouts, their gradients, and the copies that the reference joins and
-        # keeps; of activations it keeps about twenty values a neuron.
-        return (4 + 3 + 3 + 3) * weights + rows + (1 << 28)
+        # Weights in two layouts, one more for a peer that holds its own, and gradients beside the
+        # copies that the reference joins and keeps; of activations it keeps about twenty values a
+        # neuron. In bf16 there are weights and gradients in float32, too.
+        held = 15 if self.dtype == "fp32" else 30
+        return held * weights + rows + (1 << 28)
 
 
 @dataclass(frozen=True)

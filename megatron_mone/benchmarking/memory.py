@@ -43,8 +43,10 @@ def saved_bytes(forward: Callable[[], Tensor], given: set[int]) -> int:
     kept: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor)  # also keeps its address from being used again
-        return tensor
+        # Detached: the graph keeps what is returned here, and a tensor that leads back to the graph
+        # would make it immortal. `kept` also keeps addresses from being used again.
+        kept.append(tensor.detach())
+        return kept[-1]
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()

@@ -31,6 +31,22 @@ def test_a_tenth_is_made_good_with_each_doubling(rows, left_out):
     assert screen.why_out(TorchGroupedMM(), replace(CELL, tokens=rows)) is None
 
 
+@pytest.mark.parametrize(("rows", "left_out"), [(32, True), (64, True), (128, False)])
+def test_of_few_rows_a_doubling_makes_half_good(rows, left_out):
+    """16 rows are 4 of an expert; the reference took 5.6 times as long as the fastest."""
+    few = make_cell(16, "fp32", {0.5: 4.0, 0.25: 2.0})
+    slow = few.results[-1].model_copy(
+        update={"name": "mone-reference", "forward_ms_p10": 9.0, "forward_backward_ms_p10": 10.0}
+    )
+    few = few.model_copy(update={"results": [*few.results, slow]})
+    cell, reference = replace(CELL, tokens=rows), MoNE("reference", 0.25)
+    assert (_screen(few).why_out(reference, cell) is not None) == left_out
+    between = make_cell(64, "fp32", {0.5: 4.0, 0.25: 2.0})
+    row = absent_row("mone-reference", "not timed again: took 5.56", 0.25)
+    between = between.model_copy(update={"results": [row]})  # says nothing of more rows
+    assert (_screen(few, between).why_out(reference, cell) is not None) == left_out
+
+
 def test_few_rows_another_cell_and_a_rival_at_another_r_say_nothing():
     slow = make_cell(64, "fp32", {0.5: 4.0, 0.25: 2.0})  # 16 rows of an expert
     assert _screen(slow).why_out(TorchLoop(), CELL) is None
