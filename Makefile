@@ -1,5 +1,5 @@
 # make demo | test | lint | bench | clean. Each does all set-up first (tools/bootstrap.sh).
-# Options: STEPS=20 make demo (a two-minute check), GRID=full make bench (an hour), PYTHON=/path/to/python3.12.
+# Options: STEPS=20 make demo (a two-minute check), GRID=full make bench (two hours), PYTHON=/path/to/python3.12.
 .PHONY: demo test lint bench clean setup
 PY := .venv/bin/python
 export PYTHONPATH := $(CURDIR)

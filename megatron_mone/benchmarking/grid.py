@@ -182,7 +182,7 @@ def _seconds(cell: Cell, racing: Sequence[float | None], peaks: Peaks, settings:
         sum(limit_ms(cell, ratio, phase, peaks) for ratio in racing) / 1e3 / OF_ROOFLINE
         for phase in PHASES
     )
-    timed = max(settings.repeats * (forward + both), settings.seconds)
+    timed = 2 * max(settings.repeats * (forward + both), settings.seconds)  # near the fastest
     return SECONDS_TO_BUILD + 2 * forward + both + timed
 
 

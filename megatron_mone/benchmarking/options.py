@@ -45,7 +45,7 @@ class Asked:
                              "command goes on")
     ] = None  # fmt: skip
     threads: Annotated[int | None, Option(help="of torch (its own choice)")] = None
-    repeats: Annotated[int | None, Option(help="least repeats (7; of the full grid 2)")] = None
+    repeats: Annotated[int | None, Option(help="least repeats (4; of the full grid 2)")] = None
     seconds: Annotated[
-        float | None, Option(help="for repeats of a cell (10; of the full grid 3)")
+        float | None, Option(help="for repeats of a cell (5; of the full grid 3)")
     ] = None

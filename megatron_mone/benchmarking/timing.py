@@ -62,7 +62,8 @@ def rounds(
         seconds: goes on until this much time is spent, warm-up included.
         least: but for at least so many rounds.
         warm_up: rounds that are not counted.
-        stays: asked after `least` rounds, with what this returns, who runs in the further ones.
+        stays: asked after `least` rounds, with what this returns, who runs in the further ones:
+            as many again and as much time again, at least, for these are near each other.
 
     Returns:
         phase -> milliseconds of each round, one dictionary an entry, in their order.
@@ -74,10 +75,11 @@ def rounds(
     gc.disable()
     try:
         for done in range(warm_up + max(least, MOST_ROUNDS)):
-            if done >= warm_up + least and time.perf_counter() - start > seconds:
-                break
             if done == warm_up + least and stays is not None:
                 running = [i for i, kept in enumerate(stays(taken)) if kept]
+                start, least, stays = time.perf_counter(), 2 * least, None
+            if done >= warm_up + least and time.perf_counter() - start > seconds:
+                break
             for i in order.sample(running, len(running)):
                 for phase, call in entries[i].items():
                     elapsed = seconds_of(call)

@@ -85,6 +85,8 @@ def test_who_is_out_of_sight_runs_the_least_rounds_alone(monkeypatch):
     )
     assert times[1]["go"].repeats == 2
     assert times[0]["go"].repeats > 5
+    times = timing.race(entries, seconds=0.0, least=2, warm_up=0, stays=lambda taken: [True, False])
+    assert [each["go"].repeats for each in times] == [4, 2]
 
 
 def test_repeats_go_on_until_the_time_is_spent(monkeypatch):

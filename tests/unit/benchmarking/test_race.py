@@ -61,7 +61,7 @@ def test_every_implementation_that_runs_agrees_with_the_reference(one_rank, dtyp
     assert wide == {name for name in ran if rows[name].in_float32 and "deepspeed" not in name}
     for name in ran:
         assert rows[name].agrees, rows[name].reason
-        assert rows[name].repeats == 2
+        assert rows[name].repeats >= 2
         assert rows[name].forward_ms > 0
 
 
