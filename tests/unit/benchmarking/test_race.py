@@ -47,7 +47,7 @@ def _race(cell: Cell, monkeypatch=None, adapters: list[Adapter] | None = None) -
     if adapters is not None:
         assert monkeypatch is not None
         monkeypatch.setattr(race_module, "all_adapters", lambda cell: adapters)
-    rows = run_cell(cell, CPU, seconds=0.01, repeats=2)
+    rows = run_cell(cell, CPU, seconds=0.0, repeats=2)
     return {row.name: row for row in rows}
 
 
@@ -61,8 +61,9 @@ def test_every_implementation_that_runs_agrees_with_the_reference(one_rank, dtyp
     assert wide == {name for name in ran if rows[name].in_float32 and "deepspeed" not in name}
     for name in ran:
         assert rows[name].agrees, rows[name].reason
-        assert rows[name].repeats >= 2
+        assert rows[name].repeats in (2, 4)  # as often again near the fastest of its kind
         assert rows[name].forward_ms > 0
+    assert max(rows[name].repeats for name in ran if rows[name].dense) == 4
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they may run")
